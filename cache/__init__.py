@@ -1,0 +1,1 @@
+"""What the teacher said, on disk."""

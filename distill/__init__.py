@@ -1,0 +1,1 @@
+"""From cached targets to losses."""

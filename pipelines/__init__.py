@@ -1,0 +1,1 @@
+"""The commands, and all that is mmdet's."""
