@@ -1,0 +1,219 @@
+"""Checkpoints of mmdet 2.x, mmdet 3.x and kdpipe, read without running what is pickled in them."""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kdpipe.cache.errors import KdpipeError
+from mmengine.logging import HistoryBuffer
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "CheckpointError", "class_names", "load_checkpoint", "load_strict", "register_safe_types"]
+
+SafeType = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+_LISTED = 10  # names shown of each kind of disagreement
+_STATISTICS = ("min", "max", "current", "mean")
+
+
+class CheckpointError(KdpipeError):
+    """A checkpoint is missing, unreadable, unsafe, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says, on the CPU.
+
+    Attributes:
+        state_dict: parameters and buffers by name, without the prefix ``module.``.
+        meta: the checkpoint's ``meta``: config text, classes, epoch; empty for a bare state dict.
+        path: the file that it came from.
+    """
+
+    state_dict: dict[str, Tensor]
+    meta: dict[str, Any]
+    path: Path
+
+
+def _history_method(owner: object, name: str) -> Any:
+    """Stands in for ``getattr``, which mmengine pickles with every HistoryBuffer to name its statistics."""
+    if owner is not HistoryBuffer or name not in _STATISTICS:
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name!r}")
+    return getattr(HistoryBuffer, name)
+
+
+def _numeric_dtype(code: str, align: bool = False, copy: bool = False) -> Any:
+    """Stands in for ``numpy.dtype``: booleans and numbers only, no objects and no structures."""
+    dtype = np.dtype(code, align=align, copy=copy)
+    if dtype.kind not in "biufc":
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL numpy.dtype of {code!r}")
+    return dtype
+
+
+def _safe_types() -> list[SafeType]:
+    """What mmdet's and mmengine's checkpoints hold beyond tensors and Python's own containers."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
+    types: list[SafeType] = [HistoryBuffer, np.ndarray]
+    types += [(_history_method, "builtins.getattr"), (_numeric_dtype, "numpy.dtype")]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and numpy 2
+        types += [(scalar, f"{module}.scalar"), (reconstruct, f"{module}._reconstruct")]
+    types += list(dict.fromkeys(type(np.dtype(code)) for code in np.typecodes["All"] if np.dtype(code).kind in "biufc"))
+    return types
+
+
+def register_safe_types() -> None:
+    """Lets plain ``torch.load`` read mmengine's checkpoints in this process, so that its Runner can resume.
+
+    The types are those that `load_checkpoint` allows; loading stays weights-only.
+    """
+    torch.serialization.add_safe_globals(_safe_types())
+
+
+def _allowing_safe_types() -> AbstractContextManager[Any]:
+    # leaving `safe_globals` forgets its types, also those that were registered before: pass the new ones only
+    known = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([item for item in _safe_types() if item not in known])
+
+
+def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+    """Reads a checkpoint: mmdet 3.x, mmdet 2.x, or a bare state dict.
+
+    Where a checkpoint holds averaged weights beside the trained ones, the choice is mmdet's: ``state_dict``.
+
+    Args:
+        path: the file. It is mapped into memory where its format allows.
+        trust: unpickle anything in it, which may run code of whoever made the file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not a checkpoint, or holds a type that is not known as
+            harmless; nothing of it has run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}. Give the .pth file of the detector.")
+    content = _read(path, trust)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary with a state_dict."
+        )
+    state = content.get("state_dict", content)
+    meta = content.get("meta") if "state_dict" in content else None
+    return Checkpoint(_plain_state(state, path), dict(meta) if isinstance(meta, Mapping) else {}, path)
+
+
+def _read(path: Path, trust: bool) -> Any:
+    mmap = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format, which cannot be mapped
+    try:
+        if trust:
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
+        with _allowing_safe_types():
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as error:  # unpickling may raise anything
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused and isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"checkpoint {path} was refused: it holds {refused[1]}, which is not a type known as harmless, and "
+                "loading it could run code of whoever made the file. Nothing of it has run. If you trust where the "
+                "file comes from, give --trust-checkpoint."
+            ) from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a PyTorch checkpoint: it is truncated, "
+            f"corrupt, or of another format ({type(error).__name__}: {reason}). Download or save it again."
+        ) from error
+
+
+def _plain_state(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(
+            f"{path} holds no weights: its state_dict is {type(state).__name__} and empty or no dict."
+        )
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        raise CheckpointError(
+            f"{path} is not a detector's checkpoint: expected a dictionary with a state_dict of tensors, found entries "
+            f"that are no tensors: {_some(others)}."
+        )
+    plain: OrderedDict[str, Tensor] = OrderedDict()
+    for name, value in state.items():
+        plain[name.removeprefix("module.")] = value
+    # mmdet 2.x keeps each averaged weight a second time, as a buffer of the detector
+    for name in list(plain):
+        plain.pop(f"ema_{name.replace('.', '_')}", None)
+    vars(plain)["_metadata"] = getattr(state, "_metadata", OrderedDict())  # versions, for layers that changed names
+    return plain
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...] | None:
+    """Class names that the checkpoint was trained for, in label order; None where it does not say."""
+    dataset = checkpoint.meta.get("dataset_meta")
+    for source in (dataset if isinstance(dataset, Mapping) else {}, checkpoint.meta):
+        for key in ("classes", "CLASSES"):
+            names = source.get(key)
+            if isinstance(names, str):
+                return (names,)
+            if isinstance(names, Sequence) and names:
+                return tuple(str(name) for name in names)
+    return None
+
+
+def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, ignore_prefixes: Sequence[str] = ()) -> None:
+    """Loads weights so that none is left over, none keeps its random start, and all shapes agree.
+
+    Args:
+        model: is changed in place. After an error its weights are undefined.
+        state_dict: as `Checkpoint.state_dict`.
+        ignore_prefixes: names that start so may be left over, e.g. ``roi_head.mask_head.``.
+
+    Raises:
+        CheckpointError: lists what is missing, unexpected and mis-shaped.
+    """
+    wanted = model.state_dict()
+    state = OrderedDict(
+        (name, value)
+        for name, value in state_dict.items()
+        if name in wanted or not name.startswith(tuple(ignore_prefixes))
+    )
+    vars(state)["_metadata"] = getattr(state_dict, "_metadata", OrderedDict())
+    for name, value in wanted.items():  # a counter that no layer reads, absent from old checkpoints
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, value)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(_disagreement(wanted, state) or str(error)) from error
+
+
+def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    shaped = [
+        f"{name}: checkpoint {tuple(found[name].shape)}, model {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    lines = [
+        f"  {len(names)} {what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
+        if names
+    ]
+    if not lines:
+        return ""
+    head = f"the checkpoint does not fit the model ({len(wanted)} tensors wanted, {len(found)} found):"
+    advice = "Give the config that the checkpoint was trained with, or the checkpoint that belongs to the config."
+    return "\n".join([head, *lines, advice])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
