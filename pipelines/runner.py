@@ -1,0 +1,174 @@
+"""mmengine's Runner behind a quiet console, and the hooks that every training of kdpipe carries."""
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Bfloat16OptimWrapper", "PlainCheckpointHook", "ProgressHook", "QuietRunner", "preload_workers"]
+
+
+def preload_workers() -> None:
+    """Let the fork server import what loader workers need, so that starting one costs a fork, not an import."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["kdpipe.pipelines.worker"])
+
+
+class QuietRunner(Runner):  # type: ignore[misc]
+    """mmengine's Runner, whose log goes to the file in the work directory; the console shows warnings only."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> Any:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.WARNING)
+        return logger
+
+
+@OPTIM_WRAPPERS.register_module()
+class Bfloat16OptimWrapper(OptimWrapper):  # type: ignore[misc]
+    """Mixed precision on devices without float16 arithmetic (the CPU): autocast to bfloat16, no loss scaling."""
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
+            yield
+
+
+class PlainCheckpointHook(Hook):  # type: ignore[misc]
+    """Writes a checkpoint of the bare detector beside each checkpoint of the Runner.
+
+    `epoch_3.pth` (for resuming) gets the companion `epoch_3.<name>.pth`, and `<name>.pth` is always the newest. They
+    hold `state_dict` and `meta` (config text, class names, epoch) and load strictly into the stock mmdet detector.
+
+    Args:
+        name: `student` or `teacher`.
+        config_text: The detector's own config, as stock mmdet reads it.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, name: str, config_text: str) -> None:
+        self.name = name
+        self.config_text = config_text
+
+    def after_train_epoch(self, runner: Any) -> None:
+        if not is_main_process():
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        detector = getattr(model, "student", model)
+        checkpoint = {
+            "state_dict": {key: value.cpu() for key, value in detector.state_dict().items()},
+            "meta": {
+                "cfg": self.config_text,
+                "dataset_meta": dict(runner.train_dataloader.dataset.metainfo),
+                "epoch": runner.epoch + 1,
+                "iter": runner.iter,
+            },
+        }
+        folder = Path(runner.work_dir)
+        newest = folder / f"{self.name}.pth"
+        _save(checkpoint, newest)
+        if (folder / f"epoch_{runner.epoch + 1}.pth").exists():
+            _link(newest, folder / f"epoch_{runner.epoch + 1}.{self.name}.pth")
+        for companion in folder.glob(f"epoch_*.{self.name}.pth"):
+            if not (folder / f"{companion.name.split('.')[0]}.pth").exists():
+                companion.unlink()
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(checkpoint, partial)
+    partial.replace(path)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, replacing the target in one step."""
+    partial = target.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    os.link(source, partial)
+    partial.replace(target)
+
+
+class ProgressHook(Hook):  # type: ignore[misc]
+    """Progress bar over the whole training with steps/s and time left, and one line per epoch."""
+
+    priority = "VERY_LOW"
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console = console
+        self.name = name
+        self.progress: Progress | None = None
+        self.step_times: list[float] = []
+        self._epoch_losses: list[torch.Tensor] = []
+        self._last = 0.0
+
+    def before_train(self, runner: Any) -> None:
+        if not is_main_process():
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task(
+            f"train {self.name}", total=runner.max_iters, completed=runner.iter, rate="starting"
+        )
+        self.progress.start()
+
+    def before_train_epoch(self, runner: Any) -> None:
+        self._epoch_losses = []
+        self._epoch_start = self._last = time.perf_counter()
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        now = time.perf_counter()
+        if batch_idx:  # the first step of an epoch also waits for the loader to start
+            self.step_times.append(now - self._last)
+        self._last = now
+        if outputs and "loss" in outputs:
+            self._epoch_losses.append(outputs["loss"].detach())
+        if self.progress is not None:
+            recent = self.step_times[-20:]
+            rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
+            self.progress.update(self.task, completed=runner.iter + 1, rate=rate)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        if self.progress is None or not self._epoch_losses:
+            return
+        loss = torch.stack(self._epoch_losses).mean().item()
+        seconds = time.perf_counter() - self._epoch_start
+        self.progress.console.print(
+            f"{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, mean loss {loss:.3f}, {seconds:.0f} s"
+        )
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        if self.progress is not None and metrics and "coco/bbox_mAP" in metrics:
+            self.progress.console.print(f"{self.name}: AP {metrics['coco/bbox_mAP']:.3f}")
+
+    def after_train(self, runner: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the console; harmless when there is none."""
+        if self.progress is not None:
+            self.progress.stop()

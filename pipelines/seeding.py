@@ -1,0 +1,75 @@
+"""Augmentation that depends on nothing but the seed, the epoch and the image.
+
+Every random choice of a training run is a function of `(seed, epoch, index)`. A resumed run therefore continues exactly
+as the undisturbed one would have, whatever the number of loader workers.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import DATASETS
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS
+
+__all__ = ["EpochSampler", "SeedEpochHook", "SeededDataset", "seed_everything"]
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and torch (CPU and devices) from a tuple of non-negative integers."""
+    states = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(states[0]))
+    np.random.seed(states[1])
+    torch.manual_seed(int(states[2]))
+
+
+@DATASETS.register_module()
+class SeededDataset:
+    """A data set whose item `epoch * len + i` is image `i`, augmented with the random numbers of that epoch.
+
+    Args:
+        dataset: Config of the mmdet data set.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: dict[str, Any], seed: int) -> None:
+        self.dataset = DATASETS.build(dataset)
+        self.dataset.full_init()
+        self.seed = seed
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        return dict(self.dataset.metainfo)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """Annotation record of an item, without reading its image."""
+        return dict(self.dataset.get_data_info(index % len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        seed_everything(self.seed, index)
+        return self.dataset[index % len(self)]
+
+
+@DATA_SAMPLERS.register_module()
+class EpochSampler(DefaultSampler):  # type: ignore[misc]
+    """mmengine's default sampler, with the epoch carried in the index (see `SeededDataset`)."""
+
+    def __iter__(self) -> Iterator[int]:
+        offset = self.epoch * len(self.dataset)
+        return (offset + index for index in super().__iter__())
+
+
+@HOOKS.register_module()
+class SeedEpochHook(Hook):  # type: ignore[misc]
+    """Seeds the training process itself (RoI sampling) at the start of each epoch, per rank."""
+
+    priority = "VERY_HIGH"
+
+    def before_train_epoch(self, runner: Any) -> None:
+        seed_everything(runner.seed, runner.epoch, runner.rank)

@@ -1,0 +1,249 @@
+"""From a detector's config to a finished training: what `train-teacher` and `train-student` share."""
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from rich.console import Console
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.checkpoints import register_safe_types
+from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.runner import PlainCheckpointHook, ProgressHook, QuietRunner, preload_workers
+from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedEpochHook
+from kdpipe.pipelines.transforms import set_scale
+
+__all__ = ["Recipe", "TrainingResult", "detector_config", "run_training"]
+
+BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
+BASE_BATCH = 16
+WARMUP_STEPS = 500
+SCHEDULES = {"1x": 12, "2x-ms": 24}
+MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a detector is trained.
+
+    Attributes:
+        epochs: Number of passes over the training images.
+        batch_size: Images per step and process.
+        lr: Peak learning rate; None scales 0.03 (at 16 images per step) with the batch.
+        seed: Seed of everything random.
+        scale: `(w, h)` of mmdet's Resize; None keeps the scale of the config.
+        multi_scale: Draw the scale of each training image from 0.8 to 1.0 of `scale`.
+        amp: Mixed precision.
+        workers: Loader workers; None chooses by the number of cores.
+        options: `KEY=VALUE` overrides of the config, applied last.
+    """
+
+    epochs: int
+    batch_size: int = 8
+    lr: float | None = None
+    seed: int = 0
+    scale: tuple[int, int] | None = None
+    multi_scale: bool = False
+    amp: bool = False
+    workers: int | None = None
+    options: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a training left its files, and what it reached.
+
+    Attributes:
+        checkpoint: The bare detector's newest checkpoint.
+        ap: COCO AP on the validation images after the last epoch, or None without validation.
+        metrics: All validation metrics.
+        seconds_per_step: Median over all steps, the first of each epoch excepted.
+    """
+
+    checkpoint: Path
+    ap: float | None
+    metrics: Mapping[str, float]
+    seconds_per_step: float
+
+
+def world_size() -> int:
+    """Number of training processes, as torchrun and Slurm announce it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def detector_config(config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe) -> Config:
+    """A runnable training config for a plain detector.
+
+    Keeps what the user's config says of the model, the pipelines and the hooks; sets data, schedule and optimiser.
+    """
+    cfg = config.copy()
+    workers = recipe.workers if recipe.workers is not None else max(1, min(4, (os.cpu_count() or 1) // 2))
+    loader = {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "multiprocessing_context": "forkserver" if workers else None,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    cfg.train_dataloader = {
+        "batch_size": recipe.batch_size,
+        **loader,
+        "sampler": {"type": EpochSampler.__name__, "shuffle": True},
+        "batch_sampler": {"type": "AspectRatioBatchSampler"},
+        "dataset": _dataset(cfg, "train_dataloader", train, recipe),
+    }
+    cfg.train_dataloader.dataset.filter_cfg = {"filter_empty_gt": True, "min_size": 0}
+    cfg.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": recipe.epochs, "val_interval": 1}
+    if val is None:
+        for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
+            cfg[key] = None
+    else:
+        set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
+
+    steps_per_epoch = -(-len(train.images) // (recipe.batch_size * world_size()))
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(WARMUP_STEPS, max(1, total // 6))
+    cfg.param_scheduler = [
+        {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup},
+        {"type": "CosineAnnealingLR", "by_epoch": False, "begin": warmup, "end": total, "T_max": total - warmup},
+    ]
+    lr = recipe.lr if recipe.lr is not None else BASE_LR * recipe.batch_size * world_size() / BASE_BATCH
+    wrapper = "OptimWrapper"
+    if recipe.amp:
+        wrapper = "AmpOptimWrapper" if torch.cuda.is_available() else "Bfloat16OptimWrapper"
+    cfg.optim_wrapper = {
+        "type": wrapper,
+        "optimizer": {"type": "SGD", "lr": lr, "momentum": 0.9, "weight_decay": 1e-4},
+        "clip_grad": {"max_norm": 10, "norm_type": 2},
+    }
+    hooks = cfg.setdefault("default_hooks", ConfigDict())
+    hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 2}
+    hooks.logger = {"type": "LoggerHook", "interval": 10}
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedEpochHook.__name__}]
+    cfg.visualizer = {
+        "type": "DetLocalVisualizer",
+        "name": "visualizer",
+        "vis_backends": [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}],
+    }
+    cfg.env_cfg = {
+        "cudnn_benchmark": False,
+        "mp_cfg": {"mp_start_method": "forkserver", "opencv_num_threads": 0},
+        "dist_cfg": {"backend": "nccl" if torch.cuda.is_available() else "gloo"},
+    }
+    cfg.randomness = {"seed": recipe.seed}
+    cfg.launcher = "pytorch" if world_size() > 1 else "none"
+    return cfg
+
+
+def set_validation(
+    cfg: Config, val: DetectionData, scale: tuple[int, int] | None, batch_size: int, loader: Mapping[str, Any]
+) -> None:
+    """Point validation and test of a config at a data set, measured as COCO AP."""
+    pipeline = _pipeline(cfg, "val_dataloader")
+    if scale is not None:
+        pipeline = set_scale(pipeline, scale)
+    cfg.val_dataloader = {
+        "batch_size": batch_size,
+        **loader,
+        "drop_last": False,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": {**_coco_dataset(val), "test_mode": True, "pipeline": pipeline},
+    }
+    cfg.val_evaluator = {"type": "CocoMetric", "ann_file": str(val.ann_file), "metric": "bbox"}
+    cfg.val_cfg = {"type": "ValLoop"}
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
+
+
+def _coco_dataset(data: DetectionData) -> dict[str, Any]:
+    return {
+        "type": "CocoDataset",
+        "ann_file": str(data.ann_file.resolve()),
+        "data_prefix": {"img": f"{data.img_dir.resolve()}/"},
+        "metainfo": {"classes": data.class_names},
+    }
+
+
+def _pipeline(cfg: Config, loader: str) -> list[Any]:
+    dataset = cfg.get(loader, {}).get("dataset", {})
+    while "pipeline" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    if "pipeline" not in dataset:
+        raise KdpipeError(
+            f"The config has no pipeline at {loader}.dataset.pipeline. Expected an mmdet 3.x detector config; "
+            "start from one of mmdet's own, such as faster-rcnn_r50_fpn_1x_coco."
+        )
+    return list(dataset["pipeline"])
+
+
+def _dataset(cfg: Config, loader: str, data: DetectionData, recipe: Recipe) -> dict[str, Any]:
+    pipeline = _pipeline(cfg, loader)
+    if recipe.scale is not None or recipe.multi_scale:
+        pipeline = set_scale(pipeline, recipe.scale, MULTI_SCALE if recipe.multi_scale else None)
+    return {**_coco_dataset(data), "pipeline": pipeline}
+
+
+def run_training(
+    cfg: Config,
+    recorded: Config,
+    work_dir: Path,
+    *,
+    name: str,
+    resume: bool,
+    console: Console,
+    hooks: Sequence[Any] = (),
+) -> TrainingResult:
+    """Train by mmengine's Runner.
+
+    Args:
+        cfg: The config that runs.
+        recorded: The plain detector's config, which checkpoints carry.
+        work_dir: Where logs and checkpoints go.
+        name: `student` or `teacher`; names the plain checkpoint.
+        resume: Go on from the newest checkpoint in `work_dir`.
+        console: Where progress is shown.
+        hooks: Further hooks.
+
+    Raises:
+        KdpipeError: `resume` without a checkpoint, or a work directory that already holds a training.
+    """
+    has_checkpoint = (work_dir / "last_checkpoint").exists()
+    if resume and not has_checkpoint:
+        raise KdpipeError(f"Nothing to resume: {work_dir} has no checkpoint. Leave --resume away to start.")
+    if has_checkpoint and not resume:
+        raise KdpipeError(
+            f"{work_dir} already holds a training. Add --resume to go on with it, or choose another --work-dir."
+        )
+    register_all_modules(init_default_scope=True)
+    register_safe_types()
+    preload_workers()
+    cfg.work_dir = str(work_dir)
+    cfg.resume = resume
+    cfg.train_dataloader.dataset = {
+        "type": SeededDataset.__name__,
+        "dataset": cfg.train_dataloader.dataset,
+        "seed": cfg.randomness.seed,
+    }
+    runner = QuietRunner.from_cfg(cfg)
+    runner.cfg = recorded
+    progress = ProgressHook(console, name)
+    runner.register_hook(progress)
+    runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
+    for hook in hooks:
+        runner.register_hook(hook)
+    try:
+        runner.train()
+    finally:
+        progress.close()
+    metrics = {key: float(value.current()) for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
+    return TrainingResult(
+        checkpoint=work_dir / f"{name}.pth",
+        ap=metrics.get("val/coco/bbox_mAP"),
+        metrics=metrics,
+        seconds_per_step=statistics.median(progress.step_times) if progress.step_times else float("nan"),
+    )
