@@ -1,0 +1,45 @@
+"""What every loss needs: full precision, a mean that keeps the graph, and one error for inputs that do not fit."""
+
+import torch
+from kdpipe.cache.errors import KdpipeError
+from torch import Tensor
+
+
+class LossInputError(KdpipeError):
+    """The tensors given to a loss do not fit together."""
+
+
+def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type that losses are computed in: float64 if any of them is, otherwise float32."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which the operations on `tensor`'s device keep the types of their inputs."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def mean_or_zero(values: Tensor) -> Tensor:
+    """Mean of Tensor[N]; for N = 0 a zero that is still part of the graph, so that every parameter gets a gradient."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def check_shape(what: str, found: Tensor, expected: tuple[int, ...], of: str) -> None:
+    """Raise unless `found` has the shape that `of` implies.
+
+    Raises:
+        LossInputError: naming `what`, both shapes and `of`, where the expected shape comes from.
+    """
+    if tuple(found.shape) != expected:
+        raise LossInputError(f"{what} has shape {list(found.shape)}; expected {list(expected)} to fit {of}.")
+
+
+def check_dims(what: str, found: Tensor, layout: str) -> None:
+    """Raise unless `found` has as many dimensions as `layout`, for instance "[R, L, C, H, W]".
+
+    Raises:
+        LossInputError: naming `what`, the shape and the layout.
+    """
+    if found.dim() != layout.count(",") + 1:
+        raise LossInputError(f"{what} has shape {list(found.shape)}; expected {layout}.")

@@ -1,0 +1,102 @@
+"""Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
+
+import torch
+from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
+from torch import Tensor, nn
+
+
+def sgfi_loss(
+    student_rois: Tensor, teacher_rois: Tensor, embed: nn.Module, temperature: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mean square error between the teacher's RoI features and the student's, mixed over levels (G-DetKD, eq. 1).
+
+    For every RoI: keys `embed(S^l)` of each level and `embed(T)`; weights = softmax over the levels of their dot
+    products / temperature; the weighted sum of the student's levels is compared with T, as a mean over channels and
+    cells, then over RoIs. Computed in float32 (float64 for float64 input), autocast or not.
+
+    Args:
+        student_rois: Tensor[R, L, C, H, W], RoI features of every level, already adapted to the teacher's channels.
+        teacher_rois: Tensor[R, C, H, W], from the level that the teacher assigns. A constant: it gets no gradient.
+        embed: maps [N, C, H, W] to keys [N, key].
+        temperature: tau > 0, a number or a tensor of one element.
+
+    Returns:
+        The loss, a scalar (0 for R = 0, still part of the graph), and the level weights Tensor[R, L] in [0, 1].
+
+    Raises:
+        LossInputError: shapes that do not fit, or a temperature that is a number and not positive.
+    """
+    check_dims("student_rois", student_rois, "[R, L, C, H, W]")
+    num_rois, num_levels, *feature_shape = student_rois.shape
+    check_shape(
+        "teacher_rois", teacher_rois, (num_rois, *feature_shape), f"student_rois {list(student_rois.shape)} [R, L, ...]"
+    )
+    if num_levels == 0 or (not isinstance(temperature, Tensor) and temperature <= 0):
+        raise LossInputError(f"SGFI needs a level and a temperature above 0, found {num_levels} levels, {temperature}.")
+    with no_autocast(student_rois):
+        student, teacher = full_precision(student_rois, teacher_rois.detach())
+        student_keys = embed(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))  # [R, L, key]
+        teacher_keys = embed(teacher)  # [R, key]
+        similarity = torch.einsum("rlk,rk->rl", student_keys, teacher_keys)  # [R, L]
+        level_weights = (similarity / temperature).softmax(dim=1)  # [R, L]
+        mixed = torch.einsum("rl,rlchw->rchw", level_weights, student)  # [R, C, H, W]
+        loss = mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
+    return loss, level_weights
+
+
+class SGFI(nn.Module):
+    """Parameters of SGFI: f_adapt, f_embed and the temperature. Needed in training only.
+
+    f_embed is two 3 x 3 convolutions of stride 2 without padding, each followed by ReLU, of widths C/2 and C/4, which
+    takes 7 x 7 RoI features to one key. The temperature is the exponential of a parameter, so that it stays positive.
+
+    Args:
+        student_channels: channels of the student's pyramid.
+        teacher_channels: channels C of the teacher's pyramid.
+        kernel_size: of the convolution f_adapt, odd; it is padded so that RoI features keep their size.
+
+    Raises:
+        LossInputError: `kernel_size` is not odd and positive.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, kernel_size: int = 1) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise LossInputError(f"The kernel size of f_adapt must be odd and positive, found {kernel_size}.")
+        widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
+        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=kernel_size // 2)
+        self.embed = nn.Sequential(
+            nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(widths[0], widths[1], 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+        )
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau, a scalar above 0; 1 at the start."""
+        return self.log_temperature.exp()
+
+    def forward(self, student_rois: Tensor, teacher_rois: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the level weights of `sgfi_loss`, after adapting every level with the same weights.
+
+        Args:
+            student_rois: Tensor[R, L, student channels, 7, 7].
+            teacher_rois: Tensor[R, teacher channels, 7, 7]; gets no gradient.
+
+        Returns:
+            The loss, a scalar, and the level weights Tensor[R, L].
+
+        Raises:
+            LossInputError: shapes that do not fit.
+        """
+        check_dims("student_rois", student_rois, "[R, L, C, 7, 7]")
+        num_rois, num_levels = student_rois.shape[:2]
+        expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
+        check_shape("student_rois", student_rois, expected, f"an adapter of {self.adapt.in_channels} channels")
+        with no_autocast(student_rois):
+            rois = student_rois.flatten(0, 1).to(self.adapt.weight.dtype)  # [R * L, Cs, 7, 7]
+            adapted = self.adapt(rois).unflatten(0, (num_rois, num_levels))  # [R, L, C, 7, 7]
+        return sgfi_loss(adapted, teacher_rois, self.embed, self.temperature)
