@@ -1,0 +1,107 @@
+"""Commit records: what makes a part (or the head, or a cache) exist, and whether its files are as recorded.
+
+A record is the `kdpipe` attribute of a group's `zarr.json`. It carries the size and blake2b digest of each file below
+the group and a digest of itself, and it is the last file written before the group gets its final name.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdpipe.cache.codecs import group_metadata
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.files import DIGEST_SIZE, FileRecord, file_record, write_file
+from kdpipe.cache.fingerprint import digest_json
+
+_BLOCK = 1 << 20
+
+
+def part_folder(cache: Path, index: int) -> Path:
+    """Folder of a part."""
+    return cache / "parts" / f"{index:05d}"
+
+
+def write_record(folder: Path, content: Mapping[str, Any], files: Mapping[str, FileRecord]) -> None:
+    """Write the commit record of a group, as the last of its files.
+
+    Args:
+        folder: of the group.
+        content: JSON values.
+        files: size and digest of each file, by its path relative to `folder`.
+    """
+    record = {**content, "files": {name: list(entry) for name, entry in files.items()}}
+    write_file(folder / "zarr.json", group_metadata({"kdpipe": {**record, "checksum": digest_json(record)}}))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The commit record of a group; None where there is none, or none that is whole."""
+    try:
+        record = json.loads((folder / "zarr.json").read_bytes())["attributes"]["kdpipe"]
+        checksum = record.pop("checksum")
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if isinstance(record, dict) and digest_json(record) == checksum else None
+
+
+def read_part_record(cache: Path, index: int, images: range) -> dict[str, Any] | None:
+    """The commit record of a part, if it is valid and of the images that the plan gives to this part."""
+    record = read_record(part_folder(cache, index))
+    if record is None or record.get("part") != index or record.get("images") != [images.start, images.stop]:
+        return None
+    return record
+
+
+def check_sizes(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Lines naming the files of a group that are missing or have another size than recorded. Reads no data."""
+    wrong = []
+    for name, (size, _) in sorted(record["files"].items()):
+        try:
+            found = (folder / name).stat().st_size
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        if found != size:
+            wrong.append(f"{name} has {found} bytes instead of {size}")
+    return wrong
+
+
+def check_digests(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Lines naming the files of a group whose content is not as recorded. Reads every byte."""
+    wrong = check_sizes(folder, record)
+    if wrong:
+        return wrong
+    for name, (_, expected) in sorted(record["files"].items()):
+        digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            wrong.append(f"{name} has other content than was written")
+    return wrong
+
+
+def check_metadata(folder: Path, record: Mapping[str, Any], array: str) -> str | None:
+    """What is wrong with an array's `zarr.json` and the sizes of its files; None where nothing is."""
+    entries = {name: entry for name, entry in record["files"].items() if name.startswith(f"{array}/")}
+    try:
+        found = file_record((folder / array / "zarr.json").read_bytes())
+    except OSError as error:
+        return f"{array}/zarr.json: {error.strerror}"
+    if list(found) != entries.get(f"{array}/zarr.json"):
+        return f"{array}/zarr.json has other content than was written"
+    return "; ".join(check_sizes(folder, {"files": entries})) or None
+
+
+def require_group(folder: Path, what: str, remedy: str) -> dict[str, Any]:
+    """The valid record of a group.
+
+    Raises:
+        CacheError: there is none.
+    """
+    record = read_record(folder)
+    if record is None:
+        state = "damaged" if folder.exists() else "missing"
+        raise CacheError(f"{what} is {state} ({folder / 'zarr.json'}): {remedy}.")
+    return record

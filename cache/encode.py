@@ -1,0 +1,144 @@
+"""What the teacher said of one image, checked and turned into the arrays that are stored."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.cache.codecs import Block, quantize
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.schema import VIEWS, CacheSpec, torch_dtype
+from kdpipe.cache.targets import TeacherRecord
+
+
+def index_columns(spec: CacheSpec) -> list[str]:
+    """Names of the columns of a part's index: one row per image and view, int64."""
+    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals"]
+    columns += ["row_start", "row_stop", "element_start", "name_start", "name_stop"]
+    for level in range(len(spec.strides) if "features" in spec.fields else 0):
+        columns += [f"level{level}_height", f"level{level}_width"]
+    return columns
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """Host arrays of one image in one view, independent of the tensors they came from.
+
+    Attributes:
+        index: row of the index by column; starts and stops are the writer's to fill in.
+        file_name: utf-8.
+        rows: per row array, [R, ...].
+        features: all levels one after the other, each (channel, y, x); None without features.
+        scale: [L, C] float32, of int8 features.
+    """
+
+    index: dict[str, int]
+    file_name: bytes
+    rows: dict[str, Block]
+    features: Block | None
+    scale: npt.NDArray[np.float32] | None
+
+
+def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
+    """Check a record against the specification, quantise it on its own device, and copy it to the host.
+
+    Args:
+        record: from the teacher.
+        spec: of the cache.
+
+    Raises:
+        CacheError: a field is missing, has another shape than specified, or holds values that are not finite in the
+            storage type.
+    """
+    what = f"image {record.image_id} ({record.file_name}, view {record.view})"
+    count = len(record.boxes)
+    if not 0 <= record.num_proposals <= min(count, spec.proposals):
+        raise CacheError(
+            f"The record of {what} has {record.num_proposals} proposals among {count} boxes; the cache takes at most "
+            f"{spec.proposals}."
+        )
+    rows: dict[str, Block] = {}
+    for field, (shape, dtype) in spec.row_arrays().items():
+        if field == "roi_scale":  # comes with roi_features
+            continue
+        values = getattr(record, field)
+        _check_shape(what, field, values, (count, *shape))
+        if dtype == "int8":
+            stored, scale = quantize(values)
+            _check_finite(what, field, scale, dtype)
+            rows["roi_scale"] = _to_host(scale, values)
+        else:
+            stored = values.detach().to(torch_dtype(dtype))
+            _check_finite(what, field, stored, dtype)
+        rows[field] = _to_host(stored, values)
+    index = {
+        "image_id": record.image_id,
+        "view": VIEWS.index(record.view),
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+        "input_height": record.input_size[0],
+        "input_width": record.input_size[1],
+        "num_proposals": record.num_proposals,
+    }
+    features = scale_of_levels = None
+    if "features" in spec.fields:
+        features, scale_of_levels, shapes = _encode_levels(what, record, spec)
+        for level, (height, width) in enumerate(shapes):
+            index |= {f"level{level}_height": height, f"level{level}_width": width}
+    return EncodedRecord(index, record.file_name.encode(), rows, features, scale_of_levels)
+
+
+def _encode_levels(
+    what: str, record: TeacherRecord, spec: CacheSpec
+) -> tuple[Block, npt.NDArray[np.float32] | None, list[tuple[int, int]]]:
+    """Packed levels, their scales where the type is int8, and the (height, width) of each."""
+    levels = record.features
+    if levels is None or len(levels) != len(spec.strides):
+        found = "none" if levels is None else str(len(levels))
+        raise CacheError(f"The record of {what} should have {len(spec.strides)} feature levels, found {found}.")
+    flat, scales = [], []
+    for number, level in enumerate(levels):
+        _check_shape(what, f"features[{number}]", level, (spec.channels, -1, -1))
+        if spec.dtype == "int8":
+            stored, scale = quantize(level)
+            scales.append(scale)
+        else:
+            stored = level.detach().to(torch_dtype(spec.dtype))
+        flat.append(stored.reshape(-1))
+    packed = torch.cat(flat)  # always a copy
+    scale_of_levels = torch.stack(scales) if scales else None
+    _check_finite(what, "features", packed if scale_of_levels is None else scale_of_levels, spec.dtype)
+    shapes = [(int(level.shape[1]), int(level.shape[2])) for level in levels]
+    return packed.cpu().numpy(), None if scale_of_levels is None else scale_of_levels.cpu().numpy(), shapes
+
+
+def _check_shape(what: str, field: str, values: Tensor | None, shape: tuple[int, ...]) -> None:
+    expected = tuple("any" if side < 0 else side for side in shape)
+    if values is None:
+        raise CacheError(f"The record of {what} lacks {field}, which this cache stores with shape {expected}.")
+    fits = values.dim() == len(shape) and all(
+        (a > 0 if b < 0 else a == b) for a, b in zip(values.shape, shape, strict=True)
+    )
+    if not fits or not values.is_floating_point():
+        raise CacheError(
+            f"The {field} of {what} should be a float tensor of shape {expected}, found {values.dtype} of shape "
+            f"{tuple(values.shape)}: the teacher does not fit the specification of this cache."
+        )
+
+
+def _check_finite(what: str, field: str, values: Tensor, dtype: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        remedy = " (its largest value is 65,504); use --dtype float32" if dtype == "float16" else ""
+        raise CacheError(
+            f"The teacher's {field} for {what} are not finite as {dtype}{remedy}. Check the teacher's checkpoint and "
+            "this image."
+        )
+
+
+def _to_host(stored: Tensor, source: Tensor) -> Block:
+    """A contiguous host array that shares no memory with `source`."""
+    host = stored.detach().cpu().contiguous()
+    result: Block = (host.clone() if host.data_ptr() == source.data_ptr() else host).numpy()
+    return result

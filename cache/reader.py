@@ -1,0 +1,268 @@
+"""Opens a cache and reads targets back."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.cache.check import check_metadata, part_folder, read_part_record, require_group
+from kdpipe.cache.codecs import open_array
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.files import explained
+from kdpipe.cache.part_reader import OpenArrays, PartReader
+from kdpipe.cache.root import Root, read_root
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.targets import TargetIndex, TeacherTargets
+from kdpipe.cache.views import view_matrix
+
+# Index rows kept in memory per process, some 200 bytes each.
+_MAX_INDEX_ROWS = 200_000
+
+
+def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> "TeacherCache":
+    """Open a cache for reading.
+
+    Args:
+        path: folder of the cache.
+        allow_partial: also open a cache some of whose parts are still missing.
+
+    Raises:
+        CacheError: `path` is not a cache, has a newer format version, is incomplete or damaged.
+    """
+    path = Path(path)
+    root = read_root(path)
+    with explained("Reading the cache", path):
+        records = {
+            number: record
+            for number, span in enumerate(root.parts)
+            if (record := read_part_record(path, number, span)) is not None
+        }
+    missing = len(root.parts) - len(records)
+    if missing and not allow_partial:
+        raise CacheError(
+            f"The cache {path} is incomplete: {missing} of {len(root.parts)} parts are missing. Run `kdpipe "
+            "cache-teacher` with the same options again: it makes only what is missing."
+        )
+    return TeacherCache(path, root, records)
+
+
+class TeacherCache:
+    """What the teacher said of a data set. Made by `open_cache`; can be pickled and sent to other processes.
+
+    Arrays are opened when first read, in each process anew.
+
+    Attributes:
+        path: folder of the cache.
+        spec: what is stored.
+        identity: what the targets depend on, as the writer recorded it.
+        metadata: what else the writer recorded.
+        image_ids: [N] int64, of the images that can be read, in the order of the data set.
+        skipped: image_id, file_name and reason of each image that could not be read when the cache was made.
+    """
+
+    def __init__(self, path: Path, root: Root, records: dict[int, dict[str, Any]]) -> None:
+        self.path = path
+        self.spec: CacheSpec = root.spec
+        self.identity = root.identity
+        self.metadata = root.metadata
+        self.skipped: list[dict[str, Any]] = [entry for record in records.values() for entry in record["skipped"]]
+        self._records = records
+        self._starts = root.part_starts
+        keep = np.zeros(len(root.image_ids), dtype=bool)
+        for number, span in enumerate(root.parts):
+            keep[span.start : span.stop] = number in records
+        if self.skipped:
+            keep &= ~np.isin(root.image_ids, [entry["image_id"] for entry in self.skipped])
+        positions = np.flatnonzero(keep)
+        self.image_ids: npt.NDArray[np.int64] = root.image_ids[positions]
+        order = np.argsort(self.image_ids, kind="stable")
+        self._sorted_ids, self._positions = self.image_ids[order], positions[order]
+        self._process: _Process | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __contains__(self, image_id: object) -> bool:
+        return isinstance(image_id, int | np.integer) and self._find(int(image_id)) is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+    def head(self) -> dict[str, Tensor]:
+        """Weights of the teacher's RPN and RoI head by parameter name, float32.
+
+        Raises:
+            CacheError: they were never stored, or are damaged.
+        """
+        folder = self.path / "head"
+        remedy = "run `kdpipe cache-teacher` with the same options again"
+        record = require_group(folder, "The teacher's head in the cache", remedy)
+        state = {}
+        for name in record["parameters"]:
+            wrong = check_metadata(folder, record, name)
+            try:
+                values = None if wrong else np.asarray(open_array(folder / name)[...])
+            except Exception as error:  # zarr and zarrs raise many types for damaged bytes
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                raise CacheError(
+                    f"The parameter {name!r} in {folder} is damaged ({wrong}): delete {folder} and {remedy}."
+                )
+            state[name] = torch.from_numpy(values)
+        return state
+
+    def index(self, image_id: int, view: str = "identity") -> TargetIndex:
+        """Sizes of an image in a view; reads no targets.
+
+        Raises:
+            CacheError: the image or the view is not in the cache.
+        """
+        part, row = self._locate(image_id, view)
+        return part.describe(row)
+
+    def targets(
+        self,
+        image_id: int,
+        view: str = "identity",
+        fields: Sequence[str] | None = None,
+        levels: Sequence[int] | None = None,
+        rois: npt.ArrayLike | None = None,
+    ) -> TeacherTargets:
+        """What the teacher said of an image in a view. Reads what is asked for, and the boxes always.
+
+        Args:
+            image_id: of the image.
+            view: one of `spec.views`.
+            fields: some of `spec.fields`; None reads all.
+            levels: positions in `spec.strides` of the pyramid levels to read; None reads all.
+            rois: row numbers [M] within the image, proposals before ground truth, applied to all fields that have a row
+                per box; None reads all. `num_proposals` of the result counts the proposals among them.
+
+        Raises:
+            CacheError: the image, view, field, level or row is not in the cache, or its data is damaged.
+        """
+        fields = self._check_fields(fields)
+        part, row = self._locate(image_id, view)
+        info = part.describe(row)
+        selected = None if rois is None else _check_rois(rois, info)
+        num_proposals = info.num_proposals
+        if selected is not None:
+            num_proposals = int(np.count_nonzero(selected < num_proposals))
+        arrays = ["boxes", *(field for field in fields if field not in ("features", "boxes"))]
+        if self.spec.dtype == "int8" and "roi_features" in fields:
+            arrays.append("roi_scale")
+        values: dict[str, Any] = {name: part.rois(row, name, selected) for name in arrays}
+        if "features" in fields:
+            values["features"] = part.features(row, self._check_levels(levels))
+            if self.spec.dtype == "int8":
+                values["scale"] = part.scale(row)
+        return TeacherTargets(
+            image_id=info.image_id,
+            view=info.view,
+            file_name=info.file_name,
+            original_size=info.original_size,
+            input_size=info.input_size,
+            matrix=view_matrix(info.original_size, info.input_size, view == "hflip"),
+            num_proposals=num_proposals,
+            **values,
+        )
+
+    def _find(self, image_id: int) -> int | None:
+        """Position of an image in the plan."""
+        place = int(np.searchsorted(self._sorted_ids, image_id))
+        if place == len(self._sorted_ids) or self._sorted_ids[place] != image_id:
+            return None
+        return int(self._positions[place])
+
+    def _locate(self, image_id: int, view: str) -> tuple[PartReader, int]:
+        if view not in self.spec.views:
+            raise CacheError(
+                f"The cache {self.path} has the views {', '.join(self.spec.views)}, not {view!r}: cache the teacher "
+                f"with --views including {view}, or let the targets be mirrored."
+            )
+        position = self._find(int(image_id))
+        if position is None:
+            raise CacheError(
+                f"Image {image_id} is not in the cache {self.path} of {len(self)} images"
+                f"{self._why_missing(int(image_id))}. Is it the cache of this data set?"
+            )
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        part = self._here().part(number)
+        row = part.row(int(image_id), view)
+        if row is None:
+            raise CacheError(
+                f"The index of part {number} lacks image {image_id} in view {view!r}: delete the folder "
+                f"{part_folder(self.path, number)} and run `kdpipe cache-teacher` again."
+            )
+        return part, row
+
+    def _why_missing(self, image_id: int) -> str:
+        reasons = [entry["reason"] for entry in self.skipped if entry["image_id"] == image_id]
+        return f" (skipped when it was made: {reasons[0]})" if reasons else ""
+
+    def _here(self) -> "_Process":
+        """What this process has open: nothing is inherited from a parent."""
+        if self._process is None or self._process.pid != os.getpid():
+            self._process = _Process(self.path, self.spec, self._records)
+        return self._process
+
+    def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
+        if fields is None:
+            return self.spec.fields
+        if unknown := [field for field in fields if field not in self.spec.fields]:
+            raise CacheError(
+                f"The cache {self.path} has the tier {self.spec.tier!r} with {', '.join(self.spec.fields)}; it cannot "
+                f"give {', '.join(unknown)}. Cache the teacher again with other --targets."
+            )
+        return tuple(dict.fromkeys(fields))
+
+    def _check_levels(self, levels: Sequence[int] | None) -> Sequence[int] | None:
+        count = len(self.spec.strides)
+        if levels is not None and any(not 0 <= level < count for level in levels):
+            raise CacheError(f"The cache has the pyramid levels 0 to {count - 1}, asked for {list(levels)}.")
+        return levels
+
+
+class _Process:
+    """Open parts and arrays of one process."""
+
+    def __init__(self, path: Path, spec: CacheSpec, records: dict[int, dict[str, Any]]) -> None:
+        self.pid = os.getpid()
+        self._path, self._spec, self._records = path, spec, records
+        self._parts: OrderedDict[int, PartReader] = OrderedDict()
+        self._arrays: OpenArrays = OrderedDict()
+        self._rows = 0
+        self._lock = threading.Lock()
+
+    def part(self, number: int) -> PartReader:
+        """The reader of a part; those not used for long are let go of."""
+        with self._lock:
+            if number in self._parts:
+                self._parts.move_to_end(number)
+                return self._parts[number]
+            part = PartReader(part_folder(self._path, number), number, self._records[number], self._spec, self._arrays)
+            self._parts[number] = part
+            self._rows += part.rows
+            while self._rows > _MAX_INDEX_ROWS and len(self._parts) > 1:
+                _, oldest = self._parts.popitem(last=False)
+                self._rows -= oldest.rows
+            return part
+
+
+def _check_rois(rois: npt.ArrayLike, info: TargetIndex) -> npt.NDArray[np.int64]:
+    selected = np.asarray(rois)
+    if selected.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if selected.ndim != 1 or selected.dtype.kind not in "iu" or selected.min() < 0 or selected.max() >= info.num_rois:
+        raise CacheError(
+            f"Rows of image {info.image_id} are whole numbers from 0 to {info.num_rois - 1} in one dimension, found "
+            f"{selected.dtype} of shape {selected.shape} from {selected.min()} to {selected.max()}."
+        )
+    return selected.astype(np.int64)

@@ -1,0 +1,196 @@
+"""What a cache holds: format version, tiers, storage types, and the specification every array follows."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+
+from kdpipe.cache.errors import CacheError
+
+FORMAT_VERSION = 1
+TIERS = ("predictions", "embeddings", "roi", "pyramid")
+DTYPES = ("int8", "float16", "float32")
+CODECS = ("zstd", "lz4", "none")
+VIEWS = ("identity", "hflip")
+
+_FIELDS_OF_TIER = {
+    "predictions": ("boxes", "logits", "deltas"),
+    "embeddings": ("boxes", "logits", "deltas", "embeddings"),
+    "roi": ("boxes", "logits", "deltas", "embeddings", "roi_features"),
+    "pyramid": ("features", "boxes", "logits", "deltas", "embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that decides the shape, the storage type and the meaning of the arrays of a cache.
+
+    Attributes:
+        tier: one of `TIERS`; each holds the fields of those before it, except that `pyramid` has no `roi_features`.
+        dtype: one of `DTYPES`, the storage type of `features` and `roi_features`. Boxes are always float32; the other
+            float fields are float16, or float32 where `dtype` is float32.
+        codec: one of `CODECS`.
+        class_names: names of the classes in label order.
+        category_ids: COCO category id of each label, in label order.
+        channels: channels of every pyramid level.
+        strides: strides of the pyramid levels, in pixels of the network input.
+        roi_levels: how many levels (the first ones) the teacher's RoI extractor reads.
+        finest_scale: box side in pixels up to which the extractor reads the first level.
+        roi_size: side of a RoI feature in cells.
+        roi_sampling_ratio: sampling points per cell and side of RoIAlign; 0 adapts to the box.
+        roi_aligned: whether RoIAlign shifts by half a pixel.
+        embedding_dim: width of the input of the teacher's classifier layer.
+        box_means: means of the box coder.
+        box_stds: standard deviations of the box coder.
+        class_agnostic: whether the teacher regresses one box per RoI instead of one per class.
+        proposals: at most how many proposals per image and view precede the ground-truth boxes.
+        views: views stored of every image, a subset of `VIEWS` in that order.
+        scale: (width, height) of mmdet's `Resize(scale, keep_ratio=True)`, pixels.
+
+    Raises:
+        CacheError: a value is not possible.
+    """
+
+    tier: str
+    dtype: str
+    codec: str
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    channels: int
+    strides: tuple[int, ...]
+    roi_levels: int
+    finest_scale: int
+    roi_size: int
+    roi_sampling_ratio: int
+    roi_aligned: bool
+    embedding_dim: int
+    box_means: tuple[float, float, float, float]
+    box_stds: tuple[float, float, float, float]
+    class_agnostic: bool
+    proposals: int
+    views: tuple[str, ...]
+    scale: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("tier", self.tier, TIERS),
+            ("dtype", self.dtype, DTYPES),
+            ("codec", self.codec, CODECS),
+        ):
+            if value not in allowed:
+                raise CacheError(f"Unknown {name} {value!r} in a cache specification: use one of {', '.join(allowed)}.")
+        if not self.views or tuple(v for v in VIEWS if v in self.views) != self.views:
+            raise CacheError(f"The views of a cache are some of {VIEWS} in that order, found {self.views}.")
+        if not self.class_names or len(self.class_names) != len(self.category_ids):
+            raise CacheError(
+                "A cache needs one category id per class name and at least one class, found "
+                f"{len(self.class_names)} names and {len(self.category_ids)} ids."
+            )
+        positive = {
+            name: getattr(self, name) for name in ("channels", "finest_scale", "roi_size", "embedding_dim", "proposals")
+        }
+        positive |= {"strides": min(self.strides, default=0), "scale": min(self.scale), "box_stds": min(self.box_stds)}
+        if wrong := [f"{name} = {getattr(self, name)}" for name, value in positive.items() if value <= 0]:
+            raise CacheError(f"Numbers of a cache specification must be positive, found {', '.join(wrong)}.")
+        if not 0 < self.roi_levels <= len(self.strides):
+            raise CacheError(
+                f"The RoI extractor reads 1 to {len(self.strides)} of the stored levels, found {self.roi_levels}."
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields stored per image: some of features, boxes, logits, deltas, embeddings, roi_features."""
+        return _FIELDS_OF_TIER[self.tier]
+
+    @property
+    def num_classes(self) -> int:
+        """Object classes, background not counted."""
+        return len(self.class_names)
+
+    def field_dtype(self, field: str) -> str:
+        """Storage type of a field: "int8", "float16" or "float32"."""
+        if field == "boxes" or self.dtype == "float32":
+            return "float32"
+        return self.dtype if field in ("features", "roi_features") else "float16"
+
+    def row_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of one row and storage type of each array that has one row per RoI."""
+        num_classes = self.num_classes
+        shapes: dict[str, tuple[int, ...]] = {
+            "boxes": (4,),
+            "logits": (num_classes + 1,),
+            "deltas": (1 if self.class_agnostic else num_classes, 4),
+            "embeddings": (self.embedding_dim,),
+            "roi_features": (self.channels, self.roi_size, self.roi_size),
+        }
+        arrays = {field: (shapes[field], self.field_dtype(field)) for field in self.fields if field in shapes}
+        if "roi_features" in arrays and self.dtype == "int8":
+            arrays["roi_scale"] = ((self.channels,), "float32")
+        return arrays
+
+    def row_bytes(self) -> dict[str, int]:
+        """Raw bytes of one RoI in each row array."""
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.row_arrays().items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The specification as JSON values; `from_json` gives it back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CacheSpec":
+        """Read a specification back.
+
+        Raises:
+            CacheError: another format version, a missing or unknown entry, or a value of the wrong type or range.
+        """
+        check_version(values.get("version"))
+        given = {name: value for name, value in values.items() if name != "version"}
+        hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+        if given.keys() != hints.keys():
+            missing, unknown = sorted(hints.keys() - given.keys()), sorted(given.keys() - hints.keys())
+            raise CacheError(
+                f"The specification in the cache is damaged: missing entries {missing}, unknown entries {unknown}. "
+                "Cache the teacher again."
+            )
+        return cls(**{name: _typed(name, given[name], hint) for name, hint in hints.items()})
+
+
+def check_version(version: object) -> None:
+    """Refuse a format version that this kdpipe cannot read.
+
+    Raises:
+        CacheError: the version is newer, or is no version at all.
+    """
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CacheError(
+            f"The cache has format version {version}, and this kdpipe reads version {FORMAT_VERSION}: "
+            "install a newer kdpipe (pip install -U kdpipe)."
+        )
+    if version != FORMAT_VERSION:
+        raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a storage type."""
+    return {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A JSON value as the type of the entry: a scalar, or a tuple of them."""
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        fixed = len(kinds) if Ellipsis not in kinds else None
+        if not isinstance(value, list) or (fixed is not None and len(value) != fixed):
+            raise CacheError(f"The entry {name!r} of the cache specification should be a list, found {value!r}.")
+        return tuple(_typed(name, item, kinds[0]) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise CacheError(f"The entry {name!r} of the cache specification should be {hint.__name__}, found {value!r}.")
+    return value

@@ -1,0 +1,202 @@
+"""What the teacher said of one image: as it comes from the teacher, and as it is read back from a cache."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.cache.codecs import dequantize
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.views import map_boxes
+
+# mmdet's DeltaXYWHBBoxCoder: boxes grow or shrink at most by this factor.
+WH_RATIO_CLIP = 16 / 1000
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """What the teacher said of one image in one view, to be written. Float tensors on any device.
+
+    R boxes, K classes, D embedding, C channels, S cells. Fields that the cache does not store may be None.
+
+    Attributes:
+        image_id: id in the annotation file.
+        view: "identity" or "hflip".
+        file_name: path relative to the image folder.
+        original_size: (height, width) of the image file, pixels.
+        input_size: (height, width) of the network input without padding, pixels.
+        num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes.
+        boxes: [R, 4] (x1, y1, x2, y2) in original, unflipped pixels.
+        logits: [R, K + 1], background last.
+        deltas: [R, K, 4], or [R, 1, 4] from a class-agnostic head, regressed in the frame of the network input.
+        embeddings: [R, D], input of the classifier layer.
+        roi_features: [R, C, S, S].
+        features: one tensor [C, h_l, w_l] per stored level.
+    """
+
+    image_id: int
+    view: str
+    file_name: str
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    num_proposals: int
+    boxes: Tensor
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+    embeddings: Tensor | None = None
+    roi_features: Tensor | None = None
+    features: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class TargetIndex:
+    """The row of the index of one image in one view: sizes, no data.
+
+    Attributes:
+        level_shapes: (height, width) of each stored pyramid level in cells; empty in tiers without features.
+        num_rois: number of boxes, proposals and ground truth.
+    """
+
+    image_id: int
+    view: str
+    file_name: str
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    num_proposals: int
+    num_rois: int
+    level_shapes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Everything the teacher said of one image in one view, in the types it is stored in. Absent fields are None.
+
+    Attributes:
+        image_id: id in the annotation file.
+        view: "identity" or "hflip".
+        file_name: path relative to the image folder.
+        original_size: (height, width) of the image file, pixels.
+        input_size: (height, width) of the network input without padding, pixels.
+        matrix: [3, 3] float64, original pixels -> this view's network input.
+        num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes.
+        boxes: [R, 4] float32 (x1, y1, x2, y2) in original, unflipped pixels.
+        logits: [R, K + 1], background last.
+        deltas: [R, K, 4] or [R, 1, 4], in the frame of the network input, normalised by the coder's means and stds.
+        embeddings: [R, D].
+        roi_features: [R, C, S, S] in the storage type.
+        roi_scale: [R, C] float32, of int8 `roi_features`.
+        features: one [C, h_l, w_l] in the storage type per stored level, None for levels not asked for.
+        scale: [L, C] float32, of int8 `features`.
+    """
+
+    image_id: int
+    view: str
+    file_name: str
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    matrix: npt.NDArray[np.float64]
+    num_proposals: int
+    boxes: Tensor
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+    embeddings: Tensor | None = None
+    roi_features: Tensor | None = None
+    roi_scale: Tensor | None = None
+    features: tuple[Tensor | None, ...] | None = None
+    scale: Tensor | None = None
+
+    def class_boxes(self, spec: CacheSpec) -> Tensor:
+        """The teacher's box of every class for every RoI, in original pixels, clipped to the image.
+
+        Args:
+            spec: of the cache these targets come from.
+
+        Returns:
+            [R, K, 4] float32 (x1, y1, x2, y2). A class-agnostic teacher gives each class the same box.
+
+        Raises:
+            CacheError: the deltas were not read.
+        """
+        if self.deltas is None:
+            raise CacheError(
+                f"The deltas of image {self.image_id} were not read: ask targets() for the field 'deltas'."
+            )
+        rois = map_boxes(self.boxes, self.matrix)  # the frame in which the deltas were regressed
+        decoded = decode_deltas(rois, self.deltas, spec.box_means, spec.box_stds)
+        boxes = map_boxes(decoded.reshape(-1, 4), np.linalg.inv(self.matrix)).reshape(decoded.shape)
+        height, width = self.original_size
+        limit = boxes.new_tensor([width, height, width, height])
+        return boxes.clamp(min=0).minimum(limit).expand(-1, spec.num_classes, -1)
+
+    def pyramid(
+        self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor | None, ...]:
+        """The levels as float tensors, moved to the device in their storage type and dequantised there.
+
+        Args:
+            device: to compute on; None leaves the levels where they are.
+            dtype: of the result.
+
+        Returns:
+            One [C, h_l, w_l] per stored level, None for levels that were not read.
+
+        Raises:
+            CacheError: the features were not read.
+        """
+        if self.features is None:
+            raise CacheError(
+                f"The features of image {self.image_id} were not read: ask targets() for the field 'features', which "
+                "only the 'pyramid' tier has."
+            )
+        levels: list[Tensor | None] = []
+        for number, level in enumerate(self.features):
+            scale = None if self.scale is None else self.scale[number]
+            levels.append(None if level is None else _to_float(level, scale, device, dtype))
+        return tuple(levels)
+
+    def rois(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The RoI features as a float tensor, as `pyramid` does for the levels.
+
+        Returns:
+            [R, C, S, S].
+
+        Raises:
+            CacheError: the RoI features were not read.
+        """
+        if self.roi_features is None:
+            raise CacheError(
+                f"The RoI features of image {self.image_id} were not read: ask targets() for the field 'roi_features', "
+                "which only the 'roi' tier has."
+            )
+        return _to_float(self.roi_features, self.roi_scale, device, dtype)
+
+
+def decode_deltas(boxes: Tensor, deltas: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Boxes that class-wise deltas turn RoIs into: the coder of Faster R-CNN, as mmdet's `DeltaXYWHBBoxCoder`.
+
+    Args:
+        boxes: [R, 4] (x1, y1, x2, y2), in the frame of the deltas.
+        deltas: [R, K, 4] (dx, dy, dw, dh), normalised by `means` and `stds`.
+        means: of the four numbers.
+        stds: of the four numbers.
+
+    Returns:
+        [R, K, 4] float32 (x1, y1, x2, y2), not clipped.
+    """
+    boxes, deltas = boxes.float(), deltas.float()
+    deltas = deltas * deltas.new_tensor(stds) + deltas.new_tensor(means)
+    limit = abs(math.log(WH_RATIO_CLIP))
+    corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]  # [R, 1, 2]
+    centre = corner + 0.5 * size + deltas[..., :2] * size  # [R, K, 2]
+    half = 0.5 * size * deltas[..., 2:].clamp(-limit, limit).exp()
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _to_float(values: Tensor, scale: Tensor | None, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+    values = values if device is None else values.to(device)
+    return values.to(dtype) if scale is None else dequantize(values, scale, dtype)
