@@ -115,8 +115,9 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
     painted, shown = np.zeros(0, int), np.zeros(0, int)  # per shape: pixels it has, pixels of it that are seen
     objects: list[dict[str, Any]] = []
     for _ in range(int(rng.integers(3, 9))):
-        label = None if rng.random() < 0.2 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
-        silhouette, alpha = _cut_out(rng, label, _log_uniform(rng, _SMALLEST, _LARGEST * min(size)))
+        label = None if rng.random() < 0.15 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
+        length = _SMALLEST * (_LARGEST * min(size) / _SMALLEST) ** (rng.random() ** 0.75)  # a little over log-uniform
+        silhouette, alpha = _cut_out(rng, label, length)
         h, w = alpha.shape
         for _ in range(8):  # places tried
             y, x = int(rng.uniform(-0.4 * h, size[0] - 0.6 * h)), int(rng.uniform(-0.4 * w, size[1] - 0.6 * w))
@@ -138,10 +139,9 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
 
 
 def _cut_out(rng: np.random.Generator, label: int | None, length: float) -> tuple[Mask, Floats]:
-    """A shape, turned and bent at random, whose longer side is `length` pixels, in a patch that just holds it.
+    """A shape, turned and bent at random, in a patch [h, w] that just holds it and whose longer side is `length`.
 
-    Returns:
-        Silhouette [h, w]: the pixels within the outline. Alpha [h, w] in [0, 1]: what is painted, less when hollow.
+    Returns the pixels within the outline, and how much of each is painted, in [0, 1]: less of them when hollow.
     """
     points = _outline(rng, label)  # [N, 2]
     points = points + rng.uniform(0, 0.04) * np.sin(3 * points[:, ::-1] + rng.uniform(0, 6, 2))
@@ -164,18 +164,16 @@ def _cut_out(rng: np.random.Generator, label: int | None, length: float) -> tupl
 def _outline(rng: np.random.Generator, label: int | None) -> npt.NDArray[np.float64]:
     """Closed outline [N, 2] about the origin, radius about 1, with points so dense that its edges can bend."""
     circle = np.exp(2j * np.pi * np.arange(96) / 96)  # the plane as complex numbers
-    name = "blob" if label is None else CLASS_NAMES[label]
+    name, edge = "blob" if label is None else CLASS_NAMES[label], circle
     if name == "blob":
-        waves = [rng.uniform(0.15, 0.3) * (circle**k * np.exp(1j * rng.uniform(0, 2 * np.pi))).real for k in (2, 3, 5)]
+        waves = [rng.uniform(0.15, 0.3) * (circle**k * np.exp(1j * rng.uniform(0, 2 * np.pi))).real for k in (2, 3, 4)]
         edge = circle * (1 + np.sum(waves, axis=0))
-    elif name == "disc":
-        edge = circle
     elif name == "crescent":
         half, depth = rng.uniform(1.8, 2.3), rng.uniform(0.4, 0.65)
         outer = np.exp(1j * np.linspace(-half, half, 64))
         inner = depth * outer.real + (1 - depth) * np.cos(half) + 1j * outer.imag
         edge = np.concatenate([outer, inner[-2:0:-1]])
-    else:
+    elif name != "disc":
         arm, waist = rng.uniform(0.22, 0.38), rng.uniform(0.38, 0.52)
         corners = {
             "triangle": circle[::32],
@@ -194,7 +192,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 def _paint(rng: np.random.Generator, canvas: Floats, alpha: Floats) -> None:
     """Paint `alpha` [h, w] onto `canvas` [h, w, 3], in place, in a surface that stands out from what is there."""
     under = cv2.mean(canvas, (alpha >= 0.5).astype(np.uint8))[:3]
-    canvas += (_surface(rng, alpha.shape, under) - canvas) * alpha[..., None]
+    canvas += (_surface(rng, alpha.shape, under) - canvas) * _three(alpha)
 
 
 def _colour(rng: np.random.Generator) -> Floats:
@@ -205,10 +203,11 @@ def _colour(rng: np.random.Generator) -> Floats:
 def _surface(rng: np.random.Generator, size: tuple[int, ...], under: tuple[float, ...] | None = None) -> Floats:
     """Two colours mixed by a texture [h, w, 3], in [0, 255]; the first is well away from `under`."""
     first = _colour(rng)
-    while under is not None and np.abs(first - under).max() < 60:
+    while under is not None and np.abs(first - under).max() < 75:
         first = _colour(rng)
     step = np.clip(first + rng.normal(0, 45, 3), 0, 255).astype(np.float32) - first
-    return first + _texture(rng, size[0], size[1])[..., None] * step
+    mix = _texture(rng, size[0], size[1])
+    return np.asarray(cv2.merge([start + mix * change for start, change in zip(first, step, strict=True)]))
 
 
 def _texture(rng: np.random.Generator, h: int, w: int) -> Floats:
@@ -224,6 +223,11 @@ def _texture(rng: np.random.Generator, h: int, w: int) -> Floats:
     return np.asarray(np.clip(0.5 + 2 * wave, 0, 1))
 
 
+def _three(grey: Floats) -> Floats:
+    """[h, w] to [h, w, 3]; a real copy, because numpy is slow at broadcasting along so short an axis."""
+    return np.asarray(cv2.merge([grey, grey, grey]), dtype=np.float32)
+
+
 def _noise(rng: np.random.Generator, h: int, w: int, cell: int) -> Floats:
     """Smooth noise [h, w], about in [0, 1], with bumps of about `cell` pixels."""
     grid = rng.random((h // cell + 2, w // cell + 2), dtype=np.float32)
@@ -236,9 +240,9 @@ def _ground(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
     ground = _surface(rng, size)
     if rng.random() < 0.6:
         height = _noise(rng, h, w, max(size) // 2) + 0.5 * _noise(rng, h, w, max(size) // 6)
-        ground += (_surface(rng, size) - ground) * np.clip(20 * (height - 0.75), 0, 1)[..., None]
+        ground += (_surface(rng, size) - ground) * _three(np.clip(20 * (height - 0.75), 0, 1))
     canvas = np.clip(ground, 0, 255).astype(np.uint8)
-    for _ in range(int(rng.integers(0, 11))):
+    for _ in range(int(rng.integers(0, 8))):
         colour, thick = _colour(rng).tolist(), int(rng.integers(1, 5))
         x, y, u, v = (int(rng.integers(n)) for n in (w, h, w, h))
         kind = ("stroke", "arc", "letter")[int(rng.integers(3))]
@@ -257,8 +261,8 @@ def _photograph(rng: np.random.Generator, canvas: Floats) -> Pixels:
     """Uneven light, contrast, brightness, blur and sensor noise; [h, w, 3]."""
     h, w = canvas.shape[:2]
     light = (1 + rng.uniform(0, 0.6) * (_noise(rng, h, w, max(h, w)) - 0.5)).astype(np.float32)
-    picture = 128 + (canvas * light[..., None] - 128) * rng.uniform(0.6, 1.1) + rng.uniform(-30, 30)
+    picture = 128 + (canvas * _three(light) - 128) * rng.uniform(0.7, 1.1) + rng.uniform(-25, 25)
     if rng.random() < 0.5:
-        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.2)), dtype=np.float32)
-    picture += rng.standard_normal((h, w, 1), dtype=np.float32) * np.float32(rng.uniform(1, 12))
+        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.0)), dtype=np.float32)
+    picture += _three(rng.standard_normal((h, w), dtype=np.float32) * np.float32(rng.uniform(1, 10)))
     return np.asarray(np.clip(picture + 0.5, 0, 255), dtype=np.uint8)

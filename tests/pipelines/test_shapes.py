@@ -11,7 +11,7 @@ from kdpipe.pipelines import shapes
 from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
 from pycocotools.coco import COCO
 
-TRAIN, VAL = 40, 12
+TRAIN, VAL = 24, 12
 CutOut: TypeAlias = tuple[shapes.Mask, shapes.Floats]
 
 
@@ -101,8 +101,8 @@ def test_boxes_match_the_drawn_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(shapes, "_cut_out", watched_cut_out)
     monkeypatch.setattr(shapes, "_paint", watched_paint)
-    objects = [item for seed in range(25) for item in shapes._draw_picture(np.random.default_rng(seed), (192, 256))[1]]
-    assert len(objects) > 80
+    objects = [item for seed in range(15) for item in shapes._draw_picture(np.random.default_rng(seed), (192, 256))[1]]
+    assert len(objects) > 45
     np.testing.assert_allclose(extents, [item["bbox"] for item in objects], atol=2)
 
 
@@ -139,7 +139,7 @@ def test_no_object_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(shapes, "_cut_out", watched_cut_out)
     monkeypatch.setattr(shapes, "_paint", watched_paint)
-    for seed in range(25):
+    for seed in range(15):
         placed.clear()
         shapes._draw_picture(np.random.default_rng(seed), (192, 256))
         for number, pixels in enumerate(placed):
@@ -147,19 +147,19 @@ def test_no_object_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_colour_does_not_tell_the_class() -> None:
-    """Mean colour and spread of painted objects, 250 of each class, agree within sampling error."""
+    """Mean colour and spread of painted objects, 150 of each class, agree within sampling error."""
     means, spreads = [], []
     for label in range(len(CLASS_NAMES)):
         rng = np.random.default_rng([5, label])
         colours = []
-        for _ in range(250):
+        for _ in range(150):
             _, alpha = shapes._cut_out(rng, label, shapes._log_uniform(rng, 12, 60))
             canvas = np.full((*alpha.shape, 3), 128, dtype=np.float32)
             shapes._paint(rng, canvas, alpha)
             colours.append(canvas[alpha >= 0.5].mean(axis=0))
         means.append(np.mean(colours, axis=0))
         spreads.append(np.std(colours, axis=0))
-    error = np.mean(spreads) / 250**0.5
+    error = np.mean(spreads) / 150**0.5
     assert np.mean(spreads) > 40
     assert np.ptp(means, axis=0).max() < 5.5 * error
     assert np.ptp(spreads, axis=0).max() < 5.5 * error
