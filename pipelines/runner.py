@@ -1,7 +1,6 @@
 """mmengine's Runner behind a quiet console, and the hooks that every training of kdpipe carries."""
 
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -17,24 +16,21 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-__all__ = ["Bfloat16OptimWrapper", "PlainCheckpointHook", "ProgressHook", "QuietRunner", "preload_workers"]
+from kdpipe.pipelines.console import progress_bar
 
-
-def preload_workers() -> None:
-    """Let the fork server import what loader workers need, so that starting one costs a fork, not an import."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["kdpipe.pipelines.worker"])
+__all__ = ["Bfloat16OptimWrapper", "PlainCheckpointHook", "ProgressHook", "QuietRunner"]
 
 
 class QuietRunner(Runner):  # type: ignore[misc]
-    """mmengine's Runner, whose log goes to the file in the work directory; the console shows warnings only."""
+    """mmengine's Runner, whose log goes to the file in the work directory; the console shows errors only."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
-                handler.setLevel(logging.WARNING)
+                handler.setLevel(logging.ERROR)
         return logger
 
 
@@ -118,39 +114,36 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self._last = 0.0
 
     def before_train(self, runner: Any) -> None:
-        if not is_main_process():
-            return
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.task = self.progress.add_task(
-            f"train {self.name}", total=runner.max_iters, completed=runner.iter, rate="starting"
-        )
-        self.progress.start()
+        self._start(runner.max_iters, runner.iter)
+
+    def _start(self, total: int, done: int) -> None:
+        if is_main_process():
+            self.progress = progress_bar(self.console)
+            self.task = self.progress.add_task(self.name, total=total, completed=done, rate="starting")
+            self.progress.start()
+        self._last = time.perf_counter()
+
+    def _tick(self, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if batch_idx:  # the first step of a pass also waits for the loader to start
+            self.step_times.append(now - self._last)
+        self._last = now
+
+    def _advance(self, done: int) -> None:
+        if self.progress is not None:
+            recent = self.step_times[-20:]
+            rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
+            self.progress.update(self.task, completed=done, rate=rate)
 
     def before_train_epoch(self, runner: Any) -> None:
         self._epoch_losses = []
         self._epoch_start = self._last = time.perf_counter()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        now = time.perf_counter()
-        if batch_idx:  # the first step of an epoch also waits for the loader to start
-            self.step_times.append(now - self._last)
-        self._last = now
+        self._tick(batch_idx)
         if outputs and "loss" in outputs:
             self._epoch_losses.append(outputs["loss"].detach())
-        if self.progress is not None:
-            recent = self.step_times[-20:]
-            rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
-            self.progress.update(self.task, completed=runner.iter + 1, rate=rate)
+        self._advance(runner.iter + 1)
 
     def after_train_epoch(self, runner: Any) -> None:
         if self.progress is None or not self._epoch_losses:
@@ -166,6 +159,16 @@ class ProgressHook(Hook):  # type: ignore[misc]
             self.progress.console.print(f"{self.name}: AP {metrics['coco/bbox_mAP']:.3f}")
 
     def after_train(self, runner: Any) -> None:
+        self.close()
+
+    def before_test(self, runner: Any) -> None:
+        self._start(len(runner.test_dataloader), 0)
+
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._tick(batch_idx)
+        self._advance(batch_idx + 1)
+
+    def after_test(self, runner: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -15,6 +15,8 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 
+from kdpipe.cache.reader import open_cache
+
 __all__ = ["EpochSampler", "SeedEpochHook", "SeededDataset", "seed_everything"]
 
 
@@ -33,12 +35,17 @@ class SeededDataset:
     Args:
         dataset: Config of the mmdet data set.
         seed: Seed of the run.
+        only_in: Path of a cache; images that it does not hold are left out.
     """
 
-    def __init__(self, dataset: dict[str, Any], seed: int) -> None:
+    def __init__(self, dataset: dict[str, Any], seed: int, only_in: str | None = None) -> None:
         self.dataset = DATASETS.build(dataset)
         self.dataset.full_init()
         self.seed = seed
+        if only_in is not None:
+            cache = open_cache(only_in)
+            known = [i for i in range(len(self.dataset)) if self.dataset.get_data_info(i)["img_id"] in cache]
+            self.dataset.get_subset_(known)
 
     @property
     def metainfo(self) -> dict[str, Any]:

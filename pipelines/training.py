@@ -1,11 +1,13 @@
 """From a detector's config to a finished training: what `train-teacher` and `train-student` share."""
 
+import contextlib
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 
@@ -15,12 +17,14 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.checkpoints import register_safe_types
-from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.runner import PlainCheckpointHook, ProgressHook, QuietRunner, preload_workers
+from kdpipe.pipelines.configs import apply_options, set_num_classes
+from kdpipe.pipelines.datasets import DetectionData, check_classes
+from kdpipe.pipelines.runner import PlainCheckpointHook, ProgressHook, QuietRunner
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedEpochHook
 from kdpipe.pipelines.transforms import set_scale
+from kdpipe.pipelines.worker import init_worker, preload_workers
 
-__all__ = ["Recipe", "TrainingResult", "detector_config", "run_training"]
+__all__ = ["Recipe", "TrainingResult", "detector_config", "run_training", "train_detector"]
 
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
@@ -90,6 +94,7 @@ def detector_config(config: Config, train: DetectionData, val: DetectionData | N
         "persistent_workers": workers > 0,
         "multiprocessing_context": "forkserver" if workers else None,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": {"type": init_worker.__name__},
     }
     cfg.train_dataloader = {
         "batch_size": recipe.batch_size,
@@ -188,6 +193,38 @@ def _dataset(cfg: Config, loader: str, data: DetectionData, recipe: Recipe) -> d
     return {**_coco_dataset(data), "pipeline": pipeline}
 
 
+def train_detector(
+    config: Config,
+    train: DetectionData,
+    val: DetectionData | None,
+    recipe: Recipe,
+    work_dir: Path,
+    *,
+    resume: bool,
+    console: Console,
+) -> TrainingResult:
+    """Train a plain detector; its newest checkpoint is `teacher.pth`.
+
+    Args:
+        config: mmdet config of the detector; its number of classes follows the data.
+        train: Training images.
+        val: Validation images, or None.
+        recipe: Schedule and options.
+        work_dir: Where logs and checkpoints go.
+        resume: Go on from the newest checkpoint in `work_dir`.
+        console: Where progress is shown.
+
+    Raises:
+        KdpipeError: Anything that does not fit, before the first step.
+    """
+    if val is not None:
+        check_classes(val, train.class_names, f"the training images {train.ann_file}")
+    cfg = detector_config(config, train, val, recipe)
+    set_num_classes(cfg.model, len(train.class_names))
+    cfg = apply_options(cfg, recipe.options)
+    return run_training(cfg, cfg.copy(), work_dir, name="teacher", resume=resume, console=console)
+
+
 def run_training(
     cfg: Config,
     recorded: Config,
@@ -196,7 +233,7 @@ def run_training(
     name: str,
     resume: bool,
     console: Console,
-    hooks: Sequence[Any] = (),
+    only_in: Path | None = None,
 ) -> TrainingResult:
     """Train by mmengine's Runner.
 
@@ -207,7 +244,7 @@ def run_training(
         name: `student` or `teacher`; names the plain checkpoint.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
-        hooks: Further hooks.
+        only_in: Train on the images that this cache holds, and leave out the others.
 
     Raises:
         KdpipeError: `resume` without a checkpoint, or a work directory that already holds a training.
@@ -228,16 +265,21 @@ def run_training(
         "type": SeededDataset.__name__,
         "dataset": cfg.train_dataloader.dataset,
         "seed": cfg.randomness.seed,
+        "only_in": only_in and str(only_in.resolve()),
     }
     runner = QuietRunner.from_cfg(cfg)
     runner.cfg = recorded
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
-    for hook in hooks:
-        runner.register_hook(hook)
     try:
-        runner.train()
+        with contextlib.redirect_stdout(None):  # pycocotools prints its tables; they are in the log, too
+            runner.train()
+    except URLError as error:
+        raise KdpipeError(
+            f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
+            f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
+        ) from error
     finally:
         progress.close()
     metrics = {key: float(value.current()) for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}

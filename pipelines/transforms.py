@@ -4,11 +4,19 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from kdpipe.cache.errors import KdpipeError
+import numpy as np
+import torch
+from mmdet.registry import TRANSFORMS
 
-__all__ = ["set_scale"]
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.reader import open_cache
+from kdpipe.distill.targets import MISSING_VIEWS, read_roi_targets
+
+__all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
 
 _RESIZES = ("Resize", "RandomResize", "RandomChoiceResize", "FixScaleResize")
+_MIXES = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp", "CopyPaste", "InstaBoost", "Albu", "CutOut")
+_PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
 
 def set_scale(
@@ -36,3 +44,76 @@ def set_scale(
     result = copy.deepcopy(list(pipeline))
     result[places[0]] = resize
     return result
+
+
+@TRANSFORMS.register_module()
+class AddTeacherTargets:
+    """Puts the teacher's cached targets of an image beside the packed sample. The last transform of a pipeline.
+
+    Runs in loader workers: cached boxes are sampled there, so that only what the losses need is read and moved.
+
+    Args:
+        cache: Path of the cache.
+        needs: What the losses read: some of `logits`, `deltas`, `embeddings`, `features`.
+        num: RoIs sampled per image.
+        positive_fraction: Largest share of positives among them.
+        missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+    """
+
+    def __init__(
+        self,
+        cache: str,
+        needs: Sequence[str],
+        num: int = 512,
+        positive_fraction: float = 0.25,
+        missing_view: str = "mirror",
+    ) -> None:
+        if missing_view not in MISSING_VIEWS:
+            raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
+        self.cache = open_cache(cache)
+        self.needs = frozenset(needs)
+        self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        sample = results["data_samples"]
+        truth = sample.gt_instances
+        boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
+        results["targets"] = read_roi_targets(
+            self.cache,
+            sample.img_id,
+            np.asarray(sample.homography_matrix, dtype=np.float64),
+            sample.img_shape,
+            boxes,
+            truth.labels,
+            needs=self.needs,
+            num=self.num,
+            positive_fraction=self.positive_fraction,
+            missing_view=self.missing_view,
+            generator=torch.default_generator,
+        )
+        return results
+
+
+def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> list[Any]:
+    """A training pipeline whose samples carry the teacher's targets.
+
+    Args:
+        pipeline: Ends with mmdet's `PackDetInputs`.
+        transform: Config of `AddTeacherTargets`.
+
+    Raises:
+        KdpipeError: The pipeline ends otherwise, or mixes several images into one.
+    """
+    names = [step["type"] for step in pipeline]
+    mixing = [name for name in names if name in _MIXES]
+    if mixing:
+        raise KdpipeError(
+            f"The training pipeline uses {', '.join(mixing)}, which mixes several images or loses where a pixel came "
+            "from; cached targets belong to one image. Remove it from the student's config."
+        )
+    if names[-1] != "PackDetInputs":
+        raise KdpipeError(f"The training pipeline ends with {names[-1]}; expected PackDetInputs.")
+    result = copy.deepcopy(list(pipeline))
+    keys = tuple(result[-1].get("meta_keys", _PACKED))
+    result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, "homography_matrix", "img_id", "img_shape"]))
+    return [*result, transform]

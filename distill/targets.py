@@ -1,0 +1,191 @@
+"""What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.targets import TeacherTargets
+from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
+from kdpipe.distill.rois import assign_levels, roi_align_assigned, sample_rois
+from torch import Tensor
+
+MISSING_VIEWS = ("mirror", "skip")
+
+
+@dataclass(frozen=True)
+class RoiTargets:
+    """S sampled RoIs of one image; the P positives come first.
+
+    Attributes:
+        boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), pixels of the student's network input.
+        labels: Tensor[S] int64, number of classes = background.
+        num_positive: P.
+        view: `exact`, `mirrored` or `skipped` (S = 0).
+        logits: Tensor[S, K + 1] in storage type, or None.
+        deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
+        embeddings: Tensor[S, D] in storage type, or None.
+        teacher: What the teacher's features of the positives come from, or None where no loss asks for them.
+        teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    num_positive: int
+    view: str
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+    embeddings: Tensor | None = None
+    teacher: TeacherTargets | None = None
+    teacher_boxes: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "RoiTargets":
+        """The same on another device; stored types stay as they are, int8 included."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RoiTargets":
+        """The same in page-locked memory; torch's DataLoader calls this."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    """Apply a function to every tensor of a dataclass, and of the dataclasses and tuples inside it."""
+    changed = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            changed[field.name] = function(item)
+        elif isinstance(item, TeacherTargets):
+            changed[field.name] = _map_tensors(item, function)
+        elif isinstance(item, tuple) and any(isinstance(part, Tensor) for part in item):
+            changed[field.name] = tuple(function(part) if isinstance(part, Tensor) else part for part in item)
+    return replace(value, **changed)
+
+
+def read_roi_targets(
+    cache: TeacherCache,
+    image_id: int,
+    matrix: npt.NDArray[np.float64],
+    size: tuple[int, int],
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    *,
+    needs: Collection[str],
+    num: int,
+    positive_fraction: float,
+    missing_view: str,
+    generator: torch.Generator,
+) -> RoiTargets:
+    """Sample cached boxes of one image and read what the losses need of them, and nothing else.
+
+    Args:
+        cache: The teacher's cache.
+        image_id: COCO image id.
+        matrix: `[3, 3]` original pixels -> the student's network input.
+        size: `(h, w)` of the student's network input without padding.
+        gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
+        gt_labels: Tensor[G] int64.
+        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
+        num: RoIs to sample.
+        positive_fraction: Largest share of positives.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+        generator: Source of randomness.
+
+    Raises:
+        CacheError: The image is not in the cache, or its data is damaged.
+        ViewError: The student's view is rotated, sheared or upside down.
+    """
+    spec = cache.spec
+    flipped = is_flipped(matrix)
+    view = "hflip" if flipped and "hflip" in spec.views else spec.views[0]
+    mirrored = flipped != (view == "hflip")
+    if mirrored and missing_view == "skip":
+        return _no_rois(spec, needs)
+
+    known = cache.targets(image_id, view, fields=("boxes",))
+    boxes = map_boxes(known.boxes, matrix)
+    visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
+    sample = sample_rois(
+        boxes[visible],
+        int((visible < known.num_proposals).sum()),
+        gt_boxes,
+        gt_labels,
+        num=num,
+        positive_fraction=positive_fraction,
+        num_classes=spec.num_classes,
+        generator=generator,
+    )
+    rows = visible[sample.rows]
+    num_positive = int(sample.positive.sum())
+    said = cache.targets(
+        image_id, view, fields=[name for name in ("logits", "deltas", "embeddings") if name in needs], rois=rows.numpy()
+    )
+    deltas = said.deltas
+    if deltas is not None and mirrored:
+        deltas = mirror_deltas(deltas)
+    targets = RoiTargets(
+        boxes=sample.boxes,
+        labels=sample.labels,
+        num_positive=num_positive,
+        view="mirrored" if mirrored else "exact",
+        logits=said.logits,
+        deltas=deltas,
+        embeddings=said.embeddings,
+    )
+    if "features" not in needs:
+        return targets
+    positives = rows[:num_positive]
+    teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
+    if "features" in spec.fields:
+        levels = assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).unique().tolist()
+        teacher = cache.targets(image_id, view, fields=("features",), levels=levels)
+    else:
+        teacher = cache.targets(image_id, view, fields=("roi_features",), rois=positives.numpy())
+    return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)
+
+
+def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
+    """The targets of an image that has none."""
+    classes = 1 if spec.class_agnostic else spec.num_classes
+    return RoiTargets(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        num_positive=0,
+        view="skipped",
+        logits=torch.zeros(0, spec.num_classes + 1) if "logits" in needs else None,
+        deltas=torch.zeros(0, classes, 4) if "deltas" in needs else None,
+        embeddings=torch.zeros(0, spec.embedding_dim) if "embeddings" in needs else None,
+    )
+
+
+def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
+    """The teacher's RoI features of the positives, in the student's orientation.
+
+    By RoIAlign on the cached pyramid with the teacher's own extractor settings, or as cached in the `roi` tier.
+
+    Returns:
+        Tensor[P, C, size, size] float32 on the targets' device.
+    """
+    if targets.teacher is None or targets.num_positive == 0:
+        return targets.boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)
+    teacher = targets.teacher
+    if teacher.features is None:
+        features = teacher.rois()
+    else:
+        assert targets.teacher_boxes is not None
+        pyramid = [None if level is None else level[None] for level in teacher.pyramid()[: spec.roi_levels]]
+        rois = torch.cat([torch.zeros_like(targets.teacher_boxes[:, :1]), targets.teacher_boxes], dim=1)  # [P, 5]
+        features = roi_align_assigned(
+            pyramid,
+            spec.strides[: spec.roi_levels],
+            rois,
+            spec.finest_scale,
+            spec.roi_size,
+            spec.roi_sampling_ratio,
+            spec.roi_aligned,
+        )
+    return mirror_features(features) if targets.view == "mirrored" else features

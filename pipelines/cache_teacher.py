@@ -1,0 +1,213 @@
+"""`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmengine.config import Config
+from rich.console import Console
+
+from kdpipe.cache.fingerprint import digest_tensors
+from kdpipe.cache.plan import ImageInfo, raw_bytes
+from kdpipe.cache.reader import open_cache
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.writer import CacheWriter
+from kdpipe.pipelines.checkpoints import Checkpoint, class_names
+from kdpipe.pipelines.console import bytes_text, progress_bar
+from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
+from kdpipe.pipelines.layouts import test_scale
+from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
+
+__all__ = ["CacheOptions", "CachingResult", "cache_teacher"]
+
+_READ_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is cached of a teacher, and how.
+
+    Attributes:
+        tier: One of `TIERS`.
+        dtype: One of `DTYPES`.
+        codec: One of `CODECS`.
+        proposals: The teacher's best proposals kept per image.
+        views: Some of `VIEWS`.
+        scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
+        part_size: Raw bytes per part, the unit of commit and of resuming.
+        skip_bad_images: Go on past unreadable images, and record them.
+    """
+
+    tier: str = "pyramid"
+    dtype: str = "int8"
+    codec: str = "zstd"
+    proposals: int = 512
+    views: tuple[str, ...] = ("identity",)
+    scale: tuple[int, int] | None = None
+    part_size: int = 1 << 30
+    skip_bad_images: bool = False
+
+
+@dataclass(frozen=True)
+class CachingResult:
+    """What a run of `cache_teacher` did.
+
+    Attributes:
+        path: The cache.
+        images: Images in it.
+        new_images: Images that this run added.
+        skipped: Unreadable images that it records.
+        seconds: Duration of the run, from the first image on.
+        disk_bytes: Bytes of all its files.
+        raw_bytes: Bytes before compression.
+    """
+
+    path: Path
+    images: int
+    new_images: int
+    skipped: int
+    seconds: float
+    disk_bytes: int
+    raw_bytes: int
+
+
+def cache_teacher(
+    checkpoint: Checkpoint,
+    cfg: Config,
+    data: DetectionData,
+    out: Path,
+    options: CacheOptions,
+    *,
+    source: dict[str, Any],
+    device: torch.device,
+    console: Console,
+) -> CachingResult:
+    """Run the teacher once over a data set and keep what it says.
+
+    Stopped at any moment, the cache stays valid, and the same call goes on with it.
+
+    Args:
+        checkpoint: The teacher's.
+        cfg: Its config, as `teacher_config` gives it.
+        data: Images and annotations.
+        out: Where the cache is or will be.
+        options: What is kept.
+        source: Where the data came from, recorded for `train-student`.
+        device: Where the teacher runs.
+        console: Where progress is shown.
+
+    Raises:
+        KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, a full disk.
+    """
+    scale = options.scale or _test_scale(cfg)
+    teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
+    if teacher.num_classes != len(data.class_names):
+        raise TeacherError(
+            f"The teacher knows {teacher.num_classes} classes and {data.ann_file} has {len(data.class_names)} "
+            f"({', '.join(data.class_names[:8])}). Cache it on a data set with the classes that it was trained on."
+        )
+    known = class_names(checkpoint)
+    if known is not None:
+        check_classes(data, known, f"the teacher {checkpoint.path.name}")
+    spec = teacher.spec(
+        tier=options.tier,
+        dtype=options.dtype,
+        codec=options.codec,
+        class_names=data.class_names,
+        category_ids=data.category_ids,
+        proposals=options.proposals,
+        views=options.views,
+        scale=scale,
+    )
+    identity = {"teacher": digest_tensors(teacher.model.state_dict()), "data": data.digest()}
+    metadata = {
+        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
+        "data": source,
+    }
+    writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
+    writer.write_head(teacher.head_state())
+    new_images, seconds = _fill(writer, teacher, data, spec, options, console)
+    cache = open_cache(out)
+    return CachingResult(
+        path=out,
+        images=len(cache),
+        new_images=new_images,
+        skipped=len(cache.skipped),
+        seconds=seconds,
+        disk_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        raw_bytes=sum(raw_bytes(data.images, spec).values()),
+    )
+
+
+def _test_scale(cfg: Config) -> tuple[int, int]:
+    scale, keep_ratio = test_scale(cfg)
+    if not keep_ratio:
+        raise TeacherError(
+            f"The teacher's test pipeline resizes to {scale[0]}x{scale[1]} without keeping the ratio. Give --scale WxH "
+            "to cache it with the ratio kept."
+        )
+    return scale
+
+
+def _fill(
+    writer: CacheWriter, teacher: Teacher, data: DetectionData, spec: CacheSpec, options: CacheOptions, console: Console
+) -> tuple[int, float]:
+    """Write all parts that are missing; returns images added, and seconds."""
+    pending = writer.pending()
+    todo = sum(len(writer.parts[index]) for index in pending)
+    if todo < len(data.images):
+        console.print(f"{len(data.images) - todo} of {len(data.images)} images are cached already")
+    start, done, written = time.perf_counter(), 0, 0
+    with progress_bar(console) as progress:
+        task = progress.add_task("cache teacher", total=todo, rate="starting")
+        for index in pending:
+            images = [data.images[i] for i in writer.parts[index]]
+            with writer.part(index) as part:
+                for info, image in _read_ahead(images, data.img_dir):
+                    if isinstance(image, ImageError):
+                        if not options.skip_bad_images:
+                            raise image
+                        console.print(f"skipped: {image}")
+                        part.skip(info.image_id, info.file_name, str(image))
+                    else:
+                        for view in spec.views:
+                            record = teacher.record(
+                                image,
+                                data.gt_boxes(info.image_id),
+                                spec=spec,
+                                image_id=info.image_id,
+                                file_name=info.file_name,
+                                view=view,
+                            )
+                            part.add(record)
+                        written += sum(raw_bytes([info], spec).values())
+                    done += 1
+                    seconds = time.perf_counter() - start
+                    rate = f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s"
+                    progress.update(task, completed=done, rate=rate)
+    return done, time.perf_counter() - start
+
+
+def _read_ahead(
+    images: Sequence[ImageInfo], folder: Path
+) -> Iterator[tuple[ImageInfo, npt.NDArray[np.uint8] | ImageError]]:
+    """Decode images on a thread, a few ahead of the teacher; an unreadable one is given as its error."""
+
+    def read(info: ImageInfo) -> npt.NDArray[np.uint8] | ImageError:
+        try:
+            return read_image(folder / info.file_name, (info.height, info.width))
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-read") as pool:
+        ahead: list[Future[npt.NDArray[np.uint8] | ImageError]] = [pool.submit(read, x) for x in images[:_READ_AHEAD]]
+        for i, info in enumerate(images):
+            if i + _READ_AHEAD < len(images):
+                ahead.append(pool.submit(read, images[i + _READ_AHEAD]))
+            yield info, ahead.pop(0).result()

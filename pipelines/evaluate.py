@@ -1,0 +1,102 @@
+"""`kdpipe evaluate`: the COCO AP of a checkpoint."""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from rich.console import Console
+from rich.table import Table
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
+from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
+from kdpipe.pipelines.datasets import check_classes, load_coco
+from kdpipe.pipelines.layouts import dataset_paths
+from kdpipe.pipelines.runner import ProgressHook, QuietRunner
+from kdpipe.pipelines.training import set_validation
+
+__all__ = ["evaluate", "metrics_table"]
+
+_ROWS = {
+    "AP": "bbox_mAP",
+    "AP50": "bbox_mAP_50",
+    "AP75": "bbox_mAP_75",
+    "AP small": "bbox_mAP_s",
+    "AP medium": "bbox_mAP_m",
+    "AP large": "bbox_mAP_l",
+}
+
+
+def evaluate(
+    ckpt: Path,
+    *,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    scale: tuple[int, int] | None,
+    batch_size: int,
+    trust: bool,
+    console: Console,
+) -> dict[str, float]:
+    """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
+
+    Args:
+        ckpt: Checkpoint of any mmdet detector.
+        config: Its config; None reads it from the checkpoint.
+        ann_file: COCO JSON; None takes the validation images of the config.
+        img_dir: Folder of the images.
+        scale: `(w, h)` of the network input; None takes the config's.
+        batch_size: Images per forward pass.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+        console: Where progress is shown.
+
+    Returns:
+        mmdet's metric names without prefix (`bbox_mAP`, ...) -> value.
+
+    Raises:
+        KdpipeError: Bad checkpoint, config or data.
+    """
+    checkpoint = load_checkpoint(ckpt, trust=trust)
+    cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
+    if cfg is None:
+        raise KdpipeError(f"{ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
+    if ann_file is None or img_dir is None:
+        paths = dataset_paths(cfg, "val")
+        if paths is None or ann_file is not None or img_dir is not None or not paths[0].exists():
+            raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
+        ann_file, img_dir = paths
+    data = load_coco(ann_file, img_dir)
+    if (known := class_names(checkpoint)) is not None:
+        check_classes(data, known, f"the checkpoint {ckpt.name}")
+    register_all_modules(init_default_scope=True)
+    set_num_classes(cfg.model, len(data.class_names))
+    model = MODELS.build(cfg.model)
+    load_strict(model, checkpoint.state_dict)
+    set_validation(cfg, data, scale, batch_size, {"num_workers": 0, "pin_memory": torch.cuda.is_available()})
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        runner = QuietRunner(
+            model=model,
+            work_dir=folder,
+            test_dataloader=cfg.test_dataloader,
+            test_evaluator=cfg.test_evaluator,
+            test_cfg=cfg.test_cfg,
+            default_scope="mmdet",
+        )
+        progress = ProgressHook(console, "evaluate")
+        runner.register_hook(progress)
+        try:
+            metrics = runner.test()
+        finally:
+            progress.close()
+    return {key.removeprefix("coco/"): float(value) for key, value in metrics.items()}
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """AP over IoU and over object sizes."""
+    table = Table(*_ROWS)
+    table.add_row(*(f"{metrics[key]:.3f}" for key in _ROWS.values()))
+    return table

@@ -1,0 +1,247 @@
+"""The teacher: any mmdet two-stage detector with a shared-FC box head, asked for all it has to say of one image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mmcv
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox2roi
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import Tensor
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.views import input_size, map_boxes, view_matrix
+from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
+from kdpipe.pipelines.configs import config_from_checkpoint, find_config
+from kdpipe.pipelines.layouts import for_inference
+
+__all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
+
+# Branches of a teacher that say nothing of boxes: not built, and allowed to be left over in its checkpoint.
+_MASK_BRANCHES = ("mask_roi_extractor", "mask_head", "shared_head_mask")
+
+
+class TeacherError(KdpipeError):
+    """The teacher cannot be built, loaded or cached."""
+
+
+def teacher_config(checkpoint: Checkpoint, config: str | None) -> Config:
+    """The teacher's config: the one named, or the one that its checkpoint carries.
+
+    Raises:
+        TeacherError: neither is there.
+    """
+    found = find_config(config) if config else config_from_checkpoint(checkpoint)
+    if found is None:
+        raise TeacherError(
+            f"{checkpoint.path} carries no config (expected the text in meta['cfg'] or meta['config']). "
+            "Name it: --config faster-rcnn_x101-64x4d_fpn_1x_coco, or a path to a config file."
+        )
+    return for_inference(found)
+
+
+def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, device: torch.device) -> "Teacher":
+    """Build the teacher and load its weights strictly.
+
+    Args:
+        checkpoint: Of an mmdet detector.
+        config: Its config, as `teacher_config` gives it.
+        proposals: How many of its proposals are kept per image.
+        device: Where it runs.
+
+    Raises:
+        TeacherError: the model is of a family that cannot teach.
+        KdpipeError: weights are missing, unexpected or mis-shaped.
+    """
+    register_all_modules(init_default_scope=True)
+    model_config = config.model.copy()
+    if "test_cfg" in model_config and "rpn" in model_config.test_cfg:
+        rpn = model_config.test_cfg.rpn
+        rpn.max_per_img = proposals
+        rpn.nms_pre = max(rpn.get("nms_pre", proposals), proposals)
+    ignore: tuple[str, ...] = ()
+    roi_head = model_config.get("roi_head", {})
+    if "mask_head" in roi_head:
+        ignore = tuple(f"roi_head.{branch}." for branch in _MASK_BRANCHES)
+        for branch in _MASK_BRANCHES:
+            roi_head.pop(branch, None)
+    model_config.pop("init_cfg", None)
+    if "backbone" in model_config:
+        model_config.backbone.pop("init_cfg", None)
+    model = MODELS.build(model_config)
+    _check_family(model)
+    load_strict(model, checkpoint.state_dict, ignore_prefixes=ignore)
+    return Teacher(model.to(device).eval(), device)
+
+
+def _check_family(model: Any) -> None:
+    """Refuse what is not a two-stage detector with a shared-FC box head.
+
+    Raises:
+        TeacherError: naming what was found and what was expected.
+    """
+    expected = (
+        "Expected a two-stage detector (Faster R-CNN, Mask R-CNN) with a pyramid, a StandardRoIHead, one "
+        "SingleRoIExtractor with RoIAlign, and a box head with shared fully connected layers (Shared2FCBBoxHead)."
+    )
+    if not isinstance(model, TwoStageDetector) or not model.with_neck:
+        raise TeacherError(f"The teacher is a {type(model).__name__}. {expected}")
+    head = model.roi_head
+    parts = (
+        (head, StandardRoIHead),
+        (getattr(head, "bbox_roi_extractor", None), SingleRoIExtractor),
+        (getattr(head, "bbox_head", None), ConvFCBBoxHead),
+    )
+    for part, kind in parts:
+        if not isinstance(part, kind) or (kind is StandardRoIHead and type(part) is not kind):
+            raise TeacherError(f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {expected}")
+    if head.with_shared_head or not head.bbox_head.num_shared_fcs or not head.bbox_head.with_reg:
+        raise TeacherError(f"The teacher's {type(head.bbox_head).__name__} has no shared fully connected layer. {expected}")
+
+
+class Teacher:
+    """A frozen two-stage detector that answers for one image at a time.
+
+    Images are never batched: padding to a common size would leak into the features.
+
+    Args:
+        model: The detector, in eval mode and on its device.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self._embeddings: Tensor | None = None
+        model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(self._keep_embeddings)
+
+    def _keep_embeddings(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._embeddings = inputs[0]
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.model.roi_head.bbox_head.num_classes)
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Weights and buffers of the RPN and of the RoI head, by their names in the detector's state dict."""
+        return {
+            name: value for name, value in self.model.state_dict().items() if name.startswith(("rpn_head.", "roi_head."))
+        }
+
+    def spec(
+        self,
+        *,
+        tier: str,
+        dtype: str,
+        codec: str,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        proposals: int,
+        views: Sequence[str],
+        scale: tuple[int, int],
+    ) -> CacheSpec:
+        """What a cache of this teacher holds."""
+        head = self.model.roi_head.bbox_head
+        extractor = self.model.roi_head.bbox_roi_extractor
+        align = extractor.roi_layers[0]
+        generator = self.model.rpn_head.prior_generator
+        return CacheSpec(
+            tier=tier,
+            dtype=dtype,
+            codec=codec,
+            class_names=tuple(class_names),
+            category_ids=tuple(category_ids),
+            channels=extractor.out_channels,
+            strides=tuple(int(stride[0]) for stride in generator.strides),
+            roi_levels=extractor.num_inputs,
+            finest_scale=extractor.finest_scale,
+            roi_size=int(align.output_size[0]),
+            roi_sampling_ratio=align.sampling_ratio,
+            roi_aligned=align.aligned,
+            embedding_dim=head.fc_cls.in_features,
+            box_means=tuple(float(value) for value in head.bbox_coder.means),
+            box_stds=tuple(float(value) for value in head.bbox_coder.stds),
+            class_agnostic=head.reg_class_agnostic,
+            proposals=proposals,
+            views=tuple(views),
+            scale=scale,
+        )
+
+    @torch.inference_mode()
+    def record(
+        self,
+        image: npt.NDArray[np.uint8],
+        gt_boxes: npt.NDArray[np.float32],
+        *,
+        spec: CacheSpec,
+        image_id: int,
+        file_name: str,
+        view: str,
+    ) -> TeacherRecord:
+        """Everything the teacher says of one image in one view.
+
+        Args:
+            image: `[h, w, 3]` uint8, BGR, as `read_image` gives it.
+            gt_boxes: `[G, 4]` (x1, y1, x2, y2) in original pixels.
+            spec: What is asked for.
+            image_id: COCO image id.
+            file_name: The image's name in the data set.
+            view: One of `spec.views`.
+        """
+        original = (image.shape[0], image.shape[1])
+        size = input_size(original, spec.scale)
+        matrix = view_matrix(original, size, view == "hflip")
+        pyramid, sample = self.pyramid(image, size, view == "hflip")
+        proposals = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
+        truth = map_boxes(torch.from_numpy(gt_boxes).reshape(-1, 4), matrix).to(proposals)
+        boxes = torch.cat([proposals, truth])  # [R, 4]
+        result = self.model.roi_head._bbox_forward(pyramid, bbox2roi([boxes]))
+        classes = 1 if spec.class_agnostic else spec.num_classes
+        return TeacherRecord(
+            image_id=image_id,
+            view=view,
+            file_name=file_name,
+            original_size=original,
+            input_size=size,
+            num_proposals=len(proposals),
+            boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
+            logits=result["cls_score"],  # [R, K + 1]
+            deltas=result["bbox_pred"].reshape(-1, classes, 4),
+            embeddings=self._embeddings if "embeddings" in spec.fields else None,
+            roi_features=result["bbox_feats"] if "roi_features" in spec.fields else None,
+            features=tuple(level[0] for level in pyramid) if "features" in spec.fields else None,
+        )
+
+    def pyramid(
+        self, image: npt.NDArray[np.uint8], size: tuple[int, int], flip: bool
+    ) -> tuple[tuple[Tensor, ...], DetDataSample]:
+        """FPN features of one image, padded as the teacher's preprocessor does it.
+
+        Args:
+            image: `[h, w, 3]` uint8, BGR.
+            size: `(h, w)` of the network input.
+            flip: Mirror the resized image.
+
+        Returns:
+            Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them.
+        """
+        resized = mmcv.imresize(image, (size[1], size[0]), interpolation="bilinear", backend="cv2")
+        if flip:
+            resized = mmcv.imflip(resized, "horizontal")
+        pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        sample = DetDataSample(
+            metainfo={"img_shape": size, "ori_shape": image.shape[:2], "scale_factor": (1.0, 1.0), "flip": flip}
+        )
+        data = self.model.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, training=False)
+        return self.model.extract_feat(data["inputs"]), data["data_samples"][0]

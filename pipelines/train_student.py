@@ -1,0 +1,125 @@
+"""`kdpipe train-student`: train a detector from a cache; the teacher is not needed any more."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from rich.console import Console
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.fingerprint import difference
+from kdpipe.cache.reader import TeacherCache
+from kdpipe.distill.detector import ContractError, DistilledDetector, check_contract, expand_methods, needed_fields
+from kdpipe.pipelines.configs import apply_options, set_num_classes
+from kdpipe.pipelines.datasets import DetectionData, check_classes
+from kdpipe.pipelines.training import Recipe, TrainingResult, detector_config, run_training
+from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
+
+__all__ = ["check_data", "train_student"]
+
+# What `-o distill.…` can change.
+DISTILL_DEFAULTS: dict[str, Any] = {
+    "rois": {"num": 512, "positive_fraction": 0.25},
+    "missing_view": "mirror",
+    "weights": {},
+    "sgfi": {"kernel_size": 1},
+    "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5},
+}
+
+
+def check_data(cache: TeacherCache, data: DetectionData) -> None:
+    """Refuse images and annotations that are not those that the teacher saw.
+
+    Raises:
+        KdpipeError: Naming what differs.
+    """
+    check_classes(data, cache.spec.class_names, f"the cache {cache.path.name}")
+    lines = difference({"data": cache.identity["data"]}, {"data": data.digest()})
+    if not lines:
+        return
+    here = {image.image_id for image in data.images}
+    there = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
+    raise KdpipeError(
+        f"The cache {cache.path} was made from another data set than {data.ann_file}: "
+        f"{len(here - there)} images are only in the annotation file, {len(there - here)} only in the cache"
+        + ("" if here != there else " (the same ids, but other names, sizes or boxes)")
+        + ". Use the annotation file that was cached, or cache the teacher on this one."
+    )
+
+
+def train_student(
+    config: Config,
+    cache: TeacherCache,
+    train: DetectionData,
+    val: DetectionData | None,
+    methods: Sequence[str],
+    recipe: Recipe,
+    work_dir: Path,
+    *,
+    resume: bool,
+    console: Console,
+) -> TrainingResult:
+    """Train a student.
+
+    Args:
+        config: mmdet config of the student.
+        cache: The teacher's cache.
+        train: The images that were cached.
+        val: Validation images, or None.
+        methods: Some of `METHODS`; empty trains without distillation.
+        recipe: Schedule and options.
+        work_dir: Where logs and checkpoints go.
+        resume: Go on from the newest checkpoint in `work_dir`.
+        console: Where progress is shown.
+
+    Raises:
+        KdpipeError: Anything that does not fit, before the first step.
+    """
+    losses = expand_methods(methods)
+    check_contract(cache.spec, losses)
+    check_data(cache, train)
+    if val is not None:
+        check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
+    cfg = detector_config(config, train, val, recipe)
+    set_num_classes(cfg.model, cache.spec.num_classes)
+    cfg.distill = ConfigDict(DISTILL_DEFAULTS)
+    cfg = apply_options(cfg, recipe.options)
+    distill = cfg.pop("distill")
+    recorded = cfg.copy()
+    if losses:
+        _distil(cfg, cache, methods, distill)
+    return run_training(
+        cfg,
+        recorded,
+        work_dir,
+        name="student",
+        resume=resume,
+        console=console,
+        only_in=cache.path if len(cache) < len(train.images) else None,
+    )
+
+
+def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict) -> None:
+    """Wrap the model of a config, and add the targets to its training pipeline."""
+    dataset = cfg.train_dataloader.dataset
+    transform = {
+        "type": AddTeacherTargets.__name__,
+        "cache": str(cache.path.resolve()),
+        "needs": sorted(needed_fields(expand_methods(methods))),
+        **distill.rois,
+        "missing_view": distill.missing_view,
+    }
+    dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
+    unknown = sorted(set(distill) - set(DISTILL_DEFAULTS))
+    if unknown:
+        raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
+    cfg.model = {
+        "type": DistilledDetector.__name__,
+        "student": cfg.model,
+        "spec": cache.spec.to_json(),
+        "methods": list(methods),
+        "weights": distill.weights,
+        "sgfi": distill.sgfi,
+        "ckd": distill.ckd,
+    }
