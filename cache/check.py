@@ -54,13 +54,13 @@ def read_part_record(cache: Path, index: int, images: range) -> dict[str, Any] |
 
 
 def check_sizes(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Lines naming the files of a group that are missing or have another size than recorded. Reads no data."""
+    """Lines naming the files of a group that cannot be found or have another size than recorded. Reads no data."""
     wrong = []
     for name, (size, _) in sorted(record["files"].items()):
         try:
             found = (folder / name).stat().st_size
-        except FileNotFoundError:
-            wrong.append(f"{name} is missing")
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror}")
             continue
         if found != size:
             wrong.append(f"{name} has {found} bytes instead of {size}")

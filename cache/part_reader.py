@@ -1,5 +1,6 @@
 """Reads the arrays of one committed part, and says what is damaged."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 import zarr
 from torch import Tensor
+from zarr.core.sync import sync
 
 from kdpipe.cache.arrays import shard_name
 from kdpipe.cache.check import check_metadata
@@ -44,8 +46,9 @@ class PartReader:
         self._folder, self._number, self._record, self._spec = folder, number, record, spec
         self._arrays = arrays
         self._columns = {name: position for position, name in enumerate(index_columns(spec))}
-        self._index: npt.NDArray[np.int64] = self._read("index", slice(None), [])
-        self._names: npt.NDArray[np.uint8] = self._read("file_names", slice(None), [])
+        everything = self._read({"index": [slice(None)], "file_names": [slice(None)]}, [])
+        self._index: npt.NDArray[np.int64] = everything["index"][0]
+        self._names: npt.NDArray[np.uint8] = everything["file_names"][0]
         self.rows = len(self._index)
         # Index and names are in memory now: only the other arrays are worth keeping open.
         for name in ("index", "file_names"):
@@ -75,70 +78,131 @@ class PartReader:
             level_shapes=tuple(shapes),
         )
 
-    def rois(self, row: int, name: str, selected: npt.NDArray[np.int64] | None) -> Tensor:
-        """Rows of a row array that belong to an index row: all of them, or the selected ones in their order."""
-        entry = self._entry(row)
-        start, stop, image_id = entry["row_start"], entry["row_stop"], entry["image_id"]
-        if selected is None:
-            return torch.from_numpy(self._read(name, slice(start, stop), [image_id]))
-        shape, dtype = self._spec.row_arrays()[name]
-        out = np.empty((len(selected), *shape), dtype=dtype)
-        wanted, place = np.unique(selected, return_inverse=True)
-        gap = max(1, _GAP_BYTES // self._spec.row_bytes()[name])
-        splits = np.flatnonzero(np.diff(wanted) > gap) + 1
-        pieces = [
-            self._read(name, slice(start + int(run[0]), start + int(run[-1]) + 1), [image_id])[run - run[0]]
-            for run in np.split(wanted, splits)
-            if len(run)
-        ]
-        if pieces:
-            np.take(np.concatenate(pieces), place, axis=0, out=out)
-        return torch.from_numpy(out)
+    def read(
+        self,
+        row: int,
+        arrays: Sequence[str],
+        selected: npt.NDArray[np.int64] | None,
+        levels: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        """What is stored of an index row, read in one go.
 
-    def features(self, row: int, levels: Sequence[int] | None) -> tuple[Tensor | None, ...]:
-        """Pyramid levels of an index row, None for those not asked for; neighbours are read in one go."""
+        Args:
+            row: of the index.
+            arrays: row arrays, `features` and `scale`.
+            selected: row numbers within the image for the row arrays; None reads all.
+            levels: pyramid levels of `features`; None reads all.
+
+        Returns:
+            A tensor per array; for `features` a tuple with one tensor per stored level, None for those not asked for.
+
+        Raises:
+            CacheError: an array is damaged.
+        """
         entry = self._entry(row)
-        shapes = [
-            (self._spec.channels, entry[f"level{level}_height"], entry[f"level{level}_width"])
-            for level in range(len(self._spec.strides))
-        ]
-        starts = np.cumsum([entry["element_start"], *(int(np.prod(shape)) for shape in shapes)]).tolist()
-        wanted = list(range(len(shapes))) if levels is None else sorted(set(levels))
-        result: list[Tensor | None] = [None] * len(shapes)
-        for run in np.split(np.array(wanted, dtype=np.int64), np.flatnonzero(np.diff(wanted) > 1) + 1):
-            if not len(run):
-                continue
-            first, last = int(run[0]), int(run[-1])
-            packed = torch.from_numpy(
-                self._read("features", slice(starts[first], starts[last + 1]), [entry["image_id"]])
-            )
-            for level in range(first, last + 1):
-                begin, end = starts[level] - starts[first], starts[level + 1] - starts[first]
-                result[level] = packed[begin:end].view(shapes[level])
+        starts = self._level_starts(entry)
+        runs = _runs(np.arange(len(starts) - 1) if levels is None else np.unique(levels), gap=1)
+        row_bytes = self._spec.row_bytes()
+        wanted: dict[str, list[slice]] = {}
+        for name in arrays:
+            if name == "features":
+                wanted[name] = [slice(starts[run[0]], starts[run[-1] + 1]) for run in runs]
+            elif name == "scale":
+                wanted[name] = [slice(row, row + 1)]
+            else:
+                wanted[name] = _row_slices(entry, selected, gap=_GAP_BYTES // row_bytes[name])
+        blocks = self._read(wanted, [entry["image_id"]])
+        values: dict[str, Any] = {}
+        for name in arrays:
+            if name == "features":
+                values[name] = self._unpack(entry, starts, runs, blocks[name])
+            elif name == "scale":
+                values[name] = torch.from_numpy(blocks[name][0][0])
+            elif selected is None:
+                values[name] = torch.from_numpy(blocks[name][0])
+            else:
+                values[name] = torch.from_numpy(self._select(name, entry, selected, wanted[name], blocks[name]))
+        return values
+
+    def _level_starts(self, entry: dict[str, int]) -> list[int]:
+        """Where each level starts in `features`, and where the last one ends; empty tiers have none."""
+        starts = [entry["element_start"]]
+        for level in range(len(self._spec.strides) if "features" in self._spec.fields else 0):
+            cells = entry[f"level{level}_height"] * entry[f"level{level}_width"]
+            starts.append(starts[-1] + self._spec.channels * cells)
+        return starts
+
+    def _unpack(
+        self, entry: dict[str, int], starts: list[int], runs: list[list[int]], blocks: list[Block]
+    ) -> tuple[Tensor | None, ...]:
+        """Levels out of the packed blocks that were read, one block per run of neighbouring levels."""
+        result: list[Tensor | None] = [None] * (len(starts) - 1)
+        for run, block in zip(runs, blocks, strict=True):
+            packed = torch.from_numpy(block)
+            for level in run:
+                begin, end = starts[level] - starts[run[0]], starts[level + 1] - starts[run[0]]
+                shape = (self._spec.channels, entry[f"level{level}_height"], entry[f"level{level}_width"])
+                result[level] = packed[begin:end].view(shape)
         return tuple(result)
 
-    def scale(self, row: int) -> Tensor:
-        """[L, C] float32 scales of an index row's features."""
-        return torch.from_numpy(self._read("scale", slice(row, row + 1), [self._entry(row)["image_id"]])[0])
+    def _select(
+        self,
+        name: str,
+        entry: dict[str, int],
+        selected: npt.NDArray[np.int64],
+        slices: list[slice],
+        blocks: list[Block],
+    ) -> Block:
+        """Selected rows, in their order, out of the blocks that cover them."""
+        shape, dtype = self._spec.row_arrays()[name]
+        out = np.empty((len(selected), *shape), dtype=dtype)
+        rows = selected + entry["row_start"]
+        for span, block in zip(slices, blocks, strict=True):
+            inside = (rows >= span.start) & (rows < span.stop)
+            out[inside] = block[rows[inside] - span.start]
+        return out
 
     def _entry(self, row: int) -> dict[str, int]:
         return dict(zip(self._columns, self._index[row].tolist(), strict=True))
 
-    def _read(self, name: str, rows: slice, image_ids: list[int]) -> Block:
-        """Rows of an array.
+    def _read(self, wanted: dict[str, list[slice]], image_ids: list[int]) -> dict[str, list[Block]]:
+        """Slices of arrays, all in one round trip to zarr's event loop, which takes longer than a small read.
 
         Raises:
-            CacheError: the array is damaged.
+            CacheError: an array is damaged.
         """
-        try:
-            array = self._open(name)
-            self._check_shards(array, name, rows)
-            values = array[rows]
-        except CacheError:
-            raise
-        except Exception as error:  # zarr and zarrs raise many types for damaged bytes
-            raise self._damaged(name, f"{type(error).__name__}: {error}", image_ids) from error
-        return np.asarray(values)
+        requests = [(name, rows) for name, slices in wanted.items() for rows in slices]
+        arrays = [self._checked(name, rows, image_ids) for name, rows in requests]
+
+        async def fetch() -> list[Any]:
+            reads = (array.async_array.getitem(rows) for array, (_, rows) in zip(arrays, requests, strict=True))
+            return await asyncio.gather(*reads, return_exceptions=True)
+
+        blocks: dict[str, list[Block]] = {name: [] for name in wanted}
+        for (name, _), values in zip(requests, sync(fetch()), strict=True):
+            if isinstance(values, Exception):  # zarr and zarrs raise many types for damaged bytes
+                raise self._damaged(name, f"{type(values).__name__}: {values}", image_ids) from values
+            if isinstance(values, BaseException):
+                raise values
+            blocks[name].append(np.asarray(values))
+        return blocks
+
+    def _checked(self, name: str, rows: slice, image_ids: list[int]) -> "zarr.Array[Any]":
+        """The open array, its files for these rows checked: zarr reads a missing file as zeros."""
+        array = self._open(name)
+        start, stop, _ = rows.indices(array.shape[0])
+        if stop <= start or array.shards is None:
+            return array
+        for number in range(start // array.shards[0], (stop - 1) // array.shards[0] + 1):
+            file = f"{name}/{shard_name(number, array.ndim - 1)}"
+            expected = self._record["files"][file][0]
+            try:
+                found = (self._folder / file).stat().st_size
+            except OSError as error:
+                raise self._damaged(name, f"{file}: {error.strerror}", image_ids) from error
+            if found != expected:
+                raise self._damaged(name, f"{file} has {found} bytes instead of {expected}", image_ids)
+        return array
 
     def _open(self, name: str) -> "zarr.Array[Any]":
         key = (self._number, name)
@@ -152,20 +216,23 @@ class PartReader:
             self._arrays.popitem(last=False)
         return array
 
-    def _check_shards(self, array: "zarr.Array[Any]", name: str, rows: slice) -> None:
-        """Zarr reads a missing file as zeros: see that the files to be read are there, and whole."""
-        start, stop, _ = rows.indices(array.shape[0])
-        if stop <= start or array.shards is None:
-            return
-        for number in range(start // array.shards[0], (stop - 1) // array.shards[0] + 1):
-            file = f"{name}/{shard_name(number, array.ndim - 1)}"
-            found, expected = (self._folder / file).stat().st_size, self._record["files"][file][0]
-            if found != expected:
-                raise ValueError(f"{file} has {found} bytes instead of {expected}")
-
     def _damaged(self, name: str, reason: str, image_ids: list[int]) -> CacheError:
         whose = f", needed for image {', '.join(map(str, image_ids))}," if image_ids else ""
         return CacheError(
             f"The array {name!r} of part {self._number}{whose} is damaged ({reason}). Delete the folder {self._folder} "
             "and run `kdpipe cache-teacher` with the same options again: it makes this part anew."
         )
+
+
+def _runs(numbers: npt.NDArray[np.int64], gap: int) -> list[list[int]]:
+    """Ascending numbers, divided where neighbours are more than `gap` apart."""
+    splits = np.flatnonzero(np.diff(numbers) > gap) + 1
+    return [run.tolist() for run in np.split(numbers, splits) if len(run)]
+
+
+def _row_slices(entry: dict[str, int], selected: npt.NDArray[np.int64] | None, gap: int) -> list[slice]:
+    """Slices that cover the selected rows of an image, in the row numbers of the part."""
+    start = entry["row_start"]
+    if selected is None:
+        return [slice(start, entry["row_stop"])]
+    return [slice(start + run[0], start + run[-1] + 1) for run in _runs(np.unique(selected), max(1, gap))]

@@ -155,14 +155,11 @@ class TeacherCache:
         num_proposals = info.num_proposals
         if selected is not None:
             num_proposals = int(np.count_nonzero(selected < num_proposals))
-        arrays = ["boxes", *(field for field in fields if field not in ("features", "boxes"))]
-        if self.spec.dtype == "int8" and "roi_features" in fields:
-            arrays.append("roi_scale")
-        values: dict[str, Any] = {name: part.rois(row, name, selected) for name in arrays}
-        if "features" in fields:
-            values["features"] = part.features(row, self._check_levels(levels))
-            if self.spec.dtype == "int8":
-                values["scale"] = part.scale(row)
+        arrays = ["boxes", *(field for field in fields if field != "boxes")]
+        if self.spec.dtype == "int8":
+            scales = {"features": "scale", "roi_features": "roi_scale"}
+            arrays += [scales[field] for field in fields if field in scales]
+        values = part.read(row, arrays, selected, self._check_levels(levels))
         return TeacherTargets(
             image_id=info.image_id,
             view=info.view,

@@ -8,8 +8,9 @@ mirror image maps x to w - x. Boxes are (x1, y1, x2, y2). Sizes are (height, wid
 import numpy as np
 import numpy.typing as npt
 import torch
-from kdpipe.cache.errors import KdpipeError
 from torch import Tensor
+
+from kdpipe.cache.errors import KdpipeError
 
 Matrix = npt.NDArray[np.float64]
 Size = tuple[int, int]

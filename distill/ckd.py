@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchvision.ops import box_iou
+
+from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 
 # Similarities held at a time: 64 MiB of float32, whatever the batch and the queue.
 _SLICE_ELEMENTS = 2**24

@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mmdet.registry import MODELS
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from torch import Tensor, nn
+
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.ckd import CKD, exclude_pairs
@@ -17,9 +21,6 @@ from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
 from kdpipe.distill.targets import RoiTargets, teacher_roi_features
 from kdpipe.distill.two_stage import TwoStageStudent
-from mmdet.registry import MODELS
-from mmengine.model import BaseDataPreprocessor, BaseModel
-from torch import Tensor, nn
 
 METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg")
 
@@ -134,7 +135,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         check_contract(self.spec, self.losses)
         view = TwoStageStudent(detector)
         self._check_student(view)
-        self.weights = {loss: 1.0 for loss in self.losses} | dict(weights or {})
+        self.weights = dict.fromkeys(self.losses, 1.0) | dict(weights or {})
         if unknown := set(self.weights) - set(self.losses):
             raise ContractError(
                 f"A weight is given for {', '.join(sorted(unknown))}, which is none of the losses {', '.join(self.losses)}."
@@ -189,7 +190,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         losses.update(self._distill(view, pyramid, targets))
         return losses
 
-    def _distill(self, view: TwoStageStudent, pyramid: list[Tensor], targets: Sequence[RoiTargets]) -> dict[str, Tensor]:
+    def _distill(
+        self, view: TwoStageStudent, pyramid: list[Tensor], targets: Sequence[RoiTargets]
+    ) -> dict[str, Tensor]:
         """All distillation losses and the counts that go to the log."""
         image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
         boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
@@ -214,7 +217,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         teacher = torch.cat([teacher_roi_features(x, self.spec) for x in targets])  # [P, C, 7, 7]
         starts = torch.tensor([0, *(x.boxes.shape[0] for x in targets)]).cumsum(0).tolist()
-        positive = [row for start, x in zip(starts, targets, strict=False) for row in range(start, start + x.num_positive)]
+        positive = [
+            row for start, x in zip(starts, targets, strict=False) for row in range(start, start + x.num_positive)
+        ]
         student = roi_align_levels(pyramid, view.strides, rois[positive], self.spec.roi_size)  # [P, L, C, 7, 7]
         loss, weights = self.sgfi(student, teacher)
         mean = weights.detach().sum(0) / max(1, weights.shape[0])  # [L]
@@ -235,9 +240,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             result["loss_kd_cls"] = classification_kd_loss(student.logits, _joined(targets, "logits"))
         if "reg" in self.losses or "careg" in self.losses:
             deltas = _joined(targets, "deltas")
-            ours = recode_deltas(
-                student.deltas, view.box_means, view.box_stds, self.spec.box_means, self.spec.box_stds
-            )
+            ours = recode_deltas(student.deltas, view.box_means, view.box_stds, self.spec.box_means, self.spec.box_stds)
             if "reg" in self.losses:
                 labels = torch.cat([x.labels for x in targets])
                 result["loss_kd_reg"] = regression_kd_loss(ours, deltas, labels, self.spec.num_classes)

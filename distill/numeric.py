@@ -1,8 +1,9 @@
 """What every loss needs: full precision, a mean that keeps the graph, and one error for inputs that do not fit."""
 
 import torch
-from kdpipe.cache.errors import KdpipeError
 from torch import Tensor
+
+from kdpipe.cache.errors import KdpipeError
 
 
 class LossInputError(KdpipeError):

@@ -7,8 +7,9 @@ whatever autocast says, and no RoIs give a zero that is still part of the graph.
 from collections.abc import Sequence
 
 import torch
-from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
 from torch import Tensor
+
+from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
 
 
 class ClassAgnosticError(LossInputError):

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 from torch import Tensor
 from torchvision.ops import box_iou, roi_align
+
+from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 
 
 @dataclass(frozen=True)

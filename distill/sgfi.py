@@ -1,8 +1,9 @@
 """Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
 
 import torch
-from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
 from torch import Tensor, nn
+
+from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
 
 
 def sgfi_loss(

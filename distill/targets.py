@@ -1,18 +1,19 @@
 """What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherTargets
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
 from kdpipe.distill.rois import assign_levels, roi_align_assigned, sample_rois
-from torch import Tensor
 
 MISSING_VIEWS = ("mirror", "skip")
 
@@ -52,9 +53,12 @@ class RoiTargets:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
+Targets = TypeVar("Targets", RoiTargets, TeacherTargets)
+
+
+def _map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets:
     """Apply a function to every tensor of a dataclass, and of the dataclasses and tuples inside it."""
-    changed = {}
+    changed: dict[str, object] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
@@ -63,7 +67,7 @@ def _map_tensors(value: Any, function: Any) -> Any:
             changed[field.name] = _map_tensors(item, function)
         elif isinstance(item, tuple) and any(isinstance(part, Tensor) for part in item):
             changed[field.name] = tuple(function(part) if isinstance(part, Tensor) else part for part in item)
-    return replace(value, **changed)
+    return replace(value, **changed)  # type: ignore[arg-type]
 
 
 def read_roi_targets(
@@ -141,7 +145,7 @@ def read_roi_targets(
     positives = rows[:num_positive]
     teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
     if "features" in spec.fields:
-        levels = assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).unique().tolist()
+        levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
         teacher = cache.targets(image_id, view, fields=("features",), levels=levels)
     else:
         teacher = cache.targets(image_id, view, fields=("roi_features",), rois=positives.numpy())

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.cache.errors import KdpipeError
 from torch import Tensor, nn
+
+from kdpipe.cache.errors import KdpipeError
 
 
 class StudentError(KdpipeError):
@@ -39,7 +40,7 @@ class TwoStageStudent:
     """
 
     def __init__(self, detector: Any) -> None:
-        head = getattr(getattr(detector, "roi_head", None), "bbox_head", None)
+        head: Any = getattr(getattr(detector, "roi_head", None), "bbox_head", None)
         if not getattr(detector, "with_neck", False) or not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
             raise StudentError(
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
@@ -62,8 +63,16 @@ class TwoStageStudent:
         Yields:
             A list that holds the levels, Tensor[B, C, h_l, w_l], after the forward pass.
         """
-        with _watch(self.detector.neck) as pyramid:
+        pyramid: list[Tensor] = []
+
+        def keep(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
+            pyramid[:] = outputs
+
+        handle = self.detector.neck.register_forward_hook(keep)
+        try:
             yield pyramid
+        finally:
+            handle.remove()
 
     def outputs(self, pyramid: Sequence[Tensor], rois: Tensor) -> HeadOutputs:
         """Run the student's RoI extractor and box head.
@@ -80,17 +89,3 @@ class TwoStageStudent:
             handle.remove()
         deltas = result["bbox_pred"].reshape(rois.shape[0], -1, 4)
         return HeadOutputs(inputs[0], result["cls_score"], deltas)
-
-
-@contextmanager
-def _watch(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
-        seen[:] = outputs
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()

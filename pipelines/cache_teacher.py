@@ -19,7 +19,7 @@ from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.writer import CacheWriter
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
-from kdpipe.pipelines.console import bytes_text, progress_bar
+from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
 from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
@@ -164,8 +164,7 @@ def _fill(
     if todo < len(data.images):
         console.print(f"{len(data.images) - todo} of {len(data.images)} images are cached already")
     start, done, written = time.perf_counter(), 0, 0
-    with progress_bar(console) as progress:
-        task = progress.add_task("cache teacher", total=todo, rate="starting")
+    with ProgressBar(console, "cache teacher", todo) as progress:
         for index in pending:
             images = [data.images[i] for i in writer.parts[index]]
             with writer.part(index) as part:
@@ -190,7 +189,7 @@ def _fill(
                     done += 1
                     seconds = time.perf_counter() - start
                     rate = f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s"
-                    progress.update(task, completed=done, rate=rate)
+                    progress.update(done, rate)
     return done, time.perf_counter() - start
 
 

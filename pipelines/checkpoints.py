@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from kdpipe.cache.errors import KdpipeError
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
+
+from kdpipe.cache.errors import KdpipeError
 
 __all__ = ["Checkpoint", "CheckpointError", "class_names", "load_checkpoint", "load_strict", "register_safe_types"]
 

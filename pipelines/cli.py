@@ -70,7 +70,7 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
 
 
 def _path(**options: Any) -> click.Path:
-    return click.Path(path_type=Path, **options)  # type: ignore[type-var]
+    return click.Path(path_type=Path, **options)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -104,7 +104,10 @@ training_options = _options(
     click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
 )
 trust_option = click.option(
-    "--trust-checkpoint", "trust", is_flag=True, help="Unpickle a checkpoint that holds more than weights. It may run code."
+    "--trust-checkpoint",
+    "trust",
+    is_flag=True,
+    help="Unpickle a checkpoint that holds more than weights. It may run code.",
 )
 
 
@@ -127,7 +130,9 @@ def cli(debug: bool) -> None:
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option("--proposals", type=click.IntRange(1), default=512, show_default=True, help="The teacher's best boxes kept.")
+@click.option(
+    "--proposals", type=click.IntRange(1), default=512, show_default=True, help="The teacher's best boxes kept."
+)
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
 @click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
@@ -203,9 +208,20 @@ def cache_teacher_command(
 @cli.command("train-student")
 @click.option("--cache", "cache_path", type=_path(), required=True, help="The cache that cache-teacher wrote.")
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
-@click.option("--methods", default="sgfi,ckd,pred", show_default=True, help="Some of sgfi, ckd, pred (or cls, reg, careg); or none.")
+@click.option(
+    "--methods",
+    default="sgfi,ckd,pred",
+    show_default=True,
+    help="Some of sgfi, ckd, pred (or cls, reg, careg); or none.",
+)
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
-@click.option("--schedule", type=click.Choice(["1x", "2x-ms"]), default="1x", show_default=True, help="12 epochs, or 24 with multi-scale.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["1x", "2x-ms"]),
+    default="1x",
+    show_default=True,
+    help="12 epochs, or 24 with multi-scale.",
+)
 @training_options
 @data_options
 @val_options
@@ -241,14 +257,10 @@ def train_student_command(
     work_dir = training.pop("work_dir") or Path("work_dirs") / f"{Path(student).stem}_{methods.replace(',', '-')}"
     resume = training.pop("resume")
     training["scale"] = training["scale"] or cache.spec.scale
-    recipe = _recipe(
-        config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training
-    )
+    recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
-    result = train_student(
-        config, cache, train, val, chosen, recipe, work_dir, resume=resume, console=console
-    )
+    result = train_student(config, cache, train, val, chosen, recipe, work_dir, resume=resume, console=console)
     _report(console, result)
 
 
@@ -326,7 +338,9 @@ def doctor_command() -> None:
 
 
 @cli.command("demo")
-@click.option("--out", type=_path(), default=Path("demo"), show_default=True, help="Folder of everything the demo makes.")
+@click.option(
+    "--out", type=_path(), default=Path("demo"), show_default=True, help="Folder of everything the demo makes."
+)
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
 def demo_command(out: Path, fresh: bool) -> None:
     """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
@@ -382,7 +396,10 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"Internal error: {type(error).__name__}: {error}\nRun again with kdpipe --debug ... to see where.", err=True)
+        click.echo(
+            f"Internal error: {type(error).__name__}: {error}\nRun again with kdpipe --debug ... to see where.",
+            err=True,
+        )
         sys.exit(EXIT_INTERNAL)
 
 

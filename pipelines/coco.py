@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.images import image_size

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
+from mmengine.config import Config
+
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise, test_scale
 from kdpipe.pipelines.literals import ConfigError, parse_literal_config, parse_value
-from mmengine.config import Config
 
 __all__ = [
     "ConfigError",

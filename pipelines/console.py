@@ -1,25 +1,68 @@
-"""What the commands print: one style of progress bar, and sizes that people can read."""
+"""What the commands print: one style of progress, and sizes that people can read."""
+
+import time
+from datetime import timedelta
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["bytes_text", "progress_bar"]
+__all__ = ["ProgressBar", "bytes_text"]
+
+_LINE_SECONDS = 30.0
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with count, rate (the task's field `rate`), time spent and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=False,
-    )
+class ProgressBar:
+    """Progress with count, rate, time spent and time left; where the output is no terminal, a line every half minute.
+
+    Args:
+        console: Where it is shown; a quiet console shows nothing.
+        description: What is being done.
+        total: Units of work.
+        done: How many were done before.
+    """
+
+    def __init__(self, console: Console, description: str, total: int, done: int = 0) -> None:
+        self.console, self.description, self.total = console, description, total
+        self._first, self._start = done, time.monotonic()
+        self._last_line = self._start
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(description, total=total, completed=done, rate="starting")
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, done: int, rate: str) -> None:
+        """Show that `done` units are done, at a rate such as `3.1 images/s`."""
+        self._bar.update(self._task, completed=done, rate=rate)
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._last_line < _LINE_SECONDS or done <= self._first:
+            return
+        self._last_line = now
+        left = timedelta(seconds=round((now - self._start) / (done - self._first) * (self.total - done)))
+        self.console.print(f"{self.description}: {done}/{self.total}, {rate}, {left} left")
+
+    def close(self) -> None:
+        """Take the bar off the console."""
+        self._bar.stop()
 
 
 def bytes_text(size: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.coco import Annotations, DataError, read_coco

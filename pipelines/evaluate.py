@@ -17,7 +17,7 @@ from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_nu
 from kdpipe.pipelines.datasets import check_classes, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
 from kdpipe.pipelines.runner import ProgressHook, QuietRunner
-from kdpipe.pipelines.training import set_validation
+from kdpipe.pipelines.training import complete, set_validation
 
 __all__ = ["evaluate", "metrics_table"]
 
@@ -76,8 +76,9 @@ def evaluate(
     set_num_classes(cfg.model, len(data.class_names))
     model = MODELS.build(cfg.model)
     load_strict(model, checkpoint.state_dict)
-    set_validation(cfg, data, scale, batch_size, {"num_workers": 0, "pin_memory": torch.cuda.is_available()})
+    loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        set_validation(cfg, complete(data, Path(folder) / "annotations.json"), scale, batch_size, loader)
         runner = QuietRunner(
             model=model,
             work_dir=folder,

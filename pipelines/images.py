@@ -7,8 +7,9 @@ import cv2
 import mmcv
 import numpy as np
 import numpy.typing as npt
-from kdpipe.cache.errors import KdpipeError
 from PIL import Image
+
+from kdpipe.cache.errors import KdpipeError
 
 __all__ = ["ImageError", "image_problem", "image_size", "read_image"]
 

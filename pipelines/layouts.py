@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipelines.literals import ConfigError
 from mmengine.config import Config
+
+from kdpipe.pipelines.literals import ConfigError
 
 __all__ = ["dataset_paths", "dictionaries", "for_inference", "modernise", "test_scale"]
 

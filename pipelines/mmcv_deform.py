@@ -2,8 +2,9 @@
 
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
-from kdpipe.pipelines.mmcv_precision import computing
 from torch import Tensor
+
+from kdpipe.pipelines.mmcv_precision import computing
 
 __all__ = [
     "deform_conv_backward_input",

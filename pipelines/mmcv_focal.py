@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from kdpipe.pipelines.mmcv_precision import computing
 from torch import Tensor
+
+from kdpipe.pipelines.mmcv_precision import computing
 
 __all__ = ["sigmoid_focal_loss_backward", "sigmoid_focal_loss_forward"]
 

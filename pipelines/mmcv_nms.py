@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
-from kdpipe.pipelines.mmcv_precision import computing
 from torch import Tensor
+
+from kdpipe.pipelines.mmcv_precision import computing
 
 __all__ = ["nms", "nms_match", "softnms"]
 

@@ -2,9 +2,10 @@
 
 import torch
 import torchvision
+from torch import Tensor
+
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.mmcv_precision import computing
-from torch import Tensor
 
 __all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_pool_forward"]
 

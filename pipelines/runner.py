@@ -16,9 +16,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import Progress
 
-from kdpipe.pipelines.console import progress_bar
+from kdpipe.pipelines.console import ProgressBar
 
 __all__ = ["Bfloat16OptimWrapper", "PlainCheckpointHook", "ProgressHook", "QuietRunner"]
 
@@ -108,7 +107,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
     def __init__(self, console: Console, name: str) -> None:
         self.console = console
         self.name = name
-        self.progress: Progress | None = None
+        self.progress: ProgressBar | None = None
         self.step_times: list[float] = []
         self._epoch_losses: list[torch.Tensor] = []
         self._last = 0.0
@@ -118,9 +117,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
     def _start(self, total: int, done: int) -> None:
         if is_main_process():
-            self.progress = progress_bar(self.console)
-            self.task = self.progress.add_task(self.name, total=total, completed=done, rate="starting")
-            self.progress.start()
+            self.progress = ProgressBar(self.console, self.name, total, done).__enter__()
         self._last = time.perf_counter()
 
     def _tick(self, batch_idx: int) -> None:
@@ -133,7 +130,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
         if self.progress is not None:
             recent = self.step_times[-20:]
             rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
-            self.progress.update(self.task, completed=done, rate=rate)
+            self.progress.update(done, rate)
 
     def before_train_epoch(self, runner: Any) -> None:
         self._epoch_losses = []
@@ -150,13 +147,13 @@ class ProgressHook(Hook):  # type: ignore[misc]
             return
         loss = torch.stack(self._epoch_losses).mean().item()
         seconds = time.perf_counter() - self._epoch_start
-        self.progress.console.print(
+        self.console.print(
             f"{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, mean loss {loss:.3f}, {seconds:.0f} s"
         )
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if self.progress is not None and metrics and "coco/bbox_mAP" in metrics:
-            self.progress.console.print(f"{self.name}: AP {metrics['coco/bbox_mAP']:.3f}")
+            self.console.print(f"{self.name}: AP {metrics['coco/bbox_mAP']:.3f}")
 
     def after_train(self, runner: Any) -> None:
         self.close()
@@ -174,4 +171,4 @@ class ProgressHook(Hook):  # type: ignore[misc]
     def close(self) -> None:
         """Take the bar off the console; harmless when there is none."""
         if self.progress is not None:
-            self.progress.stop()
+            self.progress.close()

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from kdpipe.cache.errors import KdpipeError
 
 __all__ = ["CLASS_NAMES", "draw_shapes"]

@@ -107,7 +107,9 @@ def _check_family(model: Any) -> None:
         if not isinstance(part, kind) or (kind is StandardRoIHead and type(part) is not kind):
             raise TeacherError(f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {expected}")
     if head.with_shared_head or not head.bbox_head.num_shared_fcs or not head.bbox_head.with_reg:
-        raise TeacherError(f"The teacher's {type(head.bbox_head).__name__} has no shared fully connected layer. {expected}")
+        raise TeacherError(
+            f"The teacher's {type(head.bbox_head).__name__} has no shared fully connected layer. {expected}"
+        )
 
 
 class Teacher:
@@ -136,7 +138,9 @@ class Teacher:
     def head_state(self) -> dict[str, Tensor]:
         """Weights and buffers of the RPN and of the RoI head, by their names in the detector's state dict."""
         return {
-            name: value for name, value in self.model.state_dict().items() if name.startswith(("rpn_head.", "roi_head."))
+            name: value
+            for name, value in self.model.state_dict().items()
+            if name.startswith(("rpn_head.", "roi_head."))
         }
 
     def spec(
@@ -170,8 +174,8 @@ class Teacher:
             roi_sampling_ratio=align.sampling_ratio,
             roi_aligned=align.aligned,
             embedding_dim=head.fc_cls.in_features,
-            box_means=tuple(float(value) for value in head.bbox_coder.means),
-            box_stds=tuple(float(value) for value in head.bbox_coder.stds),
+            box_means=_four(head.bbox_coder.means),
+            box_stds=_four(head.bbox_coder.stds),
             class_agnostic=head.reg_class_agnostic,
             proposals=proposals,
             views=tuple(views),
@@ -245,3 +249,8 @@ class Teacher:
         )
         data = self.model.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, training=False)
         return self.model.extract_feat(data["inputs"]), data["data_samples"][0]
+
+
+def _four(values: Sequence[float]) -> tuple[float, float, float, float]:
+    first, second, third, fourth = (float(value) for value in values)
+    return first, second, third, fourth

@@ -13,7 +13,7 @@ from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import ContractError, DistilledDetector, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes
-from kdpipe.pipelines.training import Recipe, TrainingResult, detector_config, run_training
+from kdpipe.pipelines.training import Recipe, TrainingResult, complete, detector_config, run_training
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
@@ -81,6 +81,7 @@ def train_student(
     check_data(cache, train)
     if val is not None:
         check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
+    train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, cache.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
@@ -96,7 +97,7 @@ def train_student(
         name="student",
         resume=resume,
         console=console,
-        only_in=cache.path if len(cache) < len(train.images) else None,
+        only_in=cache.path,
     )
 
 

@@ -4,13 +4,12 @@ import contextlib
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
-
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from rich.console import Console
@@ -24,7 +23,7 @@ from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedEpochHook
 from kdpipe.pipelines.transforms import set_scale
 from kdpipe.pipelines.worker import init_worker, preload_workers
 
-__all__ = ["Recipe", "TrainingResult", "detector_config", "run_training", "train_detector"]
+__all__ = ["Recipe", "TrainingResult", "complete", "detector_config", "run_training", "train_detector"]
 
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
@@ -42,7 +41,7 @@ class Recipe:
         batch_size: Images per step and process.
         lr: Peak learning rate; None scales 0.03 (at 16 images per step) with the batch.
         seed: Seed of everything random.
-        scale: `(w, h)` of mmdet's Resize; None keeps the scale of the config.
+        scale: `(w, h)` of mmdet's Resize; None keeps the resizing of the config.
         multi_scale: Draw the scale of each training image from 0.8 to 1.0 of `scale`.
         amp: Mixed precision.
         workers: Loader workers; None chooses by the number of cores.
@@ -111,7 +110,8 @@ def detector_config(config: Config, train: DetectionData, val: DetectionData | N
     else:
         set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
 
-    steps_per_epoch = -(-len(train.images) // (recipe.batch_size * world_size()))
+    images = sum(image.num_gt > 0 for image in train.images)  # mmdet leaves out images without annotations
+    steps_per_epoch = -(-images // (recipe.batch_size * world_size()))
     total = recipe.epochs * steps_per_epoch
     warmup = min(WARMUP_STEPS, max(1, total // 6))
     cfg.param_scheduler = [
@@ -188,9 +188,14 @@ def _pipeline(cfg: Config, loader: str) -> list[Any]:
 
 def _dataset(cfg: Config, loader: str, data: DetectionData, recipe: Recipe) -> dict[str, Any]:
     pipeline = _pipeline(cfg, loader)
-    if recipe.scale is not None or recipe.multi_scale:
+    if recipe.scale is not None:
         pipeline = set_scale(pipeline, recipe.scale, MULTI_SCALE if recipe.multi_scale else None)
     return {**_coco_dataset(data), "pipeline": pipeline}
+
+
+def complete(data: DetectionData, path: Path) -> DetectionData:
+    """The same data, from an annotation file that has every field that mmdet and pycocotools read."""
+    return data if data.is_complete else replace(data, ann_file=data.save_coco(path), is_complete=True)
 
 
 def train_detector(
@@ -219,6 +224,7 @@ def train_detector(
     """
     if val is not None:
         check_classes(val, train.class_names, f"the training images {train.ann_file}")
+    train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = apply_options(cfg, recipe.options)

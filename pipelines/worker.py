@@ -5,13 +5,7 @@ import os
 import threading
 
 import cv2
-import mmdet.datasets.transforms
-import mmdet.engine
-import mmdet.evaluation
 from mmengine.registry import FUNCTIONS
-
-import kdpipe.pipelines.seeding
-import kdpipe.pipelines.transforms
 
 __all__ = ["init_worker", "preload_workers"]
 
@@ -21,7 +15,7 @@ def preload_workers() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 
-@FUNCTIONS.register_module()
+@FUNCTIONS.register_module()  # type: ignore[untyped-decorator]
 def init_worker(worker_id: int) -> None:
     """Leave the cores to the training process, and end with it even where it is killed.
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import roi_align
+
 from kdpipe.cache.views import (
     ViewError,
     check_axis_aligned,
@@ -20,8 +23,6 @@ from kdpipe.cache.views import (
     view_matrix,
     visible_boxes,
 )
-from torch import Tensor
-from torchvision.ops import roi_align
 
 sides = st.integers(1, 4000)
 sizes = st.tuples(sides, sides)
@@ -96,9 +97,10 @@ def test_the_input_size_is_that_of_mmcv(size: tuple[int, int], scale: tuple[int,
 @pytest.mark.parametrize("scale", [(133, 80), (80, 133), (640, 640)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_matrix_and_boxes_are_those_of_mmdet(size: tuple[int, int], scale: tuple[int, int], flip: bool) -> None:
-    import kdpipe.pipelines  # noqa: F401  (makes mmdet importable without a compiled mmcv)
     from mmdet.datasets.transforms import RandomFlip, Resize
     from mmdet.structures.bbox import HorizontalBoxes
+
+    import kdpipe.pipelines  # noqa: F401  (makes mmdet importable without a compiled mmcv)
 
     height, width = size
     rng = np.random.default_rng(0)

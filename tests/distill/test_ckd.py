@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from kdpipe.distill import ckd
 from kdpipe.distill.ckd import CKD, ContrastiveQueue, ckd_loss, exclude_pairs
 from kdpipe.distill.numeric import LossInputError
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 N, M, D = 6, 9, 5
 
@@ -129,9 +130,7 @@ def test_slices_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest tensor that any operation makes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
+    numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.numeric import LossInputError
 from kdpipe.distill.prediction import (
@@ -14,7 +16,6 @@ from kdpipe.distill.prediction import (
     recode_deltas,
     regression_kd_loss,
 )
-from torch import Tensor
 
 R, K = 6, 3
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kdpipe.distill.numeric import LossInputError
 from kdpipe.distill.rois import (
     SampledRois,
@@ -14,7 +16,6 @@ from kdpipe.distill.rois import (
     roi_align_levels,
     sample_rois,
 )
-from torch import Tensor
 
 K = 5
 
@@ -198,8 +199,9 @@ def test_the_assigned_level_is_one_of_all() -> None:
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_levels_and_features_are_those_of_mmdet(sampling_ratio: int, aligned: bool) -> None:
-    import kdpipe.pipelines  # noqa: F401  (makes mmdet importable without a compiled mmcv)
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+
+    import kdpipe.pipelines  # noqa: F401  (makes mmdet importable without a compiled mmcv)
 
     roi_layer = {"type": "RoIAlign", "output_size": 7, "sampling_ratio": sampling_ratio, "aligned": aligned}
     extractor = SingleRoIExtractor(roi_layer, out_channels=2, featmap_strides=list(STRIDES), finest_scale=14)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from kdpipe.distill.numeric import LossInputError
-from kdpipe.distill.sgfi import SGFI, sgfi_loss
 from torch import Tensor, nn
 from torch.nn import functional
+
+from kdpipe.distill.numeric import LossInputError
+from kdpipe.distill.sgfi import SGFI, sgfi_loss
 
 R, L, C = 5, 3, 4
 

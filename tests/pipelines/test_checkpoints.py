@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kdpipe.pipelines.checkpoints import CheckpointError, class_names, load_checkpoint, load_strict
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
+
+from kdpipe.pipelines.checkpoints import CheckpointError, class_names, load_checkpoint, load_strict
 
 
 def small_model() -> nn.Sequential:

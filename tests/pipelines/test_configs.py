@@ -6,6 +6,10 @@ from typing import Any
 import mmdet
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
 from kdpipe.pipelines import configs
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.configs import (
@@ -19,9 +23,6 @@ from kdpipe.pipelines.configs import (
     parse_literal_config,
     set_num_classes,
 )
-from mmdet.registry import MODELS
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 OLD = """
 img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)

@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines import shapes
 from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
-from pycocotools.coco import COCO
 
 TRAIN, VAL = 24, 12
 CutOut: TypeAlias = tuple[shapes.Mask, shapes.Floats]
