@@ -79,8 +79,8 @@ def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
                 )
         if loss == "careg" and spec.class_agnostic:
             raise ContractError(
-                "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is class-agnostic. "
-                "Use --methods cls,reg instead of pred."
+                "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is "
+                "class-agnostic. Use --methods cls,reg instead of pred."
             )
 
 
@@ -129,7 +129,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
         super().__init__(data_preprocessor=DistilledPreprocessor(detector.data_preprocessor))
-        self.student = detector
+        self.student: Any = detector
         self.spec = CacheSpec.from_json(spec)
         self.losses = expand_methods(methods)
         check_contract(self.spec, self.losses)
@@ -138,7 +138,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self.weights = dict.fromkeys(self.losses, 1.0) | dict(weights or {})
         if unknown := set(self.weights) - set(self.losses):
             raise ContractError(
-                f"A weight is given for {', '.join(sorted(unknown))}, which is none of the losses {', '.join(self.losses)}."
+                f"A weight is given for {', '.join(sorted(unknown))}, which is none of the losses "
+                f"{', '.join(self.losses)}."
             )
         if "sgfi" in self.losses:
             self.sgfi = SGFI(view.channels, self.spec.channels, **dict(sgfi or {}))
@@ -151,7 +152,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if view.num_classes != self.spec.num_classes:
             raise ContractError(
                 f"The student has {view.num_classes} classes and the cache {self.spec.num_classes} "
-                f"({', '.join(self.spec.class_names[:5])}...). Set the student's num_classes to {self.spec.num_classes}."
+                f"({', '.join(self.spec.class_names[:5])}...). Set the student's num_classes to the latter."
             )
         if "careg" in self.losses and view.class_agnostic:
             raise ContractError(
@@ -216,10 +217,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self, view: TwoStageStudent, pyramid: list[Tensor], rois: Tensor, targets: Sequence[RoiTargets]
     ) -> tuple[Tensor, Tensor]:
         teacher = torch.cat([teacher_roi_features(x, self.spec) for x in targets])  # [P, C, 7, 7]
-        starts = torch.tensor([0, *(x.boxes.shape[0] for x in targets)]).cumsum(0).tolist()
-        positive = [
-            row for start, x in zip(starts, targets, strict=False) for row in range(start, start + x.num_positive)
-        ]
+        positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(rois.device)  # [R]
         student = roi_align_levels(pyramid, view.strides, rois[positive], self.spec.roi_size)  # [P, L, C, 7, 7]
         loss, weights = self.sgfi(student, teacher)
         mean = weights.detach().sum(0) / max(1, weights.shape[0])  # [L]

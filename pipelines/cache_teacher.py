@@ -103,7 +103,8 @@ def cache_teacher(
         console: Where progress is shown.
 
     Raises:
-        KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, a full disk.
+        KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, or a full
+            disk.
     """
     scale = options.scale or _test_scale(cfg)
     teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)

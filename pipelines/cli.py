@@ -107,7 +107,7 @@ trust_option = click.option(
     "--trust-checkpoint",
     "trust",
     is_flag=True,
-    help="Unpickle a checkpoint that holds more than weights. It may run code.",
+    help="Unpickle a checkpoint that holds more than weights.",
 )
 
 
@@ -130,9 +130,7 @@ def cli(debug: bool) -> None:
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option(
-    "--proposals", type=click.IntRange(1), default=512, show_default=True, help="The teacher's best boxes kept."
-)
+@click.option("--proposals", type=click.IntRange(1), default=512, show_default=True, help="Best boxes kept per image.")
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
 @click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
@@ -212,7 +210,7 @@ def cache_teacher_command(
     "--methods",
     default="sgfi,ckd,pred",
     show_default=True,
-    help="Some of sgfi, ckd, pred (or cls, reg, careg); or none.",
+    help="Some of sgfi, ckd, pred; or none.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
 @click.option(
@@ -338,9 +336,7 @@ def doctor_command() -> None:
 
 
 @cli.command("demo")
-@click.option(
-    "--out", type=_path(), default=Path("demo"), show_default=True, help="Folder of everything the demo makes."
-)
+@click.option("--out", type=_path(), default=Path("demo"), show_default=True, help="Folder for what it makes.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
 def demo_command(out: Path, fresh: bool) -> None:
     """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
@@ -397,7 +393,7 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         click.echo(
-            f"Internal error: {type(error).__name__}: {error}\nRun again with kdpipe --debug ... to see where.",
+            f"Internal error: {type(error).__name__}: {error}\nkdpipe --debug ... shows where.",
             err=True,
         )
         sys.exit(EXIT_INTERNAL)
