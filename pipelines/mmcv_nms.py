@@ -57,11 +57,13 @@ def softnms(
             values[[taken, best]] = values[[best, taken]]
         rest = slice(taken + 1, count)
         worth[rest] *= _decay(_overlaps(found[taken], found[rest], offset), iou_threshold, sigma, method)
-        order = taken + 1 + _fill_holes(~(worth[rest] < min_score))
         taken += 1
-        count = taken + len(order)
-        for values in (found, worth, index):
-            values[taken:count] = values[order]
+        low = worth[rest] < min_score
+        if low.any():
+            order = taken + _fill_holes(~low)
+            count = taken + len(order)
+            for values in (found, worth, index):
+                values[taken:count] = values[order]
     dets[:count] = torch.from_numpy(np.concatenate([found[:count], worth[:count, None]], axis=1)).to(dets.dtype)
     return torch.from_numpy(index[:count])
 

@@ -467,9 +467,8 @@ def test_deform_conv_of_half_tensors() -> None:
     x, offset, mask, weight, bias = (t.half().requires_grad_() for t in deform_inputs(DEFORM[0]))
     found = mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *DEFORM[0].values())
     found.sum().backward()
-    wanted = naive_deform_conv(
-        *(t.detach().double().numpy() for t in (x, offset, weight, mask, bias)), options=DEFORM[0]
-    )
+    arrays = [t.detach().double().numpy() for t in (x, offset, weight, mask, bias)]
+    wanted = naive_deform_conv(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], DEFORM[0])
     assert found.dtype == torch.float16
     assert weight.grad is not None
     np.testing.assert_allclose(found.detach().double().numpy(), wanted, rtol=2e-3, atol=2e-3)
