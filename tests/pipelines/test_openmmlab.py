@@ -52,7 +52,9 @@ def small_detector(name: str) -> Any:
     model.backbone.update(base_channels=8, init_cfg=None)
     narrow(model)
     model.neck.in_channels = [32, 64, 128, 256]
-    return MODELS.build(model)
+    detector = MODELS.build(model)
+    detector.init_weights()
+    return detector
 
 
 def narrow(config: Any) -> None:
