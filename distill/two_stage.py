@@ -87,5 +87,6 @@ class TwoStageStudent:
             result = self.detector.roi_head._bbox_forward(pyramid, rois)
         finally:
             handle.remove()
-        deltas = result["bbox_pred"].reshape(rois.shape[0], -1, 4)
+        classes = 1 if self.class_agnostic else self.num_classes
+        deltas = result["bbox_pred"].reshape(-1, classes, 4)
         return HeadOutputs(inputs[0], result["cls_score"], deltas)

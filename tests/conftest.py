@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
