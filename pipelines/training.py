@@ -1,6 +1,7 @@
 """From a detector's config to a finished training: what `train-teacher` and `train-student` share."""
 
 import contextlib
+import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from urllib.error import URLError
 import torch
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
@@ -61,12 +63,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a training left its files, and what it reached.
+    """Where a training left its files, and what it reached. The figures are in `result.json` of the work directory.
 
     Attributes:
         checkpoint: The bare detector's newest checkpoint.
         ap: COCO AP on the validation images after the last epoch, or None without validation.
-        metrics: All validation metrics.
+        metrics: All validation metrics, by mmdet's names (`bbox_mAP`, ...).
         seconds_per_step: Median over all steps, the first of each epoch excepted.
     """
 
@@ -288,10 +290,15 @@ def run_training(
         ) from error
     finally:
         progress.close()
-    metrics = {key: float(value.current()) for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
-    return TrainingResult(
+    scalars = runner.message_hub.log_scalars
+    metrics = {key.rsplit("/", 1)[1]: float(value.current()) for key, value in scalars.items() if "coco/" in key}
+    result = TrainingResult(
         checkpoint=work_dir / f"{name}.pth",
-        ap=metrics.get("val/coco/bbox_mAP"),
+        ap=metrics.get("bbox_mAP"),
         metrics=metrics,
         seconds_per_step=statistics.median(progress.step_times) if progress.step_times else float("nan"),
     )
+    if is_main_process():
+        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": result.seconds_per_step}
+        (work_dir / "result.json").write_text(json.dumps(values, indent=2) + "\n")
+    return result
