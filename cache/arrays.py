@@ -21,7 +21,9 @@ _SYNC_BYTES = 32 << 20
 class ArrayWriter:
     """Writes one array of shape (rows, *row_shape), row after row, into chunks of `chunk_rows` rows.
 
-    A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of one chunk.
+    A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of one chunk. With the codec
+    "none" rows of zeros fill the last chunk: zarrs checks chunks that are not compressed only where they are read
+    whole, which could not be done at the end of the array otherwise.
 
     Args:
         folder: of the array; it is made, and must not be there.
@@ -86,8 +88,9 @@ class ArrayWriter:
             self._finish_shard(len(self._index) if self._shards == 0 else SHARD_CHUNKS)
         chunks = -(-self.rows // self._chunk_rows)
         shard_rows = self._chunk_rows * min(max(chunks, 1), SHARD_CHUNKS)
+        rows = chunks * self._chunk_rows if self._codec == "none" else self.rows
         metadata = array_metadata(
-            (self.rows, *self._row_shape),
+            (rows, *self._row_shape),
             str(self._chunk.dtype),
             (self._chunk_rows, *self._row_shape),
             (shard_rows, *self._row_shape),

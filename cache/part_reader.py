@@ -47,7 +47,7 @@ class PartReader:
         self._arrays = arrays
         self._columns = {name: position for position, name in enumerate(index_columns(spec))}
         everything = self._read({"index": [slice(None)], "file_names": [slice(None)]}, [])
-        self._index: npt.NDArray[np.int64] = everything["index"][0]
+        self._index: npt.NDArray[np.int64] = everything["index"][0][: record["rows"]]
         self._names: npt.NDArray[np.uint8] = everything["file_names"][0]
         self.rows = len(self._index)
         # Index and names are in memory now: only the other arrays are worth keeping open.
@@ -173,23 +173,33 @@ class PartReader:
         """
         requests = [(name, rows) for name, slices in wanted.items() for rows in slices]
         arrays = [self._checked(name, rows, image_ids) for name, rows in requests]
+        spans = [self._span(array, rows) for array, (_, rows) in zip(arrays, requests, strict=True)]
 
         async def fetch() -> list[Any]:
-            reads = (array.async_array.getitem(rows) for array, (_, rows) in zip(arrays, requests, strict=True))
+            reads = (array.async_array.getitem(span) for array, span in zip(arrays, spans, strict=True))
             return await asyncio.gather(*reads, return_exceptions=True)
 
         blocks: dict[str, list[Block]] = {name: [] for name in wanted}
-        for (name, _), values in zip(requests, sync(fetch()), strict=True):
+        for (name, rows), span, values in zip(requests, spans, sync(fetch()), strict=True):
             if isinstance(values, Exception):  # zarr and zarrs raise many types for damaged bytes
                 raise self._damaged(name, f"{type(values).__name__}: {values}", image_ids) from values
             if isinstance(values, BaseException):
                 raise values
-            blocks[name].append(np.asarray(values))
+            begin = (rows.start or 0) - span.start
+            blocks[name].append(np.asarray(values)[begin : None if rows.stop is None else rows.stop - span.start])
         return blocks
+
+    def _span(self, array: "zarr.Array[Any]", rows: slice) -> slice:
+        """The rows to read for these rows: whole chunks where otherwise zarrs would not check them."""
+        start, stop, _ = rows.indices(array.shape[0])
+        if self._spec.codec != "none" or stop <= start:
+            return slice(start, stop)
+        chunk = array.chunks[0]
+        return slice(start // chunk * chunk, -(-stop // chunk) * chunk)
 
     def _checked(self, name: str, rows: slice, image_ids: list[int]) -> "zarr.Array[Any]":
         """The open array, its files for these rows checked: zarr reads a missing file as zeros."""
-        array = self._open(name)
+        array = self._open(name, image_ids)
         start, stop, _ = rows.indices(array.shape[0])
         if stop <= start or array.shards is None:
             return array
@@ -204,13 +214,13 @@ class PartReader:
                 raise self._damaged(name, f"{file} has {found} bytes instead of {expected}", image_ids)
         return array
 
-    def _open(self, name: str) -> "zarr.Array[Any]":
+    def _open(self, name: str, image_ids: list[int]) -> "zarr.Array[Any]":
         key = (self._number, name)
         if key in self._arrays:
             self._arrays.move_to_end(key)
             return self._arrays[key]
         if wrong := check_metadata(self._folder, self._record, name):
-            raise self._damaged(name, wrong, [])
+            raise self._damaged(name, wrong, image_ids)
         array = self._arrays[key] = open_array(self._folder / name)
         if len(self._arrays) > _MAX_OPEN_ARRAYS:
             self._arrays.popitem(last=False)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.check import check_metadata, part_folder, read_part_record, require_group
+from kdpipe.cache.check import check_digests, part_folder, read_part_record, require_group
 from kdpipe.cache.codecs import open_array
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import explained
@@ -104,19 +104,9 @@ class TeacherCache:
         folder = self.path / "head"
         remedy = "run `kdpipe cache-teacher` with the same options again"
         record = require_group(folder, "The teacher's head in the cache", remedy)
-        state = {}
-        for name in record["parameters"]:
-            wrong = check_metadata(folder, record, name)
-            try:
-                values = None if wrong else np.asarray(open_array(folder / name)[...])
-            except Exception as error:  # zarr and zarrs raise many types for damaged bytes
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong:
-                raise CacheError(
-                    f"The parameter {name!r} in {folder} is damaged ({wrong}): delete {folder} and {remedy}."
-                )
-            state[name] = torch.from_numpy(values)
-        return state
+        if wrong := check_digests(folder, record):
+            raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): delete {folder} and {remedy}.")
+        return {name: torch.from_numpy(np.asarray(open_array(folder / name)[...])) for name in record["parameters"]}
 
     def index(self, image_id: int, view: str = "identity") -> TargetIndex:
         """Sizes of an image in a view; reads no targets.

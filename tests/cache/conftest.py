@@ -1,0 +1,143 @@
+"""A small data set and a made-up teacher, as functions of the image alone."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord
+from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.views import input_size
+
+
+class Kit:
+    """What the tests of the cache make caches with."""
+
+    @staticmethod
+    def spec(**changes: Any) -> CacheSpec:
+        values: dict[str, Any] = {
+            "tier": "pyramid",
+            "dtype": "int8",
+            "codec": "zstd",
+            "class_names": ("red", "white", "größe"),
+            "category_ids": (1, 2, 7),
+            "channels": 6,
+            "strides": (8, 16, 32, 64),
+            "roi_levels": 3,
+            "finest_scale": 56,
+            "roi_size": 7,
+            "roi_sampling_ratio": 0,
+            "roi_aligned": True,
+            "embedding_dim": 10,
+            "box_means": (0.0, 0.0, 0.0, 0.0),
+            "box_stds": (0.1, 0.1, 0.2, 0.2),
+            "class_agnostic": False,
+            "proposals": 12,
+            "views": ("identity",),
+            "scale": (96, 64),
+        }
+        return CacheSpec(**{**values, **changes})
+
+    @staticmethod
+    def images(count: int = 7) -> list[ImageInfo]:
+        return [
+            ImageInfo(1000 - 7 * n, f"folder/bild_{n:03d}_ü.jpg", 48 + 8 * (n % 3), 80 - 5 * (n % 4), n % 4)
+            for n in range(count)
+        ]
+
+    @staticmethod
+    def record(image: ImageInfo, view: str, spec: CacheSpec, rois: int | None = None) -> TeacherRecord:
+        """What the teacher says of an image: the same whenever it is asked."""
+        g = torch.Generator().manual_seed(image.image_id * 2 + (view == "hflip"))
+        size = input_size((image.height, image.width), spec.scale)
+        count = spec.proposals + image.num_gt if rois is None else rois
+        corner = torch.rand(count, 2, generator=g) * torch.tensor([image.width * 0.6, image.height * 0.6])
+        sides = torch.rand(count, 2, generator=g) * torch.tensor([image.width * 0.4, image.height * 0.4]) + 1
+        classes = 1 if spec.class_agnostic else spec.num_classes
+        shape = (count, spec.channels, spec.roi_size, spec.roi_size)
+        return TeacherRecord(
+            image_id=image.image_id,
+            view=view,
+            file_name=image.file_name,
+            original_size=(image.height, image.width),
+            input_size=size,
+            num_proposals=min(spec.proposals, count),
+            boxes=torch.cat([corner, corner + sides], dim=1),
+            logits=torch.randn(count, spec.num_classes + 1, generator=g),
+            deltas=torch.randn(count, classes, 4, generator=g),
+            embeddings=torch.randn(count, spec.embedding_dim, generator=g),
+            roi_features=torch.randn(shape, generator=g) if "roi_features" in spec.fields else None,
+            features=[torch.randn(spec.channels, h, w, generator=g) for h, w in level_shapes(size, spec.strides)],
+        )
+
+    @classmethod
+    def writer(cls, path: Path, spec: CacheSpec, images: Sequence[ImageInfo], **changes: Any) -> CacheWriter:
+        values: dict[str, Any] = {
+            "part_size": 6_000,
+            "identity": {"teacher": "t1", "data": "d1", "options": {"device": "cpu"}},
+            "metadata": {"config": "x = 1"},
+        }
+        return CacheWriter(path, spec, images, **{**values, **changes})
+
+    @classmethod
+    def fill(cls, writer: CacheWriter, indices: Sequence[int] | None = None) -> None:
+        """Write parts (all that are pending)."""
+        writer.write_head(cls.head())
+        for index in writer.pending() if indices is None else indices:
+            with writer.part(index) as part:
+                for position in writer.parts[index]:
+                    for view in writer.spec.views:
+                        part.add(cls.record(writer.images[position], view, writer.spec))
+
+    @classmethod
+    def make(cls, path: Path, spec: CacheSpec | None = None, count: int = 7) -> Path:
+        """A finished cache."""
+        cls.fill(cls.writer(path, cls.spec() if spec is None else spec, cls.images(count)))
+        return path
+
+    @staticmethod
+    def head() -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(3)
+        return {
+            "roi_head.fc.weight": torch.randn(5, 4, generator=g),
+            "roi_head.fc.bias": torch.randn(5, generator=g).double(),
+            "bn.num_batches_tracked": torch.tensor(17),
+            "empty": torch.zeros(0, 3),
+        }
+
+    @staticmethod
+    def tree(path: Path) -> dict[str, str]:
+        """Digest of each file below a folder, and the names of the folders."""
+        return {
+            str(entry.relative_to(path)): hashlib.sha256(entry.read_bytes()).hexdigest()
+            if entry.is_file()
+            else "folder"
+            for entry in sorted(path.rglob("*"))
+        }
+
+    @staticmethod
+    def flip_bit(file: Path, at: float = 0.3) -> None:
+        """Damage one bit."""
+        data = bytearray(file.read_bytes())
+        data[int(len(data) * at)] ^= 16
+        file.write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def kit() -> type[Kit]:
+    return Kit
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not survive a power cut; they are ten times faster without waiting for the disk."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture
+def cache_path(tmp_path: Path, kit: type[Kit]) -> Path:
+    """A finished cache with several parts."""
+    return kit.make(tmp_path / "x.zarr")

@@ -1,0 +1,73 @@
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdpipe.cache import CacheError, ImageInfo, plan_parts, raw_bytes
+from kdpipe.cache.plan import level_shapes
+
+if TYPE_CHECKING:
+    from tests.cache.conftest import Kit
+
+SIZES = st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200), st.integers(0, 9)), max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=SIZES, part_size=st.integers(1, 300_000))
+def test_every_image_is_in_exactly_one_part(
+    kit: "type[Kit]", sizes: list[tuple[int, int, int]], part_size: int
+) -> None:
+    images = [ImageInfo(n, f"{n}.jpg", *size) for n, size in enumerate(sizes)]
+    spec = kit.spec()
+    parts = plan_parts(images, spec, part_size)
+    assert [index for part in parts for index in part] == list(range(len(images)))
+    for part in parts:
+        assert len(part) == 1 or sum(raw_bytes([images[i] for i in part], spec).values()) <= part_size
+    for first, second in pairwise(parts):  # as full as they can be
+        grown = [images[i] for i in range(first.start, second.start + 1)]
+        assert sum(raw_bytes(grown, spec).values()) > part_size
+    assert parts == plan_parts(tuple(images), spec, part_size)
+
+
+@pytest.mark.parametrize("tier", ["predictions", "embeddings", "roi", "pyramid"])
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("views", [("identity",), ("identity", "hflip")])
+def test_raw_bytes_are_those_of_the_tensors(kit: "type[Kit]", tier: str, dtype: str, views: tuple[str, ...]) -> None:
+    spec = kit.spec(tier=tier, dtype=dtype, views=views)
+    images = kit.images()
+    expected = dict.fromkeys(spec.fields, 0)
+    for image in images:
+        for view in views:
+            record = kit.record(image, view, spec)
+            for field in spec.fields:
+                values = getattr(record, field)
+                for x in values if field == "features" else [values]:
+                    per_value = {"int8": 1, "float16": 2, "float32": 4}[spec.field_dtype(field)]
+                    expected[field] += x.numel() * per_value
+                    if dtype == "int8" and "features" in field:
+                        expected[field] += 4 * x.numel() // (x.shape[-1] * x.shape[-2])
+    assert raw_bytes(images, spec) == expected
+
+
+def test_raw_bytes_of_a_coco_image(kit: "type[Kit]") -> None:
+    spec = kit.spec(dtype="float16", channels=256, strides=(4, 8, 16, 32, 64), scale=(1333, 800))
+    cells = 200 * 272 + 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17  # 800 x 1067, padded to 1088
+    assert raw_bytes([ImageInfo(1, "1.jpg", 480, 640, 0)], spec)["features"] == cells * 256 * 2
+
+
+def test_level_shapes() -> None:
+    assert level_shapes((65, 96), (8, 32, 64)) == [(12, 12), (3, 3), (2, 2)]
+
+
+def test_no_images(kit: "type[Kit]") -> None:
+    assert plan_parts([], kit.spec(), 1000) == []
+    assert set(raw_bytes([], kit.spec()).values()) == {0}
+
+
+def test_refusals(kit: "type[Kit]") -> None:
+    with pytest.raises(CacheError, match="positive"):
+        plan_parts(kit.images(), kit.spec(), 0)
+    with pytest.raises(CacheError, match=r"\[1000\]"):
+        plan_parts(kit.images(1) * 2, kit.spec(), 1000)

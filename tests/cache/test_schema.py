@@ -1,0 +1,69 @@
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kdpipe.cache import CacheError, CacheSpec
+from kdpipe.cache.schema import DTYPES, FORMAT_VERSION, TIERS
+
+if TYPE_CHECKING:
+    from tests.cache.conftest import Kit
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_json_round_trip(kit: "type[Kit]", tier: str, dtype: str) -> None:
+    spec = kit.spec(tier=tier, dtype=dtype)
+    assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_fields_and_types(kit: "type[Kit]") -> None:
+    assert kit.spec(tier="predictions").fields == ("boxes", "logits", "deltas")
+    assert kit.spec(tier="roi").fields == ("boxes", "logits", "deltas", "embeddings", "roi_features")
+    assert kit.spec(tier="pyramid").fields == ("features", "boxes", "logits", "deltas", "embeddings")
+    int8, half, single = kit.spec(dtype="int8"), kit.spec(dtype="float16"), kit.spec(dtype="float32")
+    assert [s.field_dtype("features") for s in (int8, half, single)] == ["int8", "float16", "float32"]
+    assert [s.field_dtype("logits") for s in (int8, half, single)] == ["float16", "float16", "float32"]
+    assert [s.field_dtype("boxes") for s in (int8, half, single)] == ["float32"] * 3
+    assert kit.spec(class_agnostic=True).row_arrays()["deltas"][0] == (1, 4)
+    assert kit.spec(tier="roi").row_arrays()["roi_scale"] == ((6,), "float32")
+    assert "roi_scale" not in kit.spec(tier="roi", dtype="float16").row_arrays()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tier": "everything"}, "Unknown tier 'everything'"),
+        ({"dtype": "int4"}, "Unknown dtype"),
+        ({"codec": "gzip"}, "Unknown codec"),
+        ({"views": ()}, "views"),
+        ({"views": ("hflip", "identity")}, "views"),
+        ({"class_names": ("a",)}, "1 names and 3 ids"),
+        ({"channels": 0}, "channels = 0"),
+        ({"box_stds": (0.1, 0.0, 0.1, 0.1)}, "box_stds"),
+        ({"roi_levels": 5}, "found 5"),
+    ],
+)
+def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CacheError, match=message):
+        kit.spec(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": FORMAT_VERSION + 1}, "install a newer kdpipe"),
+        ({"version": "1"}, "found '1'"),
+        ({"channels": "6"}, r"'channels' .* should be int"),
+        ({"channels": True}, r"'channels' .* should be int"),
+        ({"strides": 4}, r"'strides' .* should be a list"),
+        ({"scale": [1, 2, 3]}, r"'scale' .* should be a list"),
+        ({"extra": 1}, r"unknown entries \['extra'\]"),
+        ({"tier": "all"}, "Unknown tier"),
+    ],
+)
+def test_damaged_json_is_refused(kit: "type[Kit]", changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CacheError, match=message):
+        CacheSpec.from_json({**kit.spec().to_json(), **changes})
+    with pytest.raises(CacheError, match=r"missing entries \['channels'\]"):
+        CacheSpec.from_json({name: value for name, value in kit.spec().to_json().items() if name != "channels"})
