@@ -5,6 +5,7 @@ compile against recent versions of torch. `install_bridge` lets ``import mmcv._e
 `kdpipe.pipelines.mmcv_ops` in its place.
 """
 
+import ast
 import importlib
 import importlib.util
 import sys
@@ -13,8 +14,10 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Literal
 
-__all__ = ["EXTENSION", "install_bridge"]
+__all__ = ["EXTENSION", "extension_names", "extension_state", "install_bridge"]
 
 EXTENSION = "mmcv._ext"
 
@@ -74,3 +77,32 @@ def install_bridge() -> None:
     """
     if not any(isinstance(finder, _BridgeFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _BridgeFinder())
+
+
+def extension_state() -> tuple[Literal["native", "bridged", "broken"], str]:
+    """Whose ops mmcv runs, and for ``broken`` (compiled ones that do not load, so the bridge's run) the reason.
+
+    Raises:
+        ImportError: where mmcv itself is missing or does not import.
+    """
+    mmcv = importlib.import_module("mmcv")
+    native = PathFinder.find_spec(EXTENSION, mmcv.__path__)
+    if native is None:
+        return "bridged", ""
+    try:
+        importlib.util.module_from_spec(native)
+    except ImportError as error:
+        return "broken", str(error)
+    return "native", ""
+
+
+def extension_names() -> tuple[str, ...]:
+    """Names of the compiled functions that `mmcv.ops` asks for, read from its sources without importing it."""
+    package = importlib.util.find_spec("mmcv")
+    names: set[str] = set()
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for path in sorted(Path(folder, "ops").glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_ext"):
+                    names.update(ast.literal_eval(node.args[1]))
+    return tuple(sorted(names))

@@ -174,11 +174,13 @@ def test_bridge_stays_away_from_a_compiled_mmcv(tmp_path: Path) -> None:
         import kdpipe.pipelines
         import mmcv._ext
         print(mmcv._ext.nms(), mmcv._ext.runs, hasattr(mmcv._ext, "roi_align_forward"), "torch" in sys.modules)
+        from kdpipe.pipelines.openmmlab import extension_state
+        print(extension_state())
         print(mmcv._ext.__spec__.origin)
         """,
         path,
     )
-    assert said.splitlines() == ["native 1 False False", str(tmp_path / "mmcv" / "_ext.py")]
+    assert said.splitlines() == ["native 1 False False", "('native', '')", str(tmp_path / "mmcv" / "_ext.py")]
 
 
 def test_bridge_takes_over_from_ops_that_do_not_load(tmp_path: Path) -> None:
@@ -193,11 +195,14 @@ def test_bridge_takes_over_from_ops_that_do_not_load(tmp_path: Path) -> None:
             import mmcv._ext
         print(mmcv._ext.nms.__module__)
         print([str(w.message) for w in caught if "kdpipe doctor" in str(w.message)])
+        from kdpipe.pipelines.openmmlab import extension_state
+        print("state:", extension_state()[0])
         """,
         path,
     )
     assert "kdpipe.pipelines.mmcv_nms" in said
     assert "mmcv's compiled ops do not load" in said
+    assert "state: broken" in said
 
 
 def test_bridge_is_installed_once() -> None:
