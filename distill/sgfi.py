@@ -98,6 +98,6 @@ class SGFI(nn.Module):
         expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
         check_shape("student_rois", student_rois, expected, f"an adapter of {self.adapt.in_channels} channels")
         with no_autocast(student_rois):
-            rois = student_rois.flatten(0, 1).to(self.adapt.weight.dtype)  # [R * L, Cs, 7, 7]
+            rois = student_rois.flatten(0, 1).to(self.adapt.weight.dtype, memory_format=torch.channels_last)
             adapted = self.adapt(rois).unflatten(0, (num_rois, num_levels))  # [R, L, C, 7, 7]
         return sgfi_loss(adapted, teacher_rois, self.embed, self.temperature)

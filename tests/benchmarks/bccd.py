@@ -97,7 +97,7 @@ def student_dir(out: Path, methods: str, seed: int) -> Path:
 def train_student(data: Path, out: Path, methods: str, seed: int) -> None:
     arguments = ["train-student", "--cache", str(out / "bccd.zarr"), "--methods", methods, "--seed", str(seed)]
     places = ["--val-ann-file", str(data / "test.json"), "--val-img-dir", str(data / "JPEGImages")]
-    distill = ["-o", "distill.rois.num=128", "-o", "distill.ckd.queue_size=8192"]
+    distill = ["-o", "distill.rois.num=96", "-o", "distill.ckd.queue_size=8192"]
     train([*arguments, *places, *narrow(16, 64, 256), *distill], student_dir(out, methods, seed), 12)
 
 

@@ -240,7 +240,11 @@ def test_methods_that_cannot_be(methods: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("tier", "loss", "again"),
-    [("predictions", "ckd", "embeddings"), ("embeddings", "sgfi", "pyramid or roi"), ("predictions", "sgfi", "pyramid")],
+    [
+        ("predictions", "ckd", "embeddings"),
+        ("embeddings", "sgfi", "pyramid or roi"),
+        ("predictions", "sgfi", "pyramid"),
+    ],
 )
 def test_a_tier_that_cannot_serve_a_loss(tier: str, loss: str, again: str) -> None:
     with pytest.raises(ContractError, match=f"{loss}.*--targets {again}"):
