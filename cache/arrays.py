@@ -3,25 +3,32 @@
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from kdpipe.cache.codecs import Block, array_metadata, crc32c, encode_chunk
-from kdpipe.cache.files import DIGEST_SIZE, FileRecord, write_file
+from kdpipe.cache.files import FileRecord, write_file
 
 SHARD_CHUNKS = 2048
 _ABSENT = 2**64 - 1
 # Written bytes after which the disk is asked to catch up, so that the commit has little left to wait for.
 _SYNC_BYTES = 32 << 20
+# Larger arrays that are written whole are divided into files of about this many bytes.
+_FILE_BYTES = 64 << 20
+# Chunks of an array that are encoded at the same time.
+_AHEAD = 8
 
 
 class ArrayWriter:
     """Writes one array of shape (rows, *row_shape), row after row, into chunks of `chunk_rows` rows.
 
-    A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of one chunk. With the codec
+    A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of a few chunks, which are encoded by
+    the threads of `pool` and written in order. With the codec
     "none" rows of zeros fill the last chunk: zarrs checks chunks that are not compressed only where they are read
     whole, which could not be done at the end of the array otherwise.
 
@@ -31,6 +38,7 @@ class ArrayWriter:
         dtype: numpy's name of the type.
         chunk_rows: rows per chunk.
         codec: "zstd", "lz4" or "none".
+        pool: encodes the chunks.
         attributes: user attributes of the array.
     """
 
@@ -41,6 +49,7 @@ class ArrayWriter:
         dtype: str,
         chunk_rows: int,
         codec: str,
+        pool: Executor,
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         folder.mkdir()
@@ -49,22 +58,24 @@ class ArrayWriter:
         self._row_shape, self._chunk_rows = row_shape, chunk_rows
         self._chunk = np.zeros((chunk_rows, *row_shape), dtype=dtype)
         self._filled = 0
+        self._pool = pool
+        self._pending: deque[Future[bytes]] = deque()
         self._index: list[tuple[int, int]] = []
         self._shards = 0
         self._file: BinaryIO | None = None
-        self._digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        self._digest = hashlib.sha256()
         self._size = self._unsynced = 0
         self._files: dict[str, FileRecord] = {}
 
     def append(self, rows: Block) -> None:
-        """Add rows [N, *row_shape] of the array's type."""
+        """Add rows [N, *row_shape] of the array's type, which must not change any more."""
         if rows.shape[1:] != self._row_shape or rows.dtype != self._chunk.dtype:
             raise ValueError(f"rows are {rows.shape} {rows.dtype}, not (N, *{self._row_shape}) {self._chunk.dtype}")
         self.rows += len(rows)
         start = 0
         while start < len(rows):
             if self._filled == 0 and len(rows) - start >= self._chunk_rows:
-                self._write_chunk(np.ascontiguousarray(rows[start : start + self._chunk_rows]))
+                self._encode(np.ascontiguousarray(rows[start : start + self._chunk_rows]))
                 start += self._chunk_rows
                 continue
             count = min(len(rows) - start, self._chunk_rows - self._filled)
@@ -72,8 +83,8 @@ class ArrayWriter:
             self._filled += count
             start += count
             if self._filled == self._chunk_rows:
-                self._write_chunk(self._chunk)
-                self._filled = 0
+                self._encode(self._chunk)
+                self._chunk, self._filled = np.zeros_like(self._chunk), 0
 
     def close(self) -> dict[str, FileRecord]:
         """Write what is left and the metadata, and force all to disk.
@@ -83,7 +94,8 @@ class ArrayWriter:
         """
         if self._filled:
             self._chunk[self._filled :] = 0
-            self._write_chunk(self._chunk)
+            self._encode(self._chunk)
+        self._write_encoded(ahead=0)
         if self._index:
             self._finish_shard(len(self._index) if self._shards == 0 else SHARD_CHUNKS)
         chunks = -(-self.rows // self._chunk_rows)
@@ -104,12 +116,18 @@ class ArrayWriter:
         if self._file is not None:
             self._file.close()
 
-    def _write_chunk(self, block: Block) -> None:
-        if len(self._index) == SHARD_CHUNKS:
-            self._finish_shard(SHARD_CHUNKS)
-        data = encode_chunk(block, self._codec)
-        self._index.append((self._size, len(data)))
-        self._write(data)
+    def _encode(self, block: Block) -> None:
+        self._pending.append(self._pool.submit(encode_chunk, block, self._codec))
+        self._write_encoded(ahead=_AHEAD)
+
+    def _write_encoded(self, ahead: int) -> None:
+        """Write chunks in order until no more than `ahead` are still being encoded."""
+        while self._pending and (len(self._pending) > ahead or self._pending[0].done()):
+            data = self._pending.popleft().result()
+            if len(self._index) == SHARD_CHUNKS:
+                self._finish_shard(SHARD_CHUNKS)
+            self._index.append((self._size, len(data)))
+            self._write(data)
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
@@ -134,7 +152,7 @@ class ArrayWriter:
         self._files[self._shard_name()] = (self._size, self._digest.hexdigest())
         self._file, self._index = None, []
         self._size = self._unsynced = 0
-        self._digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        self._digest = hashlib.sha256()
         self._shards += 1
 
     def _shard_name(self) -> str:
@@ -159,10 +177,9 @@ def write_array(folder: Path, values: Block, codec: str) -> dict[str, FileRecord
         Size and digest of each file, by its name within the array's folder.
     """
     folder.mkdir()
-    limit = 64 << 20
     chunk = values.shape
-    if values.nbytes > limit:
-        chunk = (max(1, limit // max(1, values.nbytes // len(values))), *values.shape[1:])
+    if values.nbytes > _FILE_BYTES:
+        chunk = (max(1, _FILE_BYTES // max(1, values.nbytes // len(values))), *values.shape[1:])
     chunk = tuple(max(1, side) for side in chunk)
     files = {}
     for number in range(-(-len(values) // chunk[0]) if values.ndim and values.size else int(values.ndim == 0)):

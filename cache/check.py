@@ -1,7 +1,7 @@
 """Commit records: what makes a part (or the head, or a cache) exist, and whether its files are as recorded.
 
-A record is the `kdpipe` attribute of a group's `zarr.json`. It carries the size and blake2b digest of each file below
-the group and a digest of itself, and it is the last file written before the group gets its final name.
+A record is the `kdpipe` attribute of a group's `zarr.json`. It carries the size and sha256 of each file below the
+group and that of itself, and it is the last file written before the group gets its final name.
 """
 
 import hashlib
@@ -12,10 +12,12 @@ from typing import Any
 
 from kdpipe.cache.codecs import group_metadata
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import DIGEST_SIZE, FileRecord, file_record, write_file
-from kdpipe.cache.fingerprint import digest_json
+from kdpipe.cache.files import FileRecord, file_record, write_file
 
 _BLOCK = 1 << 20
+# A record begins with the sha256 of its file, taken with zeros in that place.
+_START = b'{"attributes":{"kdpipe":{"checksum":"'
+_BLANK = "0" * 64
 
 
 def part_folder(cache: Path, index: int) -> Path:
@@ -32,17 +34,29 @@ def write_record(folder: Path, content: Mapping[str, Any], files: Mapping[str, F
         files: size and digest of each file, by its path relative to `folder`.
     """
     record = {**content, "files": {name: list(entry) for name, entry in files.items()}}
-    write_file(folder / "zarr.json", group_metadata({"kdpipe": {**record, "checksum": digest_json(record)}}))
+    blank = group_metadata({"kdpipe": {"checksum": _BLANK, **record}})
+    write_file(folder / "zarr.json", _START + _checksum(blank) + blank[len(_START) + len(_BLANK) :])
+
+
+def parse_record(data: bytes) -> dict[str, Any] | None:
+    """The record in the bytes of a `zarr.json`; None where it is not exactly as it was written."""
+    end = len(_START) + len(_BLANK)
+    if not data.startswith(_START) or _checksum(_START + _BLANK.encode() + data[end:]) != data[len(_START) : end]:
+        return None
+    record: dict[str, Any] = json.loads(data)["attributes"]["kdpipe"]
+    return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The commit record of a group; None where there is none, or none that is whole."""
     try:
-        record = json.loads((folder / "zarr.json").read_bytes())["attributes"]["kdpipe"]
-        checksum = record.pop("checksum")
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return parse_record((folder / "zarr.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return record if isinstance(record, dict) and digest_json(record) == checksum else None
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
 
 
 def read_part_record(cache: Path, index: int, images: range) -> dict[str, Any] | None:
@@ -73,7 +87,7 @@ def check_digests(folder: Path, record: Mapping[str, Any]) -> list[str]:
     if wrong:
         return wrong
     for name, (_, expected) in sorted(record["files"].items()):
-        digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        digest = hashlib.sha256()
         with (folder / name).open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)

@@ -20,6 +20,7 @@ import torch
 import zarr
 from numcodecs import blosc
 from torch import Tensor
+from zarr.storage import LocalStore, StorePath
 
 Block = npt.NDArray[Any]
 
@@ -136,14 +137,17 @@ def group_metadata(attributes: Mapping[str, Any] | None = None) -> bytes:
 
 def node_json(values: Mapping[str, Any]) -> bytes:
     """A `zarr.json`: the same bytes for the same values."""
-    text = json.dumps({"zarr_format": 3, **values}, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        {"zarr_format": 3, **values}, separators=(",", ":"), sort_keys=True, ensure_ascii=True, allow_nan=False
+    )
     return text.encode() + b"\n"
 
 
 def open_array(folder: Path) -> "zarr.Array[Any]":
     """Open an array for reading, with the zarrs pipeline where that is installed and safe.
 
-    A process forked from one that has used zarrs would hang in it: such a process reads by zarr's own pipeline.
+    Not by `zarr.open_array`, whose round trips to an event loop take longer than reading a small file. A process forked
+    from one that has used zarrs would hang in it: such a process reads by zarr's own pipeline.
     """
     if _zarrs_installed() and (not _zarrs_used_in or _zarrs_used_in[0] == os.getpid()):
         _zarrs_used_in[:] = [os.getpid()]
@@ -151,7 +155,8 @@ def open_array(folder: Path) -> "zarr.Array[Any]":
     else:
         pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"
     with zarr.config.set({"codec_pipeline.path": pipeline}):
-        return zarr.open_array(zarr.storage.LocalStore(folder, read_only=True), mode="r", zarr_format=3)
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+        return zarr.Array.from_dict(StorePath(LocalStore(folder, read_only=True)), metadata)
 
 
 @cache

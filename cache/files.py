@@ -13,10 +13,9 @@ from pathlib import Path
 
 from kdpipe.cache.errors import CacheError
 
-# Size in bytes and blake2b digest of a file.
+# Size in bytes and sha256 of a file.
 FileRecord = tuple[int, str]
 
-DIGEST_SIZE = 16
 _TOKEN = secrets.token_hex(4)
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.(?P<count>\d+)\.tmp")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -51,7 +50,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 
 def file_record(data: bytes) -> FileRecord:
     """Size and digest of a file's content."""
-    return len(data), hashlib.blake2b(data, digest_size=DIGEST_SIZE).hexdigest()
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

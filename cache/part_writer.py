@@ -1,9 +1,11 @@
 """Writes one part: in plan order, on a thread of its own, published in one atomic act."""
 
+import os
 import queue
 import shutil
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,14 +26,15 @@ FEATURE_CHUNK = 1 << 20
 _ROW_CHUNK_BYTES = 128 << 10
 _ROI_CHUNK_BYTES = 64 << 10
 _QUEUE_SIZE = 4
+_ENCODERS = min(8, os.cpu_count() or 1)
 
 
 class PartWriter:
     """Context manager that writes one part. A clean exit commits it; an exception discards it.
 
     Records may come in any order; they are stored in that of the plan (images, then views), so that a part has the same
-    bytes however it was made. Those that come early are held in memory until it is their turn. Compression and writing
-    run in one thread behind a short queue; its errors surface in the next `add`, or on exit.
+    bytes however it was made. Those that come early are held in memory until it is their turn. A thread writes, behind a
+    short queue, and others compress for it; their errors surface in the next `add`, or on exit.
 
     Args:
         cache: path of the cache.
@@ -57,8 +60,9 @@ class PartWriter:
     def __enter__(self) -> "PartWriter":
         with explained(f"Writing part {self._index}", self._cache):
             self._folder = temporary_folder(self._final)
+            self._pool = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="kdpipe-encode")
             try:
-                self._files = _PartFiles(self._folder, self._spec)
+                self._files = _PartFiles(self._folder, self._spec, self._pool)
             except BaseException:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 raise
@@ -107,6 +111,7 @@ class PartWriter:
                 with explained(f"Writing part {self._index}", self._cache):
                     self._commit()
         finally:
+            self._pool.shutdown(cancel_futures=True)
             self._files.abort()
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -175,14 +180,14 @@ class PartWriter:
 class _PartFiles:
     """The arrays of a part in the making."""
 
-    def __init__(self, folder: Path, spec: CacheSpec) -> None:
+    def __init__(self, folder: Path, spec: CacheSpec, pool: Executor) -> None:
         self.rows = self.rois = 0
         self._columns = index_columns(spec)
         self._elements = self._name_bytes = 0
         self._arrays: dict[str, ArrayWriter] = {}
 
         def make(name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int, **attributes: Any) -> None:
-            self._arrays[name] = ArrayWriter(folder / name, shape, dtype, chunk_rows, spec.codec, attributes)
+            self._arrays[name] = ArrayWriter(folder / name, shape, dtype, chunk_rows, spec.codec, pool, attributes)
 
         if "features" in spec.fields:
             make("features", (), spec.dtype, FEATURE_CHUNK)

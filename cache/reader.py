@@ -39,18 +39,18 @@ def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> 
     path = Path(path)
     root = read_root(path)
     with explained("Reading the cache", path):
-        records = {
-            number: record
+        skipped = {
+            number: record["skipped"]
             for number, span in enumerate(root.parts)
             if (record := read_part_record(path, number, span)) is not None
         }
-    missing = len(root.parts) - len(records)
+    missing = len(root.parts) - len(skipped)
     if missing and not allow_partial:
         raise CacheError(
             f"The cache {path} is incomplete: {missing} of {len(root.parts)} parts are missing. Run `kdpipe "
             "cache-teacher` with the same options again: it makes only what is missing."
         )
-    return TeacherCache(path, root, records)
+    return TeacherCache(path, root, skipped)
 
 
 class TeacherCache:
@@ -67,17 +67,16 @@ class TeacherCache:
         skipped: image_id, file_name and reason of each image that could not be read when the cache was made.
     """
 
-    def __init__(self, path: Path, root: Root, records: dict[int, dict[str, Any]]) -> None:
+    def __init__(self, path: Path, root: Root, skipped: dict[int, list[dict[str, Any]]]) -> None:
         self.path = path
         self.spec: CacheSpec = root.spec
         self.identity = root.identity
         self.metadata = root.metadata
-        self.skipped: list[dict[str, Any]] = [entry for record in records.values() for entry in record["skipped"]]
-        self._records = records
+        self.skipped: list[dict[str, Any]] = [entry for entries in skipped.values() for entry in entries]
         self._starts = root.part_starts
         keep = np.zeros(len(root.image_ids), dtype=bool)
         for number, span in enumerate(root.parts):
-            keep[span.start : span.stop] = number in records
+            keep[span.start : span.stop] = number in skipped
         if self.skipped:
             keep &= ~np.isin(root.image_ids, [entry["image_id"] for entry in self.skipped])
         positions = np.flatnonzero(keep)
@@ -197,7 +196,7 @@ class TeacherCache:
     def _here(self) -> "_Process":
         """What this process has open: nothing is inherited from a parent."""
         if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process(self.path, self.spec, self._records)
+            self._process = _Process(self.path, self.spec, self._starts)
         return self._process
 
     def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
@@ -220,9 +219,9 @@ class TeacherCache:
 class _Process:
     """Open parts and arrays of one process."""
 
-    def __init__(self, path: Path, spec: CacheSpec, records: dict[int, dict[str, Any]]) -> None:
+    def __init__(self, path: Path, spec: CacheSpec, starts: npt.NDArray[np.int64]) -> None:
         self.pid = os.getpid()
-        self._path, self._spec, self._records = path, spec, records
+        self._path, self._spec, self._starts = path, spec, starts
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
         self._arrays: OpenArrays = OrderedDict()
         self._rows = 0
@@ -234,7 +233,16 @@ class _Process:
             if number in self._parts:
                 self._parts.move_to_end(number)
                 return self._parts[number]
-            part = PartReader(part_folder(self._path, number), number, self._records[number], self._spec, self._arrays)
+            folder = part_folder(self._path, number)
+            record = read_part_record(
+                self._path, number, range(int(self._starts[number]), int(self._starts[number + 1]))
+            )
+            if record is None:
+                raise CacheError(
+                    f"Part {number} is no longer whole ({folder / 'zarr.json'}): run `kdpipe cache-teacher` with the "
+                    "same options again, it makes this part anew."
+                )
+            part = PartReader(folder, number, record, self._spec, self._arrays)
             self._parts[number] = part
             self._rows += part.rows
             while self._rows > _MAX_INDEX_ROWS and len(self._parts) > 1:

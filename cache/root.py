@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.cache.arrays import write_array
-from kdpipe.cache.check import check_metadata, write_record
+from kdpipe.cache.check import check_metadata, parse_record, write_record
 from kdpipe.cache.codecs import group_metadata, open_array
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import FileRecord, publish, temporary_folder, write_file
-from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.plan import ImageInfo, digest_images
 from kdpipe.cache.schema import CacheSpec, check_version
 
@@ -120,8 +119,7 @@ def read_root(path: Path) -> Root:
     if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
         raise CacheError(damaged)
     check_version(record["spec"].get("version"))
-    checksum = record.pop("checksum", None)
-    if digest_json(record) != checksum:
+    if parse_record(content) is None:
         raise CacheError(f"{damaged} (its checksum does not fit)")
     arrays = []
     for name in _ARRAYS:

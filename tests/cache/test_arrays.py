@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from kdpipe.cache import arrays
 from kdpipe.cache.arrays import ArrayWriter, rows_per_chunk, write_array
 from kdpipe.cache.files import file_record
+
+POOL = ThreadPoolExecutor(2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,7 +39,7 @@ def test_ragged_rows_come_back(
     pieces = [rng.integers(-99, 99, (count, *shape)).astype(dtype) for count in counts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "SHARD_CHUNKS", shard_chunks)
-        writer = ArrayWriter(folder, shape, dtype, chunk_rows, codec)
+        writer = ArrayWriter(folder, shape, dtype, chunk_rows, codec, POOL)
         for piece in pieces:
             writer.append(piece)
         files = writer.close()
@@ -55,7 +58,7 @@ def test_pieces_do_not_change_the_bytes(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
     files = []
     for name, splits in (("one", []), ("many", [1, 2, 30, 31, 77])):
-        writer = ArrayWriter(tmp_path / name, (3,), "float32", 8, "zstd")
+        writer = ArrayWriter(tmp_path / name, (3,), "float32", 8, "zstd", POOL)
         for piece in np.split(values, splits):
             writer.append(piece)
         files.append(writer.close())
@@ -79,16 +82,16 @@ def test_whole_arrays_come_back(tmp_path: Path, values: npt.NDArray[Any]) -> Non
     assert read.dtype == values.dtype
 
 
-def test_large_arrays_are_chunked(tmp_path: Path) -> None:
-    values = np.zeros((5, 4 << 20), np.float32)
-    values[:, ::1000] = np.arange(5)[:, None]
+def test_large_arrays_are_chunked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_FILE_BYTES", 70)
+    values = np.arange(30, dtype=np.float32).reshape(5, 6)
     files = write_array(tmp_path / "a", values, "lz4")
-    assert sorted(files) == ["c.0.0", "c.1.0", "zarr.json"]
+    assert sorted(files) == ["c.0.0", "c.1.0", "c.2.0", "zarr.json"]
     np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[...]), values)
 
 
 def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
-    writer = ArrayWriter(tmp_path / "a", (3,), "float32", 8, "zstd")
+    writer = ArrayWriter(tmp_path / "a", (3,), "float32", 8, "zstd", POOL)
     with pytest.raises(ValueError, match="rows are"):
         writer.append(np.zeros((2, 4), np.float32))
 
