@@ -1,5 +1,6 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 
-from kdpipe.cache.fingerprint import digest_tensors
+from kdpipe.cache.fingerprint import digest_json, digest_tensors
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
@@ -126,7 +127,10 @@ def cache_teacher(
         views=options.views,
         scale=scale,
     )
-    identity = {"teacher": digest_tensors(teacher.model.state_dict()), "data": data.digest()}
+    identity = {
+        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": _digest_model(cfg)},
+        "data": data.digest(),
+    }
     metadata = {
         "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
         "data": source,
@@ -144,6 +148,12 @@ def cache_teacher(
         disk_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
     )
+
+
+def _digest_model(cfg: Config) -> str:
+    """Identity of what a config says of the model beyond its weights, such as how it normalises images."""
+    model = {name: value for name, value in cfg.model.to_dict().items() if name != "train_cfg"}
+    return digest_json(json.dumps(model, sort_keys=True, default=str))
 
 
 def _test_scale(cfg: Config) -> tuple[int, int]:

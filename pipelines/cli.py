@@ -1,5 +1,6 @@
 """The command line: `kdpipe cache-teacher`, `train-student`, `train-teacher`, `evaluate`, `doctor`, `demo`."""
 
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
+from kdpipe.pipelines.console import bytes_text, error_text
 
 __all__ = ["main"]
 
@@ -164,7 +166,6 @@ def cache_teacher_command(
     """
     from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
     from kdpipe.pipelines.checkpoints import load_checkpoint
-    from kdpipe.pipelines.console import bytes_text
     from kdpipe.pipelines.sources import find_data, torch_device
     from kdpipe.pipelines.teacher import teacher_config
 
@@ -360,7 +361,8 @@ def _recipe(config: Any, **values: Any) -> Any:
 
 def _report(console: Console, result: Any) -> None:
     ap = "AP not measured" if result.ap is None else f"AP {result.ap:.3f}"
-    console.print(f"{result.checkpoint}: {ap}, {result.seconds_per_step:.2f} s per step")
+    pace = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.2f} s per step"
+    console.print(f"{result.checkpoint}: {ap}{pace}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -387,13 +389,13 @@ def main(args: list[str] | None = None) -> None:
     except (KdpipeError, OSError) as error:
         if debug:
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {error_text(error)}", err=True)
         sys.exit(EXIT_ERROR)
     except Exception as error:
         if debug:
             raise
         click.echo(
-            f"Internal error: {type(error).__name__}: {error}\nkdpipe --debug ... shows where.",
+            f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where.",
             err=True,
         )
         sys.exit(EXIT_INTERNAL)

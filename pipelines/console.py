@@ -1,5 +1,6 @@
 """What the commands print: one style of progress, and sizes that people can read."""
 
+import re
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -7,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text"]
+__all__ = ["ProgressBar", "bytes_text", "error_text"]
 
 _LINE_SECONDS = 30.0
 
@@ -72,3 +73,11 @@ def bytes_text(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an error; of one that crossed over from a loader worker, the message that it had there."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return text
+    return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.datasets import check_classes, load_coco
@@ -74,7 +75,8 @@ def evaluate(
         check_classes(data, known, f"the checkpoint {ckpt.name}")
     register_all_modules(init_default_scope=True)
     set_num_classes(cfg.model, len(data.class_names))
-    model = MODELS.build(cfg.model)
+    with building("The detector"):
+        model = MODELS.build(cfg.model)
     load_strict(model, checkpoint.state_dict)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):

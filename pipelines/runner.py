@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -17,9 +18,39 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from rich.console import Console
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.console import ProgressBar
 
-__all__ = ["Bfloat16OptimWrapper", "PlainCheckpointHook", "ProgressHook", "QuietRunner"]
+__all__ = [
+    "Bfloat16OptimWrapper",
+    "FormattedConfig",
+    "PlainCheckpointHook",
+    "ProgressHook",
+    "QuietRunner",
+    "RunnerError",
+]
+
+
+class FormattedConfig(Config):  # type: ignore[misc]
+    """A config that will not change any more, formatted once.
+
+    mmengine asks for the text at every checkpoint, and formatting takes a second.
+
+    Args:
+        config: Is copied.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.to_dict(), filename=config.filename)
+        vars(self)["_formatted"] = super().pretty_text
+
+    @property
+    def pretty_text(self) -> str:
+        return str(vars(self)["_formatted"])
+
+
+class RunnerError(KdpipeError):
+    """A training cannot go on."""
 
 
 class QuietRunner(Runner):  # type: ignore[misc]
@@ -31,6 +62,29 @@ class QuietRunner(Runner):  # type: ignore[misc]
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
         return logger
+
+    def build_loops(self) -> None:
+        """Build data sets and optimiser now, which mmengine leaves until training begins."""
+        self._train_loop = self.build_train_loop(self._train_loop)
+        if self._val_loop is not None:
+            self._val_loop = self.build_val_loop(self._val_loop)
+        self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = "cpu", strict: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """As mmengine's; to resume, the checkpoint has to fit the model exactly.
+
+        Raises:
+            RunnerError: It does not, or is damaged.
+        """
+        try:
+            return dict(super().load_checkpoint(filename, map_location, strict or self._resume, **options))
+        except (RuntimeError, EOFError) as error:
+            raise RunnerError(
+                f"Cannot go on from {filename}: {str(error).strip()}\nResume with the config, the cache and the "
+                "--methods that the training began with, or begin anew in another --work-dir."
+            ) from error
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -6,6 +6,7 @@ as the undisturbed one would have, whatever the number of loader workers.
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,37 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import open_cache
+from kdpipe.pipelines.images import ImageError, image_problem
 
 __all__ = ["EpochSampler", "SeedEpochHook", "SeededDataset", "seed_everything"]
 
 
 def seed_everything(*key: int) -> None:
     """Seed Python, NumPy and torch (CPU and devices) from a tuple of non-negative integers."""
+    torch.cuda.manual_seed_all(_seed_cpu(*key))
+
+
+def _seed_cpu(*key: int) -> int:
     states = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(states[0]))
     np.random.seed(states[1])
-    torch.manual_seed(int(states[2]))
+    torch.default_generator.manual_seed(int(states[2]))
+    return int(states[2])
+
+
+@contextmanager
+def _own_randomness(*key: int) -> Iterator[None]:
+    """Random numbers from a key; those of the training process, where there are no workers, go on as if undisturbed."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _seed_cpu(*key)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @DATASETS.register_module()
@@ -59,8 +80,22 @@ class SeededDataset:
         return dict(self.dataset.get_data_info(index % len(self)))
 
     def __getitem__(self, index: int) -> Any:
-        seed_everything(self.seed, index)
-        return self.dataset[index % len(self)]
+        """The image, augmented.
+
+        Raises:
+            KdpipeError: It cannot be read, or what belongs to it; the file is named.
+        """
+        with _own_randomness(self.seed, index):
+            try:
+                return self.dataset[index % len(self)]
+            except KdpipeError:
+                raise
+            except Exception as error:  # of mmdet's pipeline, which does not always say which image it was
+                info = self.get_data_info(index)
+                problem = image_problem(info["img_path"], info["width"], info["height"])
+                if problem is None:
+                    raise
+                raise ImageError(problem) from error
 
 
 @DATA_SAMPLERS.register_module()

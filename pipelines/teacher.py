@@ -22,6 +22,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
+from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.layouts import for_inference
@@ -79,7 +80,8 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     model_config.pop("init_cfg", None)
     if "backbone" in model_config:
         model_config.backbone.pop("init_cfg", None)
-    model = MODELS.build(model_config)
+    with building("The teacher"):
+        model = MODELS.build(model_config)
     _check_family(model)
     load_strict(model, checkpoint.state_dict, ignore_prefixes=ignore)
     return Teacher(model.to(device).eval(), device)

@@ -1,5 +1,6 @@
 """`kdpipe train-student`: train a detector from a cache; the teacher is not needed any more."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import ContractError, DistilledDetector, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes
-from kdpipe.pipelines.training import Recipe, TrainingResult, complete, detector_config, run_training
+from kdpipe.pipelines.training import Recipe, TrainingResult, check_work_dir, complete, detector_config, run_training
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
@@ -76,18 +77,21 @@ def train_student(
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
     """
+    check_work_dir(work_dir, resume)
     losses = expand_methods(methods)
     check_contract(cache.spec, losses)
     check_data(cache, train)
     if val is not None:
         check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
     train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
-    cfg = detector_config(config, train, val, recipe)
+    cfg = detector_config(config, train, val, recipe, [image["image_id"] for image in cache.skipped])
     set_num_classes(cfg.model, cache.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
     cfg = apply_options(cfg, recipe.options)
     distill = cfg.pop("distill")
-    recorded = cfg.copy()
+    if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
+        raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
+    recorded = copy.deepcopy(cfg)
     if losses:
         _distil(cfg, cache, methods, distill)
     return run_training(
@@ -112,9 +116,6 @@ def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: C
         "missing_view": distill.missing_view,
     }
     dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
-    unknown = sorted(set(distill) - set(DISTILL_DEFAULTS))
-    if unknown:
-        raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,

@@ -1,10 +1,11 @@
 """From a detector's config to a finished training: what `train-teacher` and `train-student` share."""
 
 import contextlib
+import copy
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,24 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
-from kdpipe.pipelines.datasets import DetectionData, check_classes
-from kdpipe.pipelines.runner import PlainCheckpointHook, ProgressHook, QuietRunner
+from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
+from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedEpochHook
 from kdpipe.pipelines.transforms import set_scale
 from kdpipe.pipelines.worker import init_worker, preload_workers
 
-__all__ = ["Recipe", "TrainingResult", "complete", "detector_config", "run_training", "train_detector"]
+__all__ = [
+    "Recipe",
+    "TrainingResult",
+    "check_work_dir",
+    "complete",
+    "detector_config",
+    "run_training",
+    "train_detector",
+]
 
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
@@ -69,7 +79,7 @@ class TrainingResult:
         checkpoint: The bare detector's newest checkpoint.
         ap: COCO AP on the validation images after the last epoch, or None without validation.
         metrics: All validation metrics, by mmdet's names (`bbox_mAP`, ...).
-        seconds_per_step: Median over all steps, the first of each epoch excepted.
+        seconds_per_step: Median over all steps, the first of each epoch excepted; NaN where there is no other.
     """
 
     checkpoint: Path
@@ -83,24 +93,39 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def detector_config(config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe) -> Config:
+def detector_config(
+    config: Config,
+    train: DetectionData,
+    val: DetectionData | None,
+    recipe: Recipe,
+    left_out: Collection[int] = (),
+) -> Config:
     """A runnable training config for a plain detector.
 
     Keeps what the user's config says of the model, the pipelines and the hooks; sets data, schedule and optimiser.
+
+    Args:
+        config: mmdet config of the detector.
+        train: Training images.
+        val: Validation images, or None.
+        recipe: Schedule and options.
+        left_out: Ids of training images that will not be trained on.
+
+    Raises:
+        KdpipeError: There is nothing to train on, or the config's pipelines cannot be used.
     """
-    cfg = config.copy()
+    cfg = copy.deepcopy(config)
     workers = recipe.workers if recipe.workers is not None else max(1, min(4, (os.cpu_count() or 1) // 2))
     loader = {
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "multiprocessing_context": "forkserver" if workers else None,
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": {"type": init_worker.__name__},
     }
     cfg.train_dataloader = {
         "batch_size": recipe.batch_size,
         **loader,
-        "sampler": {"type": EpochSampler.__name__, "shuffle": True},
+        "sampler": {"type": "DefaultSampler", "shuffle": True},
         "batch_sampler": {"type": "AspectRatioBatchSampler"},
         "dataset": _dataset(cfg, "train_dataloader", train, recipe),
     }
@@ -112,14 +137,19 @@ def detector_config(config: Config, train: DetectionData, val: DetectionData | N
     else:
         set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
 
-    images = sum(image.num_gt > 0 for image in train.images)  # mmdet leaves out images without annotations
+    # mmdet leaves out images without annotations
+    images = sum(image.num_gt > 0 and image.image_id not in left_out for image in train.images)
+    if not images:
+        raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
     steps_per_epoch = -(-images // (recipe.batch_size * world_size()))
     total = recipe.epochs * steps_per_epoch
-    warmup = min(WARMUP_STEPS, max(1, total // 6))
+    warmup = min(WARMUP_STEPS, total // 6)
     cfg.param_scheduler = [
-        {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup},
         {"type": "CosineAnnealingLR", "by_epoch": False, "begin": warmup, "end": total, "T_max": total - warmup},
     ]
+    if warmup:
+        start = {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup}
+        cfg.param_scheduler.insert(0, start)
     lr = recipe.lr if recipe.lr is not None else BASE_LR * recipe.batch_size * world_size() / BASE_BATCH
     wrapper = "OptimWrapper"
     if recipe.amp:
@@ -132,7 +162,6 @@ def detector_config(config: Config, train: DetectionData, val: DetectionData | N
     hooks = cfg.setdefault("default_hooks", ConfigDict())
     hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 2}
     hooks.logger = {"type": "LoggerHook", "interval": 10}
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedEpochHook.__name__}]
     cfg.visualizer = {
         "type": "DetLocalVisualizer",
         "name": "visualizer",
@@ -224,13 +253,29 @@ def train_detector(
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
     """
+    check_work_dir(work_dir, resume)
     if val is not None:
         check_classes(val, train.class_names, f"the training images {train.ann_file}")
     train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = apply_options(cfg, recipe.options)
-    return run_training(cfg, cfg.copy(), work_dir, name="teacher", resume=resume, console=console)
+    return run_training(cfg, copy.deepcopy(cfg), work_dir, name="teacher", resume=resume, console=console)
+
+
+def check_work_dir(work_dir: Path, resume: bool) -> None:
+    """Refuse to begin where there is a training already, and to resume where there is none.
+
+    Raises:
+        KdpipeError: `resume` without a checkpoint, or a work directory that already holds a training.
+    """
+    has_checkpoint = (work_dir / "last_checkpoint").exists()
+    if resume and not has_checkpoint:
+        raise KdpipeError(f"Nothing to resume: {work_dir} has no checkpoint. Leave --resume away to start.")
+    if has_checkpoint and not resume:
+        raise KdpipeError(
+            f"{work_dir} already holds a training. Add --resume to go on with it, or choose another --work-dir."
+        )
 
 
 def run_training(
@@ -255,27 +300,20 @@ def run_training(
         only_in: Train on the images that this cache holds, and leave out the others.
 
     Raises:
-        KdpipeError: `resume` without a checkpoint, or a work directory that already holds a training.
+        KdpipeError: The config cannot be built, the checkpoint to resume from does not fit, or data cannot be read.
     """
-    has_checkpoint = (work_dir / "last_checkpoint").exists()
-    if resume and not has_checkpoint:
-        raise KdpipeError(f"Nothing to resume: {work_dir} has no checkpoint. Leave --resume away to start.")
-    if has_checkpoint and not resume:
-        raise KdpipeError(
-            f"{work_dir} already holds a training. Add --resume to go on with it, or choose another --work-dir."
-        )
     register_all_modules(init_default_scope=True)
     register_safe_types()
     preload_workers()
     cfg.work_dir = str(work_dir)
     cfg.resume = resume
-    cfg.train_dataloader.dataset = {
-        "type": SeededDataset.__name__,
-        "dataset": cfg.train_dataloader.dataset,
-        "seed": cfg.randomness.seed,
-        "only_in": only_in and str(only_in.resolve()),
-    }
-    runner = QuietRunner.from_cfg(cfg)
+    if resume:
+        cfg.load_from = None  # mmengine would resume from there
+    _make_reproducible(cfg, only_in)
+    recorded = FormattedConfig(recorded)
+    with building("The training"):
+        runner = QuietRunner.from_cfg(FormattedConfig(cfg))
+        runner.build_loops()
     runner.cfg = recorded
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
@@ -299,6 +337,25 @@ def run_training(
         seconds_per_step=statistics.median(progress.step_times) if progress.step_times else float("nan"),
     )
     if is_main_process():
-        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": result.seconds_per_step}
+        seconds = result.seconds_per_step if progress.step_times else None
+        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": seconds}
         (work_dir / "result.json").write_text(json.dumps(values, indent=2) + "\n")
     return result
+
+
+def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
+    """Add what makes every random choice a function of seed, epoch and image, and what ends loader workers with us.
+
+    Not part of the recorded config, which stock mmdet reads without kdpipe.
+    """
+    cfg.train_dataloader.dataset = {
+        "type": SeededDataset.__name__,
+        "dataset": cfg.train_dataloader.dataset,
+        "seed": cfg.randomness.seed,
+        "only_in": only_in and str(only_in.resolve()),
+    }
+    cfg.train_dataloader.sampler.type = EpochSampler.__name__
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedEpochHook.__name__}]
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        if loader is not None:
+            loader.worker_init_fn = {"type": init_worker.__name__}

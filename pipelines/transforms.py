@@ -11,11 +11,13 @@ from mmdet.registry import TRANSFORMS
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import open_cache
 from kdpipe.distill.targets import MISSING_VIEWS, read_roi_targets
+from kdpipe.pipelines.images import ImageError
 
 __all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
 
 _RESIZES = ("Resize", "RandomResize", "RandomChoiceResize", "FixScaleResize")
 _MIXES = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp", "CopyPaste", "InstaBoost", "Albu", "CutOut")
+_NEEDED = ("homography_matrix", "img_id", "img_path", "img_shape", "ori_shape")
 _PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
 
@@ -76,6 +78,12 @@ class AddTeacherTargets:
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         sample = results["data_samples"]
+        seen = self.cache.index(sample.img_id, self.cache.spec.views[0]).original_size
+        if tuple(sample.ori_shape) != seen:
+            raise ImageError(
+                f"image {sample.img_path} is {sample.ori_shape[1]} x {sample.ori_shape[0]} pixels, and was "
+                f"{seen[1]} x {seen[0]} when the teacher saw it. Put the image in place that was cached."
+            )
         truth = sample.gt_instances
         boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
         results["targets"] = read_roi_targets(
@@ -115,5 +123,5 @@ def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> 
         raise KdpipeError(f"The training pipeline ends with {names[-1]}; expected PackDetInputs.")
     result = copy.deepcopy(list(pipeline))
     keys = tuple(result[-1].get("meta_keys", _PACKED))
-    result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, "homography_matrix", "img_id", "img_shape"]))
+    result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, *_NEEDED]))
     return [*result, transform]
