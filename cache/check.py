@@ -44,6 +44,7 @@ def parse_record(data: bytes) -> dict[str, Any] | None:
     if not data.startswith(_START) or _checksum(_START + _BLANK.encode() + data[end:]) != data[len(_START) : end]:
         return None
     record: dict[str, Any] = json.loads(data)["attributes"]["kdpipe"]
+    del record["checksum"]
     return record
 
 

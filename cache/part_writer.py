@@ -33,8 +33,8 @@ class PartWriter:
     """Context manager that writes one part. A clean exit commits it; an exception discards it.
 
     Records may come in any order; they are stored in that of the plan (images, then views), so that a part has the same
-    bytes however it was made. Those that come early are held in memory until it is their turn. A thread writes, behind a
-    short queue, and others compress for it; their errors surface in the next `add`, or on exit.
+    bytes however it was made. Those that come early are held in memory until it is their turn. A thread writes,
+    behind a short queue, and others compress for it; their errors surface in the next `add`, or on exit.
 
     Args:
         cache: path of the cache.
