@@ -192,8 +192,8 @@ def _axis_weights(
     points = low[:, None] + extent[:, None] * steps  # [R, size * samples]
     near = (points >= -1) & (points <= length)
     cells = torch.arange(length, device=low.device, dtype=low.dtype)
-    weights = (1 - (points.clamp(0, length - 1)[..., None] - cells).abs()).clamp(min=0) * near[..., None]
-    return weights.unflatten(1, (size, samples)).mean(dim=2)
+    weights: Tensor = (1 - (points.clamp(0, length - 1)[..., None] - cells).abs()).clamp(min=0) * near[..., None]
+    return weights.reshape(-1, size, samples, length).mean(dim=2)
 
 
 def roi_align_assigned(
