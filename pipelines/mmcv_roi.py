@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.mmcv_precision import computing
+from kdpipe.pipelines.mmcv_roi_cpu import is_faster, roi_align_cpu, roi_align_cpu_backward
 
 __all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_pool_forward"]
 
@@ -38,8 +39,11 @@ def roi_align_forward(
         )
     x = computing(input)
     size = (aligned_height, aligned_width)
-    pooled = torch.ops.torchvision.roi_align(x, rois.to(x.dtype), spatial_scale, *size, sampling_ratio, aligned)
-    output.copy_(pooled)  # [R, C, aligned_height, aligned_width]
+    rois = rois.to(x.dtype)
+    if is_faster(x.numel(), output.numel(), rois, spatial_scale):
+        output.copy_(roi_align_cpu(x, rois, spatial_scale, size, sampling_ratio, aligned))
+    else:
+        output.copy_(torch.ops.torchvision.roi_align(x, rois, spatial_scale, *size, sampling_ratio, aligned))
 
 
 def roi_align_backward(
@@ -65,6 +69,9 @@ def roi_align_backward(
             x = torch.zeros_like(grad_input, dtype=grad.dtype).requires_grad_()
             pooled = torchvision.ops.roi_align(x, rois, size, spatial_scale, sampling_ratio, aligned)
         grad_input.copy_(torch.autograd.grad(pooled, x, grad)[0])
+        return
+    if is_faster(grad_input.numel(), grad.numel(), rois, spatial_scale):
+        grad_input.copy_(roi_align_cpu_backward(grad, rois, spatial_scale, grad_input.shape, sampling_ratio, aligned))
         return
     grad_input.copy_(
         torch.ops.torchvision._roi_align_backward(

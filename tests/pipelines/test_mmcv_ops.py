@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kdpipe.pipelines  # noqa: F401  (the bridge goes in before mmcv is imported)
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.mmcv_roi_cpu import is_faster
 
 mmcv_ops = pytest.importorskip("mmcv.ops")
 Array = npt.NDArray[Any]
@@ -82,6 +83,14 @@ def naive_roi_align(x: Array, rois: Array, size: int, scale: float, ratio: int, 
     return out
 
 
+@pytest.fixture(params=["fast", "torchvision"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU RoIAlign has two implementations, of which the size of the input chooses one."""
+    fewest = 1 if request.param == "fast" else math.inf
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._FEWEST_VALUES", fewest)
+
+
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
@@ -92,14 +101,50 @@ def test_roi_align_equals_a_loop(device: str, ratio: int, aligned: bool) -> None
     np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_roi_align_gradient(device: str, ratio: int) -> None:
+@pytest.mark.parametrize("aligned", [True, False])
+def test_roi_align_gradient(device: str, ratio: int, aligned: bool) -> None:
     x, rois = random(2, 2, 5, 6).to(device).requires_grad_(), some_rois().to(device)
     # on CUDA the order of the additions varies
     assert torch.autograd.gradcheck(
-        lambda t: mmcv_ops.roi_align(t, rois, 3, 0.125, ratio, "avg", True), x, nondet_tol=1e-12
+        lambda t: mmcv_ops.roi_align(t, rois, 3, 0.125, ratio, "avg", aligned), x, nondet_tol=1e-12
     )
+
+
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align_of_degenerate_boxes(ratio: int) -> None:
+    x = random(1, 2, 6, 6).requires_grad_()
+    rois = torch.tensor([[0.0, 9, 9, 3, 3], [0, 4, 4, 4, 4], [0, 400, 400, 500, 500]], dtype=torch.float64)
+    found = mmcv_ops.roi_align(x, rois, 2, 0.25, ratio, "avg", True)
+    found.sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert not found[2].any()
+    if ratio == 0:
+        assert not found.any()  # no sample points where there is no area
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_roi_align_in_slices_is_the_same(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._FEWEST_VALUES", 1)
+    x, rois = random(2, 3, 10, 12).requires_grad_(), some_rois().repeat(3, 1)
+    whole = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
+    (wanted,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._CHUNK", chunk)
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._ENTRIES", 10)
+    sliced = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(sliced.square().sum(), x)[0], wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0, 1e9, 1e9], [0, 0, 0, math.nan, 5]])
+def test_roi_align_leaves_boxes_out_of_all_bounds_to_torchvision(box: list[float]) -> None:
+    ordinary = torch.tensor([[0.0, 3, 4, 90, 80]])
+    assert is_faster(1 << 20, 1 << 20, ordinary, 0.25)
+    assert not is_faster(1 << 20, 1 << 20, torch.cat([ordinary, torch.tensor([box])]), 0.25)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -119,6 +164,7 @@ def test_roi_align_is_deterministic_on_cuda_when_asked_to_be() -> None:
     assert torch.equal(gradients[0], gradients[2])
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_roi_align_takes_half_types(dtype: torch.dtype) -> None:
     x, rois = random(2, 2, 10, 12).to(dtype).requires_grad_(), some_rois().to(dtype)
