@@ -19,10 +19,10 @@ __all__ = ["CLASS_NAMES", "draw_shapes"]
 
 CLASS_NAMES = ("disc", "square", "triangle", "star", "cross", "crescent")
 
-_VERSION = 1  # of the pictures: what another version drew is drawn again
+_VERSION = 2  # of the pictures: what another version drew is drawn again
 _SMALLEST = 12  # longer side of the smallest object, pixels
 _LARGEST = 0.68  # longer side of the largest object, of the shorter side of the picture
-_MIN_VISIBLE = 0.3  # of its painted pixels; no object is placed so that it, or another one, shows less
+_MIN_VISIBLE = 0.4  # of its painted pixels; no object is placed so that it, or another one, shows less
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -115,9 +115,9 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
     top = np.full(size, -1)  # [h, w] number of the shape that is seen there
     painted, shown = np.zeros(0, int), np.zeros(0, int)  # per shape: pixels it has, pixels of it that are seen
     objects: list[dict[str, Any]] = []
-    for _ in range(int(rng.integers(3, 9))):
+    for _ in range(int(rng.integers(2, 7))):
         label = None if rng.random() < 0.15 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
-        length = _SMALLEST * (_LARGEST * min(size) / _SMALLEST) ** (rng.random() ** 0.75)  # a little over log-uniform
+        length = _SMALLEST * (_LARGEST * min(size) / _SMALLEST) ** (rng.random() ** 0.6)  # large ones the most
         silhouette, alpha = _cut_out(rng, label, length)
         h, w = alpha.shape
         for _ in range(8):  # places tried
@@ -154,7 +154,7 @@ def _cut_out(rng: np.random.Generator, label: int | None, length: float) -> tupl
     full = np.zeros((h, w), dtype=np.uint8)
     cv2.fillPoly(full, [np.round(points * 16).astype(np.int32)], (255,), cv2.LINE_AA, 4)
     alpha = full.copy()
-    if length >= 32 and rng.random() < 0.3:
+    if length >= 32 and rng.random() < 0.15:
         wall = 1 + round(length * rng.uniform(0.07, 0.12))
         alpha -= cv2.erode(full, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * wall + 1, 2 * wall + 1)))
     x, y, w, h = cv2.boundingRect((full >= 128).astype(np.uint8))
@@ -204,7 +204,7 @@ def _colour(rng: np.random.Generator) -> Floats:
 def _surface(rng: np.random.Generator, size: tuple[int, ...], under: tuple[float, ...] | None = None) -> Floats:
     """Two colours mixed by a texture [h, w, 3], in [0, 255]; the first is well away from `under`."""
     first = _colour(rng)
-    while under is not None and np.abs(first - under).max() < 75:
+    while under is not None and np.abs(first - under).max() < 100:
         first = _colour(rng)
     step = np.clip(first + rng.normal(0, 45, 3), 0, 255).astype(np.float32) - first
     mix = _texture(rng, size[0], size[1])

@@ -1,0 +1,337 @@
+"""`kdpipe demo`: the whole way on a data set drawn from nothing, small enough for two cores and ten minutes."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.fingerprint import digest_json
+from kdpipe.cache.reader import open_cache
+from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
+from kdpipe.pipelines.checkpoints import load_checkpoint
+from kdpipe.pipelines.configs import find_config
+from kdpipe.pipelines.console import ProgressBar, bytes_text
+from kdpipe.pipelines.datasets import DetectionData, load_coco
+from kdpipe.pipelines.evaluate import evaluate
+from kdpipe.pipelines.shapes import draw_shapes
+from kdpipe.pipelines.sources import DataSource
+from kdpipe.pipelines.teacher import teacher_config
+from kdpipe.pipelines.train_student import train_student
+from kdpipe.pipelines.training import Recipe, TrainingResult, train_detector
+
+__all__ = ["DemoSettings", "Width", "run_demo"]
+
+_CONFIG = "faster-rcnn_r50_fpn_1x_coco"
+_JOURNAL = "demo.json"
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide a Faster R-CNN with ResNet-18 is.
+
+    Attributes:
+        base: Channels of the first stage of the backbone; 64 is the usual width.
+        pyramid: Channels of the feature pyramid and of the RPN.
+        head: Width of the fully connected layers of the box head.
+    """
+
+    base: int
+    pyramid: int
+    head: int
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Size of the demo.
+
+    Attributes:
+        train: Pictures to train on.
+        val: Pictures to measure AP on.
+        size: (height, width) of a picture in pixels, which is the network input too.
+        teacher: Width of the teacher.
+        student: Width of both students.
+        teacher_epochs: Passes of the teacher over the pictures.
+        student_epochs: Passes of each student.
+        batch_size: Pictures per step.
+        lr: Peak learning rate.
+        rois: Boxes sampled per picture, by the detector's own loss and by the distillation.
+        proposals: Boxes of the teacher kept per picture.
+        queue: Length of CKD's queue.
+        methods: What the distilled student learns from the teacher.
+        seed: Seed of both students and of the teacher.
+    """
+
+    train: int = 320
+    val: int = 120
+    size: tuple[int, int] = (128, 160)
+    teacher: Width = field(default_factory=lambda: Width(24, 48, 256))
+    student: Width = field(default_factory=lambda: Width(8, 32, 128))
+    teacher_epochs: int = 10
+    student_epochs: int = 5
+    batch_size: int = 4
+    lr: float = 0.015
+    rois: int = 64
+    proposals: int = 100
+    queue: int = 8192
+    methods: tuple[str, ...] = ("sgfi", "ckd", "pred")
+    seed: int = 0
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """`(w, h)` of mmdet's Resize."""
+        return self.size[1], self.size[0]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step came to; the seconds are those of all attempts at it."""
+
+    ap: float | None = None
+    seconds_per_step: float | None = None
+    size: int | None = None
+    seconds: float = 0.0
+    finished: bool = True
+
+
+def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings | None = None) -> None:
+    """Draw a data set, train a teacher, cache it, train a student with and without distillation, and print a table.
+
+    Interrupted, the same call goes on: finished steps are kept, and an unfinished one continues where it was.
+
+    Args:
+        out: Folder for all of it.
+        fresh: Delete what an earlier demo left in `out`, and nothing else.
+        console: Where progress and the table are shown.
+        settings: Size of the demo; by default what two cores do in ten minutes.
+
+    Raises:
+        KdpipeError: `out` holds something else, or the demo of other settings.
+    """
+    settings = settings or DemoSettings()
+    steps: dict[str, Callable[[], _Outcome]] = {
+        "data set": partial(_draw, out, settings, console),
+        "teacher": partial(_teacher, out, settings, console),
+        "cache": partial(_cache, out, settings, console),
+        "student": partial(_student, out, settings, console, "student", ()),
+        "distilled student": partial(_student, out, settings, console, "distilled", settings.methods),
+    }
+    if fresh:
+        _clear(out, settings)
+    outcomes = _open_journal(out, settings)
+    for number, (name, step) in enumerate(steps.items(), start=1):
+        known = outcomes.get(name, _Outcome(finished=False))
+        console.print(f"{number}/{len(steps)} {name}{': done before' if known.finished else ''}")
+        if known.finished:
+            continue
+        start = time.perf_counter()
+        outcome = _Outcome(finished=False)
+        try:
+            outcome = step()
+        finally:  # an interrupted step leaves its time
+            outcomes[name] = replace(outcome, seconds=known.seconds + time.perf_counter() - start)
+            _save_journal(out, _identity(settings), outcomes)
+    console.print(_table(outcomes))
+
+
+def _table(outcomes: dict[str, _Outcome]) -> Table:
+    total = sum(outcome.seconds for outcome in outcomes.values())
+    table = Table("", "AP", "s per training step", "time", "on disk", show_footer=True, title="kdpipe demo")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].footer, table.columns[3].footer = "all", _time_text(total)
+    for name, outcome in outcomes.items():
+        table.add_row(
+            name,
+            "" if outcome.ap is None else f"{outcome.ap:.3f}",
+            "" if outcome.seconds_per_step is None else f"{outcome.seconds_per_step:.2f}",
+            _time_text(outcome.seconds),
+            "" if outcome.size is None else bytes_text(outcome.size),
+        )
+    return table
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _draw(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+    total = settings.train + settings.val
+    with ProgressBar(console, "drawing", total) as progress:
+        start = time.perf_counter()
+
+        def update(done: int) -> None:
+            progress.update(done, f"{done / (time.perf_counter() - start):.0f} pictures/s")
+
+        draw_shapes(out / "shapes", train=settings.train, val=settings.val, size=settings.size, progress=update)
+    return _Outcome(size=_bytes(out / "shapes"))
+
+
+def _data(out: Path, split: str) -> DetectionData:
+    return load_coco(out / "shapes" / "annotations" / f"{split}.json", out / "shapes" / split)
+
+
+def _teacher(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+    work_dir = out / "teacher"
+    result = train_detector(
+        _config(),
+        _data(out, "train"),
+        _data(out, "val"),
+        _recipe(settings, settings.teacher, settings.teacher_epochs, work_dir, ()),
+        work_dir,
+        resume=_has_checkpoint(work_dir),
+        console=console,
+    )
+    return _trained(out, result, console)
+
+
+def _cache(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+    checkpoint = load_checkpoint(out / "teacher" / "teacher.pth")
+    train, val = _data(out, "train"), _data(out, "val")
+    source = DataSource(train, out / "shapes.zarr", limit=None, val=(val.ann_file, val.img_dir))
+    result = cache_teacher(
+        checkpoint,
+        teacher_config(checkpoint, None),
+        train,
+        source.out,
+        CacheOptions(proposals=settings.proposals, scale=settings.scale, part_size=1 << 26),
+        source=source.record(),
+        device=_device(),
+        console=console,
+    )
+    return _Outcome(size=result.disk_bytes)
+
+
+def _student(out: Path, settings: DemoSettings, console: Console, name: str, methods: Sequence[str]) -> _Outcome:
+    work_dir = out / name
+    distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
+    result = train_student(
+        _config(),
+        open_cache(out / "shapes.zarr"),
+        _data(out, "train"),
+        _data(out, "val"),
+        methods,
+        _recipe(settings, settings.student, settings.student_epochs, work_dir, distill),
+        work_dir,
+        resume=_has_checkpoint(work_dir),
+        console=console,
+    )
+    return _trained(out, result, console)
+
+
+def _trained(out: Path, result: TrainingResult, console: Console) -> _Outcome:
+    ap = result.ap
+    if ap is None:  # it was stopped between the last step and the end of the validation
+        val = _data(out, "val")
+        metrics = evaluate(
+            result.checkpoint,
+            config=None,
+            ann_file=val.ann_file,
+            img_dir=val.img_dir,
+            scale=None,
+            batch_size=1,
+            trust=False,
+            console=console,
+        )
+        ap = metrics["bbox_mAP"]
+    timed = result.seconds_per_step == result.seconds_per_step  # NaN where a resumed training had no step left
+    return _Outcome(ap=ap, seconds_per_step=result.seconds_per_step if timed else None)
+
+
+def _config() -> Config:
+    return find_config(_CONFIG)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _has_checkpoint(work_dir: Path) -> bool:
+    return (work_dir / "last_checkpoint").exists()
+
+
+def _recipe(settings: DemoSettings, width: Width, epochs: int, work_dir: Path, options: Sequence[str]) -> Recipe:
+    """From scratch, for small objects and narrow layers, with one validation at the end."""
+    stages = [width.base * factor for factor in (1, 2, 4, 8)]
+    return Recipe(
+        epochs=epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        seed=settings.seed,
+        scale=settings.scale,
+        options=(
+            "model.backbone.depth=18",
+            f"model.backbone.base_channels={width.base}",
+            "model.backbone.frozen_stages=-1",
+            "model.backbone.norm_eval=False",
+            "model.backbone.init_cfg=None",
+            f"model.neck.in_channels={stages}",
+            f"model.neck.out_channels={width.pyramid}",
+            f"model.rpn_head.in_channels={width.pyramid}",
+            f"model.rpn_head.feat_channels={width.pyramid}",
+            "model.rpn_head.anchor_generator.scales=[4]",
+            f"model.roi_head.bbox_roi_extractor.out_channels={width.pyramid}",
+            "model.roi_head.bbox_roi_extractor.finest_scale=28",
+            f"model.roi_head.bbox_head.in_channels={width.pyramid}",
+            f"model.roi_head.bbox_head.fc_out_channels={width.head}",
+            f"model.train_cfg.rcnn.sampler.num={settings.rois}",
+            *(f"model.{phase}.nms_pre=500" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
+            *(f"model.{phase}.max_per_img=200" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
+            f"train_cfg.val_interval={epochs}",
+            f"visualizer.name={work_dir.name}",  # a visualizer of the same name would log into the first one's folder
+            *options,
+        ),
+    )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _identity(settings: DemoSettings) -> str:
+    return digest_json({"version": version("kdpipe"), **asdict(settings)})
+
+
+def _open_journal(out: Path, settings: DemoSettings) -> dict[str, _Outcome]:
+    """What an earlier run came to, by step; writes an empty journal into a new or empty folder."""
+    if not (out / _JOURNAL).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise KdpipeError(f"{out} is there and holds no demo: choose another folder with --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        _save_journal(out, _identity(settings), {})
+    try:
+        journal = json.loads((out / _JOURNAL).read_text(encoding="utf-8"))
+        identity = journal["identity"]
+        outcomes = {name: _Outcome(**values) for name, values in journal["steps"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KdpipeError(f"{out / _JOURNAL} cannot be read ({error}): begin anew with --fresh.") from error
+    if identity != _identity(settings):
+        raise KdpipeError(f"{out} holds a demo of another version or size: begin anew with --fresh, or choose --out.")
+    return outcomes
+
+
+def _save_journal(out: Path, identity: str, outcomes: dict[str, _Outcome]) -> None:
+    steps = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    aside = out / f"{_JOURNAL}.tmp"
+    aside.write_text(json.dumps({"identity": identity, "steps": steps}, indent=2), encoding="utf-8")
+    aside.replace(out / _JOURNAL)
+
+
+def _clear(out: Path, settings: DemoSettings) -> None:
+    """Delete what a demo makes; a folder without a journal holds none and is left alone."""
+    if not (out / _JOURNAL).exists():
+        return
+    _save_journal(out, "half deleted", {})
+    for name in ("shapes", "teacher", "shapes.zarr", "student", "distilled"):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    _save_journal(out, _identity(settings), {})

@@ -1,0 +1,95 @@
+"""The layers of the code: pipelines -> distill -> cache, OpenMMLab at the edge, and documented names."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("cache", "distill", "pipelines")  # each may import those before it
+OPENMMLAB = {"mmcv", "mmdet", "mmengine"}
+ADAPTERS = {"distill/detector.py", "distill/two_stage.py"}  # what a student of mmdet shows to the losses
+MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+PACKAGES = [path for path in MODULES if path.name == "__init__.py"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imports, those inside functions too; relative ones begin with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def violations(layer: str, file: str, tree: ast.AST) -> list[str]:
+    """What a module of a layer imports and must not."""
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    found = []
+    for imported in imports(tree):
+        first, _, rest = imported.partition(".")
+        if imported.startswith(".") or first in LAYERS:
+            found.append(f"{imported}: not absolute")
+        elif first == "kdpipe" and rest.split(".")[0] not in LAYERS:
+            found.append(f"{imported}: no layer")
+        elif first == "kdpipe" and rest.split(".")[0] in above:
+            found.append(f"{imported}: a layer above")
+        elif first in OPENMMLAB and layer != "pipelines" and file not in ADAPTERS:
+            found.append(f"{imported}: OpenMMLab outside of the adapters")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_go_down(path: Path) -> None:
+    assert violations(path.relative_to(ROOT).parts[0], name(path), parse(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "file", "code"),
+    [
+        ("cache", "cache/x.py", "from kdpipe.distill.sgfi import sgfi_loss"),
+        ("cache", "cache/x.py", "import kdpipe.pipelines.cli"),
+        ("distill", "distill/x.py", "def f():\n    from kdpipe.pipelines import cli"),
+        ("distill", "distill/x.py", "from kdpipe import pipelines"),
+        ("cache", "cache/x.py", "import mmcv"),
+        ("distill", "distill/x.py", "from mmdet.registry import MODELS"),
+        ("cache", "cache/detector.py", "import mmengine.config"),
+        ("pipelines", "pipelines/x.py", "from . import cli"),
+        ("pipelines", "pipelines/x.py", "from cache.errors import KdpipeError"),
+    ],
+)
+def test_a_wrong_import_is_found(layer: str, file: str, code: str) -> None:
+    assert len(violations(layer, file, ast.parse(code))) == 1
+
+
+def test_the_adapters_exist() -> None:
+    assert {name(path) for path in MODULES} >= ADAPTERS
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_public_names_are_documented(path: Path) -> None:
+    tree = parse(path)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    assert ast.get_docstring(tree), "the module"
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=name)
+def test_packages_name_a_dozen_things_at_most(path: Path) -> None:
+    named = [
+        ast.literal_eval(node.value)
+        for node in parse(path).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    ]
+    assert all(len(names) <= 12 for names in named)
