@@ -379,7 +379,7 @@ def main(args: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     debug = "--debug" in args
     try:
-        cli.main(args, standalone_mode=False)
+        cli.main(args, prog_name="kdpipe", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

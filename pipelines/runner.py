@@ -42,11 +42,11 @@ class FormattedConfig(Config):  # type: ignore[misc]
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.to_dict(), filename=config.filename)
-        vars(self)["_formatted"] = super().pretty_text
+        self.__dict__["_formatted"] = super().pretty_text
 
     @property
     def pretty_text(self) -> str:
-        return str(vars(self)["_formatted"])
+        return str(self.__dict__["_formatted"])
 
 
 class RunnerError(KdpipeError):
@@ -55,6 +55,10 @@ class RunnerError(KdpipeError):
 
 class QuietRunner(Runner):  # type: ignore[misc]
     """mmengine's Runner, whose log goes to the file in the work directory; the console shows errors only."""
+
+    _train_loop: Any
+    _val_loop: Any
+    optim_wrapper: Any
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
         logger = super().build_logger(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Augmentation that depends on nothing but the seed, the epoch and the image.
+"""Random choices that depend on nothing but the seed and the place in the training.
 
-Every random choice of a training run is a function of `(seed, epoch, index)`. A resumed run therefore continues exactly
-as the undisturbed one would have, whatever the number of loader workers.
+Every random choice of a training run is a function of the seed and of the epoch and image, or of the step. A resumed run
+therefore continues exactly as the undisturbed one would have, whatever the number of loader workers.
 """
 
 import random
@@ -20,7 +20,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines.images import ImageError, image_problem
 
-__all__ = ["EpochSampler", "SeedEpochHook", "SeededDataset", "seed_everything"]
+__all__ = ["EpochSampler", "SeedStepHook", "SeededDataset", "seed_everything"]
 
 
 def seed_everything(*key: int) -> None:
@@ -108,10 +108,13 @@ class EpochSampler(DefaultSampler):  # type: ignore[misc]
 
 
 @HOOKS.register_module()
-class SeedEpochHook(Hook):  # type: ignore[misc]
-    """Seeds the training process itself (RoI sampling) at the start of each epoch, per rank."""
+class SeedStepHook(Hook):  # type: ignore[misc]
+    """Seeds the training process itself (RoI sampling) at the start of each step, per rank.
+
+    Not of each epoch: a loader draws a random number whenever it starts workers, and those may be kept over epochs.
+    """
 
     priority = "VERY_HIGH"
 
-    def before_train_epoch(self, runner: Any) -> None:
-        seed_everything(runner.seed, runner.epoch, runner.rank)
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        seed_everything(runner.seed, runner.iter, runner.rank)

@@ -23,7 +23,7 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner
-from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedEpochHook
+from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
 from kdpipe.pipelines.worker import init_worker, preload_workers
 
@@ -164,7 +164,6 @@ def detector_config(
     hooks.logger = {"type": "LoggerHook", "interval": 10}
     cfg.visualizer = {
         "type": "DetLocalVisualizer",
-        "name": "visualizer",
         "vis_backends": [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}],
     }
     cfg.env_cfg = {
@@ -355,7 +354,7 @@ def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
         "only_in": only_in and str(only_in.resolve()),
     }
     cfg.train_dataloader.sampler.type = EpochSampler.__name__
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedEpochHook.__name__}]
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         if loader is not None:
             loader.worker_init_fn = {"type": init_worker.__name__}

@@ -23,6 +23,7 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.cli import main
 from kdpipe.pipelines.configs import find_config, set_num_classes
+from kdpipe.pipelines.seeding import SeedStepHook
 from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
 from kdpipe.pipelines.transforms import set_scale
 
@@ -76,12 +77,18 @@ class Kit:
         """Teacher and data set of `cache-teacher`."""
         return "--ckpt", self.teacher, *self.data
 
-    def train_student(self, work_dir: Path, *options: object, cache: Path | None = None, workers: int = 0) -> Ended:
-        """One epoch of the tiny student, with a short queue."""
+    def student_command(
+        self, work_dir: Path, *options: object, cache: Path | None = None, workers: int = 0
+    ) -> tuple[object, ...]:
+        """`train-student` of one epoch of the tiny student, with a short queue, where `options` say nothing else."""
         start = ("train-student", "--cache", cache or self.cache, "--student", self.student, "--work-dir", work_dir)
-        queue = () if "none" in options else ("-o", "distill.ckd.queue_size=256")
         epochs = () if "--epochs" in options else ("--epochs", 1)
-        return self.run(*start, *epochs, "--batch-size", 4, "--workers", workers, *queue, *options)
+        queue = () if "--methods" in options else ("-o", "distill.ckd.queue_size=256")
+        return (*start, *epochs, "--batch-size", 4, "--workers", workers, *queue, *options)
+
+    def train_student(self, *args: Any, **options: Any) -> Ended:
+        """Run `student_command`."""
+        return self.run(*self.student_command(*args, **options))
 
     @staticmethod
     def run(*args: object, code: int | None = 0) -> Ended:
@@ -114,6 +121,18 @@ class Kit:
         return ended.err
 
     @staticmethod
+    def interrupt_second_epoch(patch: pytest.MonkeyPatch) -> None:
+        """Let trainings stop, as by Ctrl-C, at the first step of their second epoch."""
+        begin = SeedStepHook.before_train_iter
+
+        def interrupted(self: SeedStepHook, runner: Any, *args: Any, **options: Any) -> None:
+            begin(self, runner, *args, **options)
+            if runner.epoch == 1:
+                raise KeyboardInterrupt
+
+        patch.setattr(SeedStepHook, "before_train_iter", interrupted)
+
+    @staticmethod
     def start(*args: object, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
         """Start a command in a process, and a session, of its own."""
         return subprocess.Popen(
@@ -140,6 +159,15 @@ class Kit:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
         return path
+
+    @staticmethod
+    def tree(folder: Path) -> dict[str, str]:
+        """Digest of every file below a folder."""
+        return {
+            str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
 
     @staticmethod
     def config(
@@ -189,15 +217,6 @@ def _narrow(part: MutableMapping[str, Any], sizes: dict[int, int]) -> None:
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, MutableMapping):
                 _narrow(inner, sizes)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Digest of every file below a folder."""
-    return {
-        str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,129 @@
+"""The command line itself: help, exit codes, messages."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from kdpipe.cache.errors import CacheError, KdpipeError
+from kdpipe.pipelines import cli
+from kdpipe.pipelines.console import error_text
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+COMMANDS = sorted(cli.cli.commands)
+
+
+def test_help_names_every_command(kit: "Kit") -> None:
+    out = kit.run("--help").out
+    for name in COMMANDS:
+        assert re.search(rf"^  {name}  +\w", out, re.MULTILINE), out  # with a line of explanation
+    assert kit.run("-h").out == out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(kit: "Kit", name: str) -> None:
+    out = kit.run(name, "--help").out
+    command = cli.cli.commands[name]
+    assert command.help
+    assert command.help.split("\n")[0] in " ".join(out.split())
+    assert out.startswith(f"Usage: kdpipe {name} [OPTIONS]")
+    for parameter in command.params:
+        assert isinstance(parameter, click.Option)
+        assert re.search(rf"(^|[ /,]){re.escape(parameter.opts[0])}\b", out, re.MULTILINE)
+        explained = parameter.help or parameter.show_default or isinstance(parameter.type, click.Choice)
+        assert explained, f"{parameter.name} is not explained"
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_version(kit: "Kit") -> None:
+    assert re.fullmatch(r"kdpipe, version \d+\.\d+\.\d+\S*\n", kit.run("--version").out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("cache-teacher",),
+        ("cache-teacher", "--ckpt", "t.pth", "--targets", "everything"),
+        ("cache-teacher", "--ckpt", "t.pth", "--scale", "1333"),
+        ("cache-teacher", "--ckpt", "t.pth", "--scale", "0x800"),
+        ("cache-teacher", "--ckpt", "t.pth", "--part-size", "big"),
+        ("cache-teacher", "--ckpt", "t.pth", "--views", "identity,vflip"),
+        ("cache-teacher", "--ckpt", "t.pth", "--views", "identity,identity"),
+        ("cache-teacher", "--ckpt", "t.pth", "--proposals", "0"),
+        ("train-student", "--cache", "x.zarr", "--epochs", "0"),
+        ("train-student", "--cache", "x.zarr", "--schedule", "3x"),
+        ("train-student", "--cache", "x.zarr", "--lr", "-1"),
+        ("evaluate", "--ckpt"),
+    ],
+)
+def test_wrong_usage(kit: "Kit", work: Path, arguments: tuple[str, ...]) -> None:
+    kit.refused(*arguments, code=2)
+    assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512), ("1KiB", 1024), ("1.5 MB", 3 << 19), ("2g", 2 << 30), ("1TiB", 1 << 40)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert cli.Bytes().convert(text, None, None) == size
+
+
+def test_names_come_in_the_order_of_the_format() -> None:
+    assert cli.Choices(("identity", "hflip")).convert("hflip, identity", None, None) == ("identity", "hflip")
+    assert cli.Scale().convert("1333X800", None, None) == (1333, 800)
+
+
+def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
+    command = (sys.executable, "-m", "kdpipe.pipelines.cli", "--debug", "train-student", "--cache", "x.zarr")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "CacheError: There is no cache at x.zarr" in done.stderr
+    assert "There is no cache at x.zarr" in kit.refused("train-student", "--cache", "x.zarr")
+
+
+def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("kdpipe.cache.reader.open_cache", fail)
+    ended = kit.run("train-student", "--cache", "x.zarr", code=3)
+    assert ended.err.splitlines() == ["Internal error: ZeroDivisionError: by zero", "kdpipe --debug ... shows where."]
+    with pytest.raises(ZeroDivisionError):
+        kit.run("--debug", "train-student", "--cache", "x.zarr")
+
+
+def test_sigterm_ends_as_ctrl_c_does() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        cli._terminate(signal.SIGTERM, None)
+
+
+WRAPPED = """Caught CacheError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "reader.py", line 1, in read
+ValueError: CacheError: bytes
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "reader.py", line 2, in read
+    raise CacheError(
+kdpipe.cache.errors.CacheError: part 3 is damaged:
+  features. Run it again.
+"""
+
+
+def test_message_of_an_error_from_a_loader_worker() -> None:
+    assert error_text(CacheError(WRAPPED)) == "part 3 is damaged:\n  features. Run it again."
+    missing = "Caught FileNotFoundError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+    text = f"{missing}  File 'a.py'\nFileNotFoundError: [Errno 2] No such file: 'a.jpg'\n"
+    assert error_text(FileNotFoundError(text)) == "[Errno 2] No such file: 'a.jpg'"
+    assert error_text(KdpipeError("plain: text")) == "plain: text"

@@ -1,0 +1,69 @@
+"""`kdpipe evaluate`, as users type it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from rich.console import Console
+
+from kdpipe.pipelines.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+
+@pytest.fixture(scope="module")
+def trained(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work_dir = tmp_path_factory.mktemp("trained") / "w"
+    kit.train_student(work_dir, "--methods", "none", *kit.val)
+    return work_dir
+
+
+def test_is_the_ap_that_training_measured(kit: "Kit", work: Path, trained: Path) -> None:
+    """On the validation images that the checkpoint's config names, and the same when they are given."""
+    wanted = json.loads((trained / "result.json").read_text())["metrics"]
+    for ann_file, img_dir in ((None, None), (kit.val_ann, kit.val_img)):
+        found = evaluate(
+            trained / "student.pth",
+            config=None,
+            ann_file=ann_file,
+            img_dir=img_dir,
+            scale=None,
+            batch_size=3,
+            trust=False,
+            console=Console(quiet=True),
+        )
+        assert found == pytest.approx(wanted, abs=1e-9)
+
+
+def test_prints_a_table(kit: "Kit", work: Path, trained: Path) -> None:
+    ended = kit.run("evaluate", "--ckpt", trained / "student.pth")
+    ap = json.loads((trained / "result.json").read_text())["ap"]
+    assert all(name in ended.out for name in ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"))
+    assert f"{ap:.3f}" in ended.out
+    assert ended.err == ""
+    assert not list(work.iterdir())
+
+
+def test_config_by_file_and_scale(kit: "Kit", work: Path, trained: Path) -> None:
+    torch.save(torch.load(trained / "student.pth", weights_only=True)["state_dict"], work / "bare.pth")
+    data = ("--ann-file", kit.val_ann, "--img-dir", kit.val_img)
+    assert "carries no config" in kit.refused("evaluate", "--ckpt", work / "bare.pth", *data)
+    options = ("--config", kit.student, *data, "--scale", "96x64")
+    assert "AP50" in kit.run("evaluate", "--ckpt", work / "bare.pth", *options).out
+
+
+def test_what_cannot_be_evaluated(kit: "Kit", work: Path) -> None:
+    data = ("--ann-file", kit.val_ann, "--img-dir", kit.val_img)
+    assert "does not exist" in kit.refused("evaluate", "--ckpt", work / "x.pth", *data)
+    message = kit.refused("evaluate", "--ckpt", kit.teacher)  # its config names data/coco
+    assert "--ann-file" in message
+    content = json.loads(kit.val_ann.read_text())
+    content["categories"].reverse()
+    (work / "val.json").write_text(json.dumps(content))
+    data = ("--ann-file", work / "val.json", "--img-dir", kit.val_img)
+    assert "another order" in kit.refused("evaluate", "--ckpt", kit.teacher, *data)
+    message = kit.refused("evaluate", "--ckpt", kit.teacher, "--ann-file", kit.val_ann, "--img-dir", work)
+    assert json.loads(kit.val_ann.read_text())["images"][0]["file_name"] in message
