@@ -1,7 +1,5 @@
 """`kdpipe demo`: the whole way on a data set drawn from nothing, small enough for two cores and ten minutes."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,14 +12,13 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, load_coco
+from kdpipe.pipelines.demo_journal import Journal, Outcome
 from kdpipe.pipelines.evaluate import evaluate
 from kdpipe.pipelines.shapes import draw_shapes
 from kdpipe.pipelines.sources import DataSource
@@ -32,7 +29,7 @@ from kdpipe.pipelines.training import Recipe, TrainingResult, train_detector
 __all__ = ["DemoSettings", "Width", "run_demo"]
 
 _CONFIG = "faster-rcnn_r50_fpn_1x_coco"
-_JOURNAL = "demo.json"
+_FOLDERS = ("shapes", "teacher", "shapes.zarr", "student", "distilled")
 
 
 @dataclass(frozen=True)
@@ -92,17 +89,6 @@ class DemoSettings:
         return self.size[1], self.size[0]
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a step came to; the seconds are those of all attempts at it."""
-
-    ap: float | None = None
-    seconds_per_step: float | None = None
-    size: int | None = None
-    seconds: float = 0.0
-    finished: bool = True
-
-
 def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings | None = None) -> None:
     """Draw a data set, train a teacher, cache it, train a student with and without distillation, and print a table.
 
@@ -118,32 +104,33 @@ def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings
         KdpipeError: `out` holds something else, or the demo of other settings.
     """
     settings = settings or DemoSettings()
-    steps: dict[str, Callable[[], _Outcome]] = {
+    steps: dict[str, Callable[[], Outcome]] = {
         "data set": partial(_draw, out, settings, console),
         "teacher": partial(_teacher, out, settings, console),
         "cache": partial(_cache, out, settings, console),
         "student": partial(_student, out, settings, console, "student", ()),
         "distilled student": partial(_student, out, settings, console, "distilled", settings.methods),
     }
+    journal = Journal(out, {"version": version("kdpipe"), **asdict(settings)}, _FOLDERS)
     if fresh:
-        _clear(out, settings)
-    outcomes = _open_journal(out, settings)
+        journal.clear()
+    outcomes = journal.read()
     for number, (name, step) in enumerate(steps.items(), start=1):
-        known = outcomes.get(name, _Outcome(finished=False))
+        known = outcomes.get(name, Outcome(finished=False))
         console.print(f"{number}/{len(steps)} {name}{': done before' if known.finished else ''}")
         if known.finished:
             continue
         start = time.perf_counter()
-        outcome = _Outcome(finished=False)
+        outcome = Outcome(finished=False)
         try:
             outcome = step()
         finally:  # an interrupted step leaves its time
             outcomes[name] = replace(outcome, seconds=known.seconds + time.perf_counter() - start)
-            _save_journal(out, _identity(settings), outcomes)
+            journal.write(outcomes)
     console.print(_table(outcomes))
 
 
-def _table(outcomes: dict[str, _Outcome]) -> Table:
+def _table(outcomes: dict[str, Outcome]) -> Table:
     total = sum(outcome.seconds for outcome in outcomes.values())
     table = Table("", "AP", "s per training step", "time", "on disk", show_footer=True, title="kdpipe demo")
     for column in table.columns[1:]:
@@ -164,7 +151,7 @@ def _time_text(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
-def _draw(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+def _draw(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     total = settings.train + settings.val
     with ProgressBar(console, "drawing", total) as progress:
         start = time.perf_counter()
@@ -173,14 +160,14 @@ def _draw(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
             progress.update(done, f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
         draw_shapes(out / "shapes", train=settings.train, val=settings.val, size=settings.size, progress=update)
-    return _Outcome(size=_bytes(out / "shapes"))
+    return Outcome(size=_bytes(out / "shapes"))
 
 
 def _data(out: Path, split: str) -> DetectionData:
     return load_coco(out / "shapes" / "annotations" / f"{split}.json", out / "shapes" / split)
 
 
-def _teacher(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     work_dir = out / "teacher"
     result = train_detector(
         _config(),
@@ -194,7 +181,7 @@ def _teacher(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
     return _trained(out, result, console)
 
 
-def _cache(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
+def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     checkpoint = load_checkpoint(out / "teacher" / "teacher.pth")
     train, val = _data(out, "train"), _data(out, "val")
     source = DataSource(train, out / "shapes.zarr", limit=None, val=(val.ann_file, val.img_dir))
@@ -208,10 +195,10 @@ def _cache(out: Path, settings: DemoSettings, console: Console) -> _Outcome:
         device=_device(),
         console=console,
     )
-    return _Outcome(size=result.disk_bytes)
+    return Outcome(size=result.disk_bytes)
 
 
-def _student(out: Path, settings: DemoSettings, console: Console, name: str, methods: Sequence[str]) -> _Outcome:
+def _student(out: Path, settings: DemoSettings, console: Console, name: str, methods: Sequence[str]) -> Outcome:
     work_dir = out / name
     distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
     result = train_student(
@@ -228,7 +215,7 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
     return _trained(out, result, console)
 
 
-def _trained(out: Path, result: TrainingResult, console: Console) -> _Outcome:
+def _trained(out: Path, result: TrainingResult, console: Console) -> Outcome:
     ap = result.ap
     if ap is None:  # it was stopped between the last step and the end of the validation
         val = _data(out, "val")
@@ -244,7 +231,7 @@ def _trained(out: Path, result: TrainingResult, console: Console) -> _Outcome:
         )
         ap = metrics["bbox_mAP"]
     timed = result.seconds_per_step == result.seconds_per_step  # NaN where a resumed training had no step left
-    return _Outcome(ap=ap, seconds_per_step=result.seconds_per_step if timed else None)
+    return Outcome(ap=ap, seconds_per_step=result.seconds_per_step if timed else None)
 
 
 def _config() -> Config:
@@ -295,43 +282,3 @@ def _recipe(settings: DemoSettings, width: Width, epochs: int, work_dir: Path, o
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _identity(settings: DemoSettings) -> str:
-    return digest_json({"version": version("kdpipe"), **asdict(settings)})
-
-
-def _open_journal(out: Path, settings: DemoSettings) -> dict[str, _Outcome]:
-    """What an earlier run came to, by step; writes an empty journal into a new or empty folder."""
-    if not (out / _JOURNAL).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise KdpipeError(f"{out} is there and holds no demo: choose another folder with --out.")
-        out.mkdir(parents=True, exist_ok=True)
-        _save_journal(out, _identity(settings), {})
-    try:
-        journal = json.loads((out / _JOURNAL).read_text(encoding="utf-8"))
-        identity = journal["identity"]
-        outcomes = {name: _Outcome(**values) for name, values in journal["steps"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KdpipeError(f"{out / _JOURNAL} cannot be read ({error}): begin anew with --fresh.") from error
-    if identity != _identity(settings):
-        raise KdpipeError(f"{out} holds a demo of another version or size: begin anew with --fresh, or choose --out.")
-    return outcomes
-
-
-def _save_journal(out: Path, identity: str, outcomes: dict[str, _Outcome]) -> None:
-    steps = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    aside = out / f"{_JOURNAL}.tmp"
-    aside.write_text(json.dumps({"identity": identity, "steps": steps}, indent=2), encoding="utf-8")
-    aside.replace(out / _JOURNAL)
-
-
-def _clear(out: Path, settings: DemoSettings) -> None:
-    """Delete what a demo makes; a folder without a journal holds none and is left alone."""
-    if not (out / _JOURNAL).exists():
-        return
-    _save_journal(out, "half deleted", {})
-    for name in ("shapes", "teacher", "shapes.zarr", "student", "distilled"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
-    _save_journal(out, _identity(settings), {})

@@ -10,6 +10,7 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines import demo
 from kdpipe.pipelines.demo import DemoSettings, Width, run_demo
+from kdpipe.pipelines.demo_journal import Outcome
 from kdpipe.pipelines.training import TrainingResult
 
 NAMES = ["data set", "teacher", "cache", "student", "distilled student"]
@@ -55,10 +56,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    trained = demo._Outcome(ap=0.25, seconds_per_step=0.5)
-    monkeypatch.setattr(demo, "_draw", step("draw", "shapes", demo._Outcome(size=2048)))
+    trained = Outcome(ap=0.25, seconds_per_step=0.5)
+    monkeypatch.setattr(demo, "_draw", step("draw", "shapes", Outcome(size=2048)))
     monkeypatch.setattr(demo, "_teacher", step("teacher", "teacher", trained))
-    monkeypatch.setattr(demo, "_cache", step("cache", "shapes.zarr", demo._Outcome(size=3 << 20)))
+    monkeypatch.setattr(demo, "_cache", step("cache", "shapes.zarr", Outcome(size=3 << 20)))
     monkeypatch.setattr(demo, "_student", step("", "", trained))
     return done
 
@@ -113,7 +114,7 @@ def test_half_deleted_is_not_continued(tmp_path: Path, steps: list[str], monkeyp
 
     run(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("kdpipe.pipelines.demo.shutil.rmtree", stop)
+        patch.setattr("kdpipe.pipelines.demo_journal.shutil.rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, fresh=True)
     with pytest.raises(KdpipeError, match="--fresh"):
@@ -182,7 +183,7 @@ def test_both_students_differ_in_the_methods_only(tmp_path: Path, monkeypatch: p
         return TrainingResult(tmp_path, 0.5, {}, 0.1)
 
     def teacher(out: Path, settings: DemoSettings, console: Console) -> Any:
-        return demo._Outcome(ap=0.5)
+        return Outcome(ap=0.5)
 
     monkeypatch.setattr(demo, "train_student", train)
     monkeypatch.setattr(demo, "open_cache", lambda path: None)
