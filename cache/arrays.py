@@ -28,9 +28,8 @@ class ArrayWriter:
     """Writes one array of shape (rows, *row_shape), row after row, into chunks of `chunk_rows` rows.
 
     A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of a few chunks, which are encoded by
-    the threads of `pool` and written in order. With the codec
-    "none" rows of zeros fill the last chunk: zarrs checks chunks that are not compressed only where they are read
-    whole, which could not be done at the end of the array otherwise.
+    the threads of `pool` and written in order. Rows of zeros fill the last chunk: zarrs checks the checksum of a chunk
+    only where it is read whole, which could not be done at the end of the array otherwise.
 
     Args:
         folder: of the array; it is made, and must not be there.
@@ -100,9 +99,8 @@ class ArrayWriter:
             self._finish_shard(len(self._index) if self._shards == 0 else SHARD_CHUNKS)
         chunks = -(-self.rows // self._chunk_rows)
         shard_rows = self._chunk_rows * min(max(chunks, 1), SHARD_CHUNKS)
-        rows = chunks * self._chunk_rows if self._codec == "none" else self.rows
         metadata = array_metadata(
-            (rows, *self._row_shape),
+            (chunks * self._chunk_rows, *self._row_shape),
             str(self._chunk.dtype),
             (self._chunk_rows, *self._row_shape),
             (shard_rows, *self._row_shape),

@@ -17,7 +17,10 @@ ARRAYS = ("features", "scale", "boxes", "logits", "deltas", "embeddings", "index
 KINDS = [("zstd", kind) for kind in ("start", "shard index", "cut", "gone", "metadata", "no metadata")]
 
 
-@pytest.mark.parametrize(("codec", "damage"), [*KINDS, ("none", "start"), ("none", "shard index")])
+BITS = [(codec, kind) for codec in ("zstd", "lz4", "none") for kind in ("a third", "a half")]
+
+
+@pytest.mark.parametrize(("codec", "damage"), [*KINDS, *BITS, ("none", "start"), ("none", "shard index")])
 @pytest.mark.parametrize("name", [*ARRAYS, "roi_features", "roi_scale"])
 def test_damage_is_named(tmp_path: Path, kit: "type[Kit]", codec: str, name: str, damage: str) -> None:
     tier = "roi" if name.startswith("roi") else "pyramid"
@@ -26,6 +29,10 @@ def test_damage_is_named(tmp_path: Path, kit: "type[Kit]", codec: str, name: str
     (file,) = folder.glob("c.*")
     if damage == "start":
         kit.flip_bit(file, at=0.0)
+    elif damage == "a third":
+        kit.flip_bit(file, at=1 / 3)
+    elif damage == "a half":
+        kit.flip_bit(file, at=1 / 2)
     elif damage == "shard index":
         data = bytearray(file.read_bytes())
         data[-8] ^= 1
@@ -45,7 +52,7 @@ def test_damage_is_named(tmp_path: Path, kit: "type[Kit]", codec: str, name: str
     message = str(caught.value)
     assert f"array '{name}' of part 0" in message
     assert "run `kdpipe cache-teacher`" in message
-    if name not in ("index", "file_names") and damage in ("start", "shard index", "cut", "gone"):
+    if name not in ("index", "file_names") and damage in ("start", "a third", "a half", "shard index", "cut", "gone"):
         assert "needed for image 1000" in message
 
 
