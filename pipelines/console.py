@@ -1,14 +1,17 @@
 """What the commands print: one style of progress, and sizes that people can read."""
 
+import contextlib
+import os
 import re
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text", "error_text"]
+__all__ = ["ProgressBar", "bytes_text", "error_text", "silent_stdout"]
 
 _LINE_SECONDS = 30.0
 
@@ -81,3 +84,10 @@ def error_text(error: BaseException) -> str:
     if not text.startswith("Caught ") or "Original Traceback" not in text:
         return text
     return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
+
+
+@contextlib.contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Keep what libraries print to themselves; consoles made before still show."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
+        yield

@@ -1,6 +1,5 @@
 """`kdpipe evaluate`: the COCO AP of a checkpoint."""
 
-import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
+from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import check_classes, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
 from kdpipe.pipelines.runner import ProgressHook, QuietRunner
@@ -79,7 +79,7 @@ def evaluate(
         model = MODELS.build(cfg.model)
     load_strict(model, checkpoint.state_dict)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+    with tempfile.TemporaryDirectory() as folder, silent_stdout():
         set_validation(cfg, complete(data, Path(folder) / "annotations.json"), scale, batch_size, loader)
         runner = QuietRunner(
             model=model,

@@ -1,5 +1,6 @@
 """mmengine's Runner behind a quiet console, and the hooks that every training of kdpipe carries."""
 
+import io
 import logging
 import os
 import time
@@ -144,8 +145,10 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    content = io.BytesIO()  # torch's own writer tells a full disk as something else
+    torch.save(checkpoint, content)
     partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
+    partial.write_bytes(content.getbuffer())
     partial.replace(path)
 
 

@@ -1,7 +1,7 @@
 """Random choices that depend on nothing but the seed and the place in the training.
 
-Every random choice of a training run is a function of the seed and of the epoch and image, or of the step. A resumed run
-therefore continues exactly as the undisturbed one would have, whatever the number of loader workers.
+Every random choice of a training run is a function of the seed and of the epoch and image, or of the step. A resumed
+run therefore continues exactly as the undisturbed one would have, whatever the number of loader workers.
 """
 
 import random

@@ -1,7 +1,8 @@
 """From a detector's config to a finished training: what `train-teacher` and `train-student` share."""
 
-import contextlib
 import copy
+import errno
+import itertools
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
+from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
@@ -41,6 +43,7 @@ BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
 WARMUP_STEPS = 500
 SCHEDULES = {"1x": 12, "2x-ms": 24}
+_RUNS = itertools.count(1)  # trainings of this process
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
 
 
@@ -309,8 +312,11 @@ def run_training(
     if resume:
         cfg.load_from = None  # mmengine would resume from there
     _make_reproducible(cfg, only_in)
+    # mmengine keeps log and figures by this name, of which a process may have several in one second
+    cfg.experiment_name = f"{name}_{next(_RUNS)}"
     recorded = FormattedConfig(recorded)
-    with building("The training"):
+    # pycocotools prints as it reads, and its tables; they are in the log, too
+    with silent_stdout(), building("The training"):
         runner = QuietRunner.from_cfg(FormattedConfig(cfg))
         runner.build_loops()
     runner.cfg = recorded
@@ -318,12 +324,19 @@ def run_training(
     runner.register_hook(progress)
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
     try:
-        with contextlib.redirect_stdout(None):  # pycocotools prints its tables; they are in the log, too
+        with silent_stdout():
             runner.train()
     except URLError as error:
         raise KdpipeError(
             f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
             f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise KdpipeError(
+            f"The disk or quota of {work_dir} is full ({error.strerror}). What was saved before is intact: free space "
+            "and go on with --resume, or begin anew where nothing was saved yet."
         ) from error
     finally:
         progress.close()

@@ -1,0 +1,306 @@
+"""Bad input: one clear message, an exit code, and nothing that existed is damaged."""
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+
+from kdpipe.cache.reader import open_cache
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+
+@pytest.fixture(autouse=True)
+def untouched(kit: "Kit") -> Iterator[None]:
+    """Data set, teacher and cache are the same after each test."""
+    before = kit.tree(kit.folder)
+    yield
+    assert kit.tree(kit.folder) == before
+
+
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    content: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+    return content
+
+
+def refused_teacher(kit: "Kit", ann: Path, *options: object) -> str:
+    """The message of caching on other annotations; no cache is made."""
+    data = ("--ann-file", ann, "--img-dir", kit.img, "--out", "bad.zarr")
+    message = kit.refused("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, *options)
+    assert not Path("bad.zarr").exists()
+    return message
+
+
+# Annotations
+
+
+def test_wrong_number_of_classes(kit: "Kit", work: Path) -> None:
+    content = read(kit.ann)
+    gone = content["categories"].pop()["id"]
+    boxes = [box for box in content["annotations"] if box["category_id"] != gone]
+    ann = kit.annotations(work / "a.json", categories=content["categories"], annotations=boxes)
+    message = refused_teacher(kit, ann)
+    assert "6 classes" in message
+    assert "has 5" in message
+    command = kit.student_command(work / "w", "--ann-file", ann)
+    assert "found 5" in kit.refused(*command)
+    assert "found 5" in kit.refused(*kit.student_command(work / "w", "--val-ann-file", ann))
+    assert not (work / "w").exists()
+
+
+def test_classes_in_another_order(kit: "Kit", work: Path) -> None:
+    ann = kit.annotations(work / "a.json", categories=read(kit.ann)["categories"][::-1])
+    assert "another order" in refused_teacher(kit, ann)
+    assert "another order" in kit.refused(*kit.student_command(work / "w", "--ann-file", ann))
+    command = ("--ann-file", kit.ann, "--img-dir", kit.img, "--val-ann-file", ann, "--config", kit.student)
+    assert "another order" in kit.refused("train-teacher", *command)
+
+
+def test_other_classes(kit: "Kit", work: Path) -> None:
+    categories = [{**entry, "name": entry["name"].upper() + "S"} for entry in read(kit.ann)["categories"]]
+    ann = kit.annotations(work / "a.json", categories=categories)
+    assert "DISCS" in refused_teacher(kit, ann)
+    assert "DISCS" in kit.refused(*kit.student_command(work / "w", "--ann-file", ann))
+
+
+def test_annotation_file_that_cannot_be_read(kit: "Kit", work: Path) -> None:
+    assert "nowhere.json" in refused_teacher(kit, work / "nowhere.json")
+    (work / "a.json").write_text(kit.ann.read_text()[:1000])
+    assert "not valid JSON" in refused_teacher(kit, work / "a.json")
+    (work / "a.json").write_text("[]")
+    assert "not a COCO detection file" in refused_teacher(kit, work / "a.json")
+    for command in (kit.student_command(work / "w"), ("train-teacher", "--config", kit.student, "--img-dir", kit.img)):
+        assert "nowhere.json" in kit.refused(*command, "--ann-file", work / "nowhere.json")
+    assert "belong together" in kit.refused("cache-teacher", "--ckpt", kit.teacher, "--ann-file", kit.ann)
+    assert "data/coco" in kit.refused("cache-teacher", "--ckpt", kit.teacher)  # what its config names
+
+
+def test_empty_data_set(kit: "Kit", work: Path) -> None:
+    ann = kit.annotations(work / "a.json", images=[], annotations=[])
+    assert "has no images" in refused_teacher(kit, ann)
+    assert "has no images" in kit.refused(*kit.student_command(work / "w", "--ann-file", ann))
+    ann = kit.annotations(work / "a.json", categories=[], annotations=[])
+    assert "has no categories" in refused_teacher(kit, ann)
+
+
+def test_images_without_annotations(kit: "Kit", work: Path) -> None:
+    """Some are fine, everywhere; without any object there is nothing to train on."""
+    content = read(kit.ann)
+    last = content["images"][-1]["id"]
+    ann = kit.annotations(work / "a.json", annotations=[x for x in content["annotations"] if x["image_id"] == last])
+    data = ("--ann-file", ann, "--img-dir", kit.img)
+    kit.run("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--out", "x.zarr")
+    assert len(open_cache("x.zarr")) == 8
+    kit.train_student(work / "w", cache=work / "x.zarr")
+    kit.run("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--out", "none.zarr", "--limit", 3)
+    for methods in ("pred", "none"):
+        command = kit.student_command(work / "w2", "--methods", methods, cache=work / "none.zarr")
+        assert "nothing to train on" in kit.refused(*command)
+    ann = kit.annotations(work / "b.json", annotations=[])
+    assert "no usable annotation" in refused_teacher(kit, ann)
+    command = ("train-teacher", "--config", kit.student, "--ann-file", ann, "--img-dir", kit.img)
+    assert "no usable annotation" in kit.refused(*command, "--work-dir", work / "w2")
+    assert not (work / "w2").exists()
+
+
+def test_annotation_for_an_image_that_is_not_there(kit: "Kit", work: Path) -> None:
+    boxes = read(kit.ann)["annotations"]
+    ann = kit.annotations(work / "a.json", annotations=[*boxes, {**boxes[0], "id": 10**6, "image_id": 4711}])
+    message = refused_teacher(kit, ann)
+    assert "annotation 1000000" in message
+    assert "4711" in message
+
+
+# Caches
+
+
+def test_cache_of_another_data_set(kit: "Kit", work: Path) -> None:
+    images = ("--ann-file", kit.val_ann, "--img-dir", kit.val_img)
+    message = kit.refused(*kit.student_command(work / "w", *images))
+    assert "another data set" in message
+    boxes = read(kit.ann)["annotations"]
+    boxes[0]["bbox"][0] += 1
+    ann = kit.annotations(work / "a.json", annotations=boxes)
+    assert "the same ids, but other" in kit.refused(*kit.student_command(work / "w", "--ann-file", ann))
+    assert not (work / "w").exists()
+
+
+def test_what_is_no_cache(kit: "Kit", work: Path) -> None:
+    assert "no cache at" in kit.refused("train-student", "--cache", work / "x.zarr")
+    assert "not a kdpipe cache" in kit.refused("train-student", "--cache", kit.img)
+    assert "not a kdpipe cache" in kit.refused("train-student", "--cache", kit.ann)
+    shutil.copytree(kit.img, work / "images")
+    before = kit.tree(work)
+    for out in ("images", kit.ann):
+        assert str(out) in kit.refused("cache-teacher", *kit.source, *kit.VIEW, "--out", out)
+    assert kit.tree(work) == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("array", ["features", "deltas"])
+def test_corrupt_cache(kit: "Kit", work: Path, array: str, workers: int) -> None:
+    shutil.copytree(kit.cache, work / "x.zarr")
+    shard = max((work / "x.zarr" / "parts" / "00000" / array).glob("c*"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    damaged = kit.tree(work / "x.zarr")
+    message = kit.refused(*kit.student_command(work / "w", cache=work / "x.zarr", workers=workers))
+    assert f"The array '{array}' of part 0" in message
+    assert "cache-teacher" in message
+    assert len(message.splitlines()) < 5
+    assert kit.tree(work / "x.zarr") == damaged
+
+
+def test_methods_that_the_tier_cannot_serve(kit: "Kit", work: Path) -> None:
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "predictions", "--out", "p.zarr")
+    for methods, tier in (("sgfi", "pyramid or roi"), ("ckd", "embeddings"), ("pred,ckd", "embeddings")):
+        message = kit.refused(*kit.student_command(work / "w", "--methods", methods, cache=work / "p.zarr"))
+        assert f"--targets {tier}" in message
+    assert not (work / "w").exists()
+    assert "Unknown method 'fgd'" in kit.refused(*kit.student_command(work / "w", "--methods", "fgd"))
+    assert "twice" in kit.refused(*kit.student_command(work / "w", "--methods", "pred,cls"))
+    for tier in ("embeddings", "roi"):
+        kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", tier, "--out", f"{tier}.zarr")
+    kit.train_student(work / "e", "--methods", "ckd,pred", cache=work / "embeddings.zarr")
+    kit.train_student(work / "r", "-o", "distill.ckd.queue_size=64", cache=work / "roi.zarr")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing stops at so many bytes per file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk(kit: "Kit", work: Path) -> None:
+    caching = ("cache-teacher", *kit.source, *kit.VIEW, "--codec", "none", "--out", "x.zarr")
+    with largest_file(50_000):
+        message = kit.refused(*caching)
+    assert "full" in message
+    assert "run the same command again" in message
+    assert not list((work / "x.zarr" / "parts").glob("0*"))
+    kit.run(*caching)  # with space again
+    assert len(open_cache("x.zarr")) == 8
+
+    kit.train_student(work / "w", "--methods", "cls")
+    before = kit.tree(work / "w")
+    with largest_file(300_000):
+        command = kit.student_command(work / "w", "--methods", "cls", "--epochs", 2, "--resume")
+        message = kit.refused(*command)
+    assert "full" in message
+    assert "--resume" in message
+    after = kit.tree(work / "w")
+    assert all(after[name] == digest for name, digest in before.items() if name.endswith(".pth"))
+    kit.run(*command)
+    assert torch.load(work / "w" / "student.pth", weights_only=True)["meta"]["epoch"] == 2
+
+
+# Images, while training
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_went_bad(kit: "Kit", work: Path, workers: int) -> None:
+    shutil.copytree(kit.img, work / "images")
+    path = sorted((work / "images").iterdir())[1]
+    path.write_bytes(b"no image")
+    command = kit.student_command(work / "w", "--methods", "cls", "--img-dir", work / "images", workers=workers)
+    assert str(path) in kit.refused(*command)
+    path.unlink()
+    message = kit.refused(*command)
+    assert str(path) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_images_of_another_size(kit: "Kit", work: Path) -> None:
+    (work / "images").mkdir()
+    for path in kit.img.iterdir():
+        with Image.open(path) as image:
+            image.resize((64, 48)).save(work / "images" / path.name)
+    command = kit.student_command(work / "w", "--methods", "cls", "--img-dir", work / "images")
+    message = kit.refused(*command)
+    assert "64 x 48" in message
+    assert "128 x 96" in message
+
+
+# Checkpoints, configs and options
+
+
+def test_checkpoints_that_are_none(kit: "Kit", work: Path) -> None:
+    (work / "half.pth").write_bytes(kit.teacher.read_bytes()[:100_000])
+    for path, reason in ((work / "no.pth", "does not exist"), (work / "half.pth", "truncated"), (kit.ann, "cannot be")):
+        assert reason in kit.refused("cache-teacher", "--ckpt", path, *kit.data)
+    assert not list(work.glob("*.zarr"))
+
+
+def test_checkpoint_to_resume_from_is_cut_short(kit: "Kit", work: Path) -> None:
+    kit.train_student(work / "w", "--methods", "cls")
+    path = work / "w" / "epoch_1.pth"
+    path.write_bytes(path.read_bytes()[:100_000])
+    message = kit.refused(*kit.student_command(work / "w", "--methods", "cls", "--epochs", 2, "--resume"))
+    assert f"Cannot go on from {path}" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("model.backbon.depth=18", "Did you mean backbone"),
+        ("model.backbone.colour=red", "unexpected keyword argument 'colour'"),
+        ("model.backbone.type=ResNest101", "ResNest101 is not in the mmdet::model registry"),
+        ("model.backbone.depth=19", "invalid depth 19"),
+        ("model.backbone.depth", "KEY=VALUE"),
+        ("model.neck.in_channels=[8,", "not a list"),
+        ("distill.colour=red", "Unknown option distill.colour"),
+        ("distill.ckd.colour=red", "colour"),
+        ("distill.ckd.queue_size=many", "cannot be built"),
+        ("distill.rois.colour=red", "colour"),
+        ("distill.missing_view=guess", "expected one of mirror, skip"),
+        ("distill.weights.reg=2", "none of the losses"),
+        ("train_dataloader.dataset.pipeline.0.type=LoadNothing", "LoadNothing"),
+        ("optim_wrapper.optimizer.type=Newton", "cannot be built"),
+    ],
+)
+def test_options_that_lead_nowhere(kit: "Kit", work: Path, option: str, reason: str) -> None:
+    message = kit.refused(*kit.student_command(work / "w", "-o", option))
+    assert reason in message
+    assert not list((work / "w").glob("*.pth"))
+
+
+def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
+    command = ("train-student", "--cache", kit.cache, "--work-dir", work / "w", "--student")
+    message = kit.refused(*command, "faster-rcnn_r50_fpn_1x_cooc")
+    assert "faster-rcnn_r50_fpn_1x_coco" in message
+    (work / "student.py").write_text("model = dict(")
+    assert "student.py" in kit.refused(*command, "student.py")
+    retina = kit.config("retinanet_r50_fpn_1x_coco")
+    (work / "student.py").write_text(retina.pretty_text)
+    message = kit.refused(*command, "student.py")
+    assert "RetinaNet" in message
+    assert "two-stage" in message
+    mosaic = kit.config()
+    mosaic.train_dataloader.dataset.pipeline.insert(2, {"type": "Mosaic", "img_scale": (96, 128)})
+    (work / "student.py").write_text(mosaic.pretty_text)
+    assert "Mosaic" in kit.refused(*command, "student.py")
+
+
+def test_devices_that_are_not_there(kit: "Kit", work: Path) -> None:
+    for name in ("cuda:77", "toaster"):
+        assert name in kit.refused("cache-teacher", *kit.source, *kit.VIEW, "--device", name)
+    assert not list(work.iterdir())
+
+
+def test_pretrained_weights_that_are_not_there(kit: "Kit", work: Path) -> None:
+    init = "model.backbone.init_cfg={'type': 'Pretrained', 'checkpoint': 'nowhere.pth'}"
+    assert "nowhere.pth" in kit.refused(*kit.student_command(work / "w", "--methods", "none", "-o", init))
