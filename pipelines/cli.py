@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
-from kdpipe.pipelines.console import bytes_text, error_text
+from kdpipe.pipelines.console import bytes_text, error_text, stop_asked
 
 __all__ = ["main"]
 
@@ -367,6 +367,7 @@ def _report(console: Console, result: Any) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a run as Ctrl-C does: files are left whole, helper processes are ended."""
+    stop_asked.set()
     raise KeyboardInterrupt
 
 
@@ -376,7 +377,9 @@ def main(args: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 the input or the machine, 2 the command line, 3 a fault of kdpipe, 130 interrupted.
     """
     args = sys.argv[1:] if args is None else args
-    signal.signal(signal.SIGTERM, _terminate)
+    stop_asked.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
     debug = "--debug" in args
     try:
         cli.main(args, prog_name="kdpipe", standalone_mode=False)

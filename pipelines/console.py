@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,9 +12,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text", "error_text", "silent_stdout"]
+__all__ = ["ProgressBar", "bytes_text", "error_text", "silent_stdout", "stop_asked"]
 
 _LINE_SECONDS = 30.0
+
+# Set when somebody asked the process to end. Python drops a KeyboardInterrupt that happens to be raised in a callback
+# of its own, such as a weak reference's; work that shows its progress asks again.
+stop_asked = threading.Event()
 
 
 class ProgressBar:
@@ -55,7 +60,13 @@ class ProgressBar:
         self.close()
 
     def update(self, done: int, rate: str) -> None:
-        """Show that `done` units are done, at a rate such as `3.1 images/s`."""
+        """Show that `done` units are done, at a rate such as `3.1 images/s`.
+
+        Raises:
+            KeyboardInterrupt: Somebody asked the process to end.
+        """
+        if stop_asked.is_set():
+            raise KeyboardInterrupt
         self._bar.update(self._task, completed=done, rate=rate)
         now = time.monotonic()
         if self.console.is_terminal or now - self._last_line < _LINE_SECONDS or done <= self._first:

@@ -99,7 +99,7 @@ class Kit:
             code: the exit code to insist on; None takes any.
         """
         out, err = io.StringIO(), io.StringIO()
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         found = 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -107,7 +107,8 @@ class Kit:
         except SystemExit as stop:
             found = int(stop.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         ended = Ended(found, out.getvalue(), err.getvalue())
         assert code is None or found == code, f"exit code {found}\n{ended.out}\n{ended.err}"
         return ended

@@ -1,18 +1,22 @@
 """The command line itself: help, exit codes, messages."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
 
 from kdpipe.cache.errors import CacheError, KdpipeError
+from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines import cli
 from kdpipe.pipelines.console import error_text
+from kdpipe.pipelines.teacher import Teacher
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -101,9 +105,32 @@ def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: py
         kit.run("--debug", "train-student", "--cache", "x.zarr")
 
 
-def test_sigterm_ends_as_ctrl_c_does() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        cli._terminate(signal.SIGTERM, None)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised in a callback of Python's own it is lost; the work that goes on notices all the same."""
+
+    class Thing:
+        pass
+
+    def told() -> None:
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+        del thing
+        assert reference() is None
+
+    record = Teacher.record
+
+    def record_told(self: Teacher, *args: Any, **options: Any) -> Any:
+        told()
+        return record(self, *args, **options)
+
+    monkeypatch.setattr(Teacher, "record", record_told)
+    dropped: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: dropped.append(event.exc_type))
+    command = ("cache-teacher", *kit.source, *kit.VIEW, "--out", "x.zarr")
+    assert kit.run(*command, code=130).err.strip() == "Interrupted."
+    assert dropped == [KeyboardInterrupt]
+    assert len(open_cache("x.zarr", allow_partial=True)) == 0
 
 
 WRAPPED = """Caught CacheError in DataLoader worker process 0.
