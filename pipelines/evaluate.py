@@ -17,19 +17,12 @@ from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_nu
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import check_classes, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
-from kdpipe.pipelines.runner import ProgressHook, QuietRunner
+from kdpipe.pipelines.runner import AP_NAMES, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.training import complete, set_validation
 
 __all__ = ["evaluate", "metrics_table"]
 
-_ROWS = {
-    "AP": "bbox_mAP",
-    "AP50": "bbox_mAP_50",
-    "AP75": "bbox_mAP_75",
-    "AP small": "bbox_mAP_s",
-    "AP medium": "bbox_mAP_m",
-    "AP large": "bbox_mAP_l",
-}
+_TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
 
 def evaluate(
@@ -95,11 +88,11 @@ def evaluate(
             metrics = runner.test()
         finally:
             progress.close()
-    return {key.removeprefix("coco/"): float(value) for key, value in metrics.items()}
+    return coco_metrics(metrics)
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
     """AP over IoU and over object sizes."""
-    table = Table(*_ROWS)
-    table.add_row(*(f"{metrics[key]:.3f}" for key in _ROWS.values()))
+    table = Table(*_TITLES)
+    table.add_row(*(f"{metrics[name]:.3f}" for name in AP_NAMES))
     return table

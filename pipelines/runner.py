@@ -3,8 +3,9 @@
 import io
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.console import ProgressBar
 
 __all__ = [
+    "AP_NAMES",
     "Bfloat16OptimWrapper",
     "FormattedConfig",
     "PlainCheckpointHook",
     "ProgressHook",
     "QuietRunner",
     "RunnerError",
+    "coco_metrics",
 ]
 
 
@@ -50,6 +53,18 @@ class FormattedConfig(Config):  # type: ignore[misc]
         return str(self.__dict__["_formatted"])
 
 
+AP_NAMES = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
+
+
+def coco_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """COCO metrics by mmdet's names (`AP_NAMES`), out of all that an evaluation gave under whatever prefix.
+
+    A detector that finds nothing has AP 0; mmdet gives no figure at all.
+    """
+    found = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "coco/" in name}
+    return found or dict.fromkeys(AP_NAMES, 0.0)
+
+
 class RunnerError(KdpipeError):
     """A training cannot go on."""
 
@@ -66,6 +81,7 @@ class QuietRunner(Runner):  # type: ignore[misc]
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
+                handler.setStream(sys.stderr)
         return logger
 
     def build_loops(self) -> None:
@@ -161,7 +177,12 @@ def _link(source: Path, target: Path) -> None:
 
 
 class ProgressHook(Hook):  # type: ignore[misc]
-    """Progress bar over the whole training with steps/s and time left, and one line per epoch."""
+    """Progress bar over the whole training with steps/s and time left, and one line per epoch.
+
+    Attributes:
+        step_times: Seconds of each step but the first of each pass.
+        metrics: COCO metrics of the last evaluation, as `coco_metrics` gives them; None before the first.
+    """
 
     priority = "VERY_LOW"
 
@@ -170,6 +191,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self.name = name
         self.progress: ProgressBar | None = None
         self.step_times: list[float] = []
+        self.metrics: dict[str, float] | None = None
         self._epoch_losses: list[torch.Tensor] = []
         self._last = 0.0
 
@@ -213,8 +235,9 @@ class ProgressHook(Hook):  # type: ignore[misc]
         )
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        if self.progress is not None and metrics and "coco/bbox_mAP" in metrics:
-            self.console.print(f"{self.name}: AP {metrics['coco/bbox_mAP']:.3f}")
+        self.metrics = coco_metrics(metrics or {})
+        if self.progress is not None:
+            self.console.print(f"{self.name}: AP {self.metrics['bbox_mAP']:.3f}")
 
     def after_train(self, runner: Any) -> None:
         self.close()

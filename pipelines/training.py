@@ -24,7 +24,7 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
-from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner
+from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
 from kdpipe.pipelines.worker import init_worker, preload_workers
@@ -340,8 +340,10 @@ def run_training(
         ) from error
     finally:
         progress.close()
-    scalars = runner.message_hub.log_scalars
-    metrics = {key.rsplit("/", 1)[1]: float(value.current()) for key, value in scalars.items() if "coco/" in key}
+    metrics = progress.metrics
+    if metrics is None:  # not measured, or resumed where nothing was left to do
+        scalars = {key: value.current() for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
+        metrics = coco_metrics(scalars) if scalars else {}
     result = TrainingResult(
         checkpoint=work_dir / f"{name}.pth",
         ap=metrics.get("bbox_mAP"),

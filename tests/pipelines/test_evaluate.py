@@ -55,6 +55,14 @@ def test_config_by_file_and_scale(kit: "Kit", work: Path, trained: Path) -> None
     assert "AP50" in kit.run("evaluate", "--ckpt", work / "bare.pth", *options).out
 
 
+def test_a_detector_that_finds_nothing_has_ap_zero(kit: "Kit", work: Path) -> None:
+    kit.train_student(work / "w", "--methods", "none", *kit.val, "-o", "model.test_cfg.rcnn.score_thr=1.0")
+    assert json.loads((work / "w" / "result.json").read_text())["ap"] == 0
+    ended = kit.run("evaluate", "--ckpt", work / "w" / "student.pth")
+    assert ended.out.count("0.000") == 6
+    assert "Traceback" not in ended.err
+
+
 def test_what_cannot_be_evaluated(kit: "Kit", work: Path) -> None:
     data = ("--ann-file", kit.val_ann, "--img-dir", kit.val_img)
     assert "does not exist" in kit.refused("evaluate", "--ckpt", work / "x.pth", *data)
