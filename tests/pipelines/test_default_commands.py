@@ -73,6 +73,7 @@ def test_with_nothing_else_on_the_line(kit: "Kit", folder: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_as_users_type_it(folder: Path) -> None:
     kdpipe = Path(sys.executable).with_name("kdpipe")
     for command in (("cache-teacher", "--ckpt", "x101.pth"), ("train-student", "--cache", "coco.zarr")):
