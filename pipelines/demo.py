@@ -173,7 +173,7 @@ def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
         _config(),
         _data(out, "train"),
         _data(out, "val"),
-        _recipe(settings, settings.teacher, settings.teacher_epochs, work_dir, ()),
+        _recipe(settings, settings.teacher, settings.teacher_epochs, ()),
         work_dir,
         resume=_has_checkpoint(work_dir),
         console=console,
@@ -207,7 +207,7 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
         _data(out, "train"),
         _data(out, "val"),
         methods,
-        _recipe(settings, settings.student, settings.student_epochs, work_dir, distill),
+        _recipe(settings, settings.student, settings.student_epochs, distill),
         work_dir,
         resume=_has_checkpoint(work_dir),
         console=console,
@@ -246,7 +246,7 @@ def _has_checkpoint(work_dir: Path) -> bool:
     return (work_dir / "last_checkpoint").exists()
 
 
-def _recipe(settings: DemoSettings, width: Width, epochs: int, work_dir: Path, options: Sequence[str]) -> Recipe:
+def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence[str]) -> Recipe:
     """From scratch, for small objects and narrow layers, with one validation at the end."""
     stages = [width.base * factor for factor in (1, 2, 4, 8)]
     return Recipe(
@@ -274,7 +274,6 @@ def _recipe(settings: DemoSettings, width: Width, epochs: int, work_dir: Path, o
             *(f"model.{phase}.nms_pre=500" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
             *(f"model.{phase}.max_per_img=200" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
             f"train_cfg.val_interval={epochs}",
-            f"visualizer.name={work_dir.name}",  # a visualizer of the same name would log into the first one's folder
             *options,
         ),
     )

@@ -2,7 +2,9 @@
 
 import io
 import logging
+import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -83,6 +85,11 @@ class QuietRunner(Runner):  # type: ignore[misc]
                 handler.setLevel(logging.ERROR)
                 handler.setStream(sys.stderr)
         return logger
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """As mmengine's, but the start method of processes stays what it is: loaders name theirs."""
+        processes = {"mp_start_method": multiprocessing.get_start_method(), "opencv_num_threads": 0}
+        super().setup_env({**env_cfg, "mp_cfg": processes})
 
     def build_loops(self) -> None:
         """Build data sets and optimiser now, which mmengine leaves until training begins."""
@@ -172,7 +179,10 @@ def _link(source: Path, target: Path) -> None:
     """Give a file a second name, replacing the target in one step."""
     partial = target.with_suffix(".partial")
     partial.unlink(missing_ok=True)
-    os.link(source, partial)
+    try:
+        os.link(source, partial)
+    except OSError:  # not every file system knows hard links
+        shutil.copyfile(source, partial)
     partial.replace(target)
 
 

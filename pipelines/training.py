@@ -171,7 +171,6 @@ def detector_config(
     }
     cfg.env_cfg = {
         "cudnn_benchmark": False,
-        "mp_cfg": {"mp_start_method": "forkserver", "opencv_num_threads": 0},
         "dist_cfg": {"backend": "nccl" if torch.cuda.is_available() else "gloo"},
     }
     cfg.randomness = {"seed": recipe.seed}
