@@ -60,7 +60,7 @@ class DemoSettings:
         teacher_epochs: Passes of the teacher over the pictures.
         student_epochs: Passes of each student.
         batch_size: Pictures per step.
-        lr: Peak learning rate.
+        lr: Peak learning rate, of AdamW.
         rois: Boxes sampled per picture, by the detector's own loss and by the distillation.
         proposals: Boxes of the teacher kept per picture.
         queue: Length of CKD's queue.
@@ -68,15 +68,15 @@ class DemoSettings:
         seed: Seed of both students and of the teacher.
     """
 
-    train: int = 320
-    val: int = 120
+    train: int = 400
+    val: int = 100
     size: tuple[int, int] = (128, 160)
     teacher: Width = field(default_factory=lambda: Width(24, 48, 256))
     student: Width = field(default_factory=lambda: Width(8, 32, 128))
-    teacher_epochs: int = 10
+    teacher_epochs: int = 12
     student_epochs: int = 5
     batch_size: int = 4
-    lr: float = 0.015
+    lr: float = 0.002
     rois: int = 64
     proposals: int = 100
     queue: int = 8192
@@ -248,11 +248,11 @@ def _has_checkpoint(work_dir: Path) -> bool:
 
 def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence[str]) -> Recipe:
     """From scratch, for small objects and narrow layers, with one validation at the end."""
+    optimizer = {"type": "AdamW", "lr": settings.lr, "weight_decay": 0.05}  # from scratch it learns faster than SGD
     stages = [width.base * factor for factor in (1, 2, 4, 8)]
     return Recipe(
         epochs=epochs,
         batch_size=settings.batch_size,
-        lr=settings.lr,
         seed=settings.seed,
         scale=settings.scale,
         options=(
@@ -270,9 +270,11 @@ def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence
             "model.roi_head.bbox_roi_extractor.finest_scale=28",
             f"model.roi_head.bbox_head.in_channels={width.pyramid}",
             f"model.roi_head.bbox_head.fc_out_channels={width.head}",
+            f"model.train_cfg.rpn.sampler.num={settings.rois}",
             f"model.train_cfg.rcnn.sampler.num={settings.rois}",
             *(f"model.{phase}.nms_pre=500" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
             *(f"model.{phase}.max_per_img=200" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
+            f"optim_wrapper.optimizer={optimizer}",
             f"train_cfg.val_interval={epochs}",
             *options,
         ),

@@ -19,9 +19,9 @@ __all__ = ["CLASS_NAMES", "draw_shapes"]
 
 CLASS_NAMES = ("disc", "square", "triangle", "star", "cross", "crescent")
 
-_VERSION = 2  # of the pictures: what another version drew is drawn again
+_VERSION = 3  # of the pictures: what another version drew is drawn again
 _SMALLEST = 12  # longer side of the smallest object, pixels
-_LARGEST = 0.68  # longer side of the largest object, of the shorter side of the picture
+_LARGEST = 0.55  # longer side of the largest object, of the shorter side of the picture
 _MIN_VISIBLE = 0.4  # of its painted pixels; no object is placed so that it, or another one, shows less
 
 Floats = npt.NDArray[np.float32]
@@ -115,9 +115,9 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
     top = np.full(size, -1)  # [h, w] number of the shape that is seen there
     painted, shown = np.zeros(0, int), np.zeros(0, int)  # per shape: pixels it has, pixels of it that are seen
     objects: list[dict[str, Any]] = []
-    for _ in range(int(rng.integers(2, 7))):
-        label = None if rng.random() < 0.15 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
-        length = _SMALLEST * (_LARGEST * min(size) / _SMALLEST) ** (rng.random() ** 0.6)  # large ones the most
+    for _ in range(int(rng.integers(6, 14))):
+        label = None if rng.random() < 0.08 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
+        length = _SMALLEST * (_LARGEST * min(size) / _SMALLEST) ** (rng.random() ** 0.8)  # a little over log-uniform
         silhouette, alpha = _cut_out(rng, label, length)
         h, w = alpha.shape
         for _ in range(8):  # places tried
@@ -147,7 +147,7 @@ def _cut_out(rng: np.random.Generator, label: int | None, length: float) -> tupl
     points = _outline(rng, label)  # [N, 2]
     points = points + rng.uniform(0, 0.04) * np.sin(3 * points[:, ::-1] + rng.uniform(0, 6, 2))
     points = points @ [[1.0, rng.uniform(-0.2, 0.2)], [0.0, rng.uniform(0.65, 1.0)]]  # sheared and flattened
-    turn = rng.uniform(0, 2 * np.pi)
+    turn = rng.normal(0, 0.25)
     points = points @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
     points = (points - points.min(axis=0)) * length / np.ptp(points, axis=0).max() + 2
     w, h = np.ceil(points.max(axis=0)).astype(int) + 3
@@ -206,7 +206,7 @@ def _surface(rng: np.random.Generator, size: tuple[int, ...], under: tuple[float
     first = _colour(rng)
     while under is not None and np.abs(first - under).max() < 100:
         first = _colour(rng)
-    step = np.clip(first + rng.normal(0, 45, 3), 0, 255).astype(np.float32) - first
+    step = np.clip(first + rng.normal(0, 20, 3), 0, 255).astype(np.float32) - first
     mix = _texture(rng, size[0], size[1])
     return np.asarray(cv2.merge([start + mix * change for start, change in zip(first, step, strict=True)]))
 
@@ -243,7 +243,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int]) -> Floats:
         height = _noise(rng, h, w, max(size) // 2) + 0.5 * _noise(rng, h, w, max(size) // 6)
         ground += (_surface(rng, size) - ground) * _three(np.clip(20 * (height - 0.75), 0, 1))
     canvas = np.clip(ground, 0, 255).astype(np.uint8)
-    for _ in range(int(rng.integers(0, 8))):
+    for _ in range(int(rng.integers(0, 3))):
         colour, thick = _colour(rng).tolist(), int(rng.integers(1, 5))
         x, y, u, v = (int(rng.integers(n)) for n in (w, h, w, h))
         kind = ("stroke", "arc", "letter")[int(rng.integers(3))]
@@ -264,6 +264,6 @@ def _photograph(rng: np.random.Generator, canvas: Floats) -> Pixels:
     light = (1 + rng.uniform(0, 0.6) * (_noise(rng, h, w, max(h, w)) - 0.5)).astype(np.float32)
     picture = 128 + (canvas * _three(light) - 128) * rng.uniform(0.7, 1.1) + rng.uniform(-25, 25)
     if rng.random() < 0.5:
-        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.0)), dtype=np.float32)
-    picture += _three(rng.standard_normal((h, w), dtype=np.float32) * np.float32(rng.uniform(1, 10)))
+        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 0.8)), dtype=np.float32)
+    picture += _three(rng.standard_normal((h, w), dtype=np.float32) * np.float32(rng.uniform(1, 5)))
     return np.asarray(np.clip(picture + 0.5, 0, 255), dtype=np.uint8)
