@@ -1,11 +1,15 @@
 """What the teacher said, on disk."""
 
-from kdpipe.cache.errors import CacheError, KdpipeError
-from kdpipe.cache.plan import ImageInfo, plan_parts, raw_bytes
-from kdpipe.cache.reader import TeacherCache, open_cache
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TeacherRecord, TeacherTargets
-from kdpipe.cache.writer import CacheWriter
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdpipe.cache.errors import CacheError, KdpipeError
+    from kdpipe.cache.plan import ImageInfo, plan_parts, raw_bytes
+    from kdpipe.cache.reader import TeacherCache, open_cache
+    from kdpipe.cache.schema import CacheSpec
+    from kdpipe.cache.targets import TeacherRecord, TeacherTargets
+    from kdpipe.cache.writer import CacheWriter
 
 __all__ = [
     "CacheError",
@@ -20,3 +24,20 @@ __all__ = [
     "plan_parts",
     "raw_bytes",
 ]
+
+_MODULES = {
+    "errors": ("CacheError", "KdpipeError"),
+    "plan": ("ImageInfo", "plan_parts", "raw_bytes"),
+    "reader": ("TeacherCache", "open_cache"),
+    "schema": ("CacheSpec",),
+    "targets": ("TeacherRecord", "TeacherTargets"),
+    "writer": ("CacheWriter",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used: the command line needs some of them without torch and zarr."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"kdpipe.cache.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from kdpipe.cache.codecs import Block, quantize
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.schema import VIEWS, CacheSpec, torch_dtype
+from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.targets import TeacherRecord
+
+
+_TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 
 
 def index_columns(spec: CacheSpec) -> list[str]:
@@ -70,7 +73,7 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
             _check_finite(what, field, scale, dtype)
             rows["roi_scale"] = _to_host(scale, values)
         else:
-            stored = values.detach().to(torch_dtype(dtype))
+            stored = values.detach().to(_TORCH_DTYPE[dtype])
             _check_finite(what, field, stored, dtype)
         rows[field] = _to_host(stored, values)
     index = {
@@ -105,7 +108,7 @@ def _encode_levels(
             stored, scale = quantize(level)
             scales.append(scale)
         else:
-            stored = level.detach().to(torch_dtype(spec.dtype))
+            stored = level.detach().to(_TORCH_DTYPE[spec.dtype])
         flat.append(stored.reshape(-1))
     packed = torch.cat(flat)  # always a copy
     scale_of_levels = torch.stack(scales) if scales else None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
 
 from kdpipe.cache.errors import CacheError
 
@@ -174,11 +173,6 @@ def check_version(version: object) -> None:
         )
     if version != FORMAT_VERSION:
         raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of a storage type."""
-    return {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

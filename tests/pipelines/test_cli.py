@@ -46,6 +46,12 @@ def test_help_of_a_command(kit: "Kit", name: str) -> None:
     assert max(map(len, out.splitlines())) <= 110
 
 
+def test_help_does_not_wait_for_heavy_imports() -> None:
+    code = "import sys, kdpipe.pipelines.cli; print(*sorted({'torch', 'zarr', 'mmdet', 'mmcv'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 def test_version(kit: "Kit") -> None:
     assert re.fullmatch(r"kdpipe, version \d+\.\d+\.\d+\S*\n", kit.run("--version").out)
 
