@@ -31,6 +31,9 @@ class ArrayWriter:
     the threads of `pool` and written in order. Rows of zeros fill the last chunk: zarrs checks the checksum of a chunk
     only where it is read whole, which could not be done at the end of the array otherwise.
 
+    The attribute `checksums` of the array holds the checksum of each chunk, 8 hexadecimal digits as they are stored: so a
+    file that was put in the place of another is found as a damaged one is.
+
     Args:
         folder: of the array; it is made, and must not be there.
         row_shape: shape of one row.
@@ -60,6 +63,7 @@ class ArrayWriter:
         self._pool = pool
         self._pending: deque[Future[bytes]] = deque()
         self._index: list[tuple[int, int]] = []
+        self._checksums: list[str] = []
         self._shards = 0
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
@@ -105,7 +109,7 @@ class ArrayWriter:
             (self._chunk_rows, *self._row_shape),
             (shard_rows, *self._row_shape),
             self._codec,
-            self._attributes,
+            {**(self._attributes or {}), "checksums": "".join(self._checksums)},
         )
         return {**self._files, "zarr.json": write_file(self._folder / "zarr.json", metadata)}
 
@@ -125,6 +129,7 @@ class ArrayWriter:
             if len(self._index) == SHARD_CHUNKS:
                 self._finish_shard(SHARD_CHUNKS)
             self._index.append((self._size, len(data)))
+            self._checksums.append(data[-4:].hex())
             self._write(data)
 
     def _write(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ group and that of itself, and it is the last file written before the group gets 
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The commit record of a group; None where there is none, or none that is whole."""
     try:
         return parse_record((folder / "zarr.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 
@@ -72,14 +73,20 @@ def check_sizes(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Lines naming the files of a group that cannot be found or have another size than recorded. Reads no data."""
     wrong = []
     for name, (size, _) in sorted(record["files"].items()):
-        try:
-            found = (folder / name).stat().st_size
-        except OSError as error:
-            wrong.append(f"{name}: {error.strerror}")
-            continue
-        if found != size:
-            wrong.append(f"{name} has {found} bytes instead of {size}")
+        if reason := check_size(folder / name, size):
+            wrong.append(f"{name} {reason}")
     return wrong
+
+
+def check_size(file: Path, size: int) -> str | None:
+    """What is wrong with a file that should have so many bytes, to follow its name; None where nothing is."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no file"
+    return None if found.st_size == size else f"has {found.st_size} bytes instead of {size}"
 
 
 def check_digests(folder: Path, record: Mapping[str, Any]) -> list[str]:
@@ -100,13 +107,13 @@ def check_digests(folder: Path, record: Mapping[str, Any]) -> list[str]:
 def check_metadata(folder: Path, record: Mapping[str, Any], array: str) -> str | None:
     """What is wrong with an array's `zarr.json` and the sizes of its files; None where nothing is."""
     entries = {name: entry for name, entry in record["files"].items() if name.startswith(f"{array}/")}
-    try:
-        found = file_record((folder / array / "zarr.json").read_bytes())
-    except OSError as error:
-        return f"{array}/zarr.json: {error.strerror}"
-    if list(found) != entries.get(f"{array}/zarr.json"):
-        return f"{array}/zarr.json has other content than was written"
-    return "; ".join(check_sizes(folder, {"files": entries})) or None
+    name = f"{array}/zarr.json"
+    if name not in entries:
+        return f"{name} is not among what was written"
+    if wrong := check_sizes(folder, {"files": entries}):
+        return "; ".join(wrong)
+    found = file_record((folder / name).read_bytes())
+    return None if list(found) == entries[name] else f"{name} has other content than was written"
 
 
 def require_group(folder: Path, what: str, remedy: str) -> dict[str, Any]:

@@ -114,10 +114,10 @@ def publish(folder: Path, final: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that other processes may see, under a temporary name first."""
+    """Remove a folder (or a file in its place) that other processes may see, under a temporary name first."""
     aside = temporary_folder(folder)
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(aside)
+        folder.rename(aside / folder.name)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.cache.arrays import write_array
-from kdpipe.cache.check import check_metadata, parse_record, write_record
+from kdpipe.cache.check import check_digests, parse_record, write_record
 from kdpipe.cache.codecs import group_metadata, open_array
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import FileRecord, publish, temporary_folder, write_file
@@ -112,7 +112,7 @@ def read_root(path: Path) -> Root:
     damaged = f"The file {path / 'zarr.json'} is damaged: restore it, or move {path} away and cache the teacher again."
     try:
         record = json.loads(content)["attributes"]["kdpipe"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{damaged} ({error})") from None
     except (KeyError, TypeError):
         raise CacheError(f"{path} is not a kdpipe cache: its zarr.json has no `kdpipe` attribute.") from None
@@ -121,15 +121,12 @@ def read_root(path: Path) -> Root:
     check_version(record["spec"].get("version"))
     if parse_record(content) is None:
         raise CacheError(f"{damaged} (its checksum does not fit)")
-    arrays = []
-    for name in _ARRAYS:
-        if wrong := check_metadata(path, record, f"plan/{name}"):
-            raise CacheError(f"The plan of the cache {path} is damaged: {wrong}. Cache the teacher again.")
-        try:
-            arrays.append(np.asarray(open_array(path / "plan" / name)[:], dtype=np.int64))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CacheError(
-                f"The plan of the cache {path} is damaged: {name}: {error}. Cache the teacher again."
-            ) from error
+    plan = {name: entry for name, entry in record["files"].items() if name.startswith("plan/")}
+    if wrong := check_digests(path, {"files": plan}):
+        raise CacheError(
+            f"The plan of the cache {path} is damaged: {'; '.join(wrong)}. Restore it, or move {path} away and cache the "
+            "teacher again."
+        )
+    arrays = [np.asarray(open_array(path / "plan" / name)[:], dtype=np.int64) for name in _ARRAYS]
     spec = CacheSpec.from_json(record["spec"])
     return Root(spec, record["identity"], record["metadata"], record["plan"], arrays[0], arrays[1])
