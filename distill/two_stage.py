@@ -46,6 +46,11 @@ class TwoStageStudent:
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
                 "two-stage detector with a pyramid and one box head of fully connected layers (Faster R-CNN)."
             )
+        if not hasattr(detector.rpn_head, "prior_generator"):
+            raise StudentError(
+                f"The student's {type(detector.rpn_head).__name__} has no anchors, which tell the strides of its "
+                "pyramid. Expected mmdet's RPNHead."
+            )
         self.detector = detector
         self.head = head
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in detector.rpn_head.prior_generator.strides)

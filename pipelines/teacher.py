@@ -108,6 +108,8 @@ def _check_family(model: Any) -> None:
     for part, kind in parts:
         if not isinstance(part, kind) or (kind is StandardRoIHead and type(part) is not kind):
             raise TeacherError(f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {expected}")
+    if not hasattr(model.rpn_head, "prior_generator"):
+        raise TeacherError(f"The teacher's {type(model.rpn_head).__name__} has no anchors. {expected}")
     if head.with_shared_head or not head.bbox_head.num_shared_fcs or not head.bbox_head.with_reg:
         raise TeacherError(
             f"The teacher's {type(head.bbox_head).__name__} has no shared fully connected layer. {expected}"

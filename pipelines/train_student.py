@@ -1,6 +1,8 @@
 """`kdpipe train-student`: train a detector from a cache; the teacher is not needed any more."""
 
 import copy
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,7 @@ def train_student(
     check_data(cache, train)
     if val is not None:
         check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
+    _check_resumed_cache(cache, work_dir, resume)
     train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe, [image["image_id"] for image in cache.skipped])
     set_num_classes(cfg.model, cache.spec.num_classes)
@@ -103,6 +106,26 @@ def train_student(
         console=console,
         only_in=cache.path,
     )
+
+
+def _check_resumed_cache(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
+    """Record of which cache a training is, and refuse to go on with another one.
+
+    Raises:
+        KdpipeError: Naming what differs.
+    """
+    path = work_dir / "cache.json"
+    wanted = {**cache.identity, "spec": cache.spec.to_json()}
+    if resume and path.exists():
+        if lines := difference(json.loads(path.read_text()), wanted):
+            raise KdpipeError(
+                f"{work_dir} holds a training from another cache than {cache.path}:\n  "
+                + "\n  ".join(lines)
+                + "\nResume with that cache, or begin anew in another --work-dir."
+            )
+    elif os.environ.get("RANK", "0") == "0":
+        work_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
 def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict) -> None:

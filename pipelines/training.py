@@ -322,6 +322,7 @@ def run_training(
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
+    first_step = runner.iter
     try:
         with silent_stdout():
             runner.train()
@@ -329,6 +330,18 @@ def run_training(
         raise KdpipeError(
             f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
             f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise KdpipeError(
+            f"The device has too little memory: {str(error).splitlines()[0]}\n"
+            "Make steps smaller (--batch-size, --scale, --amp), and go on with --resume where an epoch was finished."
+        ) from error
+    except RuntimeError as error:
+        if runner.iter > first_step:
+            raise
+        raise KdpipeError(
+            f"The first training step failed: {str(error).strip()}\nDo the layers of the config fit each other "
+            "(channels of backbone, neck and heads, levels, strides)? kdpipe --debug shows where it happened."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -262,6 +262,7 @@ def test_checkpoint_to_resume_from_is_cut_short(kit: "Kit", work: Path) -> None:
         ("model.backbone.depth=19", "invalid depth 19"),
         ("model.backbone.depth", "KEY=VALUE"),
         ("model.neck.in_channels=[8,", "not a list"),
+        ("model.rpn_head.in_channels=7", "Do the layers of the config fit each other"),
         ("distill.colour=red", "Unknown option distill.colour"),
         ("distill.ckd.colour=red", "colour"),
         ("distill.ckd.queue_size=many", "cannot be built"),

@@ -144,6 +144,13 @@ def test_resume_needs_what_the_training_began_with(trained: "tuple[Path, Ended]"
     assert "Nothing to resume" in kit.refused(*kit.student_command(work / "new"), "--resume")
 
 
+def test_resume_refuses_another_cache(trained: "tuple[Path, Ended]", kit: "Kit", work: Path) -> None:
+    shutil.copytree(trained[0], work / "w")
+    kit.run("cache-teacher", *kit.source, "--scale", "96x96", "--proposals", "40", "--out", work / "other.zarr")
+    command = kit.student_command(work / "w", "--resume", "--epochs", 3, cache=work / "other.zarr")
+    assert "spec.scale: found [128, 96], wanted [96, 96]" in kit.refused(*command)
+
+
 METHODS = {
     "none": set[str](),
     "sgfi": {"loss_sgfi"},
