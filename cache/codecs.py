@@ -2,25 +2,21 @@
 
 Chunks are encoded here one by one, so that a part is streamed to disk with the memory of one chunk per array and its
 bytes depend on nothing but the values. What is written is plain Zarr v3: `bytes`, `blosc` (unless the codec is "none")
-and `crc32c` within `sharding_indexed`; any Zarr library reads it. Reading is zarr-python's, with the zarrs pipeline.
+and `crc32c` within `sharding_indexed`; any Zarr library reads it. kdpipe reads it without one: straight from the file
+into the array that is returned, and no byte without having checked the checksum of its chunk.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 from numcodecs import blosc
 from torch import Tensor
-from zarr.storage import LocalStore, StorePath
 
 Block = npt.NDArray[Any]
 
@@ -28,8 +24,8 @@ INT8_MAX = 127
 _COMPRESSORS = {"zstd": ("zstd", 1), "lz4": ("lz4", 5)}
 # The encoded order of blocks within a blosc chunk depends on threads: one thread, so that equal values are equal bytes.
 blosc.use_threads = False
-
-_zarrs_used_in: list[int] = []
+_BLOSC_HEADER = 16
+CHECKSUM_BYTES = 4
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +58,9 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     return (values.float() * scale.to(values.device)[..., None, None]).to(dtype)
 
 
-def crc32c(data: bytes) -> bytes:
-    """Checksum as Zarr's crc32c codec appends it: 4 bytes, little endian."""
-    return int(google_crc32c.value(data)).to_bytes(4, "little")
+def crc32c(data: Any) -> bytes:
+    """Checksum of bytes or of a contiguous array, as Zarr's crc32c codec appends it: 4 bytes, little endian."""
+    return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def encode_chunk(block: Block, codec: str) -> bytes:
@@ -80,6 +76,57 @@ def encode_chunk(block: Block, codec: str) -> bytes:
         name, level = _COMPRESSORS[codec]
         data = bytes(blosc.Blosc(name, clevel=level, shuffle=blosc.Blosc.BITSHUFFLE).encode(block))
     return data + crc32c(data)
+
+
+def read_chunk(
+    file: int, offset: int, size: int, codec: str, expected: bytes | None, out: npt.NDArray[np.uint8]
+) -> None:
+    """Read what `encode_chunk` gave, check it, and decode it.
+
+    Args:
+        file: descriptor.
+        offset: of the chunk in the file, bytes.
+        size: stored bytes of the chunk, checksum included.
+        codec: "zstd", "lz4" or "none".
+        expected: the checksum of the chunk, where it is known from elsewhere too.
+        out: [N] the decoded bytes, of which there must be N exactly.
+
+    Raises:
+        ValueError: the chunk is damaged; `out` may hold anything.
+    """
+    data = out if codec == "none" else np.empty(size - CHECKSUM_BYTES, dtype=np.uint8)
+    checksum = bytearray(CHECKSUM_BYTES)
+    _read_into(file, [data.data, memoryview(checksum)], offset)
+    if crc32c(data) != checksum or expected not in (None, bytes(checksum)):
+        raise ValueError(f"the checksum of the {size} bytes at {offset} does not fit")
+    if codec == "none":
+        return
+    if int.from_bytes(data[4:8].tobytes(), "little") != len(out):
+        raise ValueError(f"the {size} bytes at {offset} are not a chunk of this array")
+    try:
+        blosc.decompress(data, out)
+    except RuntimeError as error:
+        raise ValueError(f"the {size} bytes at {offset} cannot be decompressed ({error})") from error
+
+
+def stored_sizes(chunk_bytes: int, codec: str) -> range:
+    """How many bytes a chunk may have in its file, checksum included."""
+    if codec == "none":
+        return range(chunk_bytes + CHECKSUM_BYTES, chunk_bytes + CHECKSUM_BYTES + 1)
+    return range(_BLOSC_HEADER + CHECKSUM_BYTES, chunk_bytes + _BLOSC_HEADER + CHECKSUM_BYTES + 1)
+
+
+def _read_into(file: int, views: list[memoryview], offset: int) -> None:
+    """Fill the views, one after the other, with what is at the offset."""
+    while views:
+        count = os.preadv(file, views, offset)
+        if count == 0:
+            raise ValueError(f"the file ends at {offset}")
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
 
 
 def array_metadata(
@@ -141,27 +188,3 @@ def node_json(values: Mapping[str, Any]) -> bytes:
         {"zarr_format": 3, **values}, separators=(",", ":"), sort_keys=True, ensure_ascii=True, allow_nan=False
     )
     return text.encode() + b"\n"
-
-
-def open_array(folder: Path) -> "zarr.Array[Any]":
-    """Open an array for reading, with the zarrs pipeline where that is installed and safe.
-
-    Not by `zarr.open_array`, whose round trips to an event loop take longer than reading a small file. A process forked
-    from one that has used zarrs would hang in it: such a process reads by zarr's own pipeline.
-    """
-    if _zarrs_installed() and (not _zarrs_used_in or _zarrs_used_in[0] == os.getpid()):
-        _zarrs_used_in[:] = [os.getpid()]
-        pipeline = "zarrs.ZarrsCodecPipeline"
-    else:
-        pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"
-    with zarr.config.set({"codec_pipeline.path": pipeline}):
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-        return zarr.Array.from_dict(StorePath(LocalStore(folder, read_only=True)), metadata)
-
-
-@cache
-def _zarrs_installed() -> bool:
-    if importlib.util.find_spec("zarrs") is None:
-        return False
-    importlib.import_module("zarrs")
-    return True

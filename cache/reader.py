@@ -12,18 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdpipe.cache.array_reader import Readers, read_array
 from kdpipe.cache.check import check_digests, part_folder, read_part_record, require_group
-from kdpipe.cache.codecs import open_array
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import explained
-from kdpipe.cache.part_reader import OpenArrays, PartReader
+from kdpipe.cache.part_reader import PartReader
 from kdpipe.cache.root import Root, read_root
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TargetIndex, TeacherTargets
 from kdpipe.cache.views import view_matrix
 
-# Index rows kept in memory per process, some 200 bytes each.
+# Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.
 _MAX_INDEX_ROWS = 200_000
+_MAX_PARTS = 1_000
 
 
 def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> "TeacherCache":
@@ -56,7 +57,8 @@ def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> 
 class TeacherCache:
     """What the teacher said of a data set. Made by `open_cache`; can be pickled and sent to other processes.
 
-    Arrays are opened when first read, in each process anew.
+    Parts are opened when first read, in each process anew: a parent that has read does not disturb its children,
+    however they are started. No file is kept open.
 
     Attributes:
         path: folder of the cache.
@@ -105,7 +107,7 @@ class TeacherCache:
         record = require_group(folder, "The teacher's head in the cache", remedy)
         if wrong := check_digests(folder, record):
             raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): delete {folder} and {remedy}.")
-        return {name: torch.from_numpy(np.asarray(open_array(folder / name)[...])) for name in record["parameters"]}
+        return {name: torch.from_numpy(read_array(folder / name)) for name in record["parameters"]}
 
     def index(self, image_id: int, view: str = "identity") -> TargetIndex:
         """Sizes of an image in a view; reads no targets.
@@ -217,13 +219,13 @@ class TeacherCache:
 
 
 class _Process:
-    """Open parts and arrays of one process."""
+    """What one process has in memory of the parts that it reads."""
 
     def __init__(self, path: Path, spec: CacheSpec, starts: npt.NDArray[np.int64]) -> None:
         self.pid = os.getpid()
         self._path, self._spec, self._starts = path, spec, starts
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
-        self._arrays: OpenArrays = OrderedDict()
+        self._readers = Readers()
         self._rows = 0
         self._lock = threading.Lock()
 
@@ -242,10 +244,10 @@ class _Process:
                     f"Part {number} is no longer whole ({folder / 'zarr.json'}): run `kdpipe cache-teacher` with the "
                     "same options again, it makes this part anew."
                 )
-            part = PartReader(folder, number, record, self._spec, self._arrays)
+            part = PartReader(folder, number, record, self._spec, self._readers)
             self._parts[number] = part
             self._rows += part.rows
-            while self._rows > _MAX_INDEX_ROWS and len(self._parts) > 1:
+            while len(self._parts) > 1 and (self._rows > _MAX_INDEX_ROWS or len(self._parts) > _MAX_PARTS):
                 _, oldest = self._parts.popitem(last=False)
                 self._rows -= oldest.rows
             return part

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.cache.array_reader import read_array
 from kdpipe.cache.arrays import write_array
 from kdpipe.cache.check import check_digests, parse_record, write_record
-from kdpipe.cache.codecs import group_metadata, open_array
+from kdpipe.cache.codecs import group_metadata
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import FileRecord, publish, temporary_folder, write_file
 from kdpipe.cache.plan import ImageInfo, digest_images
@@ -124,9 +125,9 @@ def read_root(path: Path) -> Root:
     plan = {name: entry for name, entry in record["files"].items() if name.startswith("plan/")}
     if wrong := check_digests(path, {"files": plan}):
         raise CacheError(
-            f"The plan of the cache {path} is damaged: {'; '.join(wrong)}. Restore it, or move {path} away and cache the "
-            "teacher again."
+            f"The plan of the cache {path} is damaged: {'; '.join(wrong)}. Restore it, or move {path} away and cache "
+            "the teacher again."
         )
-    arrays = [np.asarray(open_array(path / "plan" / name)[:], dtype=np.int64) for name in _ARRAYS]
+    arrays = [read_array(path / "plan" / name) for name in _ARRAYS]
     spec = CacheSpec.from_json(record["spec"])
     return Root(spec, record["identity"], record["metadata"], record["plan"], arrays[0], arrays[1])

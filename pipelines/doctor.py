@@ -23,7 +23,7 @@ __all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_docto
 
 MMCV_FOR_MMDET = SpecifierSet(">=2.0.0rc4,<2.2")  # what mmdet 3.3.0 accepts
 BRIDGE_REMEDY = "pip uninstall -y mmcv mmcv-lite && pip install mmcv-lite==2.1.0"
-IMPORTED = ("torch", "torchvision", "mmengine", "mmcv", "mmcv.ops", "mmdet", "zarr", "zarrs", "pycocotools.cocoeval")
+IMPORTED = ("torch", "torchvision", "mmengine", "mmcv", "mmcv.ops", "mmdet", "zarr", "pycocotools.cocoeval")
 Status = Literal["ok", "note", "problem"]
 
 

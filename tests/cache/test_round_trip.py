@@ -176,11 +176,7 @@ def test_some_levels(cache_path: Path, levels: list[int]) -> None:
 
 @pytest.mark.parametrize("tier", ["roi", "pyramid"])
 @pytest.mark.parametrize("rois", [[0, 1, 2], [13, 0, 7, 0], [14], [], list(range(15))])
-@pytest.mark.parametrize("gap", [1, 1 << 20])
-def test_some_rois(
-    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, tier: str, rois: list[int], gap: int
-) -> None:
-    monkeypatch.setattr("kdpipe.cache.part_reader._GAP_BYTES", gap)
+def test_some_rois(tmp_path: Path, kit: "type[Kit]", tier: str, rois: list[int]) -> None:
     cache = open_cache(kit.make(tmp_path / "x.zarr", kit.spec(tier=tier), count=4))
     image_id = kit.images()[3].image_id  # 12 proposals, 3 ground-truth boxes
     everything, some = cache.targets(image_id), cache.targets(image_id, rois=np.array(rois, dtype=np.int64))
@@ -283,9 +279,12 @@ def test_forked_after_the_parent_has_read(cache_path: Path) -> None:
     subprocess.run([sys.executable, "-c", FORKED, str(cache_path)], timeout=120, check=True)
 
 
-def test_many_parts_with_few_kept_open(tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdpipe.cache.reader._MAX_INDEX_ROWS", 2)
-    monkeypatch.setattr("kdpipe.cache.part_reader._MAX_OPEN_ARRAYS", 3)
+@pytest.mark.parametrize(("rows", "parts"), [(2, 100), (100, 2)])
+def test_many_parts_with_few_kept_in_memory(
+    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, rows: int, parts: int
+) -> None:
+    monkeypatch.setattr("kdpipe.cache.reader._MAX_INDEX_ROWS", rows)
+    monkeypatch.setattr("kdpipe.cache.reader._MAX_PARTS", parts)
     spec = kit.spec()
     images = kit.images(9)
     writer = kit.writer(tmp_path / "x.zarr", spec, images, part_size=1)
