@@ -28,8 +28,8 @@ class ArrayWriter:
     """Writes one array of shape (rows, *row_shape), row after row, into chunks of `chunk_rows` rows.
 
     A shard has up to 2048 chunks; an array with fewer is one file. Memory is that of a few chunks, which are encoded by
-    the threads of `pool` and written in order. Rows of zeros fill the last chunk, and belong to the array: a library that
-    checks the checksum of a chunk only where it is read whole can read it so.
+    the threads of `pool` and written in order. Rows of zeros fill the last chunk, and belong to the array: a library
+    that checks the checksum of a chunk only where it is read whole can read it so.
 
     The attribute `checksums` of the array holds the checksum of each chunk, 8 hexadecimal digits as they are stored: so
     a file that was put in the place of another is found as a damaged one is.
