@@ -89,11 +89,23 @@ def remove_stale(parent: Path, name: str | None = None) -> None:
     """
     for entry in parent.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and name in (None, match["name"]) and match["host"] == _host():
-            pid = int(match["pid"])
-            dead = match["token"] != _TOKEN if pid == os.getpid() else not _alive(pid)
-            if dead:
-                shutil.rmtree(entry, ignore_errors=True)
+        if match and name in (None, match["name"]) and temporary_state(entry.name) == "dead":
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def temporary_state(name: str) -> str | None:
+    """Of the process that a temporary folder belongs to: "dead", "alive", or "elsewhere" on another host.
+
+    None where it is not the name of a temporary folder.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    if match is None:
+        return None
+    if match["host"] != _host():
+        return "elsewhere"
+    pid = int(match["pid"])
+    dead = match["token"] != _TOKEN if pid == os.getpid() else not _alive(pid)
+    return "dead" if dead else "alive"
 
 
 def publish(folder: Path, final: Path) -> bool:

@@ -65,7 +65,7 @@ class Kit:
             original_size=(image.height, image.width),
             input_size=size,
             num_proposals=min(spec.proposals, count),
-            boxes=torch.cat([corner, corner + sides], dim=1),
+            boxes=torch.cat([corner, torch.minimum(corner + sides, torch.tensor([image.width, image.height]))], dim=1),
             logits=torch.randn(count, spec.num_classes + 1, generator=g),
             deltas=torch.randn(count, classes, 4, generator=g),
             embeddings=torch.randn(count, spec.embedding_dim, generator=g),

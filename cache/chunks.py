@@ -1,0 +1,185 @@
+"""Checks one stored file by the format alone: digest, checksums, decoding. Neither zarr nor zarrs is asked."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numcodecs import blosc
+
+from kdpipe.cache.arrays import SHARD_CHUNKS, shard_name
+from kdpipe.cache.check import check_size
+from kdpipe.cache.codecs import Block, array_metadata, crc32c
+
+_BLOCK = 1 << 20
+
+# Is told how many bytes were read.
+Tick = Callable[[int], None]
+# What is wrong with the values of a chunk, given its number: a reason, and which of its rows; None where nothing is.
+Look = Callable[[int, Block], "tuple[str, Block] | None"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array lies in its files.
+
+    Attributes:
+        shape: of the array.
+        dtype: numpy's name of its type.
+        chunk: shape of a chunk.
+        shard: shape of a shard, a multiple of `chunk`; None where each chunk has a file of its own.
+        codec: "zstd", "lz4" or "none".
+        checksums: of all chunks in order, 8 hexadecimal digits each; None where they were not kept.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...] | None
+    codec: str
+    checksums: str | None
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks, all of which are divisions of the first dimension."""
+        if not self.shape:
+            return 1
+        return -(-self.shape[0] // self.chunk[0]) if math.prod(self.shape) else 0
+
+    def files(self) -> dict[str, range]:
+        """The numbers of the chunks in each file, by its name within the array's folder."""
+        if not self.shape:
+            return {"c": range(1)}
+        step = 1 if self.shard is None else self.shard[0] // self.chunk[0]
+        starts = range(0, self.chunks, max(1, step))
+        dims = len(self.shape) - 1
+        return {shard_name(n, dims): range(s, min(s + step, self.chunks)) for n, s in enumerate(starts)}
+
+
+def read_layout(data: bytes, codec: str) -> Layout:
+    """The layout in a `zarr.json` of an array that kdpipe wrote.
+
+    Args:
+        data: the file.
+        codec: of the cache.
+
+    Raises:
+        ValueError: it is not as kdpipe writes it.
+    """
+    try:
+        values: dict[str, Any] = json.loads(data)
+        grid = tuple(values["chunk_grid"]["configuration"]["chunk_shape"])
+        first, attributes = values["codecs"][0], values["attributes"]
+        sharded = first["name"] == "sharding_indexed"
+        chunk = tuple(first["configuration"]["chunk_shape"]) if sharded else grid
+        shard = grid if sharded else None
+        layout = Layout(
+            tuple(values["shape"]),
+            values["data_type"],
+            chunk,
+            shard,
+            codec,
+            attributes.get("checksums") if sharded else None,
+        )
+        as_written = array_metadata(layout.shape, layout.dtype, chunk, shard, codec, attributes)
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it cannot be understood ({type(error).__name__}: {error})") from error
+    if as_written != data or min(chunk, default=1) < 1:
+        raise ValueError(f"it is not as this kdpipe writes it for the codec {codec!r}")
+    return layout
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is wrong with a file.
+
+    Attributes:
+        reason: to follow the name of the file.
+        chunk: number of the chunk concerned, within the array; None where it is the whole file.
+        rows: bool per row of that chunk, the rows concerned; None where it is all of them.
+    """
+
+    reason: str
+    chunk: int | None = None
+    rows: Block | None = None
+
+
+def check_file(
+    file: Path, size: int, digest: str, layout: Layout, chunks: range, look: Look | None, tick: Tick
+) -> list[Found]:
+    """Read a file once, with the memory of one chunk, and say all that is wrong with it.
+
+    Args:
+        file: of an array.
+        size: bytes that it should have.
+        digest: sha256 that it should have.
+        layout: of the array.
+        chunks: numbers of the chunks in the file.
+        look: is given the values of each chunk that could be decoded.
+        tick: is called after every read.
+    """
+    if reason := check_size(file, size):
+        return [Found(reason)]
+    sha = hashlib.sha256()
+    found: list[Found] = []
+    try:
+        with file.open("rb") as opened:
+            lengths = _lengths(opened, size, layout, len(chunks))
+            if lengths is None:
+                found.append(Found("has a damaged shard index"))
+            for number, length in zip(chunks, lengths or (), strict=False):
+                data = opened.read(length)
+                sha.update(data)
+                tick(len(data))
+                found += _check_chunk(data, layout, number, look)
+            while block := opened.read(_BLOCK):
+                sha.update(block)
+                tick(len(block))
+    except OSError as error:
+        return [*found, Found(f"cannot be read: {error.strerror}")]
+    if sha.hexdigest() != digest and not found:
+        found.append(Found("has other content than was written"))
+    return found
+
+
+def _lengths(opened: BinaryIO, size: int, layout: Layout, count: int) -> Sequence[int] | None:
+    """Bytes of each chunk of a file, in their order; None where the shard index is damaged."""
+    if layout.shard is None:
+        return [size]
+    entries = layout.shard[0] // layout.chunk[0]
+    tail = entries * 16 + 4
+    if size < tail or entries > SHARD_CHUNKS:
+        return None
+    opened.seek(size - tail)
+    data = opened.read(tail)
+    opened.seek(0)
+    if crc32c(data[:-4]) != data[-4:]:
+        return None
+    index = np.frombuffer(data, dtype="<u8", count=2 * count).reshape(count, 2)
+    ends = np.cumsum(index[:, 1])
+    if count == 0 or ends[-1] != size - tail or not np.array_equal(index[:, 0], ends - index[:, 1]):
+        return None
+    lengths: list[int] = index[:, 1].tolist()
+    return lengths
+
+
+def _check_chunk(data: bytes, layout: Layout, number: int, look: Look | None) -> list[Found]:
+    expected = None if layout.checksums is None else layout.checksums[8 * number : 8 * number + 8]
+    if crc32c(data[:-4]) != data[-4:] or expected not in (None, data[-4:].hex()):
+        return [Found("is damaged: the checksum of a chunk does not fit", number)]
+    values = np.empty(layout.chunk, dtype=layout.dtype)
+    try:
+        if layout.codec == "none":
+            values[...] = np.frombuffer(data[:-4], dtype=values.dtype.newbyteorder("<")).reshape(layout.chunk)
+        elif int.from_bytes(data[4:8], "little") != values.nbytes:  # of blosc's header
+            raise ValueError("it has another size")
+        else:
+            blosc.decompress(data[:-4], values)
+    except (ValueError, RuntimeError) as error:
+        return [Found(f"is damaged: a chunk cannot be decoded ({error})", number)]
+    wrong = None if look is None else look(number, values)
+    return [] if wrong is None else [Found(wrong[0], number, wrong[1])]
