@@ -26,6 +26,7 @@ FEATURE_CHUNK = 1 << 20
 _ROW_CHUNK_BYTES = 128 << 10
 _ROI_CHUNK_BYTES = 64 << 10
 _QUEUE_SIZE = 4
+_ATTRIBUTES: dict[str, dict[str, Any]] = {"file_names": {"encoding": "utf-8"}}
 _ENCODERS = min(8, os.cpu_count() or 1)
 
 
@@ -177,6 +178,22 @@ class PartWriter:
             discard(self._final)
 
 
+def array_layout(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """Shape of one row, storage type, and rows per chunk of each array of a part."""
+    layout: dict[str, tuple[tuple[int, ...], str, int]] = {}
+    if "features" in spec.fields:
+        layout["features"] = ((), spec.dtype, FEATURE_CHUNK)
+        if spec.dtype == "int8":
+            levels = (len(spec.strides), spec.channels)
+            layout["scale"] = (levels, "float32", rows_per_chunk(levels, "float32", _ROW_CHUNK_BYTES))
+    for name, (shape, dtype) in spec.row_arrays().items():
+        target = _ROI_CHUNK_BYTES if name == "roi_features" else _ROW_CHUNK_BYTES
+        layout[name] = (shape, dtype, rows_per_chunk(shape, dtype, target))
+    layout["index"] = ((len(index_columns(spec)),), "int64", 1024)
+    layout["file_names"] = ((), "uint8", 1 << 16)
+    return layout
+
+
 class _PartFiles:
     """The arrays of a part in the making."""
 
@@ -186,19 +203,9 @@ class _PartFiles:
         self._elements = self._name_bytes = 0
         self._arrays: dict[str, ArrayWriter] = {}
 
-        def make(name: str, shape: tuple[int, ...], dtype: str, chunk_rows: int, **attributes: Any) -> None:
+        for name, (shape, dtype, chunk_rows) in array_layout(spec).items():
+            attributes = _ATTRIBUTES.get(name, {}) | ({"columns": self._columns} if name == "index" else {})
             self._arrays[name] = ArrayWriter(folder / name, shape, dtype, chunk_rows, spec.codec, pool, attributes)
-
-        if "features" in spec.fields:
-            make("features", (), spec.dtype, FEATURE_CHUNK)
-            if spec.dtype == "int8":
-                levels = (len(spec.strides), spec.channels)
-                make("scale", levels, "float32", rows_per_chunk(levels, "float32", _ROW_CHUNK_BYTES))
-        for name, (shape, dtype) in spec.row_arrays().items():
-            target = _ROI_CHUNK_BYTES if name == "roi_features" else _ROW_CHUNK_BYTES
-            make(name, shape, dtype, rows_per_chunk(shape, dtype, target))
-        make("index", (len(self._columns),), "int64", 1024, columns=self._columns)
-        make("file_names", (), "uint8", 1 << 16, encoding="utf-8")
 
     def append(self, encoded: EncodedRecord) -> None:
         """Write one record."""

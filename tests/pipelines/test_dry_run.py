@@ -1,0 +1,80 @@
+"""`kdpipe cache-teacher --dry-run`, and the refusal to begin what cannot fit."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from kdpipe.pipelines import dry_run
+from kdpipe.pipelines.dry_run import free_bytes
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1 << 40, 0, free))
+
+
+def row(text: str, name: str) -> list[float]:
+    """Byte figures of a table's row."""
+    (line,) = (line for line in text.splitlines() if re.search(rf"^│ {name} ", line))
+    return [float(value) * UNITS[unit] for value, unit in re.findall(r"([\d.]+) ([KMG]?i?B)", line)]
+
+
+def test_shows_cost_and_writes_nothing(kit: "Kit", work: Path) -> None:
+    out = kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr", "--dry-run").out
+    assert not list(work.iterdir())
+    raw, disk = row(out, "features")
+    stored = sum(file.stat().st_size for file in kit.cache.glob("parts/*/features/c*"))
+    assert disk == pytest.approx(stored, rel=0.1)  # sampled from half of the images
+    assert raw > disk
+    predictions, pyramid = row(out, "predictions"), row(out, "pyramid")
+    assert predictions[0] == predictions[1] < predictions[2]  # int8 and float16 differ in features alone
+    assert pyramid[0] < pyramid[1] < pyramid[2]
+    assert re.search(r"Time: about \d+:\d\d:\d\d at [\d.]+ images/s", out)
+    assert "It fits." in out
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_free(monkeypatch, 40_000)
+    command = ("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr")
+    message = kit.refused(*command)
+    assert "will not fit" in message
+    assert "--targets predictions --dtype int8" in message
+    assert "--targets pyramid --dtype int8" not in message
+    assert not list(work.iterdir())
+    assert "It does not fit" in kit.run(*command, "--dry-run").out
+    leave_free(monkeypatch, 10)
+    assert "--limit" in kit.refused(*command)
+
+
+def test_what_fits_only_compressed_is_begun(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = sum(file.stat().st_size for file in kit.cache.rglob("c*") if file.is_file())
+    leave_free(monkeypatch, int(1.1 * needed))
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr")
+
+
+def test_only_what_is_missing_has_to_fit(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(kit.cache, work / "x.zarr")
+    leave_free(monkeypatch, 0)
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr")
+
+
+def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: asked.append(path) or Usage(2, 1, 1))
+    assert free_bytes(tmp_path / "a" / "b" / "x.zarr") == 1
+    assert asked == [tmp_path]
