@@ -22,10 +22,12 @@ from kdpipe.cache.writer import CacheWriter
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
+from kdpipe.pipelines.dry_run import check_space
 from kdpipe.pipelines.layouts import test_scale
+from kdpipe.pipelines.ranks import Ranks
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
 
-__all__ = ["CacheOptions", "CachingResult", "cache_teacher"]
+__all__ = ["CacheOptions", "CachingResult", "cache_teacher", "prepare_teacher"]
 
 _READ_AHEAD = 4
 
@@ -88,6 +90,7 @@ def cache_teacher(
     source: dict[str, Any],
     device: torch.device,
     console: Console,
+    ranks: Ranks | None = None,
 ) -> CachingResult:
     """Run the teacher once over a data set and keep what it says.
 
@@ -102,10 +105,53 @@ def cache_teacher(
         source: Where the data came from, recorded for `train-student`.
         device: Where the teacher runs.
         console: Where progress is shown.
+        ranks: The processes that share the work; None does it all in this one.
+
+    Returns:
+        What the run did; in other processes than the first, what was there when they had no more to do.
 
     Raises:
         KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, or a full
             disk.
+    """
+    teacher, spec = prepare_teacher(checkpoint, cfg, data, options, device)
+    identity = {
+        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": _digest_model(cfg)},
+        "data": data.digest(),
+    }
+    metadata = {
+        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
+        "data": source,
+    }
+    fresh = not out.exists()
+    if fresh:
+        check_space(teacher, data, data.images, spec, out)
+    writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
+    if not fresh:
+        missing = [data.images[i] for index in writer.pending() for i in writer.parts[index]]
+        check_space(teacher, data, missing, spec, out)
+    writer.write_head(teacher.head_state())
+    ranks = ranks or Ranks()
+    new_images, seconds = _fill(writer, teacher, data, spec, options, console, ranks)
+    cache = open_cache(out, allow_partial=not ranks.first)
+    return CachingResult(
+        path=out,
+        images=len(cache),
+        new_images=new_images,
+        skipped=len(cache.skipped),
+        seconds=seconds,
+        disk_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        raw_bytes=sum(raw_bytes(data.images, spec).values()),
+    )
+
+
+def prepare_teacher(
+    checkpoint: Checkpoint, cfg: Config, data: DetectionData, options: CacheOptions, device: torch.device
+) -> tuple[Teacher, CacheSpec]:
+    """The teacher, ready to answer, and what a cache of it will hold.
+
+    Raises:
+        KdpipeError: Checkpoint, config, classes and options do not fit together.
     """
     scale = options.scale or _test_scale(cfg)
     teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
@@ -127,27 +173,7 @@ def cache_teacher(
         views=options.views,
         scale=scale,
     )
-    identity = {
-        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": _digest_model(cfg)},
-        "data": data.digest(),
-    }
-    metadata = {
-        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
-        "data": source,
-    }
-    writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
-    writer.write_head(teacher.head_state())
-    new_images, seconds = _fill(writer, teacher, data, spec, options, console)
-    cache = open_cache(out)
-    return CachingResult(
-        path=out,
-        images=len(cache),
-        new_images=new_images,
-        skipped=len(cache.skipped),
-        seconds=seconds,
-        disk_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-        raw_bytes=sum(raw_bytes(data.images, spec).values()),
-    )
+    return teacher, spec
 
 
 def _digest_model(cfg: Config) -> str:
@@ -167,23 +193,38 @@ def _test_scale(cfg: Config) -> tuple[int, int]:
 
 
 def _fill(
-    writer: CacheWriter, teacher: Teacher, data: DetectionData, spec: CacheSpec, options: CacheOptions, console: Console
+    writer: CacheWriter,
+    teacher: Teacher,
+    data: DetectionData,
+    spec: CacheSpec,
+    options: CacheOptions,
+    console: Console,
+    ranks: Ranks,
 ) -> tuple[int, float]:
-    """Write all parts that are missing; returns images added, and seconds."""
-    pending = writer.pending()
+    """Write this process's share of the parts that are missing; returns images that all added, and seconds."""
+    pending = ranks.agreed(writer.pending)
     todo = sum(len(writer.parts[index]) for index in pending)
     if todo < len(data.images):
         console.print(f"{len(data.images) - todo} of {len(data.images)} images are cached already")
-    start, done, written = time.perf_counter(), 0, 0
+    start = time.perf_counter()
     with ProgressBar(console, "cache teacher", todo) as progress:
-        for index in pending:
+
+        def show() -> None:
+            ranks.check()
+            for line in ranks.heard():
+                console.print(line)
+            seconds = time.perf_counter() - start
+            done, written = ranks.count("images"), ranks.count("bytes")
+            progress.update(min(done, todo), f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s")
+
+        for index in ranks.share(pending, writer.pending, show):
             images = [data.images[i] for i in writer.parts[index]]
             with writer.part(index) as part:
                 for info, image in _read_ahead(images, data.img_dir):
                     if isinstance(image, ImageError):
                         if not options.skip_bad_images:
                             raise image
-                        console.print(f"skipped: {image}")
+                        ranks.say(f"skipped: {image}")
                         part.skip(info.image_id, info.file_name, str(image))
                     else:
                         for view in spec.views:
@@ -196,12 +237,10 @@ def _fill(
                                 view=view,
                             )
                             part.add(record)
-                        written += sum(raw_bytes([info], spec).values())
-                    done += 1
-                    seconds = time.perf_counter() - start
-                    rate = f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s"
-                    progress.update(done, rate)
-    return done, time.perf_counter() - start
+                        ranks.count("bytes", sum(raw_bytes([info], spec).values()))
+                    ranks.count("images", 1)
+                    show()
+    return todo, time.perf_counter() - start
 
 
 def _read_ahead(

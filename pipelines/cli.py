@@ -18,6 +18,7 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
 from kdpipe.pipelines.console import bytes_text, error_text, stop_asked
+from kdpipe.pipelines.launch import ToldError, adopt_slurm, is_first
 
 __all__ = ["main"]
 
@@ -139,6 +140,7 @@ def cli(debug: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
+@click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
 @trust_option
 def cache_teacher_command(
     ckpt: Path,
@@ -158,44 +160,55 @@ def cache_teacher_command(
     limit: int | None,
     device: str | None,
     skip_bad_images: bool,
+    dry_run: bool,
     trust: bool,
 ) -> None:
     """Run the teacher once over a data set and keep what it says.
 
-    Interrupted, the cache stays valid; the same command goes on with it.
+    Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
+    the work.
     """
-    from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
+    from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher, prepare_teacher
     from kdpipe.pipelines.checkpoints import load_checkpoint
+    from kdpipe.pipelines.dry_run import estimate, print_estimate
+    from kdpipe.pipelines.ranks import Ranks
     from kdpipe.pipelines.sources import find_data, torch_device
     from kdpipe.pipelines.teacher import teacher_config
 
     console = _console()
-    checkpoint = load_checkpoint(ckpt, trust=trust)
-    cfg = teacher_config(checkpoint, config)
-    source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=out, limit=limit)
-    options = CacheOptions(
-        tier=tier,
-        dtype=dtype,
-        codec=codec,
-        proposals=proposals,
-        views=views,
-        scale=scale,
-        part_size=part_size,
-        skip_bad_images=skip_bad_images,
-    )
     try:
-        result = cache_teacher(
-            checkpoint,
-            cfg,
-            source.data,
-            source.out,
-            options,
-            source=source.record(),
-            device=torch_device(device),
-            console=console,
-        )
+        with Ranks.launched() as ranks:
+            checkpoint = load_checkpoint(ckpt, trust=trust)
+            cfg = teacher_config(checkpoint, config)
+            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=out, limit=limit)
+            options = CacheOptions(
+                tier=tier,
+                dtype=dtype,
+                codec=codec,
+                proposals=proposals,
+                views=views,
+                scale=scale,
+                part_size=part_size,
+                skip_bad_images=skip_bad_images,
+            )
+            if dry_run:
+                teacher, spec = prepare_teacher(checkpoint, cfg, source.data, options, torch_device(device))
+                images = source.data.images
+                print_estimate(console, estimate(teacher, source.data, images, spec), spec, len(images), source.out)
+                return
+            result = cache_teacher(
+                checkpoint,
+                cfg,
+                source.data,
+                source.out,
+                options,
+                source=source.record(),
+                device=torch_device(device),
+                console=console,
+                ranks=ranks,
+            )
     except KeyboardInterrupt:
-        console.print(f"Stopped. What {source.out} holds is valid; the same command goes on from there.")
+        console.print("Stopped. What is cached is valid; the same command goes on from there.")
         raise
     console.print(
         f"{result.path}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
@@ -348,7 +361,7 @@ def demo_command(out: Path, fresh: bool) -> None:
 
 def _console() -> Console:
     """Standard output of the first process; silence in the others of a distributed run."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def _recipe(config: Any, **values: Any) -> Any:
@@ -381,14 +394,21 @@ def main(args: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _terminate)
     debug = "--debug" in args
+    # torch is not loaded yet; it would print its C++ stack where the connection to another process ends
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
+        adopt_slurm(os.environ)
         cli.main(args, prog_name="kdpipe", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if is_first():
+            error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
+        if is_first():
+            click.echo("Interrupted.", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except ToldError:
+        sys.exit(EXIT_ERROR)
     except (KdpipeError, OSError) as error:
         if debug:
             raise

@@ -1,7 +1,7 @@
 """Detection data sets in COCO JSON, checked before anything is computed from them."""
 
 import json
-import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -110,7 +110,7 @@ class DetectionData:
             ],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         aside.write_text(json.dumps(content), encoding="utf-8")
         aside.replace(path)
         return path

@@ -1,5 +1,6 @@
 """Which images and annotations a command works on, when its options say so and when they do not."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,15 @@ def cached_data(
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of `--device`; by default the first GPU, or the CPU.
+    """The device of `--device`; by default the GPU that is this process's by LOCAL_RANK, or the CPU.
 
     Raises:
         KdpipeError: There is no such device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

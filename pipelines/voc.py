@@ -1,7 +1,7 @@
 """Pascal VOC folders, converted to COCO JSON."""
 
 import json
-import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def convert_voc(voc_dir: str | Path, split: str, out_json: str | Path) -> Path:
         "categories": [{"id": index, "name": name} for index, name in enumerate(classes, 1)],
     }
     out_json.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_json.with_name(f"{out_json.name}.{os.getpid()}.tmp")
+    aside = out_json.with_name(f"{out_json.name}.{secrets.token_hex(8)}.tmp")
     aside.write_text(json.dumps(content), encoding="utf-8")
     aside.replace(out_json)
     return out_json
