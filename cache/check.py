@@ -6,6 +6,7 @@ group and that of itself, and it is the last file written before the group gets 
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ _BLOCK = 1 << 20
 # A record begins with the sha256 of its file, taken with zeros in that place.
 _START = b'{"attributes":{"kdpipe":{"checksum":"'
 _BLANK = "0" * 64
+# Keys are sorted, and only this is long: what a part lacks comes after it.
+_AFTER_FILES = b',"images":['
+_END = b'}},"node_type":"group","zarr_format":3}\n'
 
 
 def part_folder(cache: Path, index: int) -> Path:
@@ -67,6 +71,34 @@ def read_part_record(cache: Path, index: int, images: range) -> dict[str, Any] |
     if record is None or record.get("part") != index or record.get("images") != [images.start, images.stop]:
         return None
     return record
+
+
+def read_skipped(cache: Path, index: int, images: range) -> list[dict[str, Any]] | None:
+    """The images that could not be cached with a part, None where `read_part_record` finds no record.
+
+    For opening a cache of many thousand parts: the checksum is taken of the whole record, but its list of files, which
+    is most of it, is not parsed.
+    """
+    try:
+        file = os.open(f"{part_folder(cache, index)}/zarr.json", os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        data = os.read(file, os.fstat(file).st_size)
+    except IsADirectoryError:
+        return None
+    finally:
+        os.close(file)
+    end = len(_START) + len(_BLANK)
+    digest = hashlib.sha256(_START + _BLANK.encode())
+    digest.update(memoryview(data)[end:])
+    if not data.startswith(_START) or digest.hexdigest().encode() != data[len(_START) : end]:
+        return None
+    record = json.loads(b"{" + data[data.index(_AFTER_FILES) + 1 : -len(_END)] + b"}")
+    if record["part"] != index or record["images"] != [images.start, images.stop]:
+        return None
+    skipped: list[dict[str, Any]] = record["skipped"]
+    return skipped
 
 
 def check_sizes(folder: Path, record: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.array_reader import Readers, read_array
-from kdpipe.cache.check import check_digests, part_folder, read_part_record, require_group
+from kdpipe.cache.check import check_digests, part_folder, read_part_record, read_skipped, require_group
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import explained
 from kdpipe.cache.part_reader import PartReader
@@ -25,6 +26,9 @@ from kdpipe.cache.views import view_matrix
 # Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.
 _MAX_INDEX_ROWS = 200_000
 _MAX_PARTS = 1_000
+# Commit records are read by several threads, for the sake of disks and networks that answer slowly; not fewer by each.
+_OPENING_THREADS = 16
+_MIN_RECORDS = 64
 
 
 def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> "TeacherCache":
@@ -39,16 +43,20 @@ def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> 
     """
     path = Path(path)
     root = read_root(path)
-    with explained("Reading the cache", path):
-        skipped = {
-            number: record["skipped"]
-            for number, span in enumerate(root.parts)
-            if (record := read_part_record(path, number, span)) is not None
-        }
-    missing = len(root.parts) - len(skipped)
+    parts = root.parts
+
+    def read(numbers: range) -> list[tuple[int, list[dict[str, Any]] | None]]:
+        return [(number, read_skipped(path, number, parts[number])) for number in numbers]
+
+    step = max(_MIN_RECORDS, -(-len(parts) // _OPENING_THREADS))
+    batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
+    with explained("Reading the cache", path), ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        entries = [entry for batch in pool.map(read, batches) for entry in batch]
+    skipped = {number: images for number, images in entries if images is not None}
+    missing = len(parts) - len(skipped)
     if missing and not allow_partial:
         raise CacheError(
-            f"The cache {path} is incomplete: {missing} of {len(root.parts)} parts are missing. Run `kdpipe "
+            f"The cache {path} is incomplete: {missing} of {len(parts)} parts are missing. Run `kdpipe "
             "cache-teacher` with the same options again: it makes only what is missing."
         )
     return TeacherCache(path, root, skipped)
