@@ -54,9 +54,7 @@ class Verification:
     @property
     def bad_parts(self) -> tuple[int, ...]:
         """Numbers of the parts that have to be made, or made again."""
-        numbers = {fault.part for fault in self.faults if fault.part is not None}
-        whole = {fault.part for fault in self.faults if fault.remove in (None, part_folder(Path(), fault.part or 0))}
-        return tuple(sorted(numbers & whole))
+        return tuple(sorted({fault.part for fault in self.faults if fault.part is not None and not fault.is_stray}))
 
 
 class _StoppedError(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.check import check_metadata
+from kdpipe.cache.check import check_metadata, part_folder
 from kdpipe.cache.chunks import Found, Layout, Look, Tick, check_file, read_layout
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
@@ -44,6 +44,11 @@ class Fault:
     image_ids: tuple[int, ...] = ()
     remove: Path | None = None
     repairable: bool = True
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether removing it is all that it takes, since it is no part of the cache."""
+        return self.remove not in (None, Path("head"), part_folder(Path(), self.part or 0))
 
 
 # Checks one file of a part.
@@ -116,8 +121,8 @@ class _Part:
     ) -> Fault:
         """Something wrong with `name`, such as a file; the whole part is to be removed unless only `remove` is."""
         ids = () if remove else tuple((self.image_ids if images is None else np.unique(images)).tolist())
-        place = Path("parts") / self.folder.name
-        return Fault(f"part {self.number}", f"{name} {message}", self.number, array, ids, place / (remove or ""))
+        place = part_folder(Path(), self.number) / (remove or "")
+        return Fault(f"part {self.number}", f"{name} {message}", self.number, array, ids, place)
 
     def stray(self) -> Iterator[str]:
         return stray_files(self.folder, {"zarr.json", *self.record["files"]})

@@ -8,9 +8,9 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.ckd import CKD, exclude_pairs
+from kdpipe.distill.methods import ContractError, check_contract, expand_methods
 from kdpipe.distill.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -21,67 +21,6 @@ from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
 from kdpipe.distill.targets import RoiTargets, teacher_roi_features
 from kdpipe.distill.two_stage import TwoStageStudent
-
-METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg")
-
-# What each loss reads of the teacher.
-_NEEDS = {
-    "sgfi": ("features",),
-    "ckd": ("embeddings",),
-    "cls": ("logits",),
-    "reg": ("deltas",),
-    "careg": ("deltas", "logits"),
-}
-_TIER_FOR = {"features": "pyramid or roi", "embeddings": "embeddings", "logits": "predictions", "deltas": "predictions"}
-
-
-class ContractError(KdpipeError):
-    """Cache, student and methods do not fit together."""
-
-
-def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The single losses of a choice of methods: `pred` is `cls` and `careg`.
-
-    Raises:
-        ContractError: An unknown method, or a method twice.
-    """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ContractError(
-            f"Unknown method {', '.join(map(repr, unknown))}. Choose from {', '.join(METHODS)}, separated by commas, "
-            "or none."
-        )
-    losses = [loss for name in methods for loss in (("cls", "careg") if name == "pred" else (name,))]
-    if len(set(losses)) < len(losses):
-        raise ContractError(f"--methods {','.join(methods)} names a loss twice (pred is cls and careg).")
-    return tuple(losses)
-
-
-def needed_fields(losses: Sequence[str]) -> frozenset[str]:
-    """What losses read of the teacher: some of `features`, `embeddings`, `logits`, `deltas`."""
-    return frozenset(field for loss in losses for field in _NEEDS[loss])
-
-
-def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
-    """Refuse losses that a cache cannot serve.
-
-    Raises:
-        ContractError: Naming the loss, what the cache lacks, and the tier to cache again with.
-    """
-    for loss in losses:
-        for field in _NEEDS[loss]:
-            served = field in spec.fields or (field == "features" and "roi_features" in spec.fields)
-            if not served:
-                raise ContractError(
-                    f"The loss {loss!r} needs the teacher's {field}, which this cache of tier {spec.tier!r} does not "
-                    f"hold (it holds {', '.join(spec.fields)}). Leave {loss} out of --methods, or cache the teacher "
-                    f"again with --targets {_TIER_FOR[field]}."
-                )
-        if loss == "careg" and spec.class_agnostic:
-            raise ContractError(
-                "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is "
-                "class-agnostic. Use --methods cls,reg instead of pred."
-            )
 
 
 @MODELS.register_module()

@@ -1,4 +1,4 @@
-"""The command line: `kdpipe cache-teacher`, `train-student`, `train-teacher`, `evaluate`, `doctor`, `demo`."""
+"""The command line: `kdpipe cache-teacher`, `train-student`, `train-teacher`, `evaluate`, `verify`, `inspect`, ..."""
 
 import math
 import os
@@ -339,6 +339,61 @@ def evaluate_command(
         console=console,
     )
     console.print(metrics_table(metrics))
+
+
+@cli.command("verify")
+@click.argument("cache_path", metavar="CACHE", type=_path())
+@click.option("--repair", is_flag=True, help="Remove what is bad, so that cache-teacher makes it anew.")
+@click.option("--ckpt", type=_path(), help="The teacher: compare with what it says of some images.")
+@click.option("--config", help="Its config: a zoo name, or a file. Default: the one that the cache records.")
+@click.option("--sample", type=click.IntRange(1), default=16, show_default=True, help="How many images, with --ckpt.")
+@click.option("--device", help="Where the teacher runs. Default: cuda where there is one, else cpu.")
+@click.option("--ap", is_flag=True, help="Compute the teacher's AP from the cache alone.")
+@data_options
+@trust_option
+def verify_command(
+    cache_path: Path,
+    repair: bool,
+    ckpt: Path | None,
+    config: str | None,
+    sample: int,
+    device: str | None,
+    ap: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    trust: bool,
+) -> None:
+    """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not."""
+    from kdpipe.pipelines.verify import verify_files, verify_teacher
+
+    console = _console()
+    good = verify_files(cache_path, repair=repair, console=console)
+    if good and (ckpt is not None or ap):
+        verify_teacher(
+            cache_path,
+            ckpt,
+            config=config,
+            sample=sample,
+            device=device,
+            ap=ap,
+            ann_file=ann_file,
+            img_dir=img_dir,
+            trust=trust,
+            console=console,
+        )
+    sys.exit(0 if good else EXIT_ERROR)
+
+
+@cli.command("inspect")
+@click.argument("cache_path", metavar="CACHE", type=_path())
+@click.option("--image", type=int, help="Show what is kept of the image with this id.")
+@click.option("--view", type=click.Choice(VIEWS), help="In this view. Default: the first of the cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect_command(cache_path: Path, image: int | None, view: str | None, as_json: bool) -> None:
+    """Show what a cache is, what it holds, how large it is, and which losses it serves."""
+    from kdpipe.pipelines.inspect import inspect_cache
+
+    inspect_cache(cache_path, image, view, as_json=as_json, console=_console())
 
 
 @cli.command("doctor")

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -12,7 +13,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text", "error_text", "silent_stdout", "stop_asked"]
+__all__ = ["ProgressBar", "bytes_text", "error_text", "plain", "silent_stdout", "stop_asked"]
 
 _LINE_SECONDS = 30.0
 
@@ -87,6 +88,17 @@ def bytes_text(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def plain(text: object) -> str:
+    """Text from a file, with escapes in place of what a terminal would obey: control, direction and private characters.
+
+    rich's markup stays as it is: print it with `markup=False`, or put it into a `rich.text.Text`.
+    """
+    characters = (
+        char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" else char for char in str(text)
+    )
+    return "".join(characters)
 
 
 def error_text(error: BaseException) -> str:

@@ -13,7 +13,8 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
-from kdpipe.distill.detector import ContractError, DistilledDetector, check_contract, expand_methods, needed_fields
+from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes
 from kdpipe.pipelines.training import Recipe, TrainingResult, check_work_dir, complete, detector_config, run_training

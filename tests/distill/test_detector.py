@@ -12,13 +12,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.distill.detector import (
-    ContractError,
-    DistilledDetector,
-    check_contract,
-    expand_methods,
-    needed_fields,
-)
+from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.targets import RoiTargets
 from kdpipe.distill.two_stage import StudentError, TwoStageStudent

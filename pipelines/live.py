@@ -1,0 +1,157 @@
+"""Compares a cache with what its teacher says today."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.fingerprint import digest_tensors
+from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.targets import TeacherRecord, TeacherTargets
+from kdpipe.pipelines.checkpoints import load_checkpoint
+from kdpipe.pipelines.configs import find_config, for_inference
+from kdpipe.pipelines.console import ProgressBar
+from kdpipe.pipelines.datasets import DetectionData, read_image
+from kdpipe.pipelines.recorded import recorded, recorded_config
+from kdpipe.pipelines.teacher import Teacher, load_teacher
+
+__all__ = ["FieldError", "cached_teacher", "compare_live", "errors_table"]
+
+
+@dataclass
+class FieldError:
+    """How far what is cached of a field is from what the teacher says, absolute.
+
+    Attributes:
+        largest: Of all values.
+        total: Of all errors.
+        magnitude: Sum of the magnitudes of what the teacher says.
+        count: Of values.
+    """
+
+    largest: float = 0.0
+    total: float = 0.0
+    magnitude: float = 0.0
+    count: int = 0
+
+    def add(self, cached: Tensor, live: Tensor) -> None:
+        """Take in values of one image; both have the same shape."""
+        if cached.numel() == 0:
+            return
+        live = live.detach().cpu().float()
+        error = (cached.float() - live).abs()
+        self.largest = max(self.largest, float(error.max()))
+        self.total += float(error.sum(dtype=torch.float64))
+        self.magnitude += float(live.abs().sum(dtype=torch.float64))
+        self.count += cached.numel()
+
+    @property
+    def mean(self) -> float:
+        """Mean error."""
+        return self.total / max(1, self.count)
+
+    @property
+    def relative(self) -> float:
+        """Mean error relative to the mean magnitude."""
+        return self.total / self.magnitude if self.magnitude else 0.0
+
+
+def cached_teacher(
+    cache: TeacherCache, ckpt: Path, *, config: str | None, device: torch.device, trust: bool
+) -> Teacher:
+    """The teacher that a cache was made of, from its checkpoint.
+
+    Args:
+        cache: The cache.
+        ckpt: The checkpoint.
+        config: Its config; None takes the one that the cache records.
+        device: Where it runs.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+
+    Raises:
+        CacheError: it is another teacher; both digests are named.
+        KdpipeError: it cannot be loaded.
+    """
+    cfg = for_inference(find_config(config)) if config else recorded_config(cache)
+    teacher = load_teacher(load_checkpoint(ckpt, trust=trust), cfg, proposals=cache.spec.proposals, device=device)
+    found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
+    if found != wanted:
+        raise CacheError(
+            f"{ckpt} is not the teacher that {cache.path} was made of: its weights have the digest {found}, those of "
+            f"the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
+        )
+    return teacher
+
+
+def compare_live(
+    cache: TeacherCache, teacher: Teacher, data: DetectionData, sample: int, console: Console
+) -> dict[str, FieldError]:
+    """Run the teacher on some images of a cache, evenly chosen, in all views.
+
+    Proposals are compared with the nearest that the teacher gives now, since equal scores may come in any order; the
+    other fields are compared at the cached boxes.
+
+    Args:
+        cache: The cache.
+        teacher: Its teacher.
+        data: What it was made of.
+        sample: How many images.
+        console: Where progress is shown.
+
+    Returns:
+        Field -> errors.
+
+    Raises:
+        KdpipeError: an image cannot be read, or the cache is damaged.
+    """
+    errors = {field: FieldError() for field in cache.spec.fields}
+    places = np.unique(np.linspace(0, len(cache) - 1, min(sample, len(cache))).round().astype(int))
+    start = time.perf_counter()
+    with ProgressBar(console, "live teacher", len(places)) as progress:
+        for done, image_id in enumerate(cache.image_ids[places].tolist(), 1):
+            for view in cache.spec.views:
+                cached = cache.targets(image_id, view)
+                image = read_image(data.img_dir / cached.file_name, cached.original_size)
+                live = teacher.record(
+                    image,
+                    cached.boxes.numpy(),
+                    spec=cache.spec,
+                    image_id=image_id,
+                    file_name=cached.file_name,
+                    view=view,
+                )
+                _compare(cached, live, errors)
+            progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
+    return errors
+
+
+def _compare(cached: TeacherTargets, live: TeacherRecord, errors: Mapping[str, FieldError]) -> None:
+    """Take in one image; the rows of `live` behind its proposals are those of the cached boxes."""
+    proposals, count = live.boxes[: live.num_proposals].cpu(), cached.num_proposals
+    if count and len(proposals):
+        distance = (cached.boxes[:count, None] - proposals[None]).abs().amax(-1)  # [cached, live]
+        errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)])
+    for field in ("logits", "deltas", "embeddings", "roi_features"):
+        said = getattr(live, field)
+        if field in errors and said is not None:
+            values = cached.rois() if field == "roi_features" else getattr(cached, field)
+            errors[field].add(values, said[live.num_proposals :])
+    if "features" in errors:
+        for values, level in zip(cached.pyramid(), live.features or (), strict=True):
+            assert values is not None
+            errors["features"].add(values, level)
+
+
+def errors_table(errors: Mapping[str, FieldError]) -> Table:
+    """The errors of each field."""
+    table = Table("field", "largest error", "mean error", "mean error / mean magnitude")
+    for field, error in errors.items():
+        table.add_row(field, f"{error.largest:.3g}", f"{error.mean:.3g}", f"{100 * error.relative:.3g} %")
+    return table

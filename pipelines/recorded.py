@@ -1,0 +1,77 @@
+"""What a cache records of the teacher and the data that it was made of."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.fingerprint import difference
+from kdpipe.cache.reader import TeacherCache
+from kdpipe.pipelines.configs import ConfigError, for_inference, modernise, parse_literal_config
+from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.sources import cached_data
+
+__all__ = ["recorded", "recorded_config", "recorded_data", "remake_command"]
+
+
+def recorded(values: Mapping[str, Any], *names: str) -> Any:
+    """An entry of nested mappings, such as `recorded(cache.metadata, "teacher", "config")`; None where it is absent."""
+    found: Any = values
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def recorded_config(cache: TeacherCache) -> Config:
+    """The teacher's config, read without executing it.
+
+    Raises:
+        CacheError: there is none.
+        ConfigError: it is more than plain values.
+    """
+    text = recorded(cache.metadata, "teacher", "config")
+    if not isinstance(text, str):
+        raise CacheError(f"The cache {cache.path} does not record its teacher's config. Name it: --config.")
+    try:
+        return for_inference(modernise(Config(parse_literal_config(text))))
+    except ConfigError as error:
+        raise ConfigError(f"the config that the cache {cache.path} records: {error}") from error
+
+
+def recorded_data(cache: TeacherCache, *, ann_file: Path | None, img_dir: Path | None) -> DetectionData:
+    """The images and annotations that a cache was made of.
+
+    Args:
+        cache: The cache.
+        ann_file: Where the annotation file moved.
+        img_dir: Where the images moved.
+
+    Raises:
+        KdpipeError: They are not where the cache says, or not the same.
+    """
+    if not isinstance(recorded(cache.metadata, "data", "ann_file"), str):
+        raise CacheError(f"The cache {cache.path} does not record what it was made of, and cannot be compared with it.")
+    data, _ = cached_data(cache, ann_file=ann_file, img_dir=img_dir)
+    if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
+        raise CacheError(
+            f"{data.ann_file} is not what the cache {cache.path} was made of: {lines[0]} (digests of images, classes "
+            "and boxes). Name the annotation file that was cached: --ann-file."
+        )
+    return data
+
+
+def remake_command(cache: TeacherCache, part_size: int) -> str:
+    """The command that makes what a cache lacks, as far as the cache records it."""
+    spec, data = cache.spec, recorded(cache.metadata, "data") or {}
+    words = [
+        *("kdpipe", "cache-teacher", "--ckpt", recorded(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
+        *("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"), "--out", cache.path),
+        *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
+        *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
+        *(("--limit", data["limit"]) if data.get("limit") else ()),
+        *(("--skip-bad-images",) if cache.skipped else ()),
+    ]
+    return shlex.join(map(str, words))

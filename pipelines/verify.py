@@ -1,0 +1,157 @@
+"""`kdpipe verify`: is a cache complete and as it was written, and does it say what its teacher says?"""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.reader import open_cache
+from kdpipe.cache.root import read_root
+from kdpipe.cache.verify import Fault, Verification, remove_faults, verify_cache
+from kdpipe.pipelines.console import ProgressBar, bytes_text, plain
+
+__all__ = ["verify_files", "verify_teacher"]
+
+_SHOWN_IDS = 10
+
+
+def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
+    """Check all files of a cache, print what is wrong, a line each, and remove it where that is asked for.
+
+    Args:
+        path: The cache.
+        repair: Remove parts that are bad, a bad head, and what processes that ended left behind.
+        console: Where all is shown.
+
+    Returns:
+        Whether the cache is good now: complete, and without a fault.
+
+    Raises:
+        CacheError: there is no cache at `path`, or its root is damaged.
+    """
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        bars: list[ProgressBar] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(ProgressBar(console, "verify MiB", total >> 20)))
+            bars[0].update(done >> 20, f"{bytes_text(done / (time.perf_counter() - start))}/s")
+
+        try:
+            found = verify_cache(path, progress)
+        except CacheError as error:
+            if repair:
+                raise CacheError(
+                    f"{error}\nWhat is wrong with the root of a cache, --repair cannot put right."
+                ) from error
+            raise
+    for fault in found.faults:
+        console.print(_line(fault), markup=False)
+    for note in found.notes:
+        console.print(f"note: {plain(note)}", markup=False)
+    _summary(path, found, time.perf_counter() - start, console)
+    faults = found.faults
+    if repair and faults:
+        removed = remove_faults(path, found)
+        for place in removed:
+            console.print(f"removed {plain(path / place)}", markup=False)
+        faults = tuple(fault for fault in faults if not fault.is_stray)
+    _advise(path, found, faults, repair, console)
+    return not faults
+
+
+def _line(fault: Fault) -> str:
+    ids = ", ".join(map(str, fault.image_ids[:_SHOWN_IDS]))
+    more = f" and {len(fault.image_ids) - _SHOWN_IDS} more" if len(fault.image_ids) > _SHOWN_IDS else ""
+    images = f" (image{'s' * (len(fault.image_ids) > 1)} {ids}{more})" if fault.image_ids else ""
+    return plain(f"{fault.where}: {fault.message}{images}")
+
+
+def _summary(path: Path, found: Verification, seconds: float, console: Console) -> None:
+    bad = len(found.bad_parts)
+    parts = f"{found.parts} parts" + (f", of which {bad} are bad or missing" if bad else "")
+    read = f"{bytes_text(found.bytes_read)} read in {seconds:.1f} s"
+    count = len(found.faults)
+    faults = "no faults" if not count else f"{count} fault{'s' * (count > 1)}"
+    skipped = f" ({found.skipped} skipped)" if found.skipped else ""
+    console.print(f"{plain(path)}: {found.images} images{skipped}, {parts}, {read}: {faults}", markup=False)
+
+
+def _advise(path: Path, found: Verification, faults: tuple[Fault, ...], repaired: bool, console: Console) -> None:
+    """What to do now."""
+    if not faults:
+        return
+    if any(not fault.repairable and fault.where == "the root" for fault in faults):
+        console.print(
+            f"The root of a cache cannot be repaired: restore it, or move {plain(path)} away and cache the teacher "
+            "again.",
+            markup=False,
+        )
+    if not any(fault.repairable for fault in faults):
+        return
+    if not repaired and any(fault.remove is not None for fault in faults):
+        console.print(
+            f"Run `kdpipe verify {plain(path)} --repair`, then `kdpipe cache-teacher` with the same options.",
+            markup=False,
+        )
+        return
+    from kdpipe.pipelines.recorded import remake_command
+
+    cache = open_cache(path, allow_partial=True)
+    command = remake_command(cache, int(read_root(path).plan["part_size"]))
+    console.print(
+        f"What is missing is made by `kdpipe cache-teacher` with the same options (and --config where it was given):\n"
+        f"{plain(command)}",
+        markup=False,
+    )
+
+
+def verify_teacher(
+    path: Path,
+    ckpt: Path | None,
+    *,
+    config: str | None,
+    sample: int,
+    device: str | None,
+    ap: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    trust: bool,
+    console: Console,
+) -> None:
+    """Compare a sound cache with its live teacher, and compute the teacher's AP from the cache; print both.
+
+    Args:
+        path: The cache.
+        ckpt: The teacher's checkpoint; None does not compare.
+        config: Its config; None takes the one that the cache records.
+        sample: How many images are compared.
+        device: Where the teacher runs.
+        ap: Compute AP.
+        ann_file: Where the annotation file moved.
+        img_dir: Where the images moved.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+        console: Where all is shown.
+
+    Raises:
+        KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
+    """
+    from kdpipe.pipelines.cached_ap import cached_ap
+    from kdpipe.pipelines.configs import find_config
+    from kdpipe.pipelines.evaluate import metrics_table
+    from kdpipe.pipelines.live import cached_teacher, compare_live, errors_table
+    from kdpipe.pipelines.recorded import recorded_config, recorded_data
+    from kdpipe.pipelines.sources import torch_device
+
+    cache = open_cache(path)
+    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir)
+    if ckpt is not None:
+        teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
+        console.print(errors_table(compare_live(cache, teacher, data, sample, console)))
+    if ap:
+        cfg = find_config(config) if config else recorded_config(cache)
+        console.print("The teacher's AP, from the cache alone:")
+        console.print(metrics_table(cached_ap(cache, cfg, data, console)))
