@@ -234,6 +234,7 @@ def cache_teacher_command(
     show_default=True,
     help="12 epochs, or 24 with multi-scale.",
 )
+@click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
 @training_options
 @data_options
 @val_options
@@ -243,6 +244,7 @@ def train_student_command(
     methods: str,
     epochs: int | None,
     schedule: str,
+    allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
     val_ann_file: Path | None,
@@ -260,7 +262,7 @@ def train_student_command(
     from kdpipe.pipelines.training import SCHEDULES
 
     console = _console()
-    cache = open_cache(cache_path)
+    cache = open_cache(cache_path, allow_partial=allow_partial)
     config = find_config(student)
     train, val = cached_data(cache, ann_file=ann_file, img_dir=img_dir)
     if val_ann_file is not None:

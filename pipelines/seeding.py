@@ -64,7 +64,7 @@ class SeededDataset:
         self.dataset.full_init()
         self.seed = seed
         if only_in is not None:
-            cache = open_cache(only_in)
+            cache = open_cache(only_in, allow_partial=True)
             known = [i for i in range(len(self.dataset)) if self.dataset.get_data_info(i)["img_id"] in cache]
             self.dataset.get_subset_(known)
 

@@ -16,8 +16,16 @@ from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.configs import apply_options, set_num_classes
-from kdpipe.pipelines.datasets import DetectionData, check_classes
-from kdpipe.pipelines.training import Recipe, TrainingResult, check_work_dir, complete, detector_config, run_training
+from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
+from kdpipe.pipelines.training import (
+    Recipe,
+    TrainingResult,
+    check_work_dir,
+    complete,
+    detector_config,
+    run_training,
+    world_size,
+)
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
@@ -68,7 +76,7 @@ def train_student(
 
     Args:
         config: mmdet config of the student.
-        cache: The teacher's cache.
+        cache: The teacher's cache; images that it lacks are left out.
         train: The images that were cached.
         val: Validation images, or None.
         methods: Some of `METHODS`; empty trains without distillation.
@@ -87,6 +95,7 @@ def train_student(
     if val is not None:
         check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
     _check_resumed_cache(cache, work_dir, resume)
+    train = _cached_images(cache, train, work_dir, resume, console)
     train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe, [image["image_id"] for image in cache.skipped])
     set_num_classes(cfg.model, cache.spec.num_classes)
@@ -107,6 +116,34 @@ def train_student(
         console=console,
         only_in=cache.path,
     )
+
+
+def _cached_images(
+    cache: TeacherCache, train: DetectionData, work_dir: Path, resume: bool, console: Console
+) -> DetectionData:
+    """The images of a cache, of which some may be missing still.
+
+    Their annotations are kept in the work directory, so that a training that is resumed has the images that it began
+    with, whatever the cache has got meanwhile.
+
+    Raises:
+        KdpipeError: Nothing is cached yet, or several processes train, which might not see the same.
+    """
+    path = work_dir / "cached.json"
+    if resume and path.exists():
+        return load_coco(path, train.img_dir)
+    path.unlink(missing_ok=True)
+    if len(cache) + len(cache.skipped) == len(train.images):
+        return train
+    if not len(cache):
+        raise KdpipeError(f"The cache {cache.path} has no finished part yet. Wait for one.")
+    if world_size() > 1:
+        raise KdpipeError(
+            f"The cache {cache.path} is still being made, and may grow while several processes open it. Train on it in "
+            "one process, or when it is finished."
+        )
+    console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
+    return complete(train.only(cache.image_ids.tolist()), path)
 
 
 def _check_resumed_cache(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
@@ -138,6 +175,7 @@ def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: C
         "needs": sorted(needed_fields(expand_methods(methods))),
         **distill.rois,
         "missing_view": distill.missing_view,
+        "allow_partial": True,  # it was the caller's to refuse
     }
     dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
     cfg.model = {

@@ -37,6 +37,7 @@ __all__ = [
     "detector_config",
     "run_training",
     "train_detector",
+    "world_size",
 ]
 
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)

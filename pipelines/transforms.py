@@ -60,6 +60,7 @@ class AddTeacherTargets:
         num: RoIs sampled per image.
         positive_fraction: Largest share of positives among them.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+        allow_partial: Also read a cache some of whose parts are still missing.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class AddTeacherTargets:
         num: int = 512,
         positive_fraction: float = 0.25,
         missing_view: str = "mirror",
+        allow_partial: bool = False,
     ) -> None:
         if missing_view not in MISSING_VIEWS:
             raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
-        self.cache = open_cache(cache)
+        self.cache = open_cache(cache, allow_partial=allow_partial)
         self.needs = frozenset(needs)
         self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
 
