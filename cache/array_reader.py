@@ -5,7 +5,6 @@ here is shared with another read. A file is opened for each read and closed afte
 number of parts has no more descriptors than one read needs, and a child inherits none.
 """
 
-import json
 import math
 import os
 from collections import deque
@@ -21,60 +20,15 @@ import numpy.typing as npt
 import torch
 
 from kdpipe.cache.arrays import shard_name
+from kdpipe.cache.chunks import Layout, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, crc32c, read_chunk, stored_sizes
 
 _MAX_THREADS = 8
 _ENTRY_BYTES = 16
 
+# Of an array: a range, or numbers in any order.
+Rows = range | npt.NDArray[np.int64]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an array is divided into chunks and files, from its `zarr.json`.
-
-    Attributes:
-        shape: of the array.
-        dtype: of its elements.
-        chunk: shape of a chunk.
-        chunks_per_file: in the index of a shard; 0 where each chunk has a file of its own.
-        codec: "zstd", "lz4" or "none".
-        checksums: of all chunks in their order, 4 bytes each; None where the array does not keep them.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunk: tuple[int, ...]
-    chunks_per_file: int
-    codec: str
-    checksums: bytes | None
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a decoded chunk."""
-        return math.prod(self.chunk) * self.dtype.itemsize
-
-
-def read_layout(folder: Path) -> Layout:
-    """The layout of an array that `array_metadata` describes."""
-    metadata = json.loads((folder / "zarr.json").read_bytes())
-    outer = chunk = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
-    codecs, chunks_per_file = metadata["codecs"], 0
-    if codecs[0]["name"] == "sharding_indexed":
-        sharding = codecs[0]["configuration"]
-        chunk, codecs = tuple(sharding["chunk_shape"]), sharding["codecs"]
-        chunks_per_file = outer[0] // chunk[0]
-    codec = next((codec["configuration"]["cname"] for codec in codecs if codec["name"] == "blosc"), "none")
-    dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
-    checksums = metadata["attributes"].get("checksums") if chunks_per_file else None
-    return Layout(
-        shape=tuple(metadata["shape"]),
-        dtype=dtype,
-        chunk=chunk,
-        chunks_per_file=chunks_per_file,
-        codec=codec,
-        checksums=None if checksums is None else bytes.fromhex(checksums),
-    )
 
 
 @dataclass(frozen=True)
@@ -124,15 +78,25 @@ class ArrayReader:
     Args:
         folder: of the array.
         sizes: bytes of each of its files by name.
+        codec: of the cache.
+
+    Raises:
+        ValueError: its `zarr.json` is not as kdpipe writes it.
     """
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
-        self._folder, self._sizes = folder, sizes
-        self._layout = read_layout(folder)
+    def __init__(self, folder: Path, sizes: Mapping[str, int], codec: str) -> None:
+        self._folder, self._sizes, self._codec = folder, sizes, codec
+        layout = read_layout((folder / "zarr.json").read_bytes(), codec)
+        if layout.shard is None:
+            raise ValueError("it is not divided into shards")
+        self._row_shape, self._chunk_rows = layout.shape[1:], layout.chunk[0]
+        self._per_shard = layout.shard[0] // layout.chunk[0]
+        self._dtype, self._chunk_bytes = _dtype(layout), _chunk_bytes(layout)
+        self._checksums = None if layout.checksums is None else bytes.fromhex(layout.checksums)
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
-        self.rows = self._layout.shape[0]
+        self.rows = layout.shape[0]
 
-    def request(self, rows: range | npt.NDArray[np.int64], files: ExitStack) -> Request:
+    def request(self, rows: Rows, files: ExitStack) -> Request:
         """Prepare to read rows; nothing but shard indices is read yet.
 
         Args:
@@ -143,8 +107,7 @@ class ArrayReader:
             ValueError: a file is damaged, or the array has fewer rows.
             OSError: a file cannot be opened or read.
         """
-        layout = self._layout
-        count = layout.chunk[0]
+        count = self._chunk_rows
         place: slice | npt.NDArray[np.int64]
         if isinstance(rows, range):
             first = rows.start // count
@@ -153,11 +116,11 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        buffer = np.empty((len(numbers) * count, *layout.shape[1:]), dtype=layout.dtype)
+        buffer = np.empty((len(numbers) * count, *self._row_shape), dtype=self._dtype)
         decoded = buffer.reshape(-1).view(np.uint8)
         chunks, opened = [], {}
         for position, number in enumerate(numbers):
-            shard, inside = divmod(number, layout.chunks_per_file)
+            shard, inside = divmod(number, self._per_shard)
             if number * count >= self.rows:
                 raise ValueError(f"it has {self.rows} rows only")
             if shard not in opened:
@@ -166,13 +129,13 @@ class ArrayReader:
             if inside >= len(index):
                 raise ValueError(f"{self._name(shard)} lacks chunk {inside}")
             offset, size = index[inside].tolist()
-            out = decoded[position * layout.chunk_bytes : (position + 1) * layout.chunk_bytes]
-            checksum = None if layout.checksums is None else layout.checksums[4 * number : 4 * number + 4]
-            chunks.append(StoredChunk(file, offset, size, layout.codec, checksum, out))
+            out = decoded[position * self._chunk_bytes : (position + 1) * self._chunk_bytes]
+            checksum = None if self._checksums is None else self._checksums[4 * number : 4 * number + 4]
+            chunks.append(StoredChunk(file, offset, size, self._codec, checksum, out))
         return Request(chunks, buffer, place)
 
     def _name(self, shard: int) -> str:
-        return shard_name(shard, len(self._layout.shape) - 1)
+        return shard_name(shard, len(self._row_shape))
 
     def _open(self, shard: int, files: ExitStack) -> tuple[int, npt.NDArray[np.uint64]]:
         """Descriptor of a shard's file and its index, of the chunks that are there."""
@@ -188,14 +151,14 @@ class ArrayReader:
 
     def _read_index(self, file: int, size: int, name: str) -> npt.NDArray[np.uint64]:
         """Offset and stored bytes of each chunk in a shard, both known to lie within the file."""
-        index_bytes = self._layout.chunks_per_file * _ENTRY_BYTES
+        index_bytes = self._per_shard * _ENTRY_BYTES
         end = size - index_bytes - CHECKSUM_BYTES
         data = os.pread(file, index_bytes + CHECKSUM_BYTES, max(0, end))
         if end < 0 or crc32c(data[:index_bytes]) != data[index_bytes:]:
             raise ValueError(f"the checksum of the index of {name} does not fit")
-        index = np.frombuffer(data, dtype="<u8", count=2 * self._layout.chunks_per_file).reshape(-1, 2)
+        index = np.frombuffer(data, dtype="<u8", count=2 * self._per_shard).reshape(-1, 2)
         there = index[index[:, 0] < size]  # what is not has offsets of 2^64 - 1, after all others
-        allowed = stored_sizes(self._layout.chunk_bytes, self._layout.codec)
+        allowed = stored_sizes(self._chunk_bytes, self._codec)
         sound = len(there) and there[:, 1].min() >= allowed.start and there[:, 1].max() < allowed.stop
         # The chunks lie one after the other, from the beginning of the file to the index.
         if not sound or not np.array_equal(np.cumsum(there[:, 1]), np.append(there[1:, 0], end)) or there[0, 0] != 0:
@@ -240,30 +203,31 @@ class Readers:
             helper.result()
 
 
-def read_array(folder: Path) -> Block:
+def read_array(folder: Path, codec: str) -> Block:
     """Read a whole array that `write_array` wrote.
 
     Raises:
-        ValueError: a chunk is damaged.
+        ValueError: a file is damaged.
         OSError: a file is missing or cannot be read.
     """
-    layout = read_layout(folder)
+    layout = read_layout((folder / "zarr.json").read_bytes(), codec)
+    blocks = []
+    for name in layout.files():
+        block = np.empty(layout.chunk, dtype=_dtype(layout))
+        with (folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size not in stored_sizes(_chunk_bytes(layout), codec):
+                raise ValueError(f"{name} has {size} bytes, which no chunk of this array has")
+            read_chunk(file.fileno(), 0, size, codec, None, block.reshape(-1).view(np.uint8))
+        blocks.append(block)
     if not layout.shape:
-        scalar = np.empty((), dtype=layout.dtype)
-        _read_file(folder / "c", layout, scalar)
-        return scalar
-    count = -(-layout.shape[0] // layout.chunk[0]) if math.prod(layout.shape) else 0
-    values = np.empty((count * layout.chunk[0], *layout.shape[1:]), dtype=layout.dtype)
-    for number in range(count):
-        rows = slice(number * layout.chunk[0], (number + 1) * layout.chunk[0])
-        _read_file(folder / shard_name(number, len(layout.shape) - 1), layout, values[rows])
-    return values[: layout.shape[0]] if count else np.empty(layout.shape, dtype=layout.dtype)
+        return blocks[0]
+    return np.concatenate(blocks)[: layout.shape[0]] if blocks else np.empty(layout.shape, dtype=_dtype(layout))
 
 
-def _read_file(path: Path, layout: Layout, out: Block) -> None:
-    """Read the only chunk of a file."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size not in stored_sizes(layout.chunk_bytes, layout.codec):
-            raise ValueError(f"{path.name} has {size} bytes, which no chunk of this array has")
-        read_chunk(file.fileno(), 0, size, layout.codec, None, out.reshape(-1).view(np.uint8))
+def _dtype(layout: Layout) -> np.dtype[Any]:
+    return np.dtype(layout.dtype).newbyteorder("<")
+
+
+def _chunk_bytes(layout: Layout) -> int:
+    return math.prod(layout.chunk) * _dtype(layout).itemsize

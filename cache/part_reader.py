@@ -10,16 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.array_reader import ArrayReader, Readers, StoredChunk
+from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredChunk
 from kdpipe.cache.check import check_metadata
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.targets import TargetIndex
-
-# Rows of an array: a range, or numbers in any order.
-Rows = range | npt.NDArray[np.int64]
 
 
 class PartReader:
@@ -171,7 +168,7 @@ class PartReader:
             sizes = {
                 file[len(start) :]: entry[0] for file, entry in self._record["files"].items() if file.startswith(start)
             }
-            self._arrays[name] = ArrayReader(self._folder / name, sizes)
+            self._arrays[name] = ArrayReader(self._folder / name, sizes, self._spec.codec)
         return self._arrays[name]
 
     @contextmanager
@@ -184,8 +181,8 @@ class PartReader:
         except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
             raise CacheError(
-                f"{what} is damaged ({reason}). Delete the folder {self._folder} and run `kdpipe cache-teacher` with "
-                "the same options again: it makes this part anew."
+                f"{what} is damaged ({reason}). Run `kdpipe verify {self._folder.parents[1]} --repair`, then `kdpipe "
+                "cache-teacher` with the same options: it makes this part anew."
             ) from error
         except OSError as error:
             raise CacheError(

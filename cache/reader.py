@@ -111,11 +111,11 @@ class TeacherCache:
             CacheError: they were never stored, or are damaged.
         """
         folder = self.path / "head"
-        remedy = "run `kdpipe cache-teacher` with the same options again"
+        remedy = f"run `kdpipe verify {self.path} --repair`, then `kdpipe cache-teacher` with the same options"
         record = require_group(folder, "The teacher's head in the cache", remedy)
         if wrong := check_digests(folder, record):
-            raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): delete {folder} and {remedy}.")
-        return {name: torch.from_numpy(read_array(folder / name)) for name in record["parameters"]}
+            raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): {remedy}.")
+        return {name: torch.from_numpy(read_array(folder / name, self.spec.codec)) for name in record["parameters"]}
 
     def index(self, image_id: int, view: str = "identity") -> TargetIndex:
         """Sizes of an image in a view; reads no targets.
@@ -194,8 +194,8 @@ class TeacherCache:
         row = part.row(int(image_id), view)
         if row is None:
             raise CacheError(
-                f"The index of part {number} lacks image {image_id} in view {view!r}: delete the folder "
-                f"{part_folder(self.path, number)} and run `kdpipe cache-teacher` again."
+                f"The index of part {number} lacks image {image_id} in view {view!r}: run `kdpipe verify {self.path} "
+                "--repair`, then `kdpipe cache-teacher` with the same options."
             )
         return part, row
 

@@ -21,6 +21,7 @@ from kdpipe.cache.plan import ImageInfo, digest_images
 from kdpipe.cache.schema import CacheSpec, check_version
 
 _ARRAYS = ("image_ids", "part_starts")
+_CODEC = "zstd"  # of these arrays
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def create_root(
         starts = np.array([0, *(part.stop for part in parts)], dtype=np.int64)
         files: dict[str, FileRecord] = {}
         for name, values in zip(_ARRAYS, (ids, starts), strict=True):
-            written = write_array(folder / "plan" / name, values, "zstd")
+            written = write_array(folder / "plan" / name, values, _CODEC)
             files |= {f"plan/{name}/{file}": entry for file, entry in written.items()}
         for name in ("plan", "parts"):
             files[f"{name}/zarr.json"] = write_file(folder / name / "zarr.json", group_metadata())
@@ -128,6 +129,6 @@ def read_root(path: Path) -> Root:
             f"The plan of the cache {path} is damaged: {'; '.join(wrong)}. Restore it, or move {path} away and cache "
             "the teacher again."
         )
-    arrays = [read_array(path / "plan" / name) for name in _ARRAYS]
+    arrays = [read_array(path / "plan" / name, _CODEC) for name in _ARRAYS]
     spec = CacheSpec.from_json(record["spec"])
     return Root(spec, record["identity"], record["metadata"], record["plan"], arrays[0], arrays[1])
