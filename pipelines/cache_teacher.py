@@ -4,8 +4,10 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.cache.fingerprint import digest_json, digest_tensors
+from kdpipe.cache.part_writer import PartWriter
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
@@ -217,30 +220,75 @@ def _fill(
             done, written = ranks.count("images"), ranks.count("bytes")
             progress.update(min(done, todo), f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s")
 
-        for index in ranks.share(pending, writer.pending, show):
-            images = [data.images[i] for i in writer.parts[index]]
-            with writer.part(index) as part:
-                for info, image in _read_ahead(images, data.img_dir):
-                    if isinstance(image, ImageError):
-                        if not options.skip_bad_images:
+        with _Commits() as commits:
+
+            def left() -> list[int]:
+                commits.wait()
+                return writer.pending()
+
+            for index in ranks.share(pending, left, show):
+                with ExitStack() as stack:
+                    part = stack.enter_context(writer.part(index))
+                    for info, image in _read_ahead([data.images[i] for i in writer.parts[index]], data.img_dir):
+                        if not isinstance(image, ImageError):
+                            _add(part, teacher, data, spec, info, image)
+                            ranks.count("bytes", sum(raw_bytes([info], spec).values()))
+                        elif options.skip_bad_images:
+                            ranks.say(f"skipped: {image}")
+                            part.skip(info.image_id, info.file_name, str(image))
+                        else:
                             raise image
-                        ranks.say(f"skipped: {image}")
-                        part.skip(info.image_id, info.file_name, str(image))
-                    else:
-                        for view in spec.views:
-                            record = teacher.record(
-                                image,
-                                data.gt_boxes(info.image_id),
-                                spec=spec,
-                                image_id=info.image_id,
-                                file_name=info.file_name,
-                                view=view,
-                            )
-                            part.add(record)
-                        ranks.count("bytes", sum(raw_bytes([info], spec).values()))
-                    ranks.count("images", 1)
-                    show()
+                        ranks.count("images", 1)
+                        show()
+                    commits.begin(stack.pop_all())
     return todo, time.perf_counter() - start
+
+
+def _add(
+    part: PartWriter,
+    teacher: Teacher,
+    data: DetectionData,
+    spec: CacheSpec,
+    info: ImageInfo,
+    image: npt.NDArray[np.uint8],
+) -> None:
+    """Ask the teacher about an image in all views, and add the answers to a part."""
+    truth = data.gt_boxes(info.image_id)
+    for view in spec.views:
+        part.add(teacher.record(image, truth, spec=spec, image_id=info.image_id, file_name=info.file_name, view=view))
+
+
+class _Commits:
+    """Commits a part on a thread of its own while the next one is made; a context manager that waits for the last."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-commit")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "_Commits":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def begin(self, part: ExitStack) -> None:
+        """Close what holds the writer of a part, once the part before is committed."""
+        self.wait()
+        self._last = self._pool.submit(part.close)
+
+    def wait(self) -> None:
+        """Wait for the commit under way.
+
+        Raises:
+            CacheError: It failed.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _read_ahead(
