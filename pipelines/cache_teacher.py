@@ -277,8 +277,9 @@ class _Commits:
 
     def begin(self, part: ExitStack) -> None:
         """Close what holds the writer of a part, once the part before is committed."""
-        self.wait()
-        self._last = self._pool.submit(part.close)
+        with part:  # discarded where the one before failed
+            self.wait()
+            self._last = self._pool.submit(part.pop_all().close)
 
     def wait(self) -> None:
         """Wait for the commit under way.
