@@ -7,6 +7,7 @@ import pytest
 
 from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.check import read_record, write_record
+from kdpipe.cache.verify import remove_faults, verify_cache
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -51,7 +52,7 @@ def test_damage_is_named(tmp_path: Path, kit: "type[Kit]", codec: str, name: str
         cache.targets(1000)
     message = str(caught.value)
     assert f"array '{name}' of part 0" in message
-    assert "run `kdpipe cache-teacher`" in message
+    assert f"Run `kdpipe verify {path} --repair`, then `kdpipe cache-teacher` with the same options" in message
     if name not in ("index", "file_names") and damage in ("start", "a third", "a half", "shard index", "cut", "gone"):
         assert "needed for image 1000" in message
 
@@ -67,7 +68,7 @@ def test_a_file_that_goes_while_the_cache_is_open(cache_path: Path) -> None:
 def test_following_the_advice_mends_the_cache(tmp_path: Path, cache_path: Path, kit: "type[Kit]") -> None:
     before = kit.tree(cache_path)
     kit.flip_bit(cache_path / "parts" / "00001" / "logits" / "c.0.0")
-    shutil.rmtree(cache_path / "parts" / "00001")
+    assert remove_faults(cache_path, verify_cache(cache_path, lambda done, total: None)) == [Path("parts/00001")]
     kit.make(cache_path)
     assert kit.tree(cache_path) == before
 
