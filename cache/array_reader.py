@@ -6,6 +6,7 @@ number of parts has no more descriptors than one read needs, and a child inherit
 """
 
 import math
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +117,8 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        buffer = np.empty((len(numbers) * count, *self._row_shape), dtype=self._dtype)
-        decoded = buffer.reshape(-1).view(np.uint8)
+        decoded = _page_aligned(len(numbers) * self._chunk_bytes)
+        buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         chunks, opened = [], {}
         for position, number in enumerate(numbers):
             shard, inside = divmod(number, self._per_shard)
@@ -198,8 +199,9 @@ class Readers:
         try:
             drain()
         finally:
-            wait(helpers)
-        for helper in helpers:
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
             helper.result()
 
 
@@ -223,6 +225,17 @@ def read_array(folder: Path, codec: str) -> Block:
     if not layout.shape:
         return blocks[0]
     return np.concatenate(blocks)[: layout.shape[0]] if blocks else np.empty(layout.shape, dtype=_dtype(layout))
+
+
+def _page_aligned(size: int) -> npt.NDArray[np.uint8]:
+    """[size] memory for bytes from a file.
+
+    A destination that lies a few bytes further into its page than the source does into its own takes the kernel half as
+    long again to copy to (its loads look as if they depended on the stores before), and that is where malloc puts it.
+    """
+    memory = np.empty(size + mmap.PAGESIZE, dtype=np.uint8)
+    start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
+    return memory[start : start + size]
 
 
 def _dtype(layout: Layout) -> np.dtype[Any]:
