@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.launch import ToldError

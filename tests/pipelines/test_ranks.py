@@ -232,7 +232,7 @@ def workers_of(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", range(4))
 def test_torchrun_with_a_killed_process(kit: "Kit", work: Path, victim: int) -> None:
-    ann = kit.annotations(work / "many.json", copies=40)
+    ann = kit.annotations(work / "many.json", copies=20)
     data = ("--ann-file", ann, "--img-dir", kit.img)
     command = ("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--part-size", "64KiB", "--out")
     process = torchrun(work, 4, *command, "x.zarr")
@@ -245,12 +245,12 @@ def test_torchrun_with_a_killed_process(kit: "Kit", work: Path, victim: int) -> 
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert process.returncode == 1
-    assert "Error: " not in err
-    assert 10 <= len(committed(work / "x.zarr")) < 300
+    assert "\nError: " not in f"\n{err}"  # there is torchrun's own report
+    assert 10 <= len(committed(work / "x.zarr")) < 150
     again = torchrun(work, 2 + victim % 3, *command, "x.zarr")
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    assert "320 images, 0 skipped" in out
+    assert "160 images, 0 skipped" in out
     assert "are cached already" in out
     kit.run(*command, "one.zarr")
     assert same_content(kit, work / "x.zarr", work / "one.zarr")
