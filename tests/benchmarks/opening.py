@@ -128,8 +128,8 @@ def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec
     for name in [*spec.row_arrays(), *(["features", "scale"] if "features" in spec.fields else [])]:
         for file in ("c.0.0", "zarr.json"):
             files[f"{name}/{file}"] = (123_456_789, hashlib.sha256(f"{number} {name}".encode()).hexdigest())
-    content = {"part": number, "images": [span.start, span.stop], "rows": len(span), "rois": len(span) * 519}
-    write_record(folder, {**content, "skipped": []}, files)
+    record = {"part": number, "images": [span.start, span.stop], "rows": len(span), "rois": len(span) * 519}
+    write_record(folder, {**record, "skipped": []}, files)
 
 
 @click.command()
