@@ -29,6 +29,7 @@ _MAX_PARTS = 1_000
 # Commit records are read by several threads, for the sake of disks and networks that answer slowly; not fewer by each.
 _OPENING_THREADS = 16
 _MIN_RECORDS = 64
+_NAMED_PARTS = 10
 
 
 def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> "TeacherCache":
@@ -53,11 +54,12 @@ def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> 
     with explained("Reading the cache", path), ThreadPoolExecutor(_OPENING_THREADS) as pool:
         entries = [entry for batch in pool.map(read, batches) for entry in batch]
     skipped = {number: images for number, images in entries if images is not None}
-    missing = len(parts) - len(skipped)
+    missing = [str(number) for number in range(len(parts)) if number not in skipped]
     if missing and not allow_partial:
+        named = ", ".join(missing[:_NAMED_PARTS]) + ", ..." * (len(missing) > _NAMED_PARTS)
         raise CacheError(
-            f"The cache {path} is incomplete: {missing} of {len(parts)} parts are missing. Run `kdpipe "
-            "cache-teacher` with the same options again: it makes only what is missing."
+            f"The cache {path} is incomplete: {len(missing)} of {len(parts)} parts are missing or damaged (part "
+            f"{named}). Run `kdpipe cache-teacher` with the same options again: it makes only what is missing."
         )
     return TeacherCache(path, root, skipped)
 

@@ -72,7 +72,7 @@ def _line(fault: Fault) -> str:
 
 def _summary(path: Path, found: Verification, seconds: float, console: Console) -> None:
     bad = len(found.bad_parts)
-    parts = f"{found.parts} parts" + (f", of which {bad} are bad or missing" if bad else "")
+    parts = f"{found.parts} part{'s' * (found.parts > 1)}" + (f", of which {bad} are bad or missing" if bad else "")
     read = f"{bytes_text(found.bytes_read)} read in {seconds:.1f} s"
     count = len(found.faults)
     faults = "no faults" if not count else f"{count} fault{'s' * (count > 1)}"

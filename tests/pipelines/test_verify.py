@@ -88,7 +88,7 @@ def test_the_live_teacher_says_the_same(kit: "Kit", work: Path) -> None:
 
 def test_verify_and_repair(kit: "Kit", work: Path) -> None:
     ended = kit.run("verify", kit.cache)
-    assert "8 images, 1 parts" in ended.out
+    assert "8 images, 1 part," in ended.out
     assert "no faults" in ended.out
     path = work / "x.zarr"
     shutil.copytree(kit.cache, path)
