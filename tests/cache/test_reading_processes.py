@@ -38,7 +38,7 @@ if __name__ == "__main__":
     boxes = Boxes(cache)
     wanted = [boxes[n] for n in range(len(boxes))]
     for method in sys.argv[2].split(","):
-        loader = DataLoader(boxes, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60)
+        loader = DataLoader(boxes, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=240)
         assert list(loader) == wanted, method
     assert [boxes[n] for n in range(len(boxes))] == wanted
 """
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 def test_workers_of_a_process_that_has_read(cache_path: Path, tmp_path: Path, methods: str) -> None:
     script = tmp_path / "loaders.py"
     script.write_text(LOADERS)
-    subprocess.run([sys.executable, str(script), str(cache_path), methods], timeout=300, check=True)
+    subprocess.run([sys.executable, str(script), str(cache_path), methods], timeout=550, check=True)
 
 
 def descriptors() -> int:
