@@ -65,15 +65,25 @@ def _checksum(data: bytes) -> bytes:
     return hashlib.sha256(data).hexdigest().encode()
 
 
-def read_part_record(cache: Path, index: int, images: range) -> dict[str, Any] | None:
-    """The commit record of a part, if it is valid and of the images that the plan gives to this part."""
+def read_part_record(cache: Path, index: int, images: range, root: str) -> dict[str, Any] | None:
+    """The commit record of a part, if it is valid.
+
+    Args:
+        cache: path of the cache.
+        index: number of the part.
+        images: that the plan gives to this part.
+        root: `Root.digest` of the cache: a part that was made for another one is none.
+    """
     record = read_record(part_folder(cache, index))
-    if record is None or record.get("part") != index or record.get("images") != [images.start, images.stop]:
-        return None
-    return record
+    return record if record is not None and _belongs(record, index, images, root) else None
 
 
-def read_skipped(cache: Path, index: int, images: range) -> list[dict[str, Any]] | None:
+def _belongs(record: Mapping[str, Any], index: int, images: range, root: str) -> bool:
+    wanted = {"part": index, "images": [images.start, images.stop], "root": root}
+    return all(record.get(name) == value for name, value in wanted.items())
+
+
+def read_skipped(cache: Path, index: int, images: range, root: str) -> list[dict[str, Any]] | None:
     """The images that could not be cached with a part, None where `read_part_record` finds no record.
 
     For opening a cache of many thousand parts: the checksum is taken of the whole record, but its list of files, which
@@ -95,7 +105,7 @@ def read_skipped(cache: Path, index: int, images: range) -> list[dict[str, Any]]
     if not data.startswith(_START) or digest.hexdigest().encode() != data[len(_START) : end]:
         return None
     record = json.loads(b"{" + data[data.index(_AFTER_FILES) + 1 : -len(_END)] + b"}")
-    if record["part"] != index or record["images"] != [images.start, images.stop]:
+    if not _belongs(record, index, images, root):
         return None
     skipped: list[dict[str, Any]] = record["skipped"]
     return skipped

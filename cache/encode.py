@@ -12,7 +12,6 @@ from kdpipe.cache.errors import CacheError
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 
-
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 
 

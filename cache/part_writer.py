@@ -43,10 +43,13 @@ class PartWriter:
         span: indices of the part's images in the plan.
         images: the part's images.
         spec: of the cache.
+        root: digest of the cache's root.
     """
 
-    def __init__(self, cache: Path, index: int, span: range, images: Sequence[ImageInfo], spec: CacheSpec) -> None:
-        self._cache, self._index, self._span, self._spec = cache, index, span, spec
+    def __init__(
+        self, cache: Path, index: int, span: range, images: Sequence[ImageInfo], spec: CacheSpec, root: str
+    ) -> None:
+        self._cache, self._index, self._span, self._spec, self._root = cache, index, span, spec, root
         self._final = part_folder(cache, index)
         self._order = [(image.image_id, view) for image in images for view in spec.views]
         self._names = {image.image_id: image.file_name for image in images}
@@ -169,10 +172,11 @@ class PartWriter:
             "rows": self._files.rows,
             "rois": self._files.rois,
             "skipped": skipped,
+            "root": self._root,
         }
         write_record(self._folder, content, files)
         while not publish(self._folder, self._final):
-            record = read_part_record(self._cache, self._index, self._span)
+            record = read_part_record(self._cache, self._index, self._span, self._root)
             if record is not None and not check_sizes(self._final, record):
                 return  # another process committed the same part first
             discard(self._final)

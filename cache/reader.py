@@ -44,10 +44,10 @@ def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> 
     """
     path = Path(path)
     root = read_root(path)
-    parts = root.parts
+    parts, digest = root.parts, root.digest
 
     def read(numbers: range) -> list[tuple[int, list[dict[str, Any]] | None]]:
-        return [(number, read_skipped(path, number, parts[number])) for number in numbers]
+        return [(number, read_skipped(path, number, parts[number], digest)) for number in numbers]
 
     step = max(_MIN_RECORDS, -(-len(parts) // _OPENING_THREADS))
     batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
@@ -85,7 +85,7 @@ class TeacherCache:
         self.identity = root.identity
         self.metadata = root.metadata
         self.skipped: list[dict[str, Any]] = [entry for entries in skipped.values() for entry in entries]
-        self._starts = root.part_starts
+        self._starts, self._root = root.part_starts, root.digest
         keep = np.zeros(len(root.image_ids), dtype=bool)
         for number, span in enumerate(root.parts):
             keep[span.start : span.stop] = number in skipped
@@ -115,7 +115,10 @@ class TeacherCache:
         folder = self.path / "head"
         remedy = f"run `kdpipe verify {self.path} --repair`, then `kdpipe cache-teacher` with the same options"
         record = require_group(folder, "The teacher's head in the cache", remedy)
-        if wrong := check_digests(folder, record):
+        wrong = check_digests(folder, record)
+        if record.get("root") != self._root:
+            wrong = ["it was made for another cache"]
+        if wrong:
             raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): {remedy}.")
         return {name: torch.from_numpy(read_array(folder / name, self.spec.codec)) for name in record["parameters"]}
 
@@ -208,7 +211,7 @@ class TeacherCache:
     def _here(self) -> "_Process":
         """What this process has open: nothing is inherited from a parent."""
         if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process(self.path, self.spec, self._starts)
+            self._process = _Process(self.path, self.spec, self._starts, self._root)
         return self._process
 
     def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
@@ -231,9 +234,9 @@ class TeacherCache:
 class _Process:
     """What one process has in memory of the parts that it reads."""
 
-    def __init__(self, path: Path, spec: CacheSpec, starts: npt.NDArray[np.int64]) -> None:
+    def __init__(self, path: Path, spec: CacheSpec, starts: npt.NDArray[np.int64], root: str) -> None:
         self.pid = os.getpid()
-        self._path, self._spec, self._starts = path, spec, starts
+        self._path, self._spec, self._starts, self._root = path, spec, starts, root
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
         self._readers = Readers()
         self._rows = 0
@@ -246,9 +249,8 @@ class _Process:
                 self._parts.move_to_end(number)
                 return self._parts[number]
             folder = part_folder(self._path, number)
-            record = read_part_record(
-                self._path, number, range(int(self._starts[number]), int(self._starts[number + 1]))
-            )
+            span = range(int(self._starts[number]), int(self._starts[number + 1]))
+            record = read_part_record(self._path, number, span, self._root)
             if record is None:
                 raise CacheError(
                     f"Part {number} is no longer whole ({folder / 'zarr.json'}): run `kdpipe cache-teacher` with the "

@@ -17,6 +17,7 @@ from kdpipe.cache.check import check_digests, parse_record, write_record
 from kdpipe.cache.codecs import group_metadata
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import FileRecord, publish, temporary_folder, write_file
+from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.plan import ImageInfo, digest_images
 from kdpipe.cache.schema import CacheSpec, check_version
 
@@ -49,6 +50,16 @@ class Root:
         """Indices into `image_ids` of each part."""
         starts = self.part_starts.tolist()
         return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+    @property
+    def digest(self) -> str:
+        """Says of parts and head which cache they were made for: `digest_root`."""
+        return digest_root(self.spec, self.identity, self.plan)
+
+
+def digest_root(spec: CacheSpec, identity: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """sha256 of all that decides the content of a cache."""
+    return digest_json({"spec": spec.to_json(), "identity": identity, "plan": plan})
 
 
 def describe_plan(images: Sequence[ImageInfo], parts: Sequence[range], part_size: int) -> dict[str, Any]:

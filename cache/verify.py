@@ -92,7 +92,8 @@ def verify_cache(path: Path, progress: Progress, threads: int | None = None) -> 
     root = read_root(path)
     with explained("Reading the cache", path):
         faults, notes = _check_root(path, root)
-        records = {n: read_part_record(path, n, span) for n, span in enumerate(root.parts)}
+        digest = root.digest
+        records = {n: read_part_record(path, n, span, digest) for n, span in enumerate(root.parts)}
         total = sum(size for record in records.values() if record for size, _ in record["files"].values())
         skipped = sum(len(record["skipped"]) for record in records.values() if record)
         known = {number for number, record in records.items() if record}
@@ -153,9 +154,9 @@ def _check_root(path: Path, root: Root) -> tuple[list[Fault], list[str]]:
 def _tasks(path: Path, root: Root, known: set[int], faults: list[Fault], count: _Count) -> Iterator[Task]:
     """The checks of all files of the head and of the parts; what is wrong with the latter's index goes to `faults`."""
     yield lambda tick: _check_head(path, root)
-    spans = root.parts
+    spans, digest = root.parts, root.digest
     for number in sorted(known):
-        record = read_part_record(path, number, spans[number])
+        record = read_part_record(path, number, spans[number], digest)
         if record is None:
             continue
         ids = root.image_ids[spans[number].start : spans[number].stop]
@@ -199,6 +200,8 @@ def _check_head(path: Path, root: Root) -> list[Fault]:
     if record is None:
         there = os.path.lexists(folder)
         return [Fault("the head", _no_record(there), remove=place if there else None)]
+    if record.get("root") != root.digest:
+        return [Fault("the head", "was made for another cache", remove=place)]
     files = record["files"]
     faults = [
         Fault("the head", f"{name} does not belong there", remove=place / name)

@@ -15,7 +15,7 @@ from kdpipe.cache.files import FileRecord, discard, explained, publish, remove_s
 from kdpipe.cache.fingerprint import canonical_json, difference
 from kdpipe.cache.part_writer import PartWriter
 from kdpipe.cache.plan import ImageInfo, plan_parts
-from kdpipe.cache.root import create_root, describe_plan, read_root
+from kdpipe.cache.root import create_root, describe_plan, digest_root, read_root
 from kdpipe.cache.schema import CacheSpec
 
 
@@ -53,6 +53,8 @@ class CacheWriter:
         self.images = tuple(images)
         self.parts = plan_parts(self.images, spec, part_size)
         canonical_json([identity, metadata])  # not JSON: say so before anything is made
+        plan = describe_plan(self.images, self.parts, part_size)
+        self._root = digest_root(spec, identity, plan)
         if not self.images:
             raise CacheError(f"There are no images to cache at {self.path}: check the annotation file.")
         with explained("Creating the cache", self.path):
@@ -62,7 +64,7 @@ class CacheWriter:
                 return
             root = read_root(self.path)
             found = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
-            wanted = {**identity, "spec": spec.to_json(), "plan": describe_plan(self.images, self.parts, part_size)}
+            wanted = {**identity, "spec": spec.to_json(), "plan": plan}
             if lines := difference(found, wanted):
                 raise CacheError(
                     f"The cache {self.path} was made with something else, and stays as it is:\n  "
@@ -101,7 +103,7 @@ class CacheWriter:
                         values = values.to(torch.float32)
                     written = write_array(folder / name, values.cpu().contiguous().numpy(), self.spec.codec)
                     files |= {f"{name}/{file}": entry for file, entry in written.items()}
-                write_record(folder, {"parameters": sorted(state)}, files)
+                write_record(folder, {"parameters": sorted(state), "root": self._root}, files)
                 while not publish(folder, final):
                     if self._head_stored():
                         return
@@ -112,15 +114,15 @@ class CacheWriter:
     def part(self, index: int) -> PartWriter:
         """The writer of one part, a context manager."""
         span = self.parts[index]
-        return PartWriter(self.path, index, span, self.images[span.start : span.stop], self.spec)
+        return PartWriter(self.path, index, span, self.images[span.start : span.stop], self.spec, self._root)
 
     def _head_stored(self) -> bool:
         record = read_record(self.path / "head")
-        return record is not None and not check_sizes(self.path / "head", record)
+        return record is not None and record["root"] == self._root and not check_sizes(self.path / "head", record)
 
     def _committed(self, index: int) -> bool:
         with explained(f"Reading part {index}", self.path):
-            record = read_part_record(self.path, index, self.parts[index])
+            record = read_part_record(self.path, index, self.parts[index], self._root)
             return record is not None and not check_sizes(part_folder(self.path, index), record)
 
     def _is_there(self) -> bool:

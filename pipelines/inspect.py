@@ -65,10 +65,10 @@ def describe_cache(path: Path) -> dict[str, Any]:
         CacheError: there is no cache, or its root is damaged.
     """
     cache, root = open_cache(path, allow_partial=True), read_root(path)
-    missing, disk, raw = [], {"index": 0}, {"index": 0}
+    missing, disk, raw, digest = [], {"index": 0}, {"index": 0}, root.digest
     with explained("Reading the cache", path):
         for number, span in enumerate(root.parts):
-            record = read_part_record(path, number, span)
+            record = read_part_record(path, number, span, digest)
             if record is None or check_sizes(part_folder(path, number), record):
                 missing.append({"part": number, "images": len(span)})
             else:

@@ -29,7 +29,7 @@ from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
 from kdpipe.cache.files import FileRecord
 from kdpipe.cache.plan import level_shapes, plan_parts, raw_bytes
-from kdpipe.cache.root import create_root
+from kdpipe.cache.root import create_root, read_root
 from kdpipe.cache.schema import TIERS
 
 # Images as they are in COCO: 640 x 480, with 7 boxes, at 1333 x 800.
@@ -96,7 +96,7 @@ def make_spec(tier: str, dtype: str) -> CacheSpec:
     )
 
 
-def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec: CacheSpec) -> None:
+def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec: CacheSpec, root: str) -> None:
     """A part's record, index and names."""
     folder = part_folder(out, number)
     folder.mkdir()
@@ -129,7 +129,7 @@ def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec
         for file in ("c.0.0", "zarr.json"):
             files[f"{name}/{file}"] = (123_456_789, hashlib.sha256(f"{number} {name}".encode()).hexdigest())
     record = {"part": number, "images": [span.start, span.stop], "rows": len(span), "rois": len(span) * 519}
-    write_record(folder, {**record, "skipped": []}, files)
+    write_record(folder, {**record, "root": root, "skipped": []}, files)
 
 
 @click.command()
@@ -152,8 +152,9 @@ def main(out: Path, images: int, tier: str, dtype: str, part_size: int, rounds: 
     os.fsync = lambda handle: None  # type: ignore[assignment]  # nothing here has to survive a power cut
     start = time.perf_counter()
     create_root(out, spec, listed, parts, part_size, {"teacher": "made up"}, {})
+    digest = read_root(out).digest
     for number, span in enumerate(parts):
-        make_part(out, number, span, listed, spec)
+        make_part(out, number, span, listed, spec, digest)
     try:
         sizes = {file: file.stat().st_size for file in out.rglob("*") if file.is_file()}
         root = sum(size for file, size in sizes.items() if "parts" not in file.relative_to(out).parts[:1])

@@ -165,3 +165,22 @@ def test_a_damaged_head(cache_path: Path, kit: "type[Kit]", damage: str) -> None
     message = "roi_head.fc.weight/c.0.0" if damage in ("bit", "gone") else "The teacher's head in the cache is"
     with pytest.raises(CacheError, match=message):
         open_cache(cache_path).head()
+
+
+def test_parts_and_heads_of_another_cache(tmp_path: Path, kit: "type[Kit]", cache_path: Path) -> None:
+    other = tmp_path / "other.zarr"
+    kit.fill(kit.writer(other, kit.spec(), kit.images(), identity={"teacher": "t2", "data": "d1"}))
+    for place in ("head", "parts/00001"):
+        shutil.rmtree(cache_path / place)
+        shutil.copytree(other / place, cache_path / place)
+    with pytest.raises(CacheError, match=r"\(part 1\)"):
+        open_cache(cache_path)
+    cache = open_cache(cache_path, allow_partial=True)
+    with pytest.raises(CacheError, match="made for another cache"):
+        cache.head()
+    found = verify_cache(cache_path, lambda done, total: None)
+    assert [(fault.where, fault.part) for fault in found.faults] == [("the head", None), ("part 1", 1)]
+    writer = kit.writer(cache_path, kit.spec(), kit.images())
+    assert writer.pending() == [1]
+    kit.fill(writer)
+    assert kit.tree(cache_path) == kit.tree(kit.make(tmp_path / "y.zarr"))

@@ -18,6 +18,7 @@ import zarr
 
 from kdpipe.cache import CacheSpec, ImageInfo, TeacherRecord, open_cache
 from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.root import read_root
 from kdpipe.cache.schema import CODECS, DTYPES
 from kdpipe.cache.views import input_size
 
@@ -130,8 +131,10 @@ def test_metadata_letter_by_letter(tmp_path: Path, kit: "type[Kit]") -> None:
     assert text.startswith(start)
     blank = start + b"0" * 64 + text[len(start) + 64 :]
     assert hashlib.sha256(blank).hexdigest().encode() == text[len(start) : len(start) + 64]
+    root = read_root(path).digest.encode()
     assert text.endswith(
-        b'"images":[1,2],"part":1,"rois":24,"rows":2,"skipped":[]}},"node_type":"group","zarr_format":3}\n'
+        b'"images":[1,2],"part":1,"rois":24,"root":"%s","rows":2,"skipped":[]}},"node_type":"group","zarr_format":3}\n'
+        % root
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.check import part_folder, read_part_record, read_skipped
+from kdpipe.cache.root import read_root
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -82,22 +83,23 @@ def test_the_short_way_to_what_is_lacking(tmp_path: Path, kit: "type[Kit]") -> N
         part.add(kit.record(images[0], "identity", writer.spec))
         part.skip(images[1].image_id, 'a"name,"images":[1]}.jpg', 'it says "images":[1,2] },"images":[')
         part.add(kit.record(images[2], "identity", writer.spec))
-    span = range(0, 3)
-    record = read_part_record(writer.path, 0, span)
+    span, root = range(0, 3), read_root(writer.path).digest
+    record = read_part_record(writer.path, 0, span, root)
     assert record is not None
-    assert read_skipped(writer.path, 0, span) == record["skipped"] != []
-    assert read_skipped(writer.path, 0, range(0, 2)) is None
-    assert read_skipped(writer.path, 1, span) is None
+    assert read_skipped(writer.path, 0, span, root) == record["skipped"] != []
+    assert read_skipped(writer.path, 0, range(0, 2), root) is None
+    assert read_skipped(writer.path, 1, span, root) is None
+    assert read_skipped(writer.path, 0, span, "0" * 64) is None
     shutil.copytree(part_folder(writer.path, 0), part_folder(writer.path, 1))
-    assert read_skipped(writer.path, 1, span) is None
+    assert read_skipped(writer.path, 1, span, root) is None
     file = part_folder(writer.path, 0) / "zarr.json"
     data = file.read_bytes()
     for at in range(len(data)):
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert read_skipped(writer.path, 0, span) is None
+        assert read_skipped(writer.path, 0, span, root) is None
     for length in range(0, len(data), 37):
         file.write_bytes(data[:length])
-        assert read_skipped(writer.path, 0, span) is None
+        assert read_skipped(writer.path, 0, span, root) is None
     file.unlink()
     file.mkdir()
-    assert read_skipped(writer.path, 0, span) is None
+    assert read_skipped(writer.path, 0, span, root) is None
