@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from kdpipe.pipelines import dry_run
 from kdpipe.pipelines.dry_run import free_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ class Usage(NamedTuple):
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1 << 40, 0, free))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(1 << 40, 0, free))
 
 
 def row(text: str, name: str) -> list[float]:
@@ -75,6 +74,11 @@ def test_only_what_is_missing_has_to_fit(kit: "Kit", work: Path, monkeypatch: py
 
 def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: asked.append(path) or Usage(2, 1, 1))
+
+    def disk_usage(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(2, 1, 1)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
     assert free_bytes(tmp_path / "a" / "b" / "x.zarr") == 1
     assert asked == [tmp_path]
