@@ -65,7 +65,7 @@ class Ranks:
             return self
         self._thread.start()
         come, start = self._store.add("come", 1), time.monotonic()
-        while self.first and come < self.size:
+        while come < self.size:  # so that none fails before all can hear of it
             if time.monotonic() - start > _START_SECONDS:
                 raise KdpipeError(
                     f"{come} of the {self.size} processes of this run came within {_START_SECONDS:.0f} s. Look at what "
