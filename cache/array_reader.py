@@ -22,10 +22,13 @@ import torch
 
 from kdpipe.cache.arrays import shard_name
 from kdpipe.cache.chunks import Layout, read_layout
-from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, crc32c, read_chunk, stored_sizes
+from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, crc32c, read_chunks, stored_sizes
 
 _MAX_THREADS = 8
 _ENTRY_BYTES = 16
+# Uncompressed chunks that are read in one go.
+_RUN_BYTES = 4 << 20
+_RUN_CHUNKS = 256
 
 # Of an array: a range, or numbers in any order.
 Rows = range | npt.NDArray[np.int64]
@@ -33,24 +36,22 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class StoredChunk:
-    """A chunk to be read: where it is, its checksum, and where its decoded bytes go."""
+class StoredRun:
+    """Chunks that lie one after the other in a file, to be read in one go."""
 
     file: int
     offset: int
-    size: int
     codec: str
-    checksum: bytes | None
-    out: npt.NDArray[np.uint8]
+    chunks: list[StoredChunk]
 
     def read(self) -> None:
-        """Read it.
+        """Read them.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: one is damaged.
             OSError: the file cannot be read.
         """
-        read_chunk(self.file, self.offset, self.size, self.codec, self.checksum, self.out)
+        read_chunks(self.file, self.offset, self.chunks, self.codec)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Request:
     """Rows to be read.
 
     Attributes:
-        chunks: to be read before `values` is called.
+        runs: chunks to be read before `values` is called.
         buffer: [rows of these chunks, *row_shape] that the chunks are decoded into.
         place: of the rows within `buffer`.
     """
 
-    chunks: list[StoredChunk]
+    runs: list[StoredRun]
     buffer: Block
     place: slice | npt.NDArray[np.int64]
 
@@ -94,6 +95,8 @@ class ArrayReader:
         self._per_shard = layout.shard[0] // layout.chunk[0]
         self._dtype, self._chunk_bytes = _dtype(layout), _chunk_bytes(layout)
         self._checksums = None if layout.checksums is None else bytes.fromhex(layout.checksums)
+        # Compressed chunks are worth a thread each; others are read faster than it takes to say so.
+        self._run_bytes = min(_RUN_BYTES, _RUN_CHUNKS * self._chunk_bytes) if codec == "none" else 0
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self.rows = layout.shape[0]
 
@@ -119,7 +122,8 @@ class ArrayReader:
             numbers, place = unique.tolist(), inverse * count + rows % count
         decoded = _page_aligned(len(numbers) * self._chunk_bytes)
         buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
-        chunks, opened = [], {}
+        runs: list[StoredRun] = []
+        opened, end, filled = {}, (-1, 0), 0  # where in which file the last run ends, and its bytes
         for position, number in enumerate(numbers):
             shard, inside = divmod(number, self._per_shard)
             if number * count >= self.rows:
@@ -132,8 +136,12 @@ class ArrayReader:
             offset, size = index[inside].tolist()
             out = decoded[position * self._chunk_bytes : (position + 1) * self._chunk_bytes]
             checksum = None if self._checksums is None else self._checksums[4 * number : 4 * number + 4]
-            chunks.append(StoredChunk(file, offset, size, self._codec, checksum, out))
-        return Request(chunks, buffer, place)
+            if end != (file, offset) or filled + size > self._run_bytes:
+                runs.append(StoredRun(file, offset, self._codec, []))
+                filled = 0
+            runs[-1].chunks.append(StoredChunk(size, checksum, out))
+            end, filled = (file, offset + size), filled + size
+        return Request(runs, buffer, place)
 
     def _name(self, shard: int) -> str:
         return shard_name(shard, len(self._row_shape))
@@ -220,7 +228,7 @@ def read_array(folder: Path, codec: str) -> Block:
             size = os.fstat(file.fileno()).st_size
             if size not in stored_sizes(_chunk_bytes(layout), codec):
                 raise ValueError(f"{name} has {size} bytes, which no chunk of this array has")
-            read_chunk(file.fileno(), 0, size, codec, None, block.reshape(-1).view(np.uint8))
+            read_chunks(file.fileno(), 0, [StoredChunk(size, None, block.reshape(-1).view(np.uint8))], codec)
         blocks.append(block)
     if not layout.shape:
         return blocks[0]

@@ -9,6 +9,7 @@ into the array that is returned, and no byte without having checked the checksum
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
@@ -78,35 +79,50 @@ def encode_chunk(block: Block, codec: str) -> bytes:
     return data + crc32c(data)
 
 
-def read_chunk(
-    file: int, offset: int, size: int, codec: str, expected: bytes | None, out: npt.NDArray[np.uint8]
-) -> None:
-    """Read what `encode_chunk` gave, check it, and decode it.
+@dataclass(frozen=True)
+class StoredChunk:
+    """What `encode_chunk` gave, to be read from a file.
+
+    Attributes:
+        size: stored bytes, checksum included.
+        checksum: where it is known from elsewhere, too.
+        out: [N] uint8, where the decoded bytes go, of which there must be N exactly.
+    """
+
+    size: int
+    checksum: bytes | None
+    out: npt.NDArray[np.uint8]
+
+
+def read_chunks(file: int, offset: int, chunks: Sequence[StoredChunk], codec: str) -> None:
+    """Read chunks that lie one after the other, check them, and decode them.
 
     Args:
         file: descriptor.
-        offset: of the chunk in the file, bytes.
-        size: stored bytes of the chunk, checksum included.
+        offset: of the first chunk in the file, bytes.
+        chunks: at most 512.
         codec: "zstd", "lz4" or "none".
-        expected: the checksum of the chunk, where it is known from elsewhere too.
-        out: [N] the decoded bytes, of which there must be N exactly.
 
     Raises:
-        ValueError: the chunk is damaged; `out` may hold anything.
+        ValueError: a chunk is damaged; what it goes to may hold anything.
     """
-    data = out if codec == "none" else np.empty(size - CHECKSUM_BYTES, dtype=np.uint8)
-    checksum = bytearray(CHECKSUM_BYTES)
-    _read_into(file, [data.data, memoryview(checksum)], offset)
-    if crc32c(data) != checksum or expected not in (None, bytes(checksum)):
-        raise ValueError(f"the checksum of the {size} bytes at {offset} does not fit")
-    if codec == "none":
-        return
-    if int.from_bytes(data[4:8].tobytes(), "little") != len(out):
-        raise ValueError(f"the {size} bytes at {offset} are not a chunk of this array")
-    try:
-        blosc.decompress(data, out)
-    except RuntimeError as error:
-        raise ValueError(f"the {size} bytes at {offset} cannot be decompressed ({error})") from error
+    stored = [chunk.out if codec == "none" else np.empty(chunk.size - CHECKSUM_BYTES, np.uint8) for chunk in chunks]
+    checksums = [bytearray(CHECKSUM_BYTES) for _ in chunks]
+    pairs = zip(stored, checksums, strict=True)
+    _read_into(file, [view for data, checksum in pairs for view in (data.data, memoryview(checksum))], offset)
+    for chunk, data, checksum in zip(chunks, stored, checksums, strict=True):
+        what = f"{chunk.size} bytes at {offset}"
+        offset += chunk.size
+        if crc32c(data) != checksum or chunk.checksum not in (None, bytes(checksum)):
+            raise ValueError(f"the checksum of the {what} does not fit")
+        if codec == "none":
+            continue
+        if int.from_bytes(data[4:8].tobytes(), "little") != len(chunk.out):
+            raise ValueError(f"the {what} are not a chunk of this array")
+        try:
+            blosc.decompress(data, chunk.out)
+        except RuntimeError as error:
+            raise ValueError(f"the {what} cannot be decompressed ({error})") from error
 
 
 def stored_sizes(chunk_bytes: int, codec: str) -> range:

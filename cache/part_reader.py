@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredChunk
+from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredRun
 from kdpipe.cache.check import check_metadata
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
@@ -145,19 +145,19 @@ class PartReader:
         """
         with ExitStack() as files:
             requests = []
-            chunks: list[tuple[str, StoredChunk]] = []
+            runs: list[tuple[str, StoredRun]] = []
             for name, rows in wanted:
                 with self._named(name, image_ids):
                     array = self._open(name)
                     request = array.request(range(array.rows) if rows is None else rows, files)
                 requests.append(request)
-                chunks += [(name, chunk) for chunk in request.chunks]
+                runs += [(name, run) for run in request.runs]
 
-            def read(item: tuple[str, StoredChunk]) -> None:
+            def read(item: tuple[str, StoredRun]) -> None:
                 with self._named(item[0], image_ids):
                     item[1].read()
 
-            self._readers.run(read, chunks)
+            self._readers.run(read, runs)
         return [request.values() for request in requests]
 
     def _open(self, name: str) -> ArrayReader:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredChunk, read_array
+from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredRun, read_array
 from kdpipe.cache.arrays import ArrayWriter, write_array
 from kdpipe.cache.codecs import Block, crc32c
 
@@ -32,7 +32,7 @@ def sizes(folder: Path) -> dict[str, int]:
 def read(array: ArrayReader, rows: Rows, readers: Readers | None = None) -> Block:
     with ExitStack() as files:
         request = array.request(rows, files)
-        (readers or Readers()).run(StoredChunk.read, request.chunks)
+        (readers or Readers()).run(StoredRun.read, request.runs)
     return request.values()
 
 
