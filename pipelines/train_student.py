@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
+from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.training import (
     Recipe,
     TrainingResult,
@@ -30,6 +30,7 @@ from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
 
+_CACHE_FILE = "cache.json"
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": {"num": 512, "positive_fraction": 0.25},
@@ -107,6 +108,7 @@ def train_student(
     recorded = copy.deepcopy(cfg)
     if losses:
         _distil(cfg, cache, methods, distill)
+    _record_cache(cache, work_dir)
     return run_training(
         cfg,
         recorded,
@@ -147,23 +149,29 @@ def _cached_images(
 
 
 def _check_resumed_cache(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
-    """Record of which cache a training is, and refuse to go on with another one.
+    """Refuse to go on with another cache than a training began with.
 
     Raises:
         KdpipeError: Naming what differs.
     """
-    path = work_dir / "cache.json"
-    wanted = {**cache.identity, "spec": cache.spec.to_json()}
-    if resume and path.exists():
-        if lines := difference(json.loads(path.read_text()), wanted):
-            raise KdpipeError(
-                f"{work_dir} holds a training from another cache than {cache.path}:\n  "
-                + "\n  ".join(lines)
-                + "\nResume with that cache, or begin anew in another --work-dir."
-            )
-    elif os.environ.get("RANK", "0") == "0":
+    path = work_dir / _CACHE_FILE
+    if resume and path.exists() and (lines := difference(json.loads(path.read_text()), _identity(cache))):
+        raise KdpipeError(
+            f"{work_dir} holds a training from another cache than {cache.path}:\n  "
+            + "\n  ".join(lines)
+            + "\nResume with that cache, or begin anew in another --work-dir."
+        )
+
+
+def _record_cache(cache: TeacherCache, work_dir: Path) -> None:
+    """Leave in the work directory of which cache the training is."""
+    if is_first():
         work_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
+        (work_dir / _CACHE_FILE).write_text(json.dumps(_identity(cache), indent=2) + "\n")
+
+
+def _identity(cache: TeacherCache) -> dict[str, Any]:
+    return {**cache.identity, "spec": cache.spec.to_json()}
 
 
 def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict) -> None:

@@ -39,6 +39,9 @@ def test_help_of_a_command(kit: "Kit", name: str) -> None:
     assert command.help.split("\n")[0] in " ".join(out.split())
     assert out.startswith(f"Usage: kdpipe {name} [OPTIONS]")
     for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            assert f"[OPTIONS] {parameter.make_metavar(click.Context(command))}" in out
+            continue
         assert isinstance(parameter, click.Option)
         assert re.search(rf"(^|[ /,]){re.escape(parameter.opts[0])}\b", out, re.MULTILINE)
         explained = parameter.help or parameter.show_default or isinstance(parameter.type, click.Choice)
@@ -101,7 +104,7 @@ def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
 
 
 def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> None:
+    def fail(path: Path, allow_partial: bool) -> None:
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr("kdpipe.cache.reader.open_cache", fail)

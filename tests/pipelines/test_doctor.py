@@ -19,11 +19,11 @@ VERSIONS = {
     "torchvision": "0.29.1+cpu",
     "mmdet": "3.3.0",
     "mmcv-lite": "2.1.0",
-    "zarrs": "0.2.3",
+    "numcodecs": "0.16.5",
 }
 HEALTHY = Environment(
     python="3.11.9",
-    requirements=("torch>=2.6", "torchvision>=0.21", "mmdet==3.3.0", "mmcv-lite==2.1.0", "zarrs>=0.2.2"),
+    requirements=("torch>=2.6", "torchvision>=0.21", "mmdet==3.3.0", "mmcv-lite==2.1.0", "numcodecs>=0.15"),
     versions=VERSIONS,
     failures={},
     ops="bridged",
@@ -73,7 +73,7 @@ def test_compiled_ops_are_native() -> None:
 @pytest.mark.parametrize(
     ("changes", "name", "found", "remedy"),
     [
-        ({"versions": without("zarrs")}, "zarrs", "missing", "pip install 'zarrs>=0.2.2'"),
+        ({"versions": without("numcodecs")}, "numcodecs", "missing", "pip install 'numcodecs>=0.15'"),
         ({"versions": without("kdpipe")}, "kdpipe", "not installed", "pip install"),
         ({"versions": {**VERSIONS, "torch": "2.1.0"}}, "torch", "2.1.0, needed >=2.6", "pip install 'torch>=2.6'"),
         ({"versions": without("mmcv-lite")}, "mmcv", "missing", "mmcv-lite==2.1.0"),
@@ -107,8 +107,11 @@ def test_each_problem_has_a_remedy(changes: dict[str, Any], name: str, found: st
 
 
 def test_a_missing_package_is_reported_once() -> None:
-    changes = {"versions": without("zarrs"), "failures": {"zarrs": "ModuleNotFoundError: No module named 'zarrs'"}}
-    assert [p.name for p in problems(**changes)] == ["zarrs"]
+    changes = {
+        "versions": without("numcodecs"),
+        "failures": {"numcodecs": "ModuleNotFoundError: No module named 'numcodecs'"},
+    }
+    assert [p.name for p in problems(**changes)] == ["numcodecs"]
 
 
 def test_what_one_broken_package_drags_down_is_reported_once() -> None:
@@ -128,7 +131,7 @@ def test_devices_are_listed() -> None:
 def test_this_environment_is_fine() -> None:
     environment = inspect_environment()
     assert environment.failures == {}
-    assert {"torch", "mmdet", "zarr", "zarrs", "numcodecs", "pycocotools", "kdpipe"} <= set(environment.versions)
+    assert {"torch", "mmdet", "zarr", "numcodecs", "pycocotools", "kdpipe"} <= set(environment.versions)
     assert {"nms", "roi_align_forward", "box_iou_rotated", "ms_deform_attn_forward"} <= set(environment.asked)
     assert set(environment.bridged) <= set(environment.asked)
     assert environment.ops == "bridged" or "mmcv" in environment.versions
