@@ -104,7 +104,10 @@ def read_skipped(cache: Path, index: int, images: range, root: str) -> list[dict
     digest.update(memoryview(data)[end:])
     if not data.startswith(_START) or digest.hexdigest().encode() != data[len(_START) : end]:
         return None
-    record = json.loads(b"{" + data[data.index(_AFTER_FILES) + 1 : -len(_END)] + b"}")
+    after_files = data.find(_AFTER_FILES)
+    if after_files < 0:
+        return None  # the record of something else than a part
+    record = json.loads(b"{" + data[after_files + 1 : -len(_END)] + b"}")
     if not _belongs(record, index, images, root):
         return None
     skipped: list[dict[str, Any]] = record["skipped"]

@@ -1,10 +1,12 @@
 """Whatever happens to the files of a cache: reading names it, or what is read is right; `verify` finds it always.
 
-The quick tests try a handful of each kind, the slow ones every file, every bit of all metadata, and many of the data.
+The quick tests try a handful of each kind, the slow ones every file, bits of every byte of the metadata, and many of
+the data.
 """
 
 import itertools
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,19 +284,22 @@ def test_any_bytes_in_the_place_of_a_file(victim: Victim, data: st.DataObject) -
 
 
 @pytest.mark.slow
-def test_every_bit_of_the_metadata(victim: Victim) -> None:
-    """By the functions that guard all metadata; that reading asks them is tested above, with some bits."""
+def test_bits_of_every_byte_of_the_metadata(victim: Victim) -> None:
+    """Every third bit, so some of each byte, by the functions that guard all metadata.
+
+    That reading asks them is tested above. Other parts have the same files as the first.
+    """
 
     def flipped(name: str) -> Iterator[int]:
         data = bytearray((victim.sound / name).read_bytes())
-        for bit in range(8 * len(data)):
+        for bit in range(0, 8 * len(data), 3):
             data[bit // 8] ^= 1 << bit % 8
             (victim.path / name).write_bytes(data)
             data[bit // 8] ^= 1 << bit % 8
             yield bit
         victim.restore(name)
 
-    for name in (name for name in victim.files if is_metadata(name)):
+    for name in (name for name in victim.files if is_metadata(name) and not re.match("parts/0*[1-9]", name)):
         file = victim.path / name
         parts = Path(name).parts
         record = read_record(file.parents[1]) if len(parts) == 4 else None
@@ -318,7 +323,7 @@ def test_many_bits_of_the_data(victim: Victim) -> None:
     choose = random.Random(1)
     for name in victim.files:
         if not is_metadata(name):
-            for bit in choose.sample(range(victim.bits(name)), 60):
+            for bit in choose.sample(range(victim.bits(name)), 12):
                 victim.flip(name, bit)
 
 
@@ -330,5 +335,5 @@ def test_every_file_gone_or_cut(victim: Victim) -> None:
 
 @pytest.mark.slow
 def test_every_swap(victim: Victim) -> None:
-    for one, other in swaps(victim, count=200):
+    for one, other in swaps(victim, count=60):
         swap(victim, one, other)
