@@ -1,6 +1,7 @@
 """Creates or resumes a cache and writes its parts."""
 
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class CacheWriter:
                     + "\n  ".join(lines)
                     + "\nUse the same options to go on with it, or choose another --out."
                 )
+            remove_stale(self.path.parent, self.path.name)  # of a process that was creating it, too
             remove_stale(self.path)
             remove_stale(self.path / "parts")
 
@@ -127,8 +129,12 @@ class CacheWriter:
 
     def _is_there(self) -> bool:
         """Whether there is something at the path that is not an empty folder."""
-        if self.path.is_dir():
-            return any(self.path.iterdir())
-        if self.path.exists() or self.path.is_symlink():
+        try:
+            mode = self.path.stat().st_mode  # asked once: another process may create it at any moment
+        except FileNotFoundError:
+            if not self.path.is_symlink():
+                return False
+            mode = 0  # a link that leads nowhere
+        if not stat.S_ISDIR(mode):
             raise CacheError(f"{self.path} is there and is no folder: choose another --out.")
-        return False
+        return any(self.path.iterdir())

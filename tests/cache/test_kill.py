@@ -151,6 +151,9 @@ def kill_at_random(
 
 
 def duration(forks: "Forks", folder: Path) -> float:
+    """Seconds that a writer takes where nobody disturbs it."""
+    count_calls(forks, folder)  # the server may still be importing
+    shutil.rmtree(folder / "counted.zarr")
     begin = time.monotonic()
     count_calls(forks, folder)
     return time.monotonic() - begin
@@ -166,7 +169,7 @@ def test_killed_at_a_few_moments(tmp_path: Path, forks: "Forks", kit: "type[Kit]
 @pytest.mark.timeout(3600)
 def test_killed_at_many_moments(tmp_path: Path, forks: "Forks", kit: "type[Kit]", undisturbed: dict[str, str]) -> None:
     seconds = duration(forks, tmp_path)
-    for seed in range(100, 300):
+    for seed in range(100, 200):
         kill_at_random(forks, kit, tmp_path / str(seed), undisturbed, seed, seconds)
 
 
