@@ -1,10 +1,11 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,7 @@ def cache_teacher(
         new_images=new_images,
         skipped=len(cache.skipped),
         seconds=seconds,
-        disk_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        disk_bytes=_disk_bytes(out),
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
     )
 
@@ -177,6 +178,16 @@ def prepare_teacher(
         scale=scale,
     )
     return teacher, spec
+
+
+def _disk_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder in which others may be at work."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
+    return total
 
 
 def _digest_model(cfg: Config) -> str:
