@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from kdpipe.cache.errors import CacheError
 FileRecord = tuple[int, str]
 
 _TOKEN = secrets.token_hex(4)
+_COUNT = itertools.count()
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.(?P<count>\d+)\.tmp")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -72,12 +74,12 @@ def temporary_folder(final: Path) -> Path:
     """Make a folder beside `final` whose name tells which process owns it; stale ones for `final` are removed."""
     remove_stale(final.parent, final.name)
     host = _host()
-    for count in range(1_000_000):
+    for count in _COUNT:  # never a name that another thread had: it may be about to remove it
         folder = final.parent / f".{final.name}.{host}.{os.getpid()}.{_TOKEN}.{count}.tmp"
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            return folder
-    raise CacheError(f"No temporary folder could be made in {final.parent}: remove the .tmp folders there.")
+            break
+    return folder
 
 
 def remove_stale(parent: Path, name: str | None = None) -> None:
