@@ -21,11 +21,10 @@ import numpy.typing as npt
 import torch
 
 from kdpipe.cache.arrays import shard_name
-from kdpipe.cache.chunks import Layout, read_layout
-from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, crc32c, read_chunks, stored_sizes
+from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
+from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, read_chunks, stored_sizes
 
 _MAX_THREADS = 8
-_ENTRY_BYTES = 16
 # Uncompressed chunks that are read in one go.
 _RUN_BYTES = 4 << 20
 _RUN_CHUNKS = 256
@@ -160,19 +159,17 @@ class ArrayReader:
 
     def _read_index(self, file: int, size: int, name: str) -> npt.NDArray[np.uint64]:
         """Offset and stored bytes of each chunk in a shard, both known to lie within the file."""
-        index_bytes = self._per_shard * _ENTRY_BYTES
-        end = size - index_bytes - CHECKSUM_BYTES
-        data = os.pread(file, index_bytes + CHECKSUM_BYTES, max(0, end))
-        if end < 0 or crc32c(data[:index_bytes]) != data[index_bytes:]:
-            raise ValueError(f"the checksum of the index of {name} does not fit")
-        index = np.frombuffer(data, dtype="<u8", count=2 * self._per_shard).reshape(-1, 2)
-        there = index[index[:, 0] < size]  # what is not has offsets of 2^64 - 1, after all others
-        allowed = stored_sizes(self._chunk_bytes, self._codec)
-        sound = len(there) and there[:, 1].min() >= allowed.start and there[:, 1].max() < allowed.stop
-        # The chunks lie one after the other, from the beginning of the file to the index.
-        if not sound or not np.array_equal(np.cumsum(there[:, 1]), np.append(there[1:, 0], end)) or there[0, 0] != 0:
+        tail = self._per_shard * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+        if size < tail:
             raise ValueError(f"the index of {name} does not fit its {size} bytes")
-        return there.copy()
+        try:
+            index = parse_shard_index(os.pread(file, tail, size - tail), size - tail)
+        except ValueError as error:
+            raise ValueError(f"the index of {name} {error}") from error
+        allowed = stored_sizes(self._chunk_bytes, self._codec)
+        if index[:, 1].min() < allowed.start or index[:, 1].max() >= allowed.stop:
+            raise ValueError(f"the index of {name} does not fit: chunks of this array have other sizes")
+        return index
 
 
 class Readers:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numcodecs import blosc
+import numpy.typing as npt
 
 from kdpipe.cache.arrays import SHARD_CHUNKS, shard_name
 from kdpipe.cache.check import check_size
-from kdpipe.cache.codecs import Block, array_metadata, crc32c
+from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, array_metadata, crc32c, decompress
 
 _BLOCK = 1 << 20
+INDEX_ENTRY_BYTES = 16
 
 # Is told how many bytes were read.
 Tick = Callable[[int], None]
@@ -151,20 +152,40 @@ def _lengths(opened: BinaryIO, size: int, layout: Layout, count: int) -> Sequenc
     if layout.shard is None:
         return [size]
     entries = layout.shard[0] // layout.chunk[0]
-    tail = entries * 16 + 4
+    tail = entries * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
     if size < tail or entries > SHARD_CHUNKS:
         return None
     opened.seek(size - tail)
     data = opened.read(tail)
     opened.seek(0)
-    if crc32c(data[:-4]) != data[-4:]:
+    try:
+        lengths: list[int] = parse_shard_index(data, size - tail)[:, 1].tolist()
+    except ValueError:
         return None
-    index = np.frombuffer(data, dtype="<u8", count=2 * count).reshape(count, 2)
-    ends = np.cumsum(index[:, 1])
-    if count == 0 or ends[-1] != size - tail or not np.array_equal(index[:, 0], ends - index[:, 1]):
-        return None
-    lengths: list[int] = index[:, 1].tolist()
-    return lengths
+    return lengths if len(lengths) == count else None
+
+
+def parse_shard_index(data: bytes, end: int) -> npt.NDArray[np.uint64]:
+    """Offset and stored bytes of each chunk that is in a shard, which lie one after the other.
+
+    Args:
+        data: the index as it is stored, checksum included.
+        end: where it begins in its file, and the chunks end.
+
+    Returns:
+        [N, 2], within the file.
+
+    Raises:
+        ValueError: it is damaged; the message follows a word for it.
+    """
+    if crc32c(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
+        raise ValueError("does not fit its checksum")
+    index = np.frombuffer(data[:-CHECKSUM_BYTES], dtype="<u8").reshape(-1, 2)
+    there = index[index[:, 0] < end]  # what is not has offsets of 2^64 - 1, after all others
+    sound = len(there) and there[0, 0] == 0 and there[:, 1].max() <= end
+    if not sound or not np.array_equal(np.cumsum(there[:, 1]), np.append(there[1:, 0], end)):
+        raise ValueError(f"does not fit the {end} bytes before it")
+    return there.copy()
 
 
 def _check_chunk(data: bytes, layout: Layout, number: int, look: Look | None) -> list[Found]:
@@ -175,11 +196,9 @@ def _check_chunk(data: bytes, layout: Layout, number: int, look: Look | None) ->
     try:
         if layout.codec == "none":
             values[...] = np.frombuffer(data[:-4], dtype=values.dtype.newbyteorder("<")).reshape(layout.chunk)
-        elif int.from_bytes(data[4:8], "little") != values.nbytes:  # of blosc's header
-            raise ValueError("it has another size")
         else:
-            blosc.decompress(data[:-4], values)
-    except (ValueError, RuntimeError) as error:
+            decompress(data[:-4], values)
+    except ValueError as error:
         return [Found(f"is damaged: a chunk cannot be decoded ({error})", number)]
     wrong = None if look is None else look(number, values)
     return [] if wrong is None else [Found(wrong[0], number, wrong[1])]

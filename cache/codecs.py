@@ -117,12 +117,28 @@ def read_chunks(file: int, offset: int, chunks: Sequence[StoredChunk], codec: st
             raise ValueError(f"the checksum of the {what} does not fit")
         if codec == "none":
             continue
-        if int.from_bytes(data[4:8].tobytes(), "little") != len(chunk.out):
-            raise ValueError(f"the {what} are not a chunk of this array")
         try:
-            blosc.decompress(data, chunk.out)
-        except RuntimeError as error:
-            raise ValueError(f"the {what} cannot be decompressed ({error})") from error
+            decompress(data, chunk.out)
+        except ValueError as error:
+            raise ValueError(f"the {what} are not a chunk of this array ({error})") from error
+
+
+def decompress(data: Any, out: Block) -> None:
+    """Decode what blosc made of a chunk.
+
+    Args:
+        data: bytes or a contiguous array of them, without the checksum.
+        out: of as many bytes as the chunk had.
+
+    Raises:
+        ValueError: `data` is something else; `out` may hold anything.
+    """
+    if int.from_bytes(bytes(data[4:8]), "little") != out.nbytes:  # of blosc's header
+        raise ValueError("it has another size")
+    try:
+        blosc.decompress(data, out)
+    except RuntimeError as error:
+        raise ValueError(f"it cannot be decompressed: {error}") from error
 
 
 def stored_sizes(chunk_bytes: int, codec: str) -> range:

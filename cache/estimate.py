@@ -9,10 +9,8 @@ from kdpipe.cache.codecs import Block, encode_chunk
 from kdpipe.cache.encode import encode_record
 from kdpipe.cache.part_writer import array_layout
 from kdpipe.cache.plan import ImageInfo, raw_bytes
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.schema import FIELD_OF_ARRAY, CacheSpec
 from kdpipe.cache.targets import TeacherRecord
-
-_FIELD_OF = {"scale": "features", "roi_scale": "roi_features"}
 
 
 def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, float]:
@@ -39,7 +37,7 @@ def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, 
     layout = array_layout(spec)
     for name, blocks in arrays.items():
         values, rows = np.concatenate(blocks), layout[name][2]
-        field = _FIELD_OF.get(name, name)
+        field = FIELD_OF_ARRAY.get(name, name)
         raw[field] += values.nbytes
         stored[field] += sum(
             len(encode_chunk(values[start : start + rows], spec.codec)) for start in range(0, len(values), rows)

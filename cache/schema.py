@@ -16,6 +16,9 @@ DTYPES = ("int8", "float16", "float32")
 CODECS = ("zstd", "lz4", "none")
 VIEWS = ("identity", "hflip")
 
+# Arrays that belong to a field beside that of its own name.
+FIELD_OF_ARRAY = {"scale": "features", "roi_scale": "roi_features"}
+
 _FIELDS_OF_TIER = {
     "predictions": ("boxes", "logits", "deltas"),
     "embeddings": ("boxes", "logits", "deltas", "embeddings"),

@@ -14,6 +14,7 @@ from kdpipe.cache.check import check_metadata, part_folder
 from kdpipe.cache.chunks import Found, Layout, Look, Tick, check_file, read_layout
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
+from kdpipe.cache.part_writer import array_layout
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.views import ViewError, input_size
 
@@ -223,13 +224,12 @@ class _Part:
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str, int]]:
         """Row shape, type and number of rows of each array beside the index and the names."""
-        rois = self.record["rois"]
-        arrays = {name: (shape, dtype, rois) for name, (shape, dtype) in self.spec.row_arrays().items()}
-        if "features" in self.spec.fields:
-            arrays["features"] = ((), self.spec.dtype, self.elements)
-            if self.spec.dtype == "int8":
-                arrays["scale"] = ((len(self.spec.strides), self.spec.channels), "float32", len(self.index))
-        return arrays
+        rows = {"features": self.elements, "scale": len(self.index)}
+        return {
+            name: (shape, dtype, rows.get(name, self.record["rois"]))
+            for name, (shape, dtype, _) in array_layout(self.spec).items()
+            if name not in ("index", "file_names")
+        }
 
     def task(self, name: str, file: str, chunks: range, layout: Layout) -> Task:
         """The check of one file."""

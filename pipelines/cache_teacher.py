@@ -1,11 +1,10 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,7 @@ from kdpipe.cache.writer import CacheWriter
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
-from kdpipe.pipelines.dry_run import check_space
+from kdpipe.pipelines.dry_run import check_space, folder_bytes
 from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.ranks import Ranks
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
@@ -127,16 +126,16 @@ def cache_teacher(
         "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
         "data": source,
     }
+    ranks = ranks or Ranks()
     fresh = not out.exists()
     if fresh:
         check_space(teacher, data, data.images, spec, out)
     writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
+    pending = ranks.agreed(writer.pending)
     if not fresh:
-        missing = [data.images[i] for index in writer.pending() for i in writer.parts[index]]
-        check_space(teacher, data, missing, spec, out)
+        check_space(teacher, data, [data.images[i] for index in pending for i in writer.parts[index]], spec, out)
     writer.write_head(teacher.head_state())
-    ranks = ranks or Ranks()
-    new_images, seconds = _fill(writer, teacher, data, spec, options, console, ranks)
+    new_images, seconds = _fill(writer, pending, teacher, data, spec, options, console, ranks)
     cache = open_cache(out, allow_partial=not ranks.first)
     return CachingResult(
         path=out,
@@ -144,7 +143,7 @@ def cache_teacher(
         new_images=new_images,
         skipped=len(cache.skipped),
         seconds=seconds,
-        disk_bytes=_disk_bytes(out),
+        disk_bytes=folder_bytes(out),
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
     )
 
@@ -180,16 +179,6 @@ def prepare_teacher(
     return teacher, spec
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder in which others may be at work."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += (Path(parent) / name).stat().st_size
-    return total
-
-
 def _digest_model(cfg: Config) -> str:
     """Identity of what a config says of the model beyond its weights, such as how it normalises images."""
     model = {name: value for name, value in cfg.model.to_dict().items() if name != "train_cfg"}
@@ -208,6 +197,7 @@ def _test_scale(cfg: Config) -> tuple[int, int]:
 
 def _fill(
     writer: CacheWriter,
+    pending: Sequence[int],
     teacher: Teacher,
     data: DetectionData,
     spec: CacheSpec,
@@ -216,7 +206,6 @@ def _fill(
     ranks: Ranks,
 ) -> tuple[int, float]:
     """Write this process's share of the parts that are missing; returns images that all added, and seconds."""
-    pending = ranks.agreed(writer.pending)
     todo = sum(len(writer.parts[index]) for index in pending)
     if todo < len(data.images):
         console.print(f"{len(data.images) - todo} of {len(data.images)} images are cached already")

@@ -1,7 +1,8 @@
-"""COCO JSON, read with every entry checked."""
+"""COCO JSON, read with every entry checked, and written."""
 
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.images import image_size
 
-__all__ = ["Annotations", "CocoFile", "DataError", "read_coco"]
+__all__ = ["Annotations", "CocoFile", "DataError", "read_coco", "write_json"]
 
 
 class DataError(KdpipeError):
@@ -201,3 +202,12 @@ def _is_visible(box: Sequence[float], image: ImageInfo) -> bool:
     inside_x = min(x + width, image.width) - max(x, 0)
     inside_y = min(y + height, image.height) - max(y, 0)
     return width >= 1 and height >= 1 and inside_x > 0 and inside_y > 0
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file in one atomic act, also where several processes write the same; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(path)
+    return path

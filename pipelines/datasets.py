@@ -1,7 +1,5 @@
 """Detection data sets in COCO JSON, checked before anything is computed from them."""
 
-import json
-import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -12,7 +10,7 @@ import numpy.typing as npt
 
 from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.plan import ImageInfo
-from kdpipe.pipelines.coco import Annotations, DataError, read_coco
+from kdpipe.pipelines.coco import Annotations, DataError, read_coco, write_json
 from kdpipe.pipelines.images import ImageError, image_problem, read_image
 from kdpipe.pipelines.voc import convert_voc
 
@@ -126,11 +124,7 @@ class DetectionData:
                 {"id": each, "name": name} for each, name in zip(self.category_ids, self.class_names, strict=True)
             ],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(path)
-        return path
+        return write_json(path, content)
 
 
 def load_coco(ann_file: str | Path, img_dir: str | Path, limit: int | None = None) -> DetectionData:

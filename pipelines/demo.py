@@ -19,6 +19,7 @@ from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, load_coco
 from kdpipe.pipelines.demo_journal import Journal, Outcome
+from kdpipe.pipelines.dry_run import folder_bytes
 from kdpipe.pipelines.evaluate import evaluate
 from kdpipe.pipelines.shapes import draw_shapes
 from kdpipe.pipelines.sources import DataSource
@@ -160,7 +161,7 @@ def _draw(out: Path, settings: DemoSettings, console: Console) -> Outcome:
             progress.update(done, f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
         draw_shapes(out / "shapes", train=settings.train, val=settings.val, size=settings.size, progress=update)
-    return Outcome(size=_bytes(out / "shapes"))
+    return Outcome(size=folder_bytes(out / "shapes"))
 
 
 def _data(out: Path, split: str) -> DetectionData:
@@ -279,7 +280,3 @@ def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence
             *options,
         ),
     )
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,8 +1,10 @@
 """What caching a teacher will cost in bytes and time, measured on a few images before anything is written."""
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +22,7 @@ from kdpipe.pipelines.console import bytes_text
 from kdpipe.pipelines.datasets import DataError, DetectionData, ImageError, read_image
 from kdpipe.pipelines.teacher import Teacher
 
-__all__ = ["Estimate", "check_space", "estimate", "free_bytes", "print_estimate"]
+__all__ = ["Estimate", "check_space", "estimate", "folder_bytes", "free_bytes", "print_estimate"]
 
 _SAMPLES = 4
 
@@ -91,6 +93,16 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
         images_per_second=len(pyramids) / seconds,
         samples=len(pyramids),
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, in which other processes may be at work."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
+    return total
 
 
 def free_bytes(path: Path) -> int:

@@ -16,15 +16,13 @@ from kdpipe.cache.chunks import Layout, read_layout
 from kdpipe.cache.files import explained
 from kdpipe.cache.reader import TeacherCache, open_cache
 from kdpipe.cache.root import read_root
-from kdpipe.cache.schema import FORMAT_VERSION, CacheSpec
+from kdpipe.cache.schema import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
 from kdpipe.cache.targets import TeacherTargets
 from kdpipe.distill.methods import METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.console import bytes_text, plain
 
 __all__ = ["describe_cache", "describe_image", "inspect_cache"]
 
-# Arrays that belong to a field beside that of its own name.
-_PARTS_OF_FIELDS = {"scale": "features", "roi_scale": "roi_features"}
 _TOP_BOXES = 10
 _SHOWN = 20
 
@@ -42,7 +40,7 @@ def inspect_cache(path: Path, image_id: int | None, view: str | None, *, as_json
     Raises:
         CacheError: there is no cache, or its root is damaged; with an image also where that is not there, or damaged.
     """
-    values = describe_cache(path)
+    values = describe_cache(path) if as_json or image_id is None else {}
     if image_id is not None:
         cache = open_cache(path, allow_partial=True)
         values["image"] = describe_image(cache, image_id, view or cache.spec.views[0])
@@ -102,7 +100,7 @@ def _add_sizes(
     """Add the bytes of a part's files by field, and those of its arrays when decoded, padding of chunks left out."""
     for name, (size, _) in record["files"].items():
         array = name.split("/")[0]
-        field = _PARTS_OF_FIELDS.get(array, array if array in spec.fields else "index")
+        field = FIELD_OF_ARRAY.get(array, array if array in spec.fields else "index")
         disk[field] = disk.get(field, 0) + size
     sizes = {name: record["rois"] * size for name, size in spec.row_bytes().items()}
     if "features" in spec.fields:
@@ -112,7 +110,7 @@ def _add_sizes(
             sizes["scale"] = record["rows"] * len(spec.strides) * spec.channels * 4
     sizes["index"] = record["rows"] * _layout(folder, "index", spec).shape[1] * 8
     for array, size in sizes.items():
-        field = _PARTS_OF_FIELDS.get(array, array)
+        field = FIELD_OF_ARRAY.get(array, array)
         raw[field] = raw.get(field, 0) + size
 
 

@@ -16,7 +16,6 @@ from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.targets import TeacherRecord, TeacherTargets
 from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.configs import find_config, for_inference
 from kdpipe.pipelines.console import ProgressBar
 from kdpipe.pipelines.datasets import DetectionData, read_image
 from kdpipe.pipelines.recorded import recorded, recorded_config
@@ -79,7 +78,7 @@ def cached_teacher(
         CacheError: it is another teacher; both digests are named.
         KdpipeError: it cannot be loaded.
     """
-    cfg = for_inference(find_config(config)) if config else recorded_config(cache)
+    cfg = recorded_config(cache, config)
     teacher = load_teacher(load_checkpoint(ckpt, trust=trust), cfg, proposals=cache.spec.proposals, device=device)
     found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
     if found != wanted:

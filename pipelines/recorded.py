@@ -10,7 +10,7 @@ from mmengine.config import Config
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
-from kdpipe.pipelines.configs import ConfigError, for_inference, modernise, parse_literal_config
+from kdpipe.pipelines.configs import ConfigError, find_config, for_inference, modernise, parse_literal_config
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.sources import cached_data
 
@@ -25,13 +25,15 @@ def recorded(values: Mapping[str, Any], *names: str) -> Any:
     return found
 
 
-def recorded_config(cache: TeacherCache) -> Config:
-    """The teacher's config, read without executing it.
+def recorded_config(cache: TeacherCache, config: str | None) -> Config:
+    """The teacher's config: the one named, or the one that the cache records, read without executing it.
 
     Raises:
         CacheError: there is none.
-        ConfigError: it is more than plain values.
+        ConfigError: it cannot be read, or the recorded one is more than plain values.
     """
+    if config:
+        return for_inference(find_config(config))
     text = recorded(cache.metadata, "teacher", "config")
     if not isinstance(text, str):
         raise CacheError(f"The cache {cache.path} does not record its teacher's config. Name it: --config.")

@@ -140,7 +140,6 @@ def verify_teacher(
         KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
     """
     from kdpipe.pipelines.cached_ap import cached_ap
-    from kdpipe.pipelines.configs import find_config
     from kdpipe.pipelines.evaluate import metrics_table
     from kdpipe.pipelines.live import cached_teacher, compare_live, errors_table
     from kdpipe.pipelines.recorded import recorded_config, recorded_data
@@ -152,6 +151,5 @@ def verify_teacher(
         teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
         console.print(errors_table(compare_live(cache, teacher, data, sample, console)))
     if ap:
-        cfg = find_config(config) if config else recorded_config(cache)
         console.print("The teacher's AP, from the cache alone:")
-        console.print(metrics_table(cached_ap(cache, cfg, data, console)))
+        console.print(metrics_table(cached_ap(cache, recorded_config(cache, config), data, console)))

@@ -1,7 +1,5 @@
 """Pascal VOC folders, converted to COCO JSON."""
 
-import json
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.coco import write_json
 from kdpipe.pipelines.images import image_size
 
 __all__ = ["VOC_CLASSES", "VocError", "convert_voc"]
@@ -81,11 +80,7 @@ def convert_voc(voc_dir: str | Path, split: str, out_json: str | Path) -> Path:
         "annotations": [{"id": index, **box} for index, box in enumerate(boxes, 1)],
         "categories": [{"id": index, "name": name} for index, name in enumerate(classes, 1)],
     }
-    out_json.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_json.with_name(f"{out_json.name}.{secrets.token_hex(8)}.tmp")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(out_json)
-    return out_json
+    return write_json(out_json, content)
 
 
 def _split(voc_dir: Path, split: str) -> list[str]:

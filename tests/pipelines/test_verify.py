@@ -43,7 +43,7 @@ def found_by_teacher(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def ap_of_cache(path: Path) -> dict[str, float]:
     cache = open_cache(path)
-    return cached_ap(cache, recorded_config(cache), recorded_data(cache, ann_file=None, img_dir=None), QUIET)
+    return cached_ap(cache, recorded_config(cache, None), recorded_data(cache, ann_file=None, img_dir=None), QUIET)
 
 
 def test_ap_from_the_cache_is_that_of_the_live_teacher(kit: "Kit", work: Path, found_by_teacher: Path) -> None:
