@@ -234,6 +234,11 @@ def cache_teacher_command(
     show_default=True,
     help="12 epochs, or 24 with multi-scale.",
 )
+@click.option(
+    "--rois",
+    type=click.Choice(["teacher", "student"]),
+    help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
+)
 @click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
 @training_options
 @data_options
@@ -244,6 +249,7 @@ def train_student_command(
     methods: str,
     epochs: int | None,
     schedule: str,
+    rois: str | None,
     allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
@@ -274,7 +280,9 @@ def train_student_command(
     recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
-    result = train_student(config, cache, train, val, chosen, recipe, work_dir, resume=resume, console=console)
+    result = train_student(
+        config, cache, train, val, chosen, recipe, work_dir, rois=rois, resume=resume, console=console
+    )
     _report(console, result)
 
 

@@ -14,6 +14,8 @@ from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.source import CachedTeacher, check_serves_student_rois
+from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
 from kdpipe.pipelines.launch import is_first
@@ -31,9 +33,10 @@ from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 __all__ = ["check_data", "train_student"]
 
 _CACHE_FILE = "cache.json"
+_ROIS = {"num": 512, "positive_fraction": 0.25}
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
-    "rois": {"num": 512, "positive_fraction": 0.25},
+    "rois": _ROIS,
     "missing_view": "mirror",
     "weights": {},
     "sgfi": {"kernel_size": 1},
@@ -70,6 +73,7 @@ def train_student(
     recipe: Recipe,
     work_dir: Path,
     *,
+    rois: str | None = None,
     resume: bool,
     console: Console,
 ) -> TrainingResult:
@@ -83,6 +87,8 @@ def train_student(
         methods: Some of `METHODS`; empty trains without distillation.
         recipe: Schedule and options.
         work_dir: Where logs and checkpoints go.
+        rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
+            say what the teacher says of any box.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -107,7 +113,7 @@ def train_student(
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
     recorded = copy.deepcopy(cfg)
     if losses:
-        _distil(cfg, cache, methods, distill)
+        _distil(cfg, cache, methods, distill, _who_chooses(cache, rois, distill, console))
     _record_cache(cache, work_dir)
     return run_training(
         cfg,
@@ -174,13 +180,42 @@ def _identity(cache: TeacherCache) -> dict[str, Any]:
     return {**cache.identity, "spec": cache.spec.to_json()}
 
 
-def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict) -> None:
+def _who_chooses(cache: TeacherCache, asked: str | None, distill: ConfigDict, console: Console) -> str:
+    """Whose RoIs are used, said on the console with the reason.
+
+    Raises:
+        ContractError: The student's were asked for, and the cache cannot serve them; or options are for the teacher's.
+    """
+    chosen, why = asked or "student", "asked for" if asked else "the cache can say what the teacher says of any box"
+    if chosen == "student" and len(cache):
+        try:
+            check_serves_student_rois(cache)
+        except TeacherHeadError as error:
+            if asked:
+                raise ContractError(
+                    f"The cache {cache.path} cannot serve --rois student: {error}. Use --rois teacher."
+                ) from error
+            chosen, why = "teacher", f"the cache cannot serve those of the student: {error}"
+    for name, value in distill.rois.items():
+        if name not in _ROIS:
+            raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")
+        if chosen == "student" and value != _ROIS[name]:
+            raise ContractError(
+                f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
+                "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
+            )
+    console.print(f"RoIs: those of the {chosen} ({why}).")
+    return chosen
+
+
+def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict, rois: str) -> None:
     """Wrap the model of a config, and add the targets to its training pipeline."""
     dataset = cfg.train_dataloader.dataset
     transform = {
         "type": AddTeacherTargets.__name__,
         "cache": str(cache.path.resolve()),
         "needs": sorted(needed_fields(expand_methods(methods))),
+        "rois": rois,
         **distill.rois,
         "missing_view": distill.missing_view,
         "allow_partial": True,  # it was the caller's to refuse
@@ -191,6 +226,7 @@ def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: C
         "student": cfg.model,
         "spec": cache.spec.to_json(),
         "methods": list(methods),
+        "teacher": {"type": CachedTeacher.__name__, "cache": str(cache.path.resolve())},
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": distill.ckd,

@@ -145,15 +145,15 @@ def test_what_is_no_cache(kit: "Kit", work: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("array", ["features", "deltas"])
-def test_corrupt_cache(kit: "Kit", work: Path, array: str, workers: int) -> None:
+@pytest.mark.parametrize(("array", "rois"), [("features", "student"), ("features", "teacher"), ("deltas", "teacher")])
+def test_corrupt_cache(kit: "Kit", work: Path, array: str, rois: str, workers: int) -> None:
     shutil.copytree(kit.cache, work / "x.zarr")
     shard = max((work / "x.zarr" / "parts" / "00000" / array).glob("c*"), key=lambda file: file.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
     damaged = kit.tree(work / "x.zarr")
-    message = kit.refused(*kit.student_command(work / "w", cache=work / "x.zarr", workers=workers))
+    message = kit.refused(*kit.student_command(work / "w", "--rois", rois, cache=work / "x.zarr", workers=workers))
     assert f"The array '{array}' of part 0" in message
     assert "cache-teacher" in message
     assert len(message.splitlines()) < 5
