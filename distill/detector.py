@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.ckd import CKD, exclude_pairs
-from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.head_transfer import HeadTransfer
+from kdpipe.distill.methods import HEAD_TRANSFER, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -55,7 +56,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     Args:
         student: mmdet config of the student, or the built detector.
         spec: `CacheSpec.to_json()` of the teacher.
-        methods: Some of `sgfi`, `ckd`, `pred`, `cls`, `reg`, `careg`.
+        methods: Some of `METHODS`.
         teacher: Where targets come from: config of a `TeacherSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
@@ -63,6 +64,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
 
     Raises:
         ContractError: Student, cache and methods do not fit together.
+        HeadTransferError: The teacher's heads do not fit into the student.
     """
 
     def __init__(
@@ -98,6 +100,24 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self.exclude_iou = options.pop("exclude_iou", 0.5)
             self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, **options)
 
+        self._transfer: HeadTransfer | None = None
+        if HEAD_TRANSFER in methods:
+            self._transfer = HeadTransfer(detector, source.head_state())
+            self._transfer.copy()
+
+    def init_weights(self) -> None:
+        """As mmengine's, after which the heads are the teacher's again."""
+        super().init_weights()
+        if self._transfer is not None:
+            self._transfer.copy()
+
+    def train(self, mode: bool = True) -> "DistilledDetector":
+        """As torch's, but transferred heads do not train."""
+        super().train(mode)
+        if self._transfer is not None:
+            self._transfer.keep()
+        return self
+
     def _check_student(self, view: TwoStageStudent) -> None:
         if view.num_classes != self.spec.num_classes:
             raise ContractError(
@@ -132,7 +152,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         Raises:
             ContractError: `loss` without targets.
         """
-        if mode != "loss":
+        if mode != "loss" or not self.losses:
             return self.student(inputs, data_samples, mode)
         if not targets:
             raise ContractError(

@@ -226,7 +226,7 @@ def cache_teacher_command(
     "--methods",
     default="sgfi,ckd,pred",
     show_default=True,
-    help="Some of sgfi, ckd, pred; or none.",
+    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
 @click.option(

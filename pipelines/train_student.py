@@ -118,8 +118,9 @@ def train_student(
     if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
     recorded = copy.deepcopy(cfg)
-    if losses:
-        _distil(cfg, teacher, methods, distill, _who_chooses(teacher, rois, distill, console))
+    if methods:
+        chosen = _who_chooses(teacher, rois, distill, console) if losses else None
+        _distil(cfg, teacher, methods, distill, chosen)
     _record(teacher, work_dir)
     return run_training(
         cfg,
@@ -224,13 +225,14 @@ def _who_chooses(
 
 
 def _distil(
-    cfg: Config, teacher: TeacherCache | OnlineTeacher, methods: Sequence[str], distill: ConfigDict, rois: str
+    cfg: Config, teacher: TeacherCache | OnlineTeacher, methods: Sequence[str], distill: ConfigDict, rois: str | None
 ) -> None:
-    """Wrap the model of a config; where a cache is read, its training pipeline does that."""
+    """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
     if isinstance(teacher, OnlineTeacher):
         source = teacher.source
     else:
         source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
+    if rois is not None and isinstance(teacher, TeacherCache):
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
