@@ -241,6 +241,13 @@ def cache_teacher_command(
     type=click.Choice(["teacher", "student"]),
     help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
 )
+@click.option(
+    "--missing-view",
+    type=click.Choice(["mirror", "skip"]),
+    default="mirror",
+    show_default=True,
+    help="Flipped images of which that view is not cached: mirrored targets, or none.",
+)
 @click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
 @training_options
 @data_options
@@ -255,6 +262,7 @@ def train_student_command(
     epochs: int | None,
     schedule: str,
     rois: str | None,
+    missing_view: str,
     allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
@@ -297,7 +305,17 @@ def train_student_command(
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
     result = train_student(
-        config, teacher, train, val, chosen, recipe, work_dir, rois=rois, resume=resume, console=console
+        config,
+        teacher,
+        train,
+        val,
+        chosen,
+        recipe,
+        work_dir,
+        rois=rois,
+        missing_view=missing_view,
+        resume=resume,
+        console=console,
     )
     _report(console, result)
 

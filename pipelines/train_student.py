@@ -38,7 +38,6 @@ _ROIS = {"num": 512, "positive_fraction": 0.25}
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": _ROIS,
-    "missing_view": "mirror",
     "weights": {},
     "sgfi": {"kernel_size": 1},
     "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5},
@@ -75,6 +74,7 @@ def train_student(
     work_dir: Path,
     *,
     rois: str | None = None,
+    missing_view: str = "mirror",
     resume: bool,
     console: Console,
 ) -> TrainingResult:
@@ -90,6 +90,7 @@ def train_student(
         work_dir: Where logs and checkpoints go.
         rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
             say what the teacher says of any box.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -120,7 +121,7 @@ def train_student(
     recorded = copy.deepcopy(cfg)
     if methods:
         chosen = _who_chooses(teacher, rois, distill, console) if losses else None
-        _distil(cfg, teacher, methods, distill, chosen)
+        _distil(cfg, teacher, methods, distill, chosen, missing_view)
     _record(teacher, work_dir)
     return run_training(
         cfg,
@@ -225,7 +226,12 @@ def _who_chooses(
 
 
 def _distil(
-    cfg: Config, teacher: TeacherCache | OnlineTeacher, methods: Sequence[str], distill: ConfigDict, rois: str | None
+    cfg: Config,
+    teacher: TeacherCache | OnlineTeacher,
+    methods: Sequence[str],
+    distill: ConfigDict,
+    rois: str | None,
+    missing_view: str,
 ) -> None:
     """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
     if isinstance(teacher, OnlineTeacher):
@@ -239,7 +245,7 @@ def _distil(
             "needs": sorted(needed_fields(expand_methods(methods))),
             "rois": rois,
             **distill.rois,
-            "missing_view": distill.missing_view,
+            "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
         }
         dataset = cfg.train_dataloader.dataset

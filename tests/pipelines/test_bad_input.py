@@ -267,7 +267,7 @@ def test_checkpoint_to_resume_from_is_cut_short(kit: "Kit", work: Path) -> None:
         ("distill.ckd.colour=red", "colour"),
         ("distill.ckd.queue_size=many", "cannot be built"),
         ("distill.rois.colour=red", "colour"),
-        ("distill.missing_view=guess", "expected one of mirror, skip"),
+        ("distill.missing_view=skip", "Unknown option distill.missing_view"),
         ("distill.weights.reg=2", "none of the losses"),
         ("train_dataloader.dataset.pipeline.0.type=LoadNothing", "LoadNothing"),
         ("optim_wrapper.optimizer.type=Newton", "cannot be built"),
