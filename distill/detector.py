@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.ckd import CKD, exclude_pairs
 from kdpipe.distill.head_transfer import HeadTransfer
-from kdpipe.distill.methods import HEAD_TRANSFER, ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.methods import (
+    HEAD_TRANSFER,
+    ContractError,
+    check_contract,
+    expand_methods,
+    loss_name,
+    needed_fields,
+)
 from kdpipe.distill.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -21,6 +28,7 @@ from kdpipe.distill.prediction import (
 )
 from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
+from kdpipe.distill.shares import gradient_shares
 from kdpipe.distill.source import CachedTeacher, TeacherSource
 from kdpipe.distill.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
 from kdpipe.distill.teacher_head import TeacherHead
@@ -61,6 +69,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
         ckd: Options of `CKD`, and `exclude_iou` (0.5): pairs of one image that overlap more are no negatives.
+        share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
 
     Raises:
         ContractError: Student, cache and methods do not fit together.
@@ -76,6 +85,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         weights: Mapping[str, float] | None = None,
         sgfi: Mapping[str, Any] | None = None,
         ckd: Mapping[str, Any] | None = None,
+        share_interval: int = 50,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
         source: TeacherSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
@@ -100,6 +110,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self.exclude_iou = options.pop("exclude_iou", 0.5)
             self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, **options)
 
+        self.share_interval = share_interval
+        self._steps = 0
         self._transfer: HeadTransfer | None = None
         if HEAD_TRANSFER in methods:
             self._transfer = HeadTransfer(detector, source.head_state())
@@ -163,6 +175,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         losses.update(self._distill(student, own, targets))
+        if self.share_interval and self._steps % self.share_interval == 0:
+            losses |= gradient_shares(losses, own.pyramid)
+        self._steps += 1
         return losses
 
     def _distill(
@@ -179,7 +194,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if shown is not None:
             result |= self._at_head(student, rois, shown, said)
         for name in self.losses:
-            result[f"loss_{name}" if name in ("sgfi", "ckd") else f"loss_kd_{name}"] *= self.weights[name]
+            result[loss_name(name)] *= self.weights[name]
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
         counts["positive"] = int(rois.positive.sum())
         counts["negative"] = len(rois.positive) - counts["positive"]

@@ -41,6 +41,11 @@ def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(loss for loss in losses if loss != HEAD_TRANSFER)
 
 
+def loss_name(loss: str) -> str:
+    """The name of a distillation loss in the log, which must not be that of one of the student's own."""
+    return f"loss_{loss}" if loss in ("sgfi", "ckd") else f"loss_kd_{loss}"
+
+
 def needed_fields(losses: Sequence[str]) -> frozenset[str]:
     """What losses read of the teacher: some of `features`, `embeddings`, `logits`, `deltas`."""
     return frozenset(field for loss in losses for field in _NEEDS[loss])

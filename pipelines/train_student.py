@@ -41,6 +41,7 @@ DISTILL_DEFAULTS: dict[str, Any] = {
     "weights": {},
     "sgfi": {"kernel_size": 1},
     "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5},
+    "share_interval": 50,
 }
 
 
@@ -259,4 +260,5 @@ def _distil(
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": distill.ckd,
+        "share_interval": distill.share_interval,
     }

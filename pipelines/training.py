@@ -24,6 +24,7 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
+from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
@@ -322,6 +323,8 @@ def run_training(
     runner.cfg = recorded
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
+    runner.register_hook(FiniteHook())
+    runner.register_hook(UsefulLossesHook())
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
     first_step = runner.iter
     try:

@@ -196,3 +196,24 @@ def test_a_loss_that_does_not_show_its_rois_is_refused(pair: "type[Pair]") -> No
         model.student.extract_feat(prepared["inputs"])
     with pytest.raises(StudentError, match="--rois teacher"):
         _ = own.chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 3e4])
+def test_losses_are_finite_in_full_precision_beside_a_student_in_half(
+    pair: "type[Pair]", dtype: torch.dtype, size: float
+) -> None:
+    """Also where the outputs of its head are nearly as large as float16 can hold."""
+    model = detector(pair, *METHODS, share_interval=0)
+    head = model.student.roi_head.bbox_head
+    for layer in (head.fc_cls, head.fc_reg):
+        layer.register_forward_hook(lambda _, inputs, output: output / output.abs().max().clamp(min=1e-3) * size)
+    with torch.autocast("cpu", dtype=dtype):
+        losses = step(pair, model, [view(pair, 1), view(pair, 2, "mirrored")])
+    seen = {name: value for name, value in losses.items() if name in ("loss_sgfi", "loss_ckd") or "loss_kd" in name}
+    assert len(seen) == len(METHODS)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in seen.values())
+    torch.stack(list(seen.values())).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) > 50
+    assert size > 1 or all(torch.isfinite(gradient).all() for gradient in gradients)
