@@ -66,6 +66,14 @@ class TwoStageStudent:
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
                 "two-stage detector with a pyramid and one box head of fully connected layers (Faster R-CNN)."
             )
+        batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
+        moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
+        if moving:
+            raise StudentError(
+                f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are then no longer "
+                "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and let the data pipeline "
+                "scale the images."
+            )
         if not hasattr(detector.rpn_head, "prior_generator"):
             raise StudentError(
                 f"The student's {type(detector.rpn_head).__name__} has no anchors, which tell the strides of its "

@@ -313,6 +313,10 @@ def run_training(
     if resume:
         cfg.load_from = None  # mmengine would resume from there
     _make_reproducible(cfg, only_in)
+    if not torch.cuda.is_available():  # by itself, mmengine names a GPU to each process
+        unused = cfg.get("find_unused_parameters", False)
+        wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
+        cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
     # mmengine keeps log and figures by this name, of which a process may have several in one second
     cfg.experiment_name = f"{name}_{next(_RUNS)}"
     recorded = FormattedConfig(recorded)

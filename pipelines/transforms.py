@@ -14,11 +14,14 @@ from kdpipe.cache.reader import open_cache
 from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets, read_roi_targets
 from kdpipe.distill.teacher_view import TeacherView, read_teacher_view
 from kdpipe.pipelines.images import ImageError
+from kdpipe.pipelines.layouts import dictionaries
 
 __all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
 
 _RESIZES = ("Resize", "RandomResize", "RandomChoiceResize", "FixScaleResize")
 _MIXES = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp", "CopyPaste", "InstaBoost", "Albu", "CutOut")
+# Move pixels without leaving a trace in the `homography_matrix` of the sample.
+_MOVES = ("Expand", "MinIoURandomCrop", "RandomCenterCropPad", "RandomShift", "RandomAffine")
 _NEEDED = ("homography_matrix", "img_id", "img_path", "img_shape", "ori_shape")
 _PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
@@ -125,10 +128,11 @@ def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> 
         transform: Config of `AddTeacherTargets`.
 
     Raises:
-        KdpipeError: The pipeline ends otherwise, or mixes several images into one.
+        KdpipeError: The pipeline ends otherwise, mixes several images into one, or moves pixels without a record.
     """
     names = [step["type"] for step in pipeline]
-    mixing = [name for name in names if name in _MIXES]
+    every = [step.get("type") for step in dictionaries(list(pipeline))]
+    mixing = [name for name in every if name in (*_MIXES, *_MOVES)]
     if mixing:
         raise KdpipeError(
             f"The training pipeline uses {', '.join(mixing)}, which mixes several images or loses where a pixel came "

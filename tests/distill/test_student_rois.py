@@ -217,3 +217,14 @@ def test_losses_are_finite_in_full_precision_beside_a_student_in_half(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) > 50
     assert size > 1 or all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_a_student_that_resizes_whole_batches_is_refused(pair: "type[Pair]") -> None:
+    config = pair.student()
+    size = {"type": "BatchFixedSizePad", "size": (64, 64)}
+    config.data_preprocessor.batch_augments = [size]
+    TwoStageStudent(MODELS.build(config))
+    resize = {"type": "BatchSyncRandomResize", "random_size_range": (32, 64)}
+    config.data_preprocessor.batch_augments = [size, resize]
+    with pytest.raises(StudentError, match="BatchSyncRandomResize"):
+        TwoStageStudent(MODELS.build(config))

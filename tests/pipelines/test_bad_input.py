@@ -294,6 +294,11 @@ def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
     mosaic.train_dataloader.dataset.pipeline.insert(2, {"type": "Mosaic", "img_scale": (96, 128)})
     (work / "student.py").write_text(mosaic.pretty_text)
     assert "Mosaic" in kit.refused(*command, "student.py")
+    moved = kit.config()
+    crop = {"type": "RandomApply", "transforms": [{"type": "MinIoURandomCrop"}], "prob": 0.5}
+    moved.train_dataloader.dataset.pipeline.insert(2, crop)
+    (work / "student.py").write_text(moved.pretty_text)
+    assert "MinIoURandomCrop" in kit.refused(*command, "student.py")
 
 
 def test_devices_that_are_not_there(kit: "Kit", work: Path) -> None:
