@@ -293,4 +293,10 @@ def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
     assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
     message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
     assert "--rois teacher needs a cache" in message
+    head = kit.config()
+    head.model.roi_head.bbox_head.update(type="Shared4Conv1FCBBoxHead", conv_out_channels=16)
+    ckpt = kit.save_detector(work / "convs.pth", head)
+    message = kit.refused(*online(kit, work / "w", "--teacher-ckpt", ckpt))
+    assert "it has roi_head.bbox_head.shared_convs.0.conv" in message
+    assert "--rois teacher" in message
     assert not (work / "w" / "student.pth").exists()
