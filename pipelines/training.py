@@ -27,7 +27,7 @@ from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
-from kdpipe.pipelines.worker import init_worker, preload_workers
+from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
 
 __all__ = [
     "Recipe",
@@ -353,6 +353,7 @@ def run_training(
         ) from error
     finally:
         progress.close()
+        end_workers(loop.dataloader for loop in (runner._train_loop, runner._val_loop) if loop is not None)
     metrics = progress.metrics
     if metrics is None:  # not measured, or resumed where nothing was left to do
         scalars = {key: value.current() for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
