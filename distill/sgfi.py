@@ -51,7 +51,8 @@ def _level_weights(student_keys: Tensor, teacher_keys: Tensor, temperature: Tens
 
 def _mix(rois: Tensor, level_weights: Tensor) -> Tensor:
     """Weighted sum over the levels, Tensor[R, L, C, H, W] -> Tensor[R, C, H, W]."""
-    return torch.einsum("rl,rlchw->rchw", level_weights, rois)
+    channels_last = rois.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
+    return torch.einsum("rl,rlhwc->rhwc", level_weights, channels_last).permute(0, 3, 1, 2)
 
 
 def _imitation(mixed: Tensor, teacher: Tensor) -> Tensor:
