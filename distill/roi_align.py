@@ -113,15 +113,12 @@ def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:
     """
     channels = x.shape[1]
     flat = x.permute(0, 2, 3, 1).reshape(-1, channels)  # [N * H * W, C]
-    parts = []
+    pooled: Tensor = x.new_empty(count, windows[0].lines.shape[1], windows[0].columns.shape[1], channels)
     for window in windows:
         rois, lines, columns = len(window.rois), window.lines.shape[2], window.columns.shape[2]
         pixels = flat.index_select(0, window.pixels).view(rois, lines, columns * channels)
         down = (window.lines @ pixels).unflatten(2, (columns, channels))  # [r, height, columns, C]
-        parts.append(window.columns[:, None] @ down)  # [r, height, width, C]
-    pooled = parts[0].new_empty(count, *parts[0].shape[1:])
-    for window, part in zip(windows, parts, strict=True):
-        pooled[window.rois] = part
+        pooled[window.rois] = window.columns[:, None] @ down  # [r, height, width, C]
     return pooled
 
 

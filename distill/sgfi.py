@@ -1,5 +1,7 @@
 """Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,7 +82,8 @@ class SGFI(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise LossInputError(f"The kernel size of f_adapt must be odd and positive, found {kernel_size}.")
         widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
-        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=kernel_size // 2)
+        self._padding = kernel_size // 2
+        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
         self.embed = nn.Sequential(
             nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
             nn.ReLU(inplace=True),
@@ -128,7 +131,7 @@ class SGFI(nn.Module):
 
         f_adapt and the first convolution of f_embed, with nothing between them, are one convolution.
         """
-        first = self.embed[0]
+        first: Any = self.embed[0]
         weight = functional.conv2d(
             self.adapt.weight.transpose(0, 1), first.weight.flip(2, 3), padding=first.kernel_size[0] - 1
         ).transpose(0, 1)  # [C / 2, student channels, 3, 3] for an f_adapt of 1 x 1
@@ -139,7 +142,7 @@ class SGFI(nn.Module):
             weight.contiguous(memory_format=layout),
             bias,
             first.stride,
-            self.adapt.padding,
+            self._padding,
         )
         keys: Tensor = self.embed[1:](hidden)
         return keys

@@ -45,7 +45,7 @@ def end_workers(loaders: Iterable[Any]) -> None:
     of leaked semaphores.
     """
     for loader in loaders:
-        iterator = getattr(loader, "_iterator", None)
+        iterator: Any = getattr(loader, "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
             loader._iterator = None
