@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = 128  # RoIs at a time, at most
-_VALUES = 1 << 23  # pixels times channels that are gathered at a time, where one RoI is not larger
+_VALUES = 1 << 23  # pixels times channels gathered at a time, where one RoI has not more
 _LARGEST = 1 << 14  # side of a RoI, in pixels of the map, that is still an ordinary one
 
 
@@ -63,41 +63,50 @@ def roi_windows(
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not aligned:
         sides = sides.clamp(min=1.0)
+    left, columns, wide = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
+    top, lines, high = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
+    images = rois[:, 0].long()
     windows = []
-    for part in _similar((sides.ceil() + 2).clamp(min=2).prod(dim=1) * channels):
-        ys, lines = _axis(starts[part, 1], sides[part, 1], size[0], height, sampling_ratio)
-        xs, columns = _axis(starts[part, 0], sides[part, 0], size[1], width, sampling_ratio)
-        rows = rois[part, 0].long()[:, None] * height + ys  # [r, lines]
-        pixels = rows[:, :, None] * width + xs[:, None, :]  # [r, lines, columns]
-        windows.append(Windows(part, pixels.flatten(), lines, columns))
+    for part in _similar(high, wide, channels):
+        ys = torch.arange(int(high[part].amax()), device=rois.device)
+        xs = torch.arange(int(wide[part].amax()), device=rois.device)
+        rows = images[part, None] * height + (top[part, None] + ys).clamp(max=height - 1)  # [r, lines]
+        pixels = rows[:, :, None] * width + (left[part, None, None] + xs).clamp(max=width - 1)  # [r, lines, columns]
+        windows.append(Windows(part, pixels.flatten(), lines[part, :, : len(ys)], columns[part, :, : len(xs)]))
     return windows
 
 
-def _similar(values: Tensor) -> Iterator[Tensor]:
-    """Indices of RoIs, those of about the same size together; `values`, Tensor[R], is what each will gather."""
-    order = values.argsort(stable=True)
-    sizes = values[order].tolist()
-    begin = 0
-    for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or end - begin == _CHUNK or (end - begin + 1) * sizes[end] > _VALUES:
-            yield order[begin:end]
-            begin = end
-
-
-def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the pixels of each window, Tensor[r, s] in [0, limit), and weights in each bin, [r, bins, s]."""
+def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows along one axis: first pixels, Tensor[R], weights, Tensor[R, bins, s], and lengths, Tensor[R]."""
     step = (side / bins)[:, None, None]
     points = step.ceil() if sampling_ratio <= 0 else torch.full_like(step, sampling_ratio)
     number = torch.arange(max(int(points.amax()), 1), dtype=side.dtype, device=side.device)
     at = start[:, None, None] + torch.arange(bins, dtype=side.dtype, device=side.device)[:, None] * step
-    at = at + (number + 0.5) * step / points.clamp(min=1)  # [r, bins, points]
-    valid = (number < points) & (at >= -1) & (at <= limit)
+    at = at + (number + 0.5) * step / points.clamp(min=1)  # [R, bins, points]
+    share = ((number < points) & (at >= -1) & (at <= limit)) / points.clamp(min=1)
     at = torch.where(number < points, at, at[..., :1]).clamp(0, limit - 1)
-    first = at.amin(dim=(1, 2)).floor()
-    span = int((at.amax(dim=(1, 2)).floor() - first).amax()) + 2
-    cells = first[:, None] + torch.arange(span, dtype=side.dtype, device=side.device)  # [r, s]
-    near = (1 - (at[..., None] - cells[:, None, None]).abs()).clamp(min=0) * valid[..., None]  # [r, bins, points, s]
-    return cells.long().clamp(max=limit - 1), near.sum(dim=2) / points.clamp(min=1)
+    low = at.floor()
+    first = low.amin(dim=(1, 2))
+    length = (low.amax(dim=(1, 2)) - first).long() + 2
+    upper = at - low
+    taps = (low - first[:, None, None]).long()
+    weights = at.new_zeros(len(start), bins, int(length.amax()))
+    weights.scatter_add_(2, taps, (1 - upper) * share).scatter_add_(2, taps + 1, upper * share)
+    return first.long(), weights, length
+
+
+def _similar(high: Tensor, wide: Tensor, channels: int) -> Iterator[Tensor]:
+    """Indices of RoIs whose windows, Tensor[R] pixels high and wide, are alike to a factor of two each way."""
+    octaves = torch.stack([high, wide]).log2().ceil()  # [2, R]
+    kinds = octaves[0] * 64 + octaves[1]
+    order = kinds.argsort(stable=True)
+    room = (_VALUES / channels / octaves.sum(dim=0).exp2()).clamp(1, _CHUNK)[order].tolist()
+    kind = kinds[order].tolist()
+    begin = 0
+    for end in range(1, len(kind) + 1):
+        if end == len(kind) or kind[end] != kind[begin] or end - begin >= int(room[begin]):
+            yield order[begin:end]
+            begin = end
 
 
 def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:

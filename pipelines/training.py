@@ -24,6 +24,7 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
+from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
@@ -387,3 +388,5 @@ def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         if loader is not None:
             loader.worker_init_fn = {"type": init_worker.__name__}
+            if loader.num_workers:
+                loader.collate_fn = {"type": pack_batch.__name__}
