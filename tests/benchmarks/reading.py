@@ -101,6 +101,17 @@ def open_kdpipe(folder: Path) -> Read:
     return read
 
 
+def write_raw(folder: Path, content: Iterable[Sample]) -> None:
+    for number, sample in enumerate(content):
+        for fields in (FIELDS, ROI_FIELDS):
+            data = b"".join(sample[field].tobytes() for field in fields)
+            (folder / f"{number}.{len(fields)}").write_bytes(data)
+
+
+def open_raw(folder: Path) -> Read:
+    return lambda number, fields: [np.fromfile(folder / f"{number}.{len(fields)}", np.uint8)]
+
+
 def write_npy(folder: Path, content: Iterable[Sample]) -> None:
     for number, sample in enumerate(content):
         for field, values in sample.items():
@@ -241,6 +252,7 @@ class Store:
 STORES = {
     "kdpipe, zstd": Store(None, None, open_kdpipe, "zstd"),
     "kdpipe, none": Store(None, None, open_kdpipe, "none"),
+    "np.fromfile, the limit": Store(None, write_raw, open_raw, "raw"),
     "a .npy per array": Store(None, write_npy, open_npy, "npy"),
     "torch.save per image": Store(None, write_torch, open_torch, "torch"),
     "HDF5": Store("h5py", write_hdf5, open_hdf5, "hdf5"),
