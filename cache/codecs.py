@@ -43,9 +43,11 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
         scale 0 and values 0. A channel that is not finite has a scale that is not finite.
     """
     values = values.detach().float()
-    scale = values.abs().amax(dim=(-2, -1)) / INT8_MAX
+    # Without a copy of the values, which is larger than all caches; abs: a zero has no sign.
+    largest, smallest = values.amax(dim=(-2, -1)), values.amin(dim=(-2, -1))
+    scale = torch.maximum(largest, -smallest).abs() / INT8_MAX
     steps = values / torch.where(scale > 0, scale, 1.0)[..., None, None]
-    return steps.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    return steps.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
