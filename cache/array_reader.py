@@ -148,7 +148,7 @@ class ArrayReader:
     def _open(self, shard: int, files: ExitStack) -> tuple[int, npt.NDArray[np.uint64]]:
         """Descriptor of a shard's file and its index, of the chunks that are there."""
         name = self._name(shard)
-        file = os.open(self._folder / name, os.O_RDONLY)
+        file = os.open(f"{self._folder}/{name}", os.O_RDONLY)  # quicker than a Path
         files.callback(os.close, file)
         size, expected = os.fstat(file).st_size, self._sizes.get(name)
         if size != expected:
