@@ -1,6 +1,7 @@
 """DistilledDetector: a student and its distillation losses, and nothing of the teacher."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.ckd import CKD, exclude_pairs
-from kdpipe.distill.methods import ContractError, check_contract, expand_methods
+from kdpipe.distill.head_transfer import HeadTransfer
+from kdpipe.distill.methods import (
+    HEAD_TRANSFER,
+    ContractError,
+    check_contract,
+    expand_methods,
+    loss_name,
+    needed_fields,
+)
 from kdpipe.distill.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -19,42 +28,52 @@ from kdpipe.distill.prediction import (
 )
 from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
-from kdpipe.distill.targets import RoiTargets, teacher_roi_features
-from kdpipe.distill.two_stage import TwoStageStudent
+from kdpipe.distill.shares import gradient_shares
+from kdpipe.distill.source import CachedTeacher, TeacherSource
+from kdpipe.distill.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
+from kdpipe.distill.teacher_head import TeacherHead
+from kdpipe.distill.teacher_view import TeacherView, ask_teacher
+from kdpipe.distill.two_stage import OwnLoss, TwoStageStudent
+
+MODELS.register_module(module=CachedTeacher)
 
 
 @MODELS.register_module()
 class DistilledPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]
-    """The student's own preprocessor, with the teacher's targets carried to the same device beside the images."""
+    """The student's own preprocessor, with what the teacher says put beside the images, on the same device."""
 
-    def __init__(self, student: Any) -> None:
+    def __init__(self, student: Any, teacher: TeacherSource) -> None:
         super().__init__()
         self.student = student
+        self.teacher = teacher
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        targets = data.get("targets")
+        # a live teacher looks at the images before the student's normalisation
+        targets = self.teacher.targets(data, self.device) if training else ()
         prepared = dict(self.student(data, training))
-        if targets is not None:
-            prepared["targets"] = [target.to(self.device) for target in targets]
-        return prepared
+        return {**prepared, "targets": targets} if targets else prepared
 
 
 @MODELS.register_module()
 class DistilledDetector(BaseModel):  # type: ignore[misc]
-    """A student detector that also learns from cached targets (G-DetKD).
+    """A student detector that also learns what a teacher says (G-DetKD).
 
-    The loss is the student's own plus the weighted sum of the chosen distillation losses, all at the same RoIs.
+    The loss is the student's own plus the weighted sum of the chosen distillation losses, all at the same RoIs: those
+    that the targets are for, or those of the student's own sampler where the teacher can be asked about any box.
 
     Args:
         student: mmdet config of the student, or the built detector.
-        spec: `CacheSpec.to_json()` of the cache.
-        methods: Some of `sgfi`, `ckd`, `pred`, `cls`, `reg`, `careg`.
+        spec: `CacheSpec.to_json()` of the teacher.
+        methods: Some of `METHODS`.
+        teacher: Where targets come from: config of a `TeacherSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
         ckd: Options of `CKD`, and `exclude_iou` (0.5): pairs of one image that overlap more are no negatives.
+        share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
 
     Raises:
         ContractError: Student, cache and methods do not fit together.
+        HeadTransferError: The teacher's heads do not fit into the student.
     """
 
     def __init__(
@@ -62,13 +81,17 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         student: Any,
         spec: Mapping[str, Any],
         methods: Sequence[str],
+        teacher: Any,
         weights: Mapping[str, float] | None = None,
         sgfi: Mapping[str, Any] | None = None,
         ckd: Mapping[str, Any] | None = None,
+        share_interval: int = 50,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
-        super().__init__(data_preprocessor=DistilledPreprocessor(detector.data_preprocessor))
+        source: TeacherSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
+        super().__init__(data_preprocessor=DistilledPreprocessor(detector.data_preprocessor, source))
         self.student: Any = detector
+        self.teacher = source
         self.spec = CacheSpec.from_json(spec)
         self.losses = expand_methods(methods)
         check_contract(self.spec, self.losses)
@@ -87,6 +110,26 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self.exclude_iou = options.pop("exclude_iou", 0.5)
             self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, **options)
 
+        self.share_interval = share_interval
+        self._steps = 0
+        self._transfer: HeadTransfer | None = None
+        if HEAD_TRANSFER in methods:
+            self._transfer = HeadTransfer(detector, source.head_state())
+            self._transfer.copy()
+
+    def init_weights(self) -> None:
+        """As mmengine's, after which the heads are the teacher's again."""
+        super().init_weights()
+        if self._transfer is not None:
+            self._transfer.copy()
+
+    def train(self, mode: bool = True) -> "DistilledDetector":
+        """As torch's, but transferred heads do not train."""
+        super().train(mode)
+        if self._transfer is not None:
+            self._transfer.keep()
+        return self
+
     def _check_student(self, view: TwoStageStudent) -> None:
         if view.num_classes != self.spec.num_classes:
             raise ContractError(
@@ -99,12 +142,16 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
                 "class-agnostic. Set model.roi_head.bbox_head.reg_class_agnostic=False, or use --methods cls,reg."
             )
 
+    @cached_property
+    def _head(self) -> TeacherHead:
+        return TeacherHead(self.teacher.head_state(), self.spec)
+
     def forward(
         self,
         inputs: Tensor,
         data_samples: Any = None,
         mode: str = "tensor",
-        targets: Sequence[RoiTargets] | None = None,
+        targets: Sequence[RoiTargets] | Sequence[TeacherView] = (),
     ) -> Any:
         """As mmdet's detectors; `loss` mode wants `targets`, one per image.
 
@@ -112,80 +159,87 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             inputs: Tensor[B, 3, H, W], normalised and padded.
             data_samples: One `DetDataSample` per image.
             mode: `tensor`, `predict` or `loss`.
-            targets: The teacher's, one `RoiTargets` per image.
+            targets: What the teacher source gave of each image.
 
         Raises:
             ContractError: `loss` without targets.
         """
-        if mode != "loss":
+        if mode != "loss" or not self.losses:
             return self.student(inputs, data_samples, mode)
-        if targets is None:
+        if not targets:
             raise ContractError(
                 "A batch came without the teacher's targets. Add dict(type='AddTeacherTargets', ...) as the last "
                 "transform of the training pipeline."
             )
-        view = TwoStageStudent(self.student)
-        with view.watch_pyramid() as pyramid:
+        student = TwoStageStudent(self.student)
+        with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
-        losses.update(self._distill(view, pyramid, targets))
+        losses.update(self._distill(student, own, targets))
+        if self.share_interval and self._steps % self.share_interval == 0:
+            losses |= gradient_shares(losses, own.pyramid)
+        self._steps += 1
         return losses
 
     def _distill(
-        self, view: TwoStageStudent, pyramid: list[Tensor], targets: Sequence[RoiTargets]
+        self, student: TwoStageStudent, own: OwnLoss, targets: Sequence[RoiTargets] | Sequence[TeacherView]
     ) -> dict[str, Tensor]:
         """All distillation losses and the counts that go to the log."""
-        image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
-        boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
-        rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
+        rois, shown, said = self._at_rois(student, own, targets)
         result: dict[str, Tensor] = {}
-        if "sgfi" in self.losses:
-            loss, levels = self._sgfi(view, pyramid, rois, targets)
+        if said.features is not None:
+            loss, levels = self._sgfi(student, own.pyramid, rois, said.features)
             result["loss_sgfi"] = loss
             result["sgfi_temperature"] = self.sgfi.temperature.detach()
             result |= {f"sgfi_level{i}": weight for i, weight in enumerate(levels)}
-        if set(self.losses) - {"sgfi"}:
-            result |= self._at_head(view, pyramid, rois, image, targets)
+        if shown is not None:
+            result |= self._at_head(student, rois, shown, said)
         for name in self.losses:
-            result[f"loss_{name}" if name in ("sgfi", "ckd") else f"loss_kd_{name}"] *= self.weights[name]
+            result[loss_name(name)] *= self.weights[name]
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
-        counts["positive"] = sum(x.num_positive for x in targets)
-        counts["rois"] = rois.shape[0]
-        return result | {f"kd_{name}": boxes.new_tensor(float(value)) for name, value in counts.items()}
+        counts["positive"] = int(rois.positive.sum())
+        counts["negative"] = len(rois.positive) - counts["positive"]
+        return result | {f"kd_{name}": rois.rois.new_tensor(float(value)) for name, value in counts.items()}
+
+    def _at_rois(
+        self, student: TwoStageStudent, own: OwnLoss, targets: Sequence[RoiTargets] | Sequence[TeacherView]
+    ) -> tuple[BatchRois, HeadOutputs | None, Answers]:
+        """The RoIs of this step, what the student's head says of them where a loss wants to know, and the teacher."""
+        needs = needed_fields(self.losses)
+        views = [target for target in targets if isinstance(target, TeacherView)]
+        if views:
+            kept = torch.tensor([view.view != "skipped" for view in views], device=own.chosen.rois.device)
+            kept = kept[own.chosen.rois[:, 0].long()]  # [R]
+            rois = own.chosen.select(kept)
+            return rois, own.outputs.select(kept), ask_teacher(views, rois, self._head, self.spec, needs)
+        rois, said = join_targets([x for x in targets if isinstance(x, RoiTargets)], self.spec, needs)
+        shown = student.outputs(own.pyramid, rois.rois) if needs - {"features"} else None
+        return rois, shown, said
 
     def _sgfi(
-        self, view: TwoStageStudent, pyramid: list[Tensor], rois: Tensor, targets: Sequence[RoiTargets]
+        self, student: TwoStageStudent, pyramid: list[Tensor], rois: BatchRois, teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
-        teacher = torch.cat([teacher_roi_features(x, self.spec) for x in targets])  # [P, C, 7, 7]
-        positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(rois.device)  # [R]
-        student = roi_align_levels(pyramid, view.strides, rois[positive], self.spec.roi_size)  # [P, L, C, 7, 7]
-        loss, weights = self.sgfi(student, teacher)
+        positive = rois.rois[rois.positive]
+        ours = roi_align_levels(pyramid, student.strides, positive, self.spec.roi_size)  # [P, L, C, 7, 7]
+        loss, weights = self.sgfi(ours, teacher)
         mean = weights.detach().sum(0) / max(1, weights.shape[0])  # [L]
         return loss, mean
 
     def _at_head(
-        self, view: TwoStageStudent, pyramid: list[Tensor], rois: Tensor, image: Tensor, targets: Sequence[RoiTargets]
+        self, student: TwoStageStudent, rois: BatchRois, shown: HeadOutputs, said: Answers
     ) -> dict[str, Tensor]:
         """The losses that look at the outputs of the box head."""
-        student = view.outputs(pyramid, rois)
         result: dict[str, Tensor] = {}
-        if "ckd" in self.losses:
-            embeddings = _joined(targets, "embeddings")
-            exclude = exclude_pairs(rois[:, 1:], image, self.exclude_iou)
-            result["loss_ckd"] = self.ckd(student.embeddings, embeddings, exclude)
-            result["ckd_queue"] = self.ckd.queue.count.to(rois)
-        if "cls" in self.losses:
-            result["loss_kd_cls"] = classification_kd_loss(student.logits, _joined(targets, "logits"))
-        if "reg" in self.losses or "careg" in self.losses:
-            deltas = _joined(targets, "deltas")
-            ours = recode_deltas(student.deltas, view.box_means, view.box_stds, self.spec.box_means, self.spec.box_stds)
+        if said.embeddings is not None:
+            exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long(), self.exclude_iou)
+            result["loss_ckd"] = self.ckd(shown.embeddings, said.embeddings.float(), exclude)
+            result["ckd_queue"] = self.ckd.queue.count.to(rois.rois)
+        if "cls" in self.losses and said.logits is not None:
+            result["loss_kd_cls"] = classification_kd_loss(shown.logits, said.logits)
+        if said.deltas is not None:
+            spec = self.spec
+            ours = recode_deltas(shown.deltas, student.box_means, student.box_stds, spec.box_means, spec.box_stds)
             if "reg" in self.losses:
-                labels = torch.cat([x.labels for x in targets])
-                result["loss_kd_reg"] = regression_kd_loss(ours, deltas, labels, self.spec.num_classes)
-            if "careg" in self.losses:
-                result["loss_kd_careg"] = class_aware_regression_kd_loss(ours, deltas, _joined(targets, "logits"))
+                result["loss_kd_reg"] = regression_kd_loss(ours, said.deltas, rois.labels, spec.num_classes)
+            if "careg" in self.losses and said.logits is not None:
+                result["loss_kd_careg"] = class_aware_regression_kd_loss(ours, said.deltas, said.logits)
         return result
-
-
-def _joined(targets: Sequence[RoiTargets], field: str) -> Tensor:
-    """A field of all images, one after the other, in float32."""
-    return torch.cat([getattr(target, field).float() for target in targets])

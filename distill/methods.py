@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CacheSpec
 
-METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg")
+HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
+METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg", HEAD_TRANSFER)
 
 # What each loss reads of the teacher.
 _NEEDS = {
@@ -23,7 +24,7 @@ class ContractError(KdpipeError):
 
 
 def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The single losses of a choice of methods: `pred` is `cls` and `careg`.
+    """The single losses of a choice of methods: `pred` is `cls` and `careg`, and `ht` is none.
 
     Raises:
         ContractError: An unknown method, or a method twice.
@@ -37,7 +38,12 @@ def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
     losses = [loss for name in methods for loss in (("cls", "careg") if name == "pred" else (name,))]
     if len(set(losses)) < len(losses):
         raise ContractError(f"--methods {','.join(methods)} names a loss twice (pred is cls and careg).")
-    return tuple(losses)
+    return tuple(loss for loss in losses if loss != HEAD_TRANSFER)
+
+
+def loss_name(loss: str) -> str:
+    """The name of a distillation loss in the log, which must not be that of one of the student's own."""
+    return f"loss_{loss}" if loss in ("sgfi", "ckd") else f"loss_kd_{loss}"
 
 
 def needed_fields(losses: Sequence[str]) -> frozenset[str]:

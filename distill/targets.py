@@ -1,6 +1,6 @@
 """What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -16,6 +16,62 @@ from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_feat
 from kdpipe.distill.rois import assign_levels, roi_align_assigned, sample_rois
 
 MISSING_VIEWS = ("mirror", "skip")
+ROIS = ("teacher", "student")
+
+
+@dataclass(frozen=True)
+class BatchRois:
+    """R RoIs of a batch; those of an image lie together, its positives first.
+
+    Attributes:
+        rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.
+        labels: Tensor[R] int64, number of classes = background.
+        positive: Tensor[R] bool.
+    """
+
+    rois: Tensor
+    labels: Tensor
+    positive: Tensor
+
+    def select(self, rows: Tensor) -> "BatchRois":
+        """Those of a mask or of row numbers."""
+        return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What a box head says of R RoIs.
+
+    Attributes:
+        embeddings: Tensor[R, D], input of the classifier layer.
+        logits: Tensor[R, K + 1], background last.
+        deltas: Tensor[R, K or 1, 4], normalised by the box coder of that head.
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+    def select(self, rows: Tensor) -> "HeadOutputs":
+        """Those of a mask or of row numbers."""
+        return HeadOutputs(self.embeddings[rows], self.logits[rows], self.deltas[rows])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher says of the RoIs of a batch, in the student's orientation. What no loss asks for is None.
+
+    Attributes:
+        features: Tensor[P, C, size, size] float32, RoI features of the positives.
+        embeddings: Tensor[R, D].
+        logits: Tensor[R, K + 1], background last.
+        deltas: Tensor[R, K or 1, 4], normalised by the teacher's box coder.
+    """
+
+    features: Tensor | None = None
+    embeddings: Tensor | None = None
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,28 +102,39 @@ class RoiTargets:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RoiTargets":
         """The same on another device; stored types stay as they are, int8 included."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "RoiTargets":
         """The same in page-locked memory; torch's DataLoader calls this."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-Targets = TypeVar("Targets", RoiTargets, TeacherTargets)
+Targets = TypeVar("Targets")
 
 
-def _map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets:
+def map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets:
     """Apply a function to every tensor of a dataclass, and of the dataclasses and tuples inside it."""
     changed: dict[str, object] = {}
-    for field in fields(value):
+    for field in fields(value):  # type: ignore[arg-type]
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             changed[field.name] = function(item)
         elif isinstance(item, TeacherTargets):
-            changed[field.name] = _map_tensors(item, function)
+            changed[field.name] = map_tensors(item, function)
         elif isinstance(item, tuple) and any(isinstance(part, Tensor) for part in item):
             changed[field.name] = tuple(function(part) if isinstance(part, Tensor) else part for part in item)
-    return replace(value, **changed)  # type: ignore[arg-type]
+    return replace(value, **changed)  # type: ignore[type-var]
+
+
+def cached_view(spec: CacheSpec, matrix: npt.NDArray[np.float64]) -> tuple[str, bool]:
+    """Which of the cached views is nearest to what the student sees, and whether it has to be mirrored.
+
+    Raises:
+        ViewError: The student's view is rotated, sheared or upside down.
+    """
+    flipped = is_flipped(matrix)
+    view = "hflip" if flipped and "hflip" in spec.views else spec.views[0]
+    return view, flipped != (view == "hflip")
 
 
 def read_roi_targets(
@@ -104,9 +171,7 @@ def read_roi_targets(
         ViewError: The student's view is rotated, sheared or upside down.
     """
     spec = cache.spec
-    flipped = is_flipped(matrix)
-    view = "hflip" if flipped and "hflip" in spec.views else spec.views[0]
-    mirrored = flipped != (view == "hflip")
+    view, mirrored = cached_view(spec, matrix)
     if mirrored and missing_view == "skip":
         return _no_rois(spec, needs)
 
@@ -193,3 +258,23 @@ def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
             spec.roi_aligned,
         )
     return mirror_features(features) if targets.view == "mirrored" else features
+
+
+def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collection[str]) -> tuple[BatchRois, Answers]:
+    """The RoIs of a batch, and what the teacher said of them.
+
+    Args:
+        targets: Of each image.
+        spec: Of the cache that they came from.
+        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
+    """
+    image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
+    boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
+    positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(boxes.device)
+    rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
+    said: dict[str, Tensor] = {
+        name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name != "features"
+    }
+    if "features" in needs:
+        said["features"] = torch.cat([teacher_roi_features(x, spec) for x in targets])  # [P, C, size, size]
+    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)

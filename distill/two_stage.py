@@ -2,31 +2,51 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.targets import BatchRois, HeadOutputs
 
 
 class StudentError(KdpipeError):
     """The student is of a family, or has a head, that the distillation cannot address."""
 
 
-@dataclass(frozen=True)
-class HeadOutputs:
-    """What the student's box head says of R RoIs.
+class OwnLoss:
+    """What the student made while it computed its own loss.
 
     Attributes:
-        embeddings: Tensor[R, D], input of the classifier layer.
-        logits: Tensor[R, K + 1], background last.
-        deltas: Tensor[R, K or 1, 4], normalised by the student's box coder.
+        pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
     """
 
-    embeddings: Tensor
-    logits: Tensor
-    deltas: Tensor
+    def __init__(self) -> None:
+        self.pyramid: list[Tensor] = []
+        self._at_rois: tuple[BatchRois, HeadOutputs] | None = None
+
+    def keep(self, rois: BatchRois, outputs: HeadOutputs) -> None:
+        """Take in the RoIs of the student's sampler, and what its box head says of them."""
+        self._at_rois = rois, outputs
+
+    @property
+    def chosen(self) -> BatchRois:
+        """The RoIs that the student's own sampler chose."""
+        return self._found()[0]
+
+    @property
+    def outputs(self) -> HeadOutputs:
+        """Of the student's box head at these RoIs, part of the graph of its own loss."""
+        return self._found()[1]
+
+    def _found(self) -> tuple[BatchRois, HeadOutputs]:
+        if self._at_rois is None:
+            raise StudentError(
+                "The student's own loss did not show which RoIs it sampled: its RoI head computes the loss in a way of "
+                "its own. Use --rois teacher."
+            )
+        return self._at_rois
 
 
 class TwoStageStudent:
@@ -46,6 +66,14 @@ class TwoStageStudent:
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
                 "two-stage detector with a pyramid and one box head of fully connected layers (Faster R-CNN)."
             )
+        batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
+        moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
+        if moving:
+            raise StudentError(
+                f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are then no longer "
+                "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and let the data pipeline "
+                "scale the images."
+            )
         if not hasattr(detector.rpn_head, "prior_generator"):
             raise StudentError(
                 f"The student's {type(detector.rpn_head).__name__} has no anchors, which tell the strides of its "
@@ -62,22 +90,52 @@ class TwoStageStudent:
         self.box_stds: Sequence[float] = head.bbox_coder.stds
 
     @contextmanager
-    def watch_pyramid(self) -> Iterator[list[Tensor]]:
-        """Collect the pyramid that the neck makes while the detector computes its own loss.
+    def watch(self) -> Iterator["OwnLoss"]:
+        """Collect pyramid, RoIs and outputs of the box head while the detector makes them for its own loss.
+
+        Nothing is computed twice and no random number is drawn, so that the detector's own loss stays what it is.
 
         Yields:
-            A list that holds the levels, Tensor[B, C, h_l, w_l], after the forward pass.
+            What is filled in by the forward pass.
         """
-        pyramid: list[Tensor] = []
+        own = OwnLoss()
+        embeddings: list[Tensor] = []
+        loss_and_target = self.head.loss_and_target
 
-        def keep(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
-            pyramid[:] = outputs
+        def keep_pyramid(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
+            own.pyramid[:] = outputs
 
-        handle = self.detector.neck.register_forward_hook(keep)
+        def keep_embeddings(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            embeddings[:] = inputs
+
+        def keep_rois(cls_score: Tensor, bbox_pred: Tensor, rois: Tensor, sampling_results: Any, **options: Any) -> Any:
+            own.keep(self._chosen(rois, sampling_results), self._outputs(embeddings[0], cls_score, bbox_pred))
+            return loss_and_target(cls_score, bbox_pred, rois, sampling_results, **options)
+
+        hooks = (
+            self.detector.neck.register_forward_hook(keep_pyramid),
+            self.head.fc_cls.register_forward_pre_hook(keep_embeddings),
+        )
+        self.head.loss_and_target = keep_rois  # of this instance, until the loss is there
         try:
-            yield pyramid
+            yield own
         finally:
-            handle.remove()
+            del self.head.loss_and_target
+            for hook in hooks:
+                hook.remove()
+
+    def _chosen(self, rois: Tensor, results: Sequence[Any]) -> BatchRois:
+        """The RoIs of the detector's own sampler, which puts the positives of each image first."""
+        positive, labels = [], []
+        for result in results:
+            background = result.neg_priors.new_full((len(result.neg_priors),), self.num_classes, dtype=torch.int64)
+            labels += [result.pos_gt_labels, background]
+            positive += [torch.ones_like(result.pos_gt_labels, dtype=torch.bool), background < 0]
+        return BatchRois(rois.detach(), torch.cat(labels), torch.cat(positive))
+
+    def _outputs(self, embeddings: Tensor, logits: Tensor, deltas: Tensor) -> HeadOutputs:
+        classes = 1 if self.class_agnostic else self.num_classes
+        return HeadOutputs(embeddings, logits, deltas.reshape(-1, classes, 4))
 
     def outputs(self, pyramid: Sequence[Tensor], rois: Tensor) -> HeadOutputs:
         """Run the student's RoI extractor and box head.
@@ -92,6 +150,4 @@ class TwoStageStudent:
             result = self.detector.roi_head._bbox_forward(pyramid, rois)
         finally:
             handle.remove()
-        classes = 1 if self.class_agnostic else self.num_classes
-        deltas = result["bbox_pred"].reshape(-1, classes, 4)
-        return HeadOutputs(inputs[0], result["cls_score"], deltas)
+        return self._outputs(inputs[0], result["cls_score"], result["bbox_pred"])

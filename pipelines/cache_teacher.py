@@ -27,12 +27,14 @@ from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
 from kdpipe.pipelines.layouts import test_scale
+from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
 from kdpipe.pipelines.ranks import Ranks
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
 
 __all__ = ["CacheOptions", "CachingResult", "cache_teacher", "prepare_teacher"]
 
 _READ_AHEAD = 4
+_MIRRORED = 4  # images on which mirrored targets are compared with true ones
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ def cache_teacher(
         check_space(teacher, data, [data.images[i] for index in pending for i in writer.parts[index]], spec, out)
     writer.write_head(teacher.head_state())
     new_images, seconds = _fill(writer, pending, teacher, data, spec, options, console, ranks)
+    if new_images and ranks.first and len(spec.views) == 1:
+        console.print("Flipped images get mirrored targets (--views identity,hflip caches the true ones, too):")
+        console.print(mirror_table(mirror_errors(teacher, data, spec, _MIRRORED), min(_MIRRORED, len(data.images))))
     cache = open_cache(out, allow_partial=not ranks.first)
     return CachingResult(
         path=out,

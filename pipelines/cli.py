@@ -218,13 +218,15 @@ def cache_teacher_command(
 
 
 @cli.command("train-student")
-@click.option("--cache", "cache_path", type=_path(), required=True, help="The cache that cache-teacher wrote.")
+@click.option("--cache", "cache_path", type=_path(), help="The cache that cache-teacher wrote.")
+@click.option("--teacher-ckpt", type=_path(), help="In place of a cache: the teacher, which runs in every step.")
+@click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
 @click.option(
     "--methods",
     default="sgfi,ckd,pred",
     show_default=True,
-    help="Some of sgfi, ckd, pred; or none.",
+    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
 @click.option(
@@ -234,47 +236,87 @@ def cache_teacher_command(
     show_default=True,
     help="12 epochs, or 24 with multi-scale.",
 )
+@click.option(
+    "--rois",
+    type=click.Choice(["teacher", "student"]),
+    help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
+)
+@click.option(
+    "--missing-view",
+    type=click.Choice(["mirror", "skip"]),
+    default="mirror",
+    show_default=True,
+    help="Flipped images of which that view is not cached: mirrored targets, or none.",
+)
 @click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
 @training_options
 @data_options
 @val_options
+@trust_option
 def train_student_command(
-    cache_path: Path,
+    cache_path: Path | None,
+    teacher_ckpt: Path | None,
+    teacher_config: str | None,
     student: str,
     methods: str,
     epochs: int | None,
     schedule: str,
+    rois: str | None,
+    missing_view: str,
     allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
     val_ann_file: Path | None,
     val_img_dir: Path | None,
+    trust: bool,
     **training: Any,
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
 
-    Images and annotations are those that the cache names; --ann-file and --img-dir say where they moved.
+    Images and annotations are those that the cache names; --ann-file and --img-dir say where they moved. With
+    --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.reader import open_cache
     from kdpipe.pipelines.configs import find_config
+    from kdpipe.pipelines.live_teacher import online_teacher
     from kdpipe.pipelines.sources import cached_data, named_data
     from kdpipe.pipelines.train_student import train_student
     from kdpipe.pipelines.training import SCHEDULES
 
     console = _console()
-    cache = open_cache(cache_path, allow_partial=allow_partial)
+    teacher: Any
+    if (cache_path is None) == (teacher_ckpt is None):
+        raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
     config = find_config(student)
-    train, val = cached_data(cache, ann_file=ann_file, img_dir=img_dir)
+    if cache_path is not None:
+        teacher = open_cache(cache_path, allow_partial=allow_partial)
+        train, val = cached_data(teacher, ann_file=ann_file, img_dir=img_dir)
+    elif teacher_ckpt is not None:
+        teacher, train, val = online_teacher(
+            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, trust=trust
+        )
     if val_ann_file is not None:
         val = named_data(val_ann_file, val_img_dir or train.img_dir)
     chosen = [] if methods == "none" else [name.strip() for name in methods.split(",")]
     work_dir = training.pop("work_dir") or Path("work_dirs") / f"{Path(student).stem}_{methods.replace(',', '-')}"
     resume = training.pop("resume")
-    training["scale"] = training["scale"] or cache.spec.scale
+    training["scale"] = training["scale"] or teacher.spec.scale
     recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
-    result = train_student(config, cache, train, val, chosen, recipe, work_dir, resume=resume, console=console)
+    result = train_student(
+        config,
+        teacher,
+        train,
+        val,
+        chosen,
+        recipe,
+        work_dir,
+        rois=rois,
+        missing_view=missing_view,
+        resume=resume,
+        console=console,
+    )
     _report(console, result)
 
 

@@ -210,6 +210,7 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
         methods,
         _recipe(settings, settings.student, settings.student_epochs, distill),
         work_dir,
+        rois="teacher",
         resume=_has_checkpoint(work_dir),
         console=console,
     )

@@ -18,7 +18,7 @@ from kdpipe.cache.reader import TeacherCache, open_cache
 from kdpipe.cache.root import read_root
 from kdpipe.cache.schema import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
 from kdpipe.cache.targets import TeacherTargets
-from kdpipe.distill.methods import METHODS, ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.console import bytes_text, plain
 
 __all__ = ["describe_cache", "describe_image", "inspect_cache"]
@@ -73,6 +73,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
                 _add_sizes(part_folder(path, number), record, cache.spec, disk, raw)
         head = read_record(path / "head")
         wrong_head = head is not None and bool(check_sizes(path / "head", head))
+    state = "missing" if head is None else "damaged" if wrong_head else "stored"
     fields = {name: {"raw": raw[name], "disk": disk[name]} for name in (*cache.spec.fields, "index") if name in disk}
     return {
         "path": str(path),
@@ -85,12 +86,12 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "parts": {"planned": len(root.parts), "committed": len(root.parts) - len(missing), "missing": missing},
         "part_size": root.plan["part_size"],
         "head": {
-            "state": "missing" if head is None else "damaged" if wrong_head else "stored",
+            "state": state,
             "parameters": 0 if head is None else len(head["parameters"]),
             "disk": 0 if head is None else sum(size for size, _ in head["files"].values()),
         },
         "fields": fields,
-        "losses": _losses(cache.spec),
+        "losses": _losses(cache.spec, state),
     }
 
 
@@ -118,17 +119,25 @@ def _layout(folder: Path, array: str, spec: CacheSpec) -> Layout:
     return read_layout((folder / array / "zarr.json").read_bytes(), spec.codec)
 
 
-def _losses(spec: CacheSpec) -> dict[str, dict[str, Any]]:
-    """What each method needs, and why the cache cannot serve it where it cannot."""
+def _losses(spec: CacheSpec, head: str) -> dict[str, dict[str, Any]]:
+    """What each method needs, and why the cache cannot serve it where it cannot.
+
+    Args:
+        spec: Of the cache.
+        head: Whether the teacher's heads are `stored`, `missing` or `damaged`.
+    """
     losses: dict[str, dict[str, Any]] = {}
     for method in METHODS:
         expanded = expand_methods([method])
-        reason = None
+        needs, reason = sorted(needed_fields(expanded)), None
         try:
             check_contract(spec, expanded)
         except ContractError as error:
             reason = str(error)
-        losses[method] = {"needs": sorted(needed_fields(expanded)), "served": reason is None, "reason": reason}
+        if method == HEAD_TRANSFER:
+            needs = ["head"]
+            reason = None if head == "stored" else f"Head transfer (ht) needs the teacher's heads, which are {head}."
+        losses[method] = {"needs": needs, "served": reason is None, "reason": reason}
     return losses
 
 

@@ -87,7 +87,12 @@ class QuietRunner(Runner):  # type: ignore[misc]
         return logger
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
-        """As mmengine's, but the start method of processes stays what it is: loaders name theirs."""
+        """As mmengine's, but the start method of processes stays what it is: loaders name theirs.
+
+        Without GPUs, processes are joined here, since mmengine would choose a GPU for each.
+        """
+        if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
         processes = {"mp_start_method": multiprocessing.get_start_method(), "opencv_num_threads": 0}
         super().setup_env({**env_cfg, "mp_cfg": processes})
 

@@ -1,6 +1,7 @@
 """Which images and annotations a command works on, when its options say so and when they do not."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kdpipe.cache.reader import TeacherCache
 from kdpipe.pipelines.datasets import DetectionData, convert_voc, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
 
-__all__ = ["DataSource", "cached_data", "find_data", "named_data", "torch_device"]
+__all__ = ["DataSource", "cached_data", "find_data", "named_data", "named_val", "torch_device"]
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,14 @@ def cached_data(
     for path, option in ((ann_file, "--ann-file"), (img_dir, "--img-dir")):
         if not path.exists():
             raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
-    train = load_coco(ann_file, img_dir, source["limit"])
-    val = source["val"]
+    return load_coco(ann_file, img_dir, source["limit"]), named_val(source["val"])
+
+
+def named_val(val: Sequence[Path | str] | None) -> DetectionData | None:
+    """Validation images from their annotation file and folder, where these are on disk."""
     if val is None or not all(Path(path).exists() for path in val):
-        return train, None
-    return train, load_coco(Path(val[0]), Path(val[1]))
+        return None
+    return load_coco(Path(val[0]), Path(val[1]))
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -248,11 +248,28 @@ class Teacher:
         if flip:
             resized = mmcv.imflip(resized, "horizontal")
         pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        sample = DetDataSample(
-            metainfo={"img_shape": size, "ori_shape": image.shape[:2], "scale_factor": (1.0, 1.0), "flip": flip}
-        )
+        return self.see(pixels, ori_shape=image.shape[:2], flip=flip)
+
+    def see(self, pixels: Tensor, **known: Any) -> tuple[tuple[Tensor, ...], DetDataSample]:
+        """FPN features of one network input, normalised and padded as the teacher's preprocessor does it.
+
+        Args:
+            pixels: Tensor[3, h, w], BGR, 0 to 255.
+            known: What is known of the image beside its shape, by mmdet's names.
+
+        Returns:
+            Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them.
+        """
+        shape = tuple(pixels.shape[1:])
+        sample = DetDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0), **known})
         data = self.model.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, training=False)
         return self.model.extract_feat(data["inputs"]), data["data_samples"][0]
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher to a device, unless it is there."""
+        if device != self.device:
+            self.model.to(device)
+            self.device = device
 
 
 def _four(values: Sequence[float]) -> tuple[float, float, float, float]:

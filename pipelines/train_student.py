@@ -1,4 +1,4 @@
-"""`kdpipe train-student`: train a detector from a cache; the teacher is not needed any more."""
+"""`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
 
 import copy
 import json
@@ -14,9 +14,12 @@ from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.source import CachedTeacher, check_serves_student_rois
+from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
 from kdpipe.pipelines.launch import is_first
+from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.training import (
     Recipe,
     TrainingResult,
@@ -30,14 +33,15 @@ from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
 
-_CACHE_FILE = "cache.json"
+_TEACHER_FILE = "cache.json"
+_ROIS = {"num": 512, "positive_fraction": 0.25}
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
-    "rois": {"num": 512, "positive_fraction": 0.25},
-    "missing_view": "mirror",
+    "rois": _ROIS,
     "weights": {},
     "sgfi": {"kernel_size": 1},
     "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5},
+    "share_interval": 50,
 }
 
 
@@ -63,13 +67,15 @@ def check_data(cache: TeacherCache, data: DetectionData) -> None:
 
 def train_student(
     config: Config,
-    cache: TeacherCache,
+    teacher: TeacherCache | OnlineTeacher,
     train: DetectionData,
     val: DetectionData | None,
     methods: Sequence[str],
     recipe: Recipe,
     work_dir: Path,
     *,
+    rois: str | None = None,
+    missing_view: str = "mirror",
     resume: bool,
     console: Console,
 ) -> TrainingResult:
@@ -77,12 +83,15 @@ def train_student(
 
     Args:
         config: mmdet config of the student.
-        cache: The teacher's cache; images that it lacks are left out.
-        train: The images that were cached.
+        teacher: The teacher's cache; images that it lacks are left out. Or the teacher, to run beside the student.
+        train: The images that were cached, or any.
         val: Validation images, or None.
         methods: Some of `METHODS`; empty trains without distillation.
         recipe: Schedule and options.
         work_dir: Where logs and checkpoints go.
+        rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
+            say what the teacher says of any box.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -91,24 +100,30 @@ def train_student(
     """
     check_work_dir(work_dir, resume)
     losses = expand_methods(methods)
-    check_contract(cache.spec, losses)
-    check_data(cache, train)
+    check_contract(teacher.spec, losses)
+    cache = teacher if isinstance(teacher, TeacherCache) else None
+    if cache is not None:
+        check_data(cache, train)
     if val is not None:
-        check_classes(val, cache.spec.class_names, f"the cache {cache.path.name}")
-    _check_resumed_cache(cache, work_dir, resume)
-    train = _cached_images(cache, train, work_dir, resume, console)
+        check_classes(val, teacher.spec.class_names, _name(teacher))
+    _check_resumed(teacher, work_dir, resume)
+    skipped = []
+    if cache is not None:
+        train = _cached_images(cache, train, work_dir, resume, console)
+        skipped = [image["image_id"] for image in cache.skipped]
     train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
-    cfg = detector_config(config, train, val, recipe, [image["image_id"] for image in cache.skipped])
-    set_num_classes(cfg.model, cache.spec.num_classes)
+    cfg = detector_config(config, train, val, recipe, skipped)
+    set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
     cfg = apply_options(cfg, recipe.options)
     distill = cfg.pop("distill")
     if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
     recorded = copy.deepcopy(cfg)
-    if losses:
-        _distil(cfg, cache, methods, distill)
-    _record_cache(cache, work_dir)
+    if methods:
+        chosen = _who_chooses(teacher, rois, distill, console) if losses else None
+        _distil(cfg, teacher, methods, distill, chosen, missing_view)
+    _record(teacher, work_dir)
     return run_training(
         cfg,
         recorded,
@@ -116,7 +131,7 @@ def train_student(
         name="student",
         resume=resume,
         console=console,
-        only_in=cache.path,
+        only_in=None if cache is None else cache.path,
     )
 
 
@@ -148,50 +163,102 @@ def _cached_images(
     return complete(train.only(cache.image_ids.tolist()), path)
 
 
-def _check_resumed_cache(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
-    """Refuse to go on with another cache than a training began with.
+def _name(teacher: TeacherCache | OnlineTeacher) -> str:
+    return f"the cache {teacher.path}" if isinstance(teacher, TeacherCache) else teacher.name
+
+
+def _check_resumed(teacher: TeacherCache | OnlineTeacher, work_dir: Path, resume: bool) -> None:
+    """Refuse to go on with another cache or teacher than a training began with.
 
     Raises:
         KdpipeError: Naming what differs.
     """
-    path = work_dir / _CACHE_FILE
-    if resume and path.exists() and (lines := difference(json.loads(path.read_text()), _identity(cache))):
+    path = work_dir / _TEACHER_FILE
+    if resume and path.exists() and (lines := difference(json.loads(path.read_text()), _identity(teacher))):
         raise KdpipeError(
-            f"{work_dir} holds a training from another cache than {cache.path}:\n  "
+            f"{work_dir} holds a training from something else than {_name(teacher)}:\n  "
             + "\n  ".join(lines)
-            + "\nResume with that cache, or begin anew in another --work-dir."
+            + "\nResume with the cache or teacher that it began with, or begin anew in another --work-dir."
         )
 
 
-def _record_cache(cache: TeacherCache, work_dir: Path) -> None:
-    """Leave in the work directory of which cache the training is."""
+def _record(teacher: TeacherCache | OnlineTeacher, work_dir: Path) -> None:
+    """Leave in the work directory of which cache or teacher the training is."""
     if is_first():
         work_dir.mkdir(parents=True, exist_ok=True)
-        (work_dir / _CACHE_FILE).write_text(json.dumps(_identity(cache), indent=2) + "\n")
+        (work_dir / _TEACHER_FILE).write_text(json.dumps(_identity(teacher), indent=2) + "\n")
 
 
-def _identity(cache: TeacherCache) -> dict[str, Any]:
-    return {**cache.identity, "spec": cache.spec.to_json()}
+def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
+    return {**teacher.identity, "spec": teacher.spec.to_json()}
 
 
-def _distil(cfg: Config, cache: TeacherCache, methods: Sequence[str], distill: ConfigDict) -> None:
-    """Wrap the model of a config, and add the targets to its training pipeline."""
-    dataset = cfg.train_dataloader.dataset
-    transform = {
-        "type": AddTeacherTargets.__name__,
-        "cache": str(cache.path.resolve()),
-        "needs": sorted(needed_fields(expand_methods(methods))),
-        **distill.rois,
-        "missing_view": distill.missing_view,
-        "allow_partial": True,  # it was the caller's to refuse
-    }
-    dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
+def _who_chooses(
+    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, console: Console
+) -> str:
+    """Whose RoIs are used, said on the console with the reason.
+
+    Raises:
+        ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
+    """
+    chosen, why = asked or "student", "asked for" if asked else f"{_name(teacher)} can be asked about any box"
+    if isinstance(teacher, OnlineTeacher):
+        if asked == "teacher":
+            raise ContractError("--rois teacher needs a cache, whose boxes it takes. Leave it out, or give --cache.")
+    elif chosen == "student" and len(teacher):
+        try:
+            check_serves_student_rois(teacher)
+        except TeacherHeadError as error:
+            if asked:
+                raise ContractError(
+                    f"{_name(teacher)} cannot serve --rois student: {error}. Use --rois teacher."
+                ) from error
+            chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {error}"
+    for name, value in distill.rois.items():
+        if name not in _ROIS:
+            raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")
+        if chosen == "student" and value != _ROIS[name]:
+            raise ContractError(
+                f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
+                "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
+            )
+    console.print(f"RoIs: those of the {chosen} ({why}).")
+    return chosen
+
+
+def _distil(
+    cfg: Config,
+    teacher: TeacherCache | OnlineTeacher,
+    methods: Sequence[str],
+    distill: ConfigDict,
+    rois: str | None,
+    missing_view: str,
+) -> None:
+    """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
+    if isinstance(teacher, OnlineTeacher):
+        source = teacher.source
+    else:
+        source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
+    if rois is not None and isinstance(teacher, TeacherCache):
+        transform = {
+            "type": AddTeacherTargets.__name__,
+            "cache": source["cache"],
+            "needs": sorted(needed_fields(expand_methods(methods))),
+            "rois": rois,
+            **distill.rois,
+            "missing_view": missing_view,
+            "allow_partial": True,  # it was the caller's to refuse
+        }
+        dataset = cfg.train_dataloader.dataset
+        dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,
-        "spec": cache.spec.to_json(),
+        "spec": teacher.spec.to_json(),
         "methods": list(methods),
+        "teacher": source,
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": distill.ckd,
+        "share_interval": distill.share_interval,
     }

@@ -24,6 +24,7 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
+from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
@@ -313,6 +314,10 @@ def run_training(
     if resume:
         cfg.load_from = None  # mmengine would resume from there
     _make_reproducible(cfg, only_in)
+    if not torch.cuda.is_available():  # by itself, mmengine names a GPU to each process
+        unused = cfg.get("find_unused_parameters", False)
+        wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
+        cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
     # mmengine keeps log and figures by this name, of which a process may have several in one second
     cfg.experiment_name = f"{name}_{next(_RUNS)}"
     recorded = FormattedConfig(recorded)
@@ -323,6 +328,8 @@ def run_training(
     runner.cfg = recorded
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
+    runner.register_hook(FiniteHook())
+    runner.register_hook(UsefulLossesHook())
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
     first_step = runner.iter
     try:

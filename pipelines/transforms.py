@@ -5,18 +5,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import open_cache
-from kdpipe.distill.targets import MISSING_VIEWS, read_roi_targets
+from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets, read_roi_targets
+from kdpipe.distill.teacher_view import TeacherView, read_teacher_view
 from kdpipe.pipelines.images import ImageError
+from kdpipe.pipelines.layouts import dictionaries
 
 __all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
 
 _RESIZES = ("Resize", "RandomResize", "RandomChoiceResize", "FixScaleResize")
 _MIXES = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp", "CopyPaste", "InstaBoost", "Albu", "CutOut")
+# Move pixels without leaving a trace in the `homography_matrix` of the sample.
+_MOVES = ("Expand", "MinIoURandomCrop", "RandomCenterCropPad", "RandomShift", "RandomAffine")
 _NEEDED = ("homography_matrix", "img_id", "img_path", "img_shape", "ori_shape")
 _PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
@@ -52,12 +57,14 @@ def set_scale(
 class AddTeacherTargets:
     """Puts the teacher's cached targets of an image beside the packed sample. The last transform of a pipeline.
 
-    Runs in loader workers: cached boxes are sampled there, so that only what the losses need is read and moved.
+    Runs in loader workers. With the teacher's RoIs, cached boxes are sampled there, so that only what the losses need
+    is read and moved; with the student's, the pyramid is read.
 
     Args:
         cache: Path of the cache.
         needs: What the losses read: some of `logits`, `deltas`, `embeddings`, `features`.
-        num: RoIs sampled per image.
+        rois: `teacher` or `student`: who chooses the RoIs.
+        num: RoIs of the teacher sampled per image.
         positive_fraction: Largest share of positives among them.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
         allow_partial: Also read a cache some of whose parts are still missing.
@@ -67,6 +74,7 @@ class AddTeacherTargets:
         self,
         cache: str,
         needs: Sequence[str],
+        rois: str = "teacher",
         num: int = 512,
         positive_fraction: float = 0.25,
         missing_view: str = "mirror",
@@ -75,7 +83,9 @@ class AddTeacherTargets:
         if missing_view not in MISSING_VIEWS:
             raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
         self.cache = open_cache(cache, allow_partial=allow_partial)
-        self.needs = frozenset(needs)
+        if rois not in ROIS:
+            raise KdpipeError(f"rois is {rois!r}; expected one of {', '.join(ROIS)}.")
+        self.needs, self.rois = frozenset(needs), rois
         self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +96,21 @@ class AddTeacherTargets:
                 f"image {sample.img_path} is {sample.ori_shape[1]} x {sample.ori_shape[0]} pixels, and was "
                 f"{seen[1]} x {seen[0]} when the teacher saw it. Put the image in place that was cached."
             )
+        matrix = np.asarray(sample.homography_matrix, dtype=np.float64)
+        results["targets"] = self._view(sample, matrix) if self.rois == "student" else self._rois(sample, matrix)
+        return results
+
+    def _view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
+        return read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
+
+    def _rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
         truth = sample.gt_instances
-        boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
-        results["targets"] = read_roi_targets(
+        return read_roi_targets(
             self.cache,
             sample.img_id,
-            np.asarray(sample.homography_matrix, dtype=np.float64),
+            matrix,
             sample.img_shape,
-            boxes,
+            getattr(truth.bboxes, "tensor", truth.bboxes),
             truth.labels,
             needs=self.needs,
             num=self.num,
@@ -101,7 +118,6 @@ class AddTeacherTargets:
             missing_view=self.missing_view,
             generator=torch.default_generator,
         )
-        return results
 
 
 def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> list[Any]:
@@ -112,10 +128,11 @@ def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> 
         transform: Config of `AddTeacherTargets`.
 
     Raises:
-        KdpipeError: The pipeline ends otherwise, or mixes several images into one.
+        KdpipeError: The pipeline ends otherwise, mixes several images into one, or moves pixels without a record.
     """
     names = [step["type"] for step in pipeline]
-    mixing = [name for name in names if name in _MIXES]
+    every = [step.get("type") for step in dictionaries(list(pipeline))]
+    mixing = [name for name in every if name in (*_MIXES, *_MOVES)]
     if mixing:
         raise KdpipeError(
             f"The training pipeline uses {', '.join(mixing)}, which mixes several images or loses where a pixel came "

@@ -15,6 +15,7 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
+from kdpipe.distill.source import CachedTeacher
 from kdpipe.distill.targets import RoiTargets
 from kdpipe.distill.two_stage import StudentError, TwoStageStudent
 from kdpipe.pipelines.configs import find_config
@@ -59,7 +60,7 @@ def student_config() -> Any:
 def detector(*methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    model = DistilledDetector(student_config(), SPEC.to_json(), methods, **options)
+    model = DistilledDetector(student_config(), SPEC.to_json(), methods, CachedTeacher("x.zarr"), **options)
     model.init_weights()
     return model
 
@@ -125,8 +126,8 @@ def test_every_method_adds_its_loss_and_trains_every_parameter() -> None:
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert idle == []
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student", "sgfi", "ckd"}
-    assert int(losses["kd_rois"]) == 24
     assert int(losses["kd_positive"]) == 8
+    assert int(losses["kd_negative"]) == 16
 
 
 def test_losses_are_those_of_the_student_at_the_given_rois() -> None:
@@ -252,26 +253,26 @@ def test_class_agnostic_sides_cannot_be_class_aware() -> None:
     config = student_config()
     config.roi_head.bbox_head.reg_class_agnostic = True
     with pytest.raises(ContractError, match="reg_class_agnostic=False"):
-        DistilledDetector(config, SPEC.to_json(), ("pred",))
+        DistilledDetector(config, SPEC.to_json(), ("pred",), CachedTeacher("x.zarr"))
 
 
 def test_a_student_with_other_classes_is_refused() -> None:
     config = student_config()
     config.roi_head.bbox_head.num_classes = 5
     with pytest.raises(ContractError, match="5 classes and the cache 3"):
-        DistilledDetector(config, SPEC.to_json(), ("cls",))
+        DistilledDetector(config, SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"))
 
 
 def test_a_weight_without_its_loss_is_refused() -> None:
     with pytest.raises(ContractError, match="sgfi"):
-        DistilledDetector(student_config(), SPEC.to_json(), ("cls",), weights={"sgfi": 2.0})
+        DistilledDetector(student_config(), SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"), weights={"sgfi": 2.0})
 
 
 def test_a_dense_student_is_refused() -> None:
     model = find_config("retinanet_r50_fpn_1x_coco").model
     model.backbone.init_cfg = None
     with pytest.raises(StudentError, match="RetinaNet"):
-        DistilledDetector(model, SPEC.to_json(), ("cls",))
+        DistilledDetector(model, SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"))
 
 
 def test_a_batch_without_targets_is_refused() -> None:

@@ -145,15 +145,15 @@ def test_what_is_no_cache(kit: "Kit", work: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("array", ["features", "deltas"])
-def test_corrupt_cache(kit: "Kit", work: Path, array: str, workers: int) -> None:
+@pytest.mark.parametrize(("array", "rois"), [("features", "student"), ("features", "teacher"), ("deltas", "teacher")])
+def test_corrupt_cache(kit: "Kit", work: Path, array: str, rois: str, workers: int) -> None:
     shutil.copytree(kit.cache, work / "x.zarr")
     shard = max((work / "x.zarr" / "parts" / "00000" / array).glob("c*"), key=lambda file: file.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
     damaged = kit.tree(work / "x.zarr")
-    message = kit.refused(*kit.student_command(work / "w", cache=work / "x.zarr", workers=workers))
+    message = kit.refused(*kit.student_command(work / "w", "--rois", rois, cache=work / "x.zarr", workers=workers))
     assert f"The array '{array}' of part 0" in message
     assert "cache-teacher" in message
     assert len(message.splitlines()) < 5
@@ -267,7 +267,7 @@ def test_checkpoint_to_resume_from_is_cut_short(kit: "Kit", work: Path) -> None:
         ("distill.ckd.colour=red", "colour"),
         ("distill.ckd.queue_size=many", "cannot be built"),
         ("distill.rois.colour=red", "colour"),
-        ("distill.missing_view=guess", "expected one of mirror, skip"),
+        ("distill.missing_view=skip", "Unknown option distill.missing_view"),
         ("distill.weights.reg=2", "none of the losses"),
         ("train_dataloader.dataset.pipeline.0.type=LoadNothing", "LoadNothing"),
         ("optim_wrapper.optimizer.type=Newton", "cannot be built"),
@@ -294,6 +294,11 @@ def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
     mosaic.train_dataloader.dataset.pipeline.insert(2, {"type": "Mosaic", "img_scale": (96, 128)})
     (work / "student.py").write_text(mosaic.pretty_text)
     assert "Mosaic" in kit.refused(*command, "student.py")
+    moved = kit.config()
+    crop = {"type": "RandomApply", "transforms": [{"type": "MinIoURandomCrop"}], "prob": 0.5}
+    moved.train_dataloader.dataset.pipeline.insert(2, crop)
+    (work / "student.py").write_text(moved.pretty_text)
+    assert "MinIoURandomCrop" in kit.refused(*command, "student.py")
 
 
 def test_devices_that_are_not_there(kit: "Kit", work: Path) -> None:

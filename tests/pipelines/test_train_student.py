@@ -201,7 +201,7 @@ def test_views_are_counted(kit: "Kit", work: Path) -> None:
     mirror = scalars(work / "mirror")
     assert mirror["kd_exact"][0] + mirror["kd_mirrored"][0] == 8
     assert 0 < mirror["kd_mirrored"][0] < 8
-    kit.train_student(work / "skip", *options, "-o", "distill.missing_view=skip")
+    kit.train_student(work / "skip", *options, "--missing-view", "skip")
     skip = scalars(work / "skip")
     assert (skip["kd_skipped"], skip["kd_exact"]) == (mirror["kd_mirrored"], mirror["kd_exact"])
     both = work / "both.zarr"

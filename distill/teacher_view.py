@@ -1,0 +1,131 @@
+"""The teacher's pyramid of an image, which can be asked about any box of the student's view of that image."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.cache.codecs import dequantize
+from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
+from kdpipe.distill.numeric import no_autocast
+from kdpipe.distill.rois import roi_align_assigned
+from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors
+from kdpipe.distill.teacher_head import TeacherHead
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher saw of one image.
+
+    Attributes:
+        view: `exact`, `mirrored` or `skipped` (nothing is asked of it).
+        matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
+        pyramid: Per level that the teacher's RoI extractor reads, Tensor[C, h_l, w_l] in storage type.
+        scale: Tensor[L, C] float32 of an int8 pyramid, or None.
+    """
+
+    view: str
+    matrix: npt.NDArray[np.float64]
+    pyramid: tuple[Tensor, ...] = ()
+    scale: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "TeacherView":
+        """The same on another device; stored types stay as they are, int8 included."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TeacherView":
+        """The same in page-locked memory; torch's DataLoader calls this."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def roi_features(self, boxes: Tensor, spec: CacheSpec) -> Tensor:
+        """The teacher's RoI features, by RoIAlign with the settings of its own extractor, in its own orientation.
+
+        Args:
+            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the student's network input, on the pyramid's device.
+            spec: What the teacher is.
+
+        Returns:
+            Tensor[R, C, size, size] float32.
+        """
+        if self.scale is None:
+            levels = [level.float() for level in self.pyramid]
+        else:
+            levels = [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
+        mapped = map_boxes(boxes.float(), self.matrix)
+        rois = torch.cat([torch.zeros_like(mapped[:, :1]), mapped], dim=1)  # [R, 5]
+        return roi_align_assigned(
+            [level[None] for level in levels],
+            spec.strides[: spec.roi_levels],
+            rois,
+            spec.finest_scale,
+            spec.roi_size,
+            spec.roi_sampling_ratio,
+            spec.roi_aligned,
+        )
+
+
+def read_teacher_view(
+    cache: TeacherCache, image_id: int, matrix: npt.NDArray[np.float64], *, missing_view: str
+) -> TeacherView:
+    """Read the levels of an image's pyramid that the teacher's RoI extractor reads, and nothing else.
+
+    Args:
+        cache: The teacher's cache, of the `pyramid` tier.
+        image_id: COCO image id.
+        matrix: `[3, 3]` original pixels -> the student's network input.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+
+    Raises:
+        CacheError: The image or its pyramid is not in the cache, or its data is damaged.
+        ViewError: The student's view is rotated, sheared or upside down.
+    """
+    view, mirrored = cached_view(cache.spec, matrix)
+    if mirrored and missing_view == "skip":
+        return TeacherView("skipped", np.eye(3))
+    levels = range(cache.spec.roi_levels)
+    said = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
+    assert said.features is not None
+    pyramid = tuple(level for level in said.features if level is not None)
+    relative = relative_matrix(matrix, said.matrix)
+    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, said.scale)
+
+
+@torch.no_grad()
+def ask_teacher(
+    views: Sequence[TeacherView], rois: BatchRois, head: TeacherHead, spec: CacheSpec, needs: Collection[str]
+) -> Answers:
+    """What the teacher says of the RoIs of a batch: RoIAlign on its pyramids, then its box head.
+
+    Args:
+        views: Of each image of the batch.
+        rois: On the device of the views, none of them in a skipped image.
+        head: The teacher's box head.
+        spec: What the teacher is.
+        needs: Some of `logits`, `deltas`, `embeddings`, `features`; no more than these is computed.
+    """
+    of_head = [name for name in needs if name != "features"]
+    asked = rois if of_head else rois.select(rois.positive)
+    with no_autocast(rois.rois):
+        parts = [asked.rois.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)]
+        for index, view in enumerate(views):
+            boxes = asked.rois[asked.rois[:, 0] == index, 1:]
+            if len(boxes):
+                parts.append(view.roi_features(boxes, spec))
+        features = torch.cat(parts)  # [R or P, C, size, size]
+        mirrored = torch.tensor([view.view == "mirrored" for view in views], device=features.device)
+        mirrored = mirrored[asked.rois[:, 0].long()]
+        said: dict[str, Tensor] = {}
+        if of_head:
+            outputs = head(features)
+            said = {name: getattr(outputs, name) for name in of_head}
+        if "deltas" in said:
+            said["deltas"] = torch.where(mirrored[:, None, None], mirror_deltas(said["deltas"]), said["deltas"])
+        if "features" in needs:
+            features, mirrored = features[asked.positive], mirrored[asked.positive]
+            said["features"] = torch.where(mirrored[:, None, None, None], mirror_features(features), features)
+    return Answers(**said)

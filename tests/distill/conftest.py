@@ -1,0 +1,93 @@
+"""What tests of students beside a teacher share."""
+
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.pipelines.configs import find_config
+
+
+class Pair:
+    """A tiny student, the box head of a teacher, and a batch of noise."""
+
+    classes, channels, width = 3, 6, 20
+    spec = CacheSpec(
+        tier="pyramid",
+        dtype="float32",
+        codec="none",
+        class_names=("a", "b", "c"),
+        category_ids=(1, 2, 3),
+        channels=channels,
+        strides=(4, 8, 16, 32, 64),
+        roi_levels=4,
+        finest_scale=28,
+        roi_size=7,
+        roi_sampling_ratio=0,
+        roi_aligned=True,
+        embedding_dim=width,
+        box_means=(0.0, 0.0, 0.0, 0.0),
+        box_stds=(0.1, 0.1, 0.2, 0.2),
+        class_agnostic=False,
+        proposals=50,
+        views=("identity",),
+        scale=(64, 64),
+    )
+
+    @classmethod
+    def head(cls, **options: Any) -> Any:
+        """A box head of mmdet whose outputs differ from RoI to RoI."""
+        register_all_modules(init_default_scope=True)
+        sizes = {"in_channels": cls.channels, "num_classes": cls.classes, "fc_out_channels": cls.width}
+        layers = {"type": "ConvFCBBoxHead", "roi_feat_size": 7, "num_shared_fcs": 2}
+        head = MODELS.build({**layers, **sizes, **options})
+        generator = torch.Generator().manual_seed(0)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        return head.eval()
+
+    @staticmethod
+    def state(head: torch.nn.Module) -> dict[str, Tensor]:
+        """Its weights by their names in a detector."""
+        return {f"roi_head.bbox_head.{name}": value for name, value in head.state_dict().items()}
+
+    @classmethod
+    def student(cls) -> Any:
+        """Config of a narrow Faster R-CNN."""
+        register_all_modules(init_default_scope=True)
+        model = find_config("faster-rcnn_r50_fpn_1x_coco").model
+        model.backbone.update(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1, norm_eval=False)
+        model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
+        model.rpn_head.update(in_channels=8, feat_channels=8)
+        model.roi_head.bbox_roi_extractor.out_channels = 8
+        model.roi_head.bbox_head.update(in_channels=8, fc_out_channels=16, num_classes=cls.classes)
+        model.train_cfg.rcnn.sampler.num = 16
+        model.train_cfg.rpn_proposal.max_per_img = 20
+        return model
+
+    @classmethod
+    def batch(cls, count: int = 2) -> dict[str, Any]:
+        """Images of 64 x 64 pixels with three boxes each."""
+        g = torch.Generator().manual_seed(1)
+        inputs, samples = [], []
+        for index in range(count):
+            inputs.append(torch.randint(0, 256, (3, 64, 64), generator=g, dtype=torch.uint8))
+            info = {"img_shape": (64, 64), "ori_shape": (64, 64), "scale_factor": (1.0, 1.0), "img_id": 70 + index}
+            corner = torch.rand(3, 2, generator=g) * 30
+            boxes = torch.cat([corner, corner + 20], dim=1)
+            sample = DetDataSample(metainfo=info)
+            labels = torch.randint(0, cls.classes, (3,), generator=g)
+            sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+            samples.append(sample)
+        return {"inputs": inputs, "data_samples": samples}
+
+
+@pytest.fixture(scope="session")
+def pair() -> type[Pair]:
+    return Pair

@@ -1,0 +1,244 @@
+"""A cache changes nothing: targets, losses, gradients and trainings are those beside the live teacher."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from mmdet.registry import DATASETS, MODELS
+from mmdet.structures.bbox import bbox2roi
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from torch import Tensor
+
+from kdpipe.cache.reader import open_cache
+from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import needed_fields
+from kdpipe.distill.targets import BatchRois
+from kdpipe.distill.teacher_head import TeacherHead
+from kdpipe.distill.teacher_view import TeacherView, ask_teacher
+from kdpipe.pipelines.checkpoints import load_checkpoint
+from kdpipe.pipelines.datasets import DetectionData, load_coco
+from kdpipe.pipelines.live_teacher import LiveTeacher
+from kdpipe.pipelines.teacher import load_teacher, teacher_config
+from kdpipe.pipelines.training import Recipe, detector_config
+from kdpipe.pipelines.transforms import with_teacher_targets
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+IMAGES, SCALE = 4, (160, 120)
+CLASSES = ("RBC", "WBC", "Platelets")
+METHODS = ("sgfi", "ckd", "cls", "reg", "careg")
+VIEW = ("--scale", "160x120", "--proposals", "40", "--views", "identity,hflip", "--codec", "none")
+
+
+class BloodCells:
+    """Photographs, an untrained teacher, its caches, and a narrower student."""
+
+    def __init__(self, kit: "Kit", folder: Path, bccd: Path) -> None:
+        self.kit, self.folder = kit, folder
+        self.ann, self.img = bccd / "train.json", bccd / "JPEGImages"
+        self.data: DetectionData = load_coco(self.ann, self.img, IMAGES)
+        self.ckpt = kit.save_detector(folder / "t.pth", kit.config(classes=3), self.data.class_names)
+        checkpoint = load_checkpoint(self.ckpt)
+        cfg = teacher_config(checkpoint, None)
+        self.teacher = load_teacher(checkpoint, cfg, proposals=40, device=torch.device("cpu"))
+        self.student = kit.config(channels=8, fc=24, classes=3)
+
+    def cache(self, dtype: str) -> Path:
+        out = self.folder / f"{dtype}.zarr"
+        if not out.exists():
+            source = ("--ckpt", self.ckpt, "--ann-file", self.ann, "--img-dir", self.img, "--limit", IMAGES)
+            self.kit.run("cache-teacher", *source, *VIEW, "--dtype", dtype, "--out", out)
+        return out
+
+    def batch(self, cache: Path, flip: bool) -> Any:
+        """The images as a training's pipeline hands them out, all flipped or none."""
+        cfg: Config = detector_config(self.student, self.data, None, Recipe(epochs=1, scale=SCALE))
+        dataset = cfg.train_dataloader.dataset
+        for transform in dataset.pipeline:
+            if transform["type"] == "RandomFlip":
+                transform["prob"] = float(flip)
+        add = {"type": "AddTeacherTargets", "cache": str(cache), "needs": ["features"], "rois": "student"}
+        dataset.pipeline = with_teacher_targets(dataset.pipeline, add)
+        built = DATASETS.build(dataset)
+        built.full_init()
+        return pseudo_collate([built[index] for index in range(IMAGES)])
+
+    def detector(self, source: Any) -> DistilledDetector:
+        """The same student whatever the source, with a queue that is not empty."""
+        torch.manual_seed(0)
+        ckd = {"dim": 16, "queue_size": 512}
+        spec = open_cache(self.cache("float32")).spec.to_json()
+        model = DistilledDetector(self.student.model, spec, METHODS, source, ckd=ckd)
+        model.ckd.queue.push(torch.nn.functional.normalize(torch.randn(300, 16), dim=1))
+        model.train()
+        return model
+
+    def cached(self, dtype: str) -> DistilledDetector:
+        return self.detector({"type": "CachedTeacher", "cache": str(self.cache(dtype))})
+
+    def live(self) -> DistilledDetector:
+        return self.detector(LiveTeacher(self.teacher, open_cache(self.cache("float32")).spec))
+
+
+@pytest.fixture(scope="module")
+def cells(kit: "Kit", bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> BloodCells:
+    return BloodCells(kit, tmp_path_factory.mktemp("cells"), bccd)
+
+
+def step(model: DistilledDetector, batch: Any) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """All losses of a step, and the gradient of each with respect to every parameter that it reaches."""
+    torch.manual_seed(3)
+    losses = model(**model.data_preprocessor(batch, True), mode="loss")
+    values = {name: torch.stack(x).sum() if isinstance(x, list) else x for name, x in losses.items() if "loss" in name}
+    parameters = dict(model.named_parameters())
+    gradients = {}
+    for name, value in values.items():
+        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        gradients[name] = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+    return {name: value.detach() for name, value in values.items()}, gradients
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Relative, in the norm of the whole tensor."""
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.any() else float(found.abs().max())
+
+
+def said(model: DistilledDetector, batch: Any, rois: BatchRois, needs: Any) -> Any:
+    views = model.data_preprocessor(batch, True)["targets"]
+    return ask_teacher(views, rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
+
+
+def rois_of(cells: BloodCells, flip: bool) -> BatchRois:
+    """Boxes of all sizes anywhere in the student's view, none of them the teacher's, every third a positive."""
+    g = torch.Generator().manual_seed(int(flip))
+    low = torch.rand(60, 2, generator=g) * torch.tensor([120.0, 80.0])
+    boxes = torch.cat([low, low + 2 + torch.rand(60, 2, generator=g) * torch.tensor([36.0, 36.0])], dim=1)
+    boxes[::10] = torch.tensor([0.0, 0.0, 160.0, 120.0])
+    rois = torch.cat([torch.arange(60)[:, None] // 15, boxes], dim=1)
+    return BatchRois(rois, torch.zeros(60, dtype=torch.int64), torch.arange(60) % 3 == 0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_targets_are_those_of_the_live_teacher(cells: BloodCells, flip: bool) -> None:
+    """From a float32 cache, beside the live teacher, and as mmdet's own detector gives them."""
+    rois, needs = rois_of(cells, flip), needed_fields(METHODS)
+    batch = cells.batch(cells.cache("float32"), flip)
+    cached, live = said(cells.cached("float32"), batch, rois, needs), said(cells.live(), batch, rois, needs)
+    model = cells.teacher.model
+    theirs: dict[str, list[Tensor]] = {"features": [], "embeddings": [], "logits": [], "deltas": []}
+    hook = model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(lambda _, x: theirs["embeddings"].append(x[0]))
+    with torch.no_grad():
+        for index, image in enumerate(batch["inputs"]):
+            rows = rois.rois[:, 0] == index
+            pyramid, _ = cells.teacher.see(image)
+            result = model.roi_head._bbox_forward(pyramid, bbox2roi([rois.rois[rows, 1:]]))
+            theirs["features"].append(result["bbox_feats"][rois.positive[rows]])
+            theirs["logits"].append(result["cls_score"])
+            theirs["deltas"].append(result["bbox_pred"].reshape(-1, 3, 4))
+    hook.remove()
+    assert {view.view for view in cells.cached("float32").data_preprocessor(batch, True)["targets"]} == {"exact"}
+    for name, parts in theirs.items():
+        wanted = torch.cat(parts)
+        assert difference(getattr(live, name), wanted) < 1e-5, name
+        assert difference(getattr(cached, name), wanted) < 1e-5, name
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_losses_and_gradients_are_those_beside_the_live_teacher(cells: BloodCells, flip: bool) -> None:
+    batch = cells.batch(cells.cache("float32"), flip)
+    losses, gradients = step(cells.cached("float32"), batch)
+    wanted, wanted_gradients = step(cells.live(), batch)
+    assert losses.keys() == wanted.keys()
+    assert {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "loss_kd_careg", "loss_rpn_cls"} <= losses.keys()
+    for name in wanted:
+        assert wanted[name] > 0, name
+        assert difference(losses[name], wanted[name]) < 1e-5, name
+        assert gradients[name].keys() == wanted_gradients[name].keys()
+        assert len(gradients[name]) > 10
+        for parameter, gradient in wanted_gradients[name].items():
+            assert difference(gradients[name][parameter], gradient) < 1e-5, f"{name} {parameter}"
+
+
+@pytest.mark.parametrize(("dtype", "of_loss", "of_gradient"), [("float16", 1e-4, 2e-2), ("int8", 2e-3, 0.2)])
+def test_storage_types_stay_close(cells: BloodCells, dtype: str, of_loss: float, of_gradient: float) -> None:
+    batch = cells.batch(cells.cache(dtype), False)
+    losses, gradients = step(cells.cached(dtype), batch)
+    wanted, wanted_gradients = step(cells.live(), batch)
+    for name in wanted:
+        assert difference(losses[name], wanted[name]) < of_loss, name
+        worst = max(difference(gradients[name][p], g) for p, g in wanted_gradients[name].items())
+        assert worst < of_gradient, name
+
+
+def test_a_teacher_is_not_in_the_checkpoint(cells: BloodCells) -> None:
+    model = cells.live()
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "sgfi", "ckd"}
+    assert model.student.state_dict().keys() == MODELS.build(cells.student.model).state_dict().keys()
+
+
+def test_the_live_teacher_computes_in_full_precision_and_draws_no_random_numbers(cells: BloodCells) -> None:
+    batch = cells.batch(cells.cache("float32"), False)
+    source = LiveTeacher(cells.teacher, open_cache(cells.cache("float32")).spec)
+    torch.manual_seed(1)
+    plain = source.targets(batch, torch.device("cpu"))
+    drawn = torch.rand(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        views = source.targets(batch, torch.device("cpu"))
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(isinstance(view, TeacherView) and view.view == "exact" for view in views)
+    for view, other in zip(views, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(view.pyramid, other.pyramid, strict=True))
+
+
+def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
+    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", kit.student, "--work-dir", work_dir)
+    return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
+
+
+def test_fifty_steps_give_the_same_student(kit: "Kit", work: Path) -> None:
+    cache = work / "x.zarr"
+    exact = ("--dtype", "float32", "--views", "identity,hflip", "--out", cache)
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
+    options = ("--epochs", 25, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
+    kit.train_student(work / "cached", *options, cache=cache)
+    ended = kit.run(*online(kit, work / "online", *options))
+    assert "RoIs: those of the student" in ended.out
+    weights = [
+        torch.load(work / name / "student.pth", weights_only=True)["state_dict"] for name in ("cached", "online")
+    ]
+    assert torch.load(work / "online" / "student.pth", weights_only=True)["meta"]["iter"] == 50
+    moved = 0
+    for name, value in weights[0].items():
+        if value.is_floating_point():
+            assert difference(weights[1][name], value) < 1e-4, name
+            moved += 1
+    assert moved > 100
+
+
+def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--epochs", 2, "--methods", "cls")
+    kit.run(*online(kit, work / "straight", *options))
+    with monkeypatch.context() as patch:
+        kit.interrupt_second_epoch(patch)
+        kit.run(*online(kit, work / "w", *options), code=130)
+    kit.run(*online(kit, work / "w", *options, "--resume"))
+    one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    recorded = json.loads((work / "w" / "cache.json").read_text())
+    assert recorded["spec"]["dtype"] == "float32"
+    message = kit.refused(*kit.student_command(work / "w", *options, "--resume"))
+    assert "holds a training from something else than the cache" in message
+
+
+def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
+    ended = kit.run("train-student", "--student", kit.student, code=2)
+    assert "needs either --cache or --teacher-ckpt" in ended.err
+    assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
+    message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
+    assert "--rois teacher needs a cache" in message
+    assert not (work / "w" / "student.pth").exists()
