@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kdpipe.cache.codecs import Block, array_metadata, crc32c, encode_chunk
+from kdpipe.cache.codecs import Block, array_metadata, chunk_gap, crc32c, encode_chunk
 from kdpipe.cache.files import FileRecord, write_file
 
 SHARD_CHUNKS = 2048
@@ -128,6 +128,7 @@ class ArrayWriter:
             data = self._pending.popleft().result()
             if len(self._index) == SHARD_CHUNKS:
                 self._finish_shard(SHARD_CHUNKS)
+            self._write(bytes(chunk_gap(self._size)))
             self._index.append((self._size, len(data)))
             self._checksums.append(data[-4:].hex())
             self._write(data)

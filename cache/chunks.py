@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kdpipe.cache.arrays import SHARD_CHUNKS, shard_name
 from kdpipe.cache.check import check_size
-from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, array_metadata, crc32c, decompress
+from kdpipe.cache.codecs import CHECKSUM_BYTES, CHUNK_ALIGNMENT, Block, array_metadata, chunk_gap, crc32c, decompress
 
 _BLOCK = 1 << 20
 INDEX_ENTRY_BYTES = 16
@@ -133,9 +133,10 @@ def check_file(
             if lengths is None:
                 found.append(Found("has a damaged shard index"))
             for number, length in zip(chunks, lengths or (), strict=False):
-                data = opened.read(length)
+                gap, data = opened.read(chunk_gap(opened.tell())), opened.read(length)
+                sha.update(gap)
                 sha.update(data)
-                tick(len(data))
+                tick(len(gap) + len(data))
                 found += _check_chunk(data, layout, number, look)
             while block := opened.read(_BLOCK):
                 sha.update(block)
@@ -166,7 +167,7 @@ def _lengths(opened: BinaryIO, size: int, layout: Layout, count: int) -> Sequenc
 
 
 def parse_shard_index(data: bytes, end: int) -> npt.NDArray[np.uint64]:
-    """Offset and stored bytes of each chunk that is in a shard, which lie one after the other.
+    """Offset and stored bytes of each chunk that is in a shard, which lie one after the other, aligned.
 
     Args:
         data: the index as it is stored, checksum included.
@@ -182,8 +183,9 @@ def parse_shard_index(data: bytes, end: int) -> npt.NDArray[np.uint64]:
         raise ValueError("does not fit its checksum")
     index = np.frombuffer(data[:-CHECKSUM_BYTES], dtype="<u8").reshape(-1, 2)
     there = index[index[:, 0] < end]  # what is not has offsets of 2^64 - 1, after all others
-    sound = len(there) and there[0, 0] == 0 and there[:, 1].max() <= end
-    if not sound or not np.array_equal(np.cumsum(there[:, 1]), np.append(there[1:, 0], end)):
+    ends = there.sum(axis=1, dtype=np.uint64)
+    sound = len(there) and there[0, 0] == 0 and there[:, 1].max() <= end and ends[-1] == end
+    if not sound or not np.array_equal(ends[:-1] + -ends[:-1] % CHUNK_ALIGNMENT, there[1:, 0]):
         raise ValueError(f"does not fit the {end} bytes before it")
     return there.copy()
 

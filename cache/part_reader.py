@@ -1,7 +1,7 @@
 """Reads the arrays of one committed part, and says what is damaged."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,20 @@ class PartReader:
             requests = []
             runs: list[tuple[str, StoredRun]] = []
             for name, rows in wanted:
-                with self._named(name, image_ids):
+                try:
                     array = self._open(name)
                     request = array.request(range(array.rows) if rows is None else rows, files)
+                except (ValueError, OSError) as error:
+                    raise self._damaged(error, name, image_ids) from error
                 requests.append(request)
                 runs += [(name, run) for run in request.runs]
 
             def read(item: tuple[str, StoredRun]) -> None:
-                with self._named(item[0], image_ids):
-                    item[1].read()
+                name, run = item
+                try:
+                    run.read()
+                except (ValueError, OSError) as error:
+                    raise self._damaged(error, name, image_ids) from error
 
             self._readers.run(read, runs)
         return [request.values() for request in requests]
@@ -171,24 +176,20 @@ class PartReader:
             self._arrays[name] = ArrayReader(self._folder / name, sizes, self._spec.codec)
         return self._arrays[name]
 
-    @contextmanager
-    def _named(self, name: str, image_ids: list[int]) -> Iterator[None]:
-        """Errors that name the array and the images that it was read for."""
+    def _damaged(self, error: ValueError | OSError, name: str, image_ids: list[int]) -> CacheError:
+        """What to say of an error: it names the array and the images that it was read for."""
         whose = f", needed for image {', '.join(map(str, image_ids))}," if image_ids else ""
         what = f"The array {name!r} of part {self._number}{whose}"
-        try:
-            yield
-        except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
             reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-            raise CacheError(
+            return CacheError(
                 f"{what} is damaged ({reason}). Run `kdpipe verify {self._folder.parents[1]} --repair`, then `kdpipe "
                 "cache-teacher` with the same options: it makes this part anew."
-            ) from error
-        except OSError as error:
-            raise CacheError(
-                f"{what} cannot be read ({error.strerror}: {error.filename or self._folder / name}). Check that the "
-                "disk or network is sound and that this user may read the cache."
-            ) from error
+            )
+        return CacheError(
+            f"{what} cannot be read ({error.strerror}: {error.filename or self._folder / name}). Check that the "
+            "disk or network is sound and that this user may read the cache."
+        )
 
 
 def _runs(numbers: npt.NDArray[np.int64]) -> list[list[int]]:

@@ -17,11 +17,12 @@ from kdpipe.cache.check import check_sizes, part_folder, read_part_record, write
 from kdpipe.cache.encode import EncodedRecord, encode_record, index_columns
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import FileRecord, discard, explained, publish, temporary_folder
-from kdpipe.cache.plan import ImageInfo
+from kdpipe.cache.plan import ImageInfo, level_shapes
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 
-FEATURE_CHUNK = 1 << 20
+# Elements per chunk of features: at most and at least, and so many chunks per image in between.
+_MOST_ELEMENTS, _FEWEST_ELEMENTS, _CHUNKS_PER_IMAGE = 1 << 20, 1 << 14, 8
 # Raw bytes per chunk: rows of an image are read together, rows of roi_features also by selection.
 _ROW_CHUNK_BYTES = 128 << 10
 _ROI_CHUNK_BYTES = 64 << 10
@@ -186,7 +187,7 @@ def array_layout(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str, int]]
     """Shape of one row, storage type, and rows per chunk of each array of a part."""
     layout: dict[str, tuple[tuple[int, ...], str, int]] = {}
     if "features" in spec.fields:
-        layout["features"] = ((), spec.dtype, FEATURE_CHUNK)
+        layout["features"] = ((), spec.dtype, feature_chunk(spec))
         if spec.dtype == "int8":
             levels = (len(spec.strides), spec.channels)
             layout["scale"] = (levels, "float32", rows_per_chunk(levels, "float32", _ROW_CHUNK_BYTES))
@@ -196,6 +197,13 @@ def array_layout(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str, int]]
     layout["index"] = ((len(index_columns(spec)),), "int64", 1024)
     layout["file_names"] = ((), "uint8", 1 << 16)
     return layout
+
+
+def feature_chunk(spec: CacheSpec) -> int:
+    """Elements per chunk of features, a power of two. Images are read one by one: small ones want small chunks."""
+    cells = sum(height * width for height, width in level_shapes(spec.scale, spec.strides))
+    share = max(1, spec.channels * cells // _CHUNKS_PER_IMAGE)
+    return min(_MOST_ELEMENTS, max(_FEWEST_ELEMENTS, 1 << (share.bit_length() - 1)))
 
 
 class _PartFiles:

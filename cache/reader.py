@@ -27,7 +27,7 @@ from kdpipe.cache.views import view_matrix
 _MAX_INDEX_ROWS = 200_000
 _MAX_PARTS = 1_000
 # Commit records are read by several threads, for the sake of disks and networks that answer slowly; not fewer by each.
-_OPENING_THREADS = 16
+_OPENING_THREADS = 4
 _MIN_RECORDS = 64
 _NAMED_PARTS = 10
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, roi_align
 
 from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
+from kdpipe.distill.roi_align import are_ordinary, roi_align_channels_last
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,6 @@ def roi_align_levels(
 ) -> Tensor:
     """RoI features from every level of a pyramid.
 
-    RoIAlign weighs rows and columns separately, so it is two matrix products per image and level. That is several times
-    as fast as torchvision's kernel forward and backward on the CPU, and gives the same values.
-
     Args:
         pyramid: per level Tensor[B, C, h, w].
         strides: pixels per cell of each level.
@@ -143,7 +141,7 @@ def roi_align_levels(
         aligned: the half-pixel shift of mmdet's default RoIAlign.
 
     Returns:
-        Tensor[R, L, C, size, size], float32 (float64 for a float64 pyramid).
+        Tensor[R, L, C, size, size], float32 (float64 for a float64 pyramid), in memory channels last.
 
     Raises:
         LossInputError: shapes that do not fit, or no sample per cell.
@@ -151,49 +149,17 @@ def roi_align_levels(
     _check_pyramid(pyramid, strides, rois)
     if sampling_ratio < 1:
         raise LossInputError(f"RoIAlign on every level needs a sampling_ratio of at least 1, found {sampling_ratio}.")
-    images = [(rois[:, 0] == index).nonzero().squeeze(1) for index in range(pyramid[0].shape[0])]
-    order = torch.cat(images).argsort()
     levels = []
     with no_autocast(pyramid[0]):
         for features, stride in zip(pyramid, strides, strict=True):
             (full,) = full_precision(features)
-            channels, height, width = full.shape[1:]
-            parts = []
-            for image, rows in zip(full, images, strict=True):
-                boxes = rois[rows, 1:].detach().to(full)
-                columns = _axis_weights(boxes[:, 0], boxes[:, 2], stride, width, size, sampling_ratio, aligned)
-                lines = _axis_weights(boxes[:, 1], boxes[:, 3], stride, height, size, sampling_ratio, aligned)
-                across = image.flatten(0, 1) @ columns.flatten(0, 1).T  # [C * h, n * size]
-                across = across.reshape(channels, height, len(rows), size).permute(2, 1, 0, 3)  # [n, h, C, size]
-                down = lines @ across.flatten(2)  # [n, size, C * size]
-                parts.append(down.unflatten(2, (channels, size)).transpose(1, 2))  # [n, C, size, size]
-            levels.append(torch.cat(parts))
-    return torch.stack(levels, dim=1)[order]
-
-
-def _axis_weights(
-    low: Tensor, high: Tensor, stride: int, length: int, size: int, samples: int, aligned: bool
-) -> Tensor:
-    """What each of `length` cells of a level contributes to each of `size` cells of R RoIs, along one axis.
-
-    Bilinear weights of `samples` points per cell, averaged. As in RoIAlign, a point outside the level is moved to its
-    edge, or ignored where it is more than a cell away.
-
-    Returns:
-        Tensor[R, size, length].
-    """
-    low, high = low / stride, high / stride
-    if aligned:
-        extent = high - low
-        low = low - 0.5
-    else:
-        extent = (high - low).clamp(min=1)
-    steps = (torch.arange(size * samples, device=low.device, dtype=low.dtype) + 0.5) / (size * samples)
-    points = low[:, None] + extent[:, None] * steps  # [R, size * samples]
-    near = (points >= -1) & (points <= length)
-    cells = torch.arange(length, device=low.device, dtype=low.dtype)
-    weights: Tensor = (1 - (points.clamp(0, length - 1)[..., None] - cells).abs()).clamp(min=0) * near[..., None]
-    return weights.reshape(-1, size, samples, length).mean(dim=2)
+            boxes = rois.detach().to(full)
+            if full.is_cuda or not are_ordinary(boxes, 1.0 / stride):
+                pooled = _roi_align(full, stride, rois, size, sampling_ratio, aligned).permute(0, 2, 3, 1)
+            else:
+                pooled = roi_align_channels_last(full, boxes, 1.0 / stride, (size, size), sampling_ratio, aligned)
+            levels.append(pooled)
+    return torch.stack(levels, dim=1).permute(0, 1, 4, 2, 3)
 
 
 def roi_align_assigned(

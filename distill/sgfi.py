@@ -1,7 +1,10 @@
 """Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, mean_or_zero, no_autocast
 
@@ -37,12 +40,26 @@ def sgfi_loss(
     with no_autocast(student_rois):
         student, teacher = full_precision(student_rois, teacher_rois.detach())
         student_keys = embed(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))  # [R, L, key]
-        teacher_keys = embed(teacher)  # [R, key]
-        similarity = torch.einsum("rlk,rk->rl", student_keys, teacher_keys)  # [R, L]
-        level_weights = (similarity / temperature).softmax(dim=1)  # [R, L]
-        mixed = torch.einsum("rl,rlchw->rchw", level_weights, student)  # [R, C, H, W]
-        loss = mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
+        level_weights = _level_weights(student_keys, embed(teacher), temperature)  # [R, L]
+        loss = _imitation(_mix(student, level_weights), teacher)
     return loss, level_weights
+
+
+def _level_weights(student_keys: Tensor, teacher_keys: Tensor, temperature: Tensor | float) -> Tensor:
+    """Softmax over the levels, Tensor[R, L], of the products of keys Tensor[R, L, key] and Tensor[R, key]."""
+    similarity = torch.einsum("rlk,rk->rl", student_keys, teacher_keys)
+    return (similarity / temperature).softmax(dim=1)
+
+
+def _mix(rois: Tensor, level_weights: Tensor) -> Tensor:
+    """Weighted sum over the levels, Tensor[R, L, C, H, W] -> Tensor[R, C, H, W]."""
+    channels_last = rois.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
+    return torch.einsum("rl,rlhwc->rhwc", level_weights, channels_last).permute(0, 3, 1, 2)
+
+
+def _imitation(mixed: Tensor, teacher: Tensor) -> Tensor:
+    """Square error, a mean over channels and cells, then over RoIs."""
+    return mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
 
 
 class SGFI(nn.Module):
@@ -65,7 +82,8 @@ class SGFI(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise LossInputError(f"The kernel size of f_adapt must be odd and positive, found {kernel_size}.")
         widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
-        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=kernel_size // 2)
+        self._padding = kernel_size // 2
+        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
         self.embed = nn.Sequential(
             nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
             nn.ReLU(inplace=True),
@@ -83,6 +101,9 @@ class SGFI(nn.Module):
     def forward(self, student_rois: Tensor, teacher_rois: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the level weights of `sgfi_loss`, after adapting every level with the same weights.
 
+        f_adapt is affine and the level weights sum to 1, so that the mixture is adapted in place of every level: the
+        same values with a fraction of the arithmetic and memory.
+
         Args:
             student_rois: Tensor[R, L, student channels, 7, 7].
             teacher_rois: Tensor[R, teacher channels, 7, 7]; gets no gradient.
@@ -97,7 +118,31 @@ class SGFI(nn.Module):
         num_rois, num_levels = student_rois.shape[:2]
         expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
         check_shape("student_rois", student_rois, expected, f"an adapter of {self.adapt.in_channels} channels")
+        check_shape("teacher_rois", teacher_rois, (num_rois, self.adapt.out_channels, 7, 7), f"{num_rois} RoIs")
         with no_autocast(student_rois):
-            rois = student_rois.flatten(0, 1).to(self.adapt.weight.dtype, memory_format=torch.channels_last)
-            adapted = self.adapt(rois).unflatten(0, (num_rois, num_levels))  # [R, L, C, 7, 7]
-        return sgfi_loss(adapted, teacher_rois, self.embed, self.temperature)
+            student, teacher = (x.to(self.adapt.weight.dtype) for x in (student_rois, teacher_rois.detach()))
+            student_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))
+            level_weights = _level_weights(student_keys, self.embed(teacher), self.temperature)  # [R, L]
+            loss = _imitation(self.adapt(_mix(student, level_weights)), teacher)
+        return loss, level_weights
+
+    def _adapted_keys(self, rois: Tensor) -> Tensor:
+        """`embed(adapt(rois))`, Tensor[N, student channels, 7, 7] -> Tensor[N, key], without the adapted features.
+
+        f_adapt and the first convolution of f_embed, with nothing between them, are one convolution.
+        """
+        first: Any = self.embed[0]
+        weight = functional.conv2d(
+            self.adapt.weight.transpose(0, 1), first.weight.flip(2, 3), padding=first.kernel_size[0] - 1
+        ).transpose(0, 1)  # [C / 2, student channels, 3, 3] for an f_adapt of 1 x 1
+        bias = first.bias + first.weight.sum(dim=(2, 3)) @ self.adapt.bias
+        layout = torch.channels_last
+        hidden = functional.conv2d(
+            rois.contiguous(memory_format=layout),
+            weight.contiguous(memory_format=layout),
+            bias,
+            first.stride,
+            self._padding,
+        )
+        keys: Tensor = self.embed[1:](hidden)
+        return keys

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
-from kdpipe.pipelines.console import bytes_text, error_text, stop_asked
+from kdpipe.pipelines.console import bytes_text, error_text, stop
 from kdpipe.pipelines.launch import ToldError, adopt_slurm, is_first
 
 __all__ = ["main"]
@@ -479,8 +479,7 @@ def _report(console: Console, result: Any) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a run as Ctrl-C does: files are left whole, helper processes are ended."""
-    stop_asked.set()
-    raise KeyboardInterrupt
+    stop.ask()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -489,7 +488,7 @@ def main(args: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 the input or the machine, 2 the command line, 3 a fault of kdpipe, 130 interrupted.
     """
     args = sys.argv[1:] if args is None else args
-    stop_asked.clear()
+    stop.forget()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _terminate)
     debug = "--debug" in args

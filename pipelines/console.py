@@ -13,13 +13,53 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text", "error_text", "plain", "silent_stdout", "stop_asked"]
+__all__ = ["ProgressBar", "bytes_text", "error_text", "plain", "silent_stdout", "stop"]
 
 _LINE_SECONDS = 30.0
 
-# Set when somebody asked the process to end. Python drops a KeyboardInterrupt that happens to be raised in a callback
-# of its own, such as a weak reference's; work that shows its progress asks again.
-stop_asked = threading.Event()
+
+class Stop:
+    """That somebody asked the process to end, by Ctrl-C or SIGTERM.
+
+    Raising KeyboardInterrupt at once is right for most work, but not enough: Python drops one that happens to be raised
+    in a callback of its own, such as a weak reference's. Work that shows its progress asks again (`check`).
+
+    Attributes:
+        between_steps: Wait for the next `check`. Stopped in the middle of a step of training, loader processes would be
+            cut off while they hand over a batch. Asked twice, it ends at once all the same.
+    """
+
+    def __init__(self) -> None:
+        self.between_steps = False
+        self._asked = threading.Event()
+
+    def forget(self) -> None:
+        """Begin anew: nobody asked."""
+        self.between_steps = False
+        self._asked.clear()
+
+    def ask(self) -> None:
+        """To be called by the handler of a signal.
+
+        Raises:
+            KeyboardInterrupt: Unless it can wait.
+        """
+        waits = self.between_steps and not self._asked.is_set()
+        self._asked.set()
+        if not waits:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """End here if somebody asked.
+
+        Raises:
+            KeyboardInterrupt: Somebody did.
+        """
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+
+
+stop = Stop()
 
 
 class ProgressBar:
@@ -66,8 +106,7 @@ class ProgressBar:
         Raises:
             KeyboardInterrupt: Somebody asked the process to end.
         """
-        if stop_asked.is_set():
-            raise KeyboardInterrupt
+        stop.check()
         self._bar.update(self._task, completed=done, rate=rate)
         now = time.monotonic()
         if self.console.is_terminal or now - self._last_line < _LINE_SECONDS or done <= self._first:

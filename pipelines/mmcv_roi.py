@@ -5,11 +5,14 @@ import torchvision
 from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.roi_align import are_ordinary, pool, roi_windows, unpool
 from kdpipe.pipelines.mmcv_precision import computing
-from kdpipe.pipelines.mmcv_roi_cpu import is_faster, roi_align_cpu, roi_align_cpu_backward
 
 __all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_pool_forward"]
 
+# Where torchvision's RoIAlign on a CPU is the faster one.
+_FEWEST_VALUES = 1 << 17  # pooled values that pay for the preparation
+_PIXELS_PER_VALUE = 8  # turning the map channels last costs more than it gains where it has more pixels than this
 _POOL_BUDGET = 1 << 24  # elements that RoIPool gathers at a time
 
 
@@ -40,8 +43,9 @@ def roi_align_forward(
     x = computing(input)
     size = (aligned_height, aligned_width)
     rois = rois.to(x.dtype)
-    if is_faster(x.numel(), output.numel(), rois, spatial_scale):
-        output.copy_(roi_align_cpu(x, rois, spatial_scale, size, sampling_ratio, aligned))
+    if _in_windows(x.numel(), output.numel(), rois, spatial_scale):
+        windows = roi_windows(rois, spatial_scale, size, x.shape, sampling_ratio, aligned)
+        output.copy_(pool(x, windows, len(rois)).permute(0, 3, 1, 2))
     else:
         output.copy_(torch.ops.torchvision.roi_align(x, rois, spatial_scale, *size, sampling_ratio, aligned))
 
@@ -70,14 +74,22 @@ def roi_align_backward(
             pooled = torchvision.ops.roi_align(x, rois, size, spatial_scale, sampling_ratio, aligned)
         grad_input.copy_(torch.autograd.grad(pooled, x, grad)[0])
         return
-    if is_faster(grad_input.numel(), grad.numel(), rois, spatial_scale):
-        grad_input.copy_(roi_align_cpu_backward(grad, rois, spatial_scale, grad_input.shape, sampling_ratio, aligned))
+    if _in_windows(grad_input.numel(), grad.numel(), rois, spatial_scale):
+        windows = roi_windows(rois, spatial_scale, size, grad_input.shape, sampling_ratio, aligned)
+        grad_input.copy_(unpool(grad.permute(0, 2, 3, 1).contiguous(), windows, grad_input.shape))
         return
     grad_input.copy_(
         torch.ops.torchvision._roi_align_backward(
             grad, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
         )
     )
+
+
+def _in_windows(pixels: int, values: int, rois: Tensor, spatial_scale: float) -> bool:
+    """Whether to pool window by window: on a CPU, enough pooled `values` for a map of so many `pixels`, sane boxes."""
+    if rois.is_cuda or values < _FEWEST_VALUES or pixels > _PIXELS_PER_VALUE * values:
+        return False
+    return are_ordinary(rois, spatial_scale)
 
 
 def roi_pool_forward(

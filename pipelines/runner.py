@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.console import ProgressBar
+from kdpipe.pipelines.console import ProgressBar, stop
 
 __all__ = [
     "AP_NAMES",
@@ -211,6 +211,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self._last = 0.0
 
     def before_train(self, runner: Any) -> None:
+        stop.between_steps = True
         self._start(runner.max_iters, runner.iter)
 
     def _start(self, total: int, done: int) -> None:
@@ -225,6 +226,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self._last = now
 
     def _advance(self, done: int) -> None:
+        stop.check()
         if self.progress is not None:
             recent = self.step_times[-20:]
             rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
@@ -249,6 +251,9 @@ class ProgressHook(Hook):  # type: ignore[misc]
             f"{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, mean loss {loss:.3f}, {seconds:.0f} s"
         )
 
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        stop.check()
+
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         self.metrics = coco_metrics(metrics or {})
         if self.progress is not None:
@@ -269,5 +274,6 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
     def close(self) -> None:
         """Take the bar off the console; harmless when there is none."""
+        stop.between_steps = False
         if self.progress is not None:
             self.progress.close()

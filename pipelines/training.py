@@ -25,10 +25,11 @@ from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DataError, DetectionData, check_classes
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
+from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.transforms import set_scale
-from kdpipe.pipelines.worker import init_worker, preload_workers
+from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
 
 __all__ = [
     "Recipe",
@@ -360,6 +361,7 @@ def run_training(
         ) from error
     finally:
         progress.close()
+        end_workers(loop.dataloader for loop in (runner._train_loop, runner._val_loop) if loop is not None)
     metrics = progress.metrics
     if metrics is None:  # not measured, or resumed where nothing was left to do
         scalars = {key: value.current() for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
@@ -393,3 +395,5 @@ def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         if loader is not None:
             loader.worker_init_fn = {"type": init_worker.__name__}
+            if loader.num_workers:
+                loader.collate_fn = {"type": pack_batch.__name__}

@@ -1,13 +1,17 @@
-"""Loader workers: what they need, imported once in the fork server, and what each does first."""
+"""Loader workers: what they need, imported once in the fork server, what each does first, and how they end."""
 
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import cv2
 from mmengine.registry import FUNCTIONS
 
-__all__ = ["init_worker", "preload_workers"]
+__all__ = ["end_workers", "init_worker", "preload_workers"]
+
+_JOIN_SECONDS = 10.0
 
 
 def preload_workers() -> None:
@@ -32,3 +36,19 @@ def init_worker(worker_id: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, name="kdpipe-parent-watch", daemon=True).start()
+
+
+def end_workers(loaders: Iterable[Any]) -> None:
+    """End the workers of torch's `DataLoader`s now, and the threads that fed them.
+
+    Left to the end of the program, such a thread can be cut off while it frees the locks of its queue, and Python warns
+    of leaked semaphores.
+    """
+    for loader in loaders:
+        iterator: Any = getattr(loader, "_iterator", None)
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            loader._iterator = None
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(_JOIN_SECONDS)

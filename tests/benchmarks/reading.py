@@ -40,7 +40,7 @@ Read = Callable[[int, tuple[str, ...]], list[Any]]
 def make_caches(out: Path, names: dict[str, str], count: int, size: tuple[int, int], boxes: int) -> None:
     """kdpipe caches by name and codec, all of the same records.
 
-    Values are Laplace-distributed: as int8, zstd makes about as much of them as of a trained pyramid.
+    Features are Laplace-distributed, to a power: as int8, zstd makes as much of them as of a trained pyramid.
     """
     images = [ImageInfo(n, f"{n:06d}.jpg", *size, 0) for n in range(count)]
     spec: dict[str, Any] = {
@@ -60,6 +60,10 @@ def make_caches(out: Path, names: dict[str, str], count: int, size: tuple[int, i
         uniform = torch.rand(shape, generator=generator).sub_(0.5)
         return -uniform.sign() * (1 - 2 * uniform.abs()).clamp_(min=1e-7).log_()
 
+    def peaked(*shape: int) -> torch.Tensor:
+        values = laplace(*shape)
+        return values.sign() * values.abs_() ** 1.85
+
     parts = [writer.part(0).__enter__() for writer in writers]
     for image in images:
         corners = torch.rand(boxes, 2, generator=generator) * 300
@@ -74,7 +78,7 @@ def make_caches(out: Path, names: dict[str, str], count: int, size: tuple[int, i
             logits=laplace(boxes, 81),
             deltas=laplace(boxes, 80, 4),
             embeddings=laplace(boxes, 1024).clamp_(min=0),
-            features=[laplace(256, *shape) for shape in level_shapes(size, writers[0].spec.strides)],
+            features=[peaked(256, *shape) for shape in level_shapes(size, writers[0].spec.strides)],
         )
         for part in parts:
             part.add(record)
@@ -99,6 +103,17 @@ def open_kdpipe(folder: Path) -> Read:
         return [getattr(targets, field) for field in fields]
 
     return read
+
+
+def write_raw(folder: Path, content: Iterable[Sample]) -> None:
+    for number, sample in enumerate(content):
+        for fields in (FIELDS, ROI_FIELDS):
+            data = b"".join(sample[field].tobytes() for field in fields)
+            (folder / f"{number}.{len(fields)}").write_bytes(data)
+
+
+def open_raw(folder: Path) -> Read:
+    return lambda number, fields: [np.fromfile(folder / f"{number}.{len(fields)}", np.uint8)]
 
 
 def write_npy(folder: Path, content: Iterable[Sample]) -> None:
@@ -241,6 +256,7 @@ class Store:
 STORES = {
     "kdpipe, zstd": Store(None, None, open_kdpipe, "zstd"),
     "kdpipe, none": Store(None, None, open_kdpipe, "none"),
+    "np.fromfile, the limit": Store(None, write_raw, open_raw, "raw"),
     "a .npy per array": Store(None, write_npy, open_npy, "npy"),
     "torch.save per image": Store(None, write_torch, open_torch, "torch"),
     "HDF5": Store("h5py", write_hdf5, open_hdf5, "hdf5"),

@@ -90,6 +90,21 @@ def test_large_arrays_are_chunked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[...]), values)
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
+def test_chunks_begin_at_multiples_of_64(tmp_path: Path, codec: str) -> None:
+    values = np.random.default_rng(0).integers(-9, 9, (50, 7)).astype(np.int8)
+    writer = ArrayWriter(tmp_path / "a", (7,), "int8", 8, codec, POOL)
+    writer.append(values)
+    writer.close()
+    data = (tmp_path / "a" / "c.0.0").read_bytes()
+    index = np.frombuffer(data[-(7 * 16 + 4) : -4], dtype="<u8").reshape(7, 2)
+    ends = index.sum(axis=1)
+    np.testing.assert_array_equal(index[:, 0], [0, *(-(-ends[:-1] // 64) * 64)])
+    for end, start in zip(ends[:-1], index[1:, 0], strict=True):
+        assert data[end:start] == bytes(int(start - end))
+    np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[:50]), values)
+
+
 def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     writer = ArrayWriter(tmp_path / "a", (3,), "float32", 8, "zstd", POOL)
     with pytest.raises(ValueError, match="rows are"):

@@ -33,6 +33,23 @@ def test_what_is_not_finite_shows_in_the_scale() -> None:
     assert torch.isfinite(quantize(x)[1]).tolist() == [True, False, False]
 
 
+def test_quantisation_stays_on_the_device_of_the_values() -> None:
+    for result in quantize(torch.empty(2, 3, 4, 4, dtype=torch.float16, device="meta")):
+        assert result.device.type == "meta"
+
+
+def test_negative_zeros_leave_no_trace() -> None:
+    q, scale = quantize(torch.tensor([[[-0.0, 0.0]], [[-0.0, -0.0]]]))
+    assert scale.numpy().tobytes() == bytes(8)
+    assert q.tolist() == [[[0, 0]], [[0, 0]]]
+
+
+def test_the_largest_value_stays_within_the_type() -> None:
+    x = torch.tensor([[[190 * 2.0**-149]], [[2.0**-149]], [[-3.4e38]]])  # the scale of the first has one bit
+    q, _ = quantize(x)
+    assert q.flatten().tolist() == [127, 0, -127]
+
+
 def test_crc32c_check_value() -> None:
     assert int.from_bytes(crc32c(b"123456789"), "little") == 0xE3069283  # the check value of RFC 3720's CRC
 

@@ -1,5 +1,6 @@
 """Reading of stored arrays: the same as plain zarr reads, in any selection, and nothing that is not sound."""
 
+import hashlib
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredRun, read_array
 from kdpipe.cache.arrays import ArrayWriter, write_array
+from kdpipe.cache.chunks import check_file, read_layout
 from kdpipe.cache.codecs import Block, crc32c
 
 if TYPE_CHECKING:
@@ -189,3 +191,17 @@ def test_what_cannot_be_read_is_not_called_damaged(cache_path: Path, monkeypatch
     monkeypatch.setattr("os.open", fail)
     with pytest.raises(CacheError, match=r"'boxes' of part 0, needed for image 1000, cannot be read \(Too many open"):
         cache.targets(1000)
+
+
+def test_a_bit_between_two_chunks_changes_no_value_but_is_found(tmp_path: Path) -> None:
+    values = np.arange(40, dtype=np.int8)
+    array = write(tmp_path / "a", values, "none", chunk_rows=20)
+    file = tmp_path / "a" / "c.0"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    data = bytearray(file.read_bytes())
+    data[30] ^= 1  # a chunk has 24 bytes, the next begins at 64
+    file.write_bytes(data)
+    np.testing.assert_array_equal(read(array, range(40)), values)
+    layout = read_layout((tmp_path / "a" / "zarr.json").read_bytes(), "none")
+    found = check_file(file, len(data), digest, layout, range(2), None, lambda count: None)
+    assert [each.reason for each in found] == ["has other content than was written"]

@@ -111,13 +111,14 @@ def test_gradients() -> None:
     assert teacher.grad is None, "the teacher is a constant"
 
 
-def test_the_module_is_adapt_then_embed_then_the_loss() -> None:
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_module_is_adapt_then_embed_then_the_loss(kernel: int) -> None:
     torch.manual_seed(0)
-    module = SGFI(student_channels=6, teacher_channels=8).double()
+    module = SGFI(student_channels=6, teacher_channels=8, kernel_size=kernel).double()
     student, teacher = torch.randn(R, L, 6, 7, 7).double(), torch.randn(R, 8, 7, 7).double()
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert shapes == {
-        "adapt.weight": (8, 6, 1, 1),
+        "adapt.weight": (8, 6, kernel, kernel),
         "adapt.bias": (8,),
         "embed.0.weight": (4, 8, 3, 3),
         "embed.0.bias": (4,),
@@ -137,12 +138,28 @@ def test_the_module_is_adapt_then_embed_then_the_loss() -> None:
 
     total = 0.0
     for i in range(R):
-        adapted = [functional.conv2d(level[None], p["adapt.weight"], p["adapt.bias"])[0] for level in student[i]]
+        adapted = [
+            functional.conv2d(level[None], p["adapt.weight"], p["adapt.bias"], padding=kernel // 2)[0]
+            for level in student[i]
+        ]
         logits = torch.stack([key(level[None])[0] @ key(teacher[i : i + 1])[0] for level in adapted])
         weights = functional.softmax(logits / math.exp(-0.3), dim=0)
         mixed = sum(w * level for w, level in zip(weights, adapted, strict=True))
         total += functional.mse_loss(mixed, teacher[i]).item() / R
     assert module(student, teacher)[0].item() == pytest.approx(total)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_module_has_the_gradients_of_the_loss_at_adapted_features(kernel: int) -> None:
+    torch.manual_seed(0)
+    module = SGFI(student_channels=6, teacher_channels=8, kernel_size=kernel).double()
+    student, teacher = torch.randn(R, L, 6, 7, 7).double().requires_grad_(), torch.randn(R, 8, 7, 7).double()
+    inputs = [student, *module.parameters()]
+    adapted = module.adapt(student.flatten(0, 1)).unflatten(0, (R, L))
+    expected, expected_weights = sgfi_loss(adapted, teacher, module.embed, module.temperature)
+    loss, weights = module(student, teacher)
+    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
 
 
 def test_all_parameters_learn_and_the_temperature_stays_positive() -> None:

@@ -15,7 +15,7 @@ import pytest
 from kdpipe.cache.errors import CacheError, KdpipeError
 from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines import cli
-from kdpipe.pipelines.console import error_text
+from kdpipe.pipelines.console import Stop, error_text
 from kdpipe.pipelines.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -140,6 +140,20 @@ def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkey
     assert kit.run(*command, code=130).err.strip() == "Interrupted."
     assert dropped == [KeyboardInterrupt]
     assert len(open_cache("x.zarr", allow_partial=True)) == 0
+
+
+def test_a_step_of_training_is_not_interrupted_unless_asked_twice() -> None:
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask()
+    stop.forget()
+    stop.check()
+    stop.between_steps = True
+    stop.ask()
+    with pytest.raises(KeyboardInterrupt):
+        stop.check()
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask()
 
 
 WRAPPED = """Caught CacheError in DataLoader worker process 0.

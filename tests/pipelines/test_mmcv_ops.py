@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kdpipe.pipelines  # noqa: F401  (the bridge goes in before mmcv is imported)
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.mmcv_roi_cpu import is_faster
+from kdpipe.pipelines.mmcv_roi import _in_windows
 
 mmcv_ops = pytest.importorskip("mmcv.ops")
 Array = npt.NDArray[Any]
@@ -87,7 +87,7 @@ def naive_roi_align(x: Array, rois: Array, size: int, scale: float, ratio: int, 
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU RoIAlign has two implementations, of which the size of the input chooses one."""
     fewest = 1 if request.param == "fast" else math.inf
-    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._FEWEST_VALUES", fewest)
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi._FEWEST_VALUES", fewest)
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -129,12 +129,12 @@ def test_roi_align_of_degenerate_boxes(ratio: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_roi_align_in_slices_is_the_same(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._FEWEST_VALUES", 1)
+    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi._FEWEST_VALUES", 1)
     x, rois = random(2, 3, 10, 12).requires_grad_(), some_rois().repeat(3, 1)
     whole = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
     (wanted,) = torch.autograd.grad(whole.square().sum(), x)
-    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._CHUNK", chunk)
-    monkeypatch.setattr("kdpipe.pipelines.mmcv_roi_cpu._ENTRIES", 10)
+    monkeypatch.setattr("kdpipe.distill.roi_align._CHUNK", chunk)
+    monkeypatch.setattr("kdpipe.distill.roi_align._VALUES", 500)
     sliced = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(sliced.square().sum(), x)[0], wanted, rtol=0, atol=1e-12)
@@ -143,8 +143,8 @@ def test_roi_align_in_slices_is_the_same(chunk: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("box", [[0, 0, 0, 1e9, 1e9], [0, 0, 0, math.nan, 5]])
 def test_roi_align_leaves_boxes_out_of_all_bounds_to_torchvision(box: list[float]) -> None:
     ordinary = torch.tensor([[0.0, 3, 4, 90, 80]])
-    assert is_faster(1 << 20, 1 << 20, ordinary, 0.25)
-    assert not is_faster(1 << 20, 1 << 20, torch.cat([ordinary, torch.tensor([box])]), 0.25)
+    assert _in_windows(1 << 20, 1 << 20, ordinary, 0.25)
+    assert not _in_windows(1 << 20, 1 << 20, torch.cat([ordinary, torch.tensor([box])]), 0.25)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,7 @@ def test_resumed_training_is_the_same_bit_for_bit(
 
 def test_number_of_workers_changes_nothing(trained: "tuple[Path, Ended]", kit: "Kit", work: Path) -> None:
     kit.train_student(work / "w", "--epochs", 2, workers=2)
+    assert not [thread for thread in threading.enumerate() if thread.name == "QueueFeederThread"], "workers are ended"
     assert same(resumable(trained[0] / "epoch_2.pth"), resumable(work / "w" / "epoch_2.pth"))
 
 
