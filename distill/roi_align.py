@@ -27,12 +27,14 @@ class Windows:
     Attributes:
         rois: Tensor[r] int64, which RoIs.
         pixels: Tensor[r * lines * columns] int64, places within N * H * W.
+        corners: Tensor[r, 3] int64, (image, top, left) of each window.
         lines: Tensor[r, height, lines], weights along y.
         columns: Tensor[r, width, columns], weights along x.
     """
 
     rois: Tensor
     pixels: Tensor
+    corners: Tensor
     lines: Tensor
     columns: Tensor
 
@@ -67,14 +69,15 @@ def roi_windows(
         sides = sides.clamp(min=1.0)
     left, columns, wide = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
     top, lines, high = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
-    images = rois[:, 0].long()
+    places = torch.stack([rois[:, 0].long(), top, left], dim=1)  # [R, 3]
     windows = []
     for part in _similar(high, wide, channels):
         ys = torch.arange(int(high[part].amax()), device=rois.device)
         xs = torch.arange(int(wide[part].amax()), device=rois.device)
-        rows = images[part, None] * height + (top[part, None] + ys).clamp(max=height - 1)  # [r, lines]
-        pixels = rows[:, :, None] * width + (left[part, None, None] + xs).clamp(max=width - 1)  # [r, lines, columns]
-        windows.append(Windows(part, pixels.flatten(), lines[part, :, : len(ys)], columns[part, :, : len(xs)]))
+        corner = places[part]
+        rows = corner[:, :1] * height + (corner[:, 1:2] + ys).clamp(max=height - 1)  # [r, lines]
+        pixels = rows[:, :, None] * width + (corner[:, 2, None, None] + xs).clamp(max=width - 1)  # [r, lines, columns]
+        windows.append(Windows(part, pixels.flatten(), corner, lines[part, :, : len(ys)], columns[part, :, : len(xs)]))
     return windows
 
 
@@ -137,13 +140,16 @@ def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:
 def unpool(grad: Tensor, windows: Sequence[Windows], shape: Sequence[int]) -> Tensor:
     """Gradient of `pool` by its input, of `shape` [N, C, H, W], for `grad` [R, height, width, C]."""
     images, channels, height, width = shape
-    total = grad.new_zeros(images * height * width, channels)
+    total: Tensor = grad.new_zeros(images, height, width, channels)
     with no_autocast(grad):
         for window in windows:
+            lines, columns = window.lines.shape[2], window.columns.shape[2]
             across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
-            pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).reshape(-1, channels)
-            total.scatter_add_(0, window.pixels[:, None].expand(-1, channels), pixels)
-    return total.view(images, height, width, channels).permute(0, 3, 1, 2)
+            pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).unflatten(2, (columns, channels))
+            for (image, top, left), part in zip(window.corners.tolist(), pixels, strict=True):
+                place = total[image, top : top + lines, left : left + columns]  # less where the map ends
+                place += part[: place.shape[0], : place.shape[1]]
+    return total.permute(0, 3, 1, 2)
 
 
 class _RoiAlign(torch.autograd.Function):
