@@ -10,6 +10,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.schema import CacheSpec
+from kdpipe.distill.cascade_head import CascadeHead, frozen_head
 from kdpipe.distill.ckd import CKD, exclude_pairs
 from kdpipe.distill.head_transfer import HeadTransfer
 from kdpipe.distill.methods import (
@@ -143,8 +144,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             )
 
     @cached_property
-    def _head(self) -> TeacherHead:
-        return TeacherHead(self.teacher.head_state(), self.spec)
+    def _head(self) -> TeacherHead | CascadeHead:
+        return frozen_head(self.teacher.head_state(), self.spec)
 
     def forward(
         self,

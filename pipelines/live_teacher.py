@@ -12,12 +12,14 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
+from kdpipe.distill.cascade_head import frozen_head
+from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.sources import find_data, named_val
-from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
+from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher, teacher_config
 
 __all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
 
@@ -47,7 +49,7 @@ class LiveTeacher:
             for image in data["inputs"]:
                 pyramid, _ = self.teacher.see(image)
                 levels = tuple(level[0] for level in pyramid[: self.spec.roi_levels])
-                views.append(TeacherView("exact", np.eye(3), levels))
+                views.append(TeacherView("exact", np.eye(3), levels, size=tuple(image.shape[1:])))
         return views
 
 
@@ -115,6 +117,10 @@ def online_teacher(
     found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=None, split="", out=None, limit=None)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
+    try:
+        frozen_head(teacher.head_state(), spec)
+    except TeacherHeadError as error:
+        raise TeacherError(f"{error}: it cannot teach online. Cache it, and train with --rois teacher.") from error
     weights = digest_tensors(teacher.model.state_dict())
     source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
     online = OnlineTeacher(

@@ -5,12 +5,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from mmcv.transforms import Compose
+from mmdet.models.layers import multiclass_nms
+from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kdpipe.cache.reader import open_cache
+from kdpipe.cache.targets import decode_deltas
+from kdpipe.distill.cascade_head import frozen_head
+from kdpipe.distill.targets import BatchRois
+from kdpipe.distill.teacher_view import ask_teacher, read_teacher_view
+from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import apply_options, find_config, set_num_classes
+from kdpipe.pipelines.datasets import read_image
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.shapes import CLASS_NAMES
+from kdpipe.pipelines.teacher import load_teacher, teacher_config
 from kdpipe.pipelines.transforms import set_scale
 
 if TYPE_CHECKING:
@@ -116,3 +127,112 @@ def test_other_channels_widths_and_levels(kit: "Kit", work: Path, rois: str, of_
         assert all(step[loss] > 0 for step in steps), loss
     weights = [step[f"sgfi_level{level}"] for step in steps for level in range(of_student)]
     assert sum(weights) == pytest.approx(len(steps), abs=1e-4)
+
+
+# mmdet warns about the loss of the semantic branch, which nobody trains here
+SEMANTIC = pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``:UserWarning")
+
+CASCADE = "cascade-rcnn_r50_fpn_1x_coco"
+CASCADES = {
+    "Cascade R-CNN": CASCADE,
+    "Cascade Mask R-CNN": "cascade-mask-rcnn_r50_fpn_1x_coco",
+    "Cascade DCN": "cascade-rcnn_r50-dconv-c3-c5_fpn_1x_coco",
+    "HTC": "htc_r50_fpn_1x_coco",
+    "HTC without semantic branch": "htc-without-semantic_r50_fpn_1x_coco",
+}
+MASKED = {"Mask R-CNN": "mask-rcnn_r50_fpn_1x_coco", "Mask DCN": "mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco"}
+
+
+@SEMANTIC
+@pytest.mark.parametrize("name", [*CASCADES, *MASKED])
+def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, name: str) -> None:
+    """What is cached decodes to what mmdet's own pipeline and prediction say: boxes, classes and scores."""
+    config = tiny((CASCADES | MASKED)[name])
+    options = ("--targets", "predictions", "--dtype", "float32")
+    cache = open_cache(cached(kit, work, config, *options))
+    assert bool(cache.spec.cascade_stds) == (name in CASCADES)
+    model = MODELS.build(config.model).eval()
+    model.load_state_dict(load_checkpoint(work / "teacher.pth").state_dict)
+    assert name not in CASCADES or name == "Cascade R-CNN" or "DCN" in name or model.roi_head.with_mask
+    model.test_cfg.rpn.max_per_img = 40
+    pipeline = Compose([step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"])
+    rule = model.roi_head.test_cfg
+    total = 0
+    for image_id in cache.image_ids.tolist()[:3]:
+        said = cache.targets(image_id)
+        assert said.logits is not None
+        scores = torch.softmax(said.logits, dim=1)[: said.num_proposals]
+        boxes = said.class_boxes(cache.spec)[: said.num_proposals]
+        found, labels = multiclass_nms(boxes.flatten(1), scores, rule.score_thr, rule.nms, rule.max_per_img)
+        sample = pipeline({"img_path": str(kit.img / said.file_name), "img_id": image_id})
+        with torch.no_grad():
+            data = {"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]}
+            live = model.test_step(data)[0].pred_instances
+        assert torch.equal(labels, live.labels)
+        torch.testing.assert_close(found[:, 4], live.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[:, :4], live.bboxes, rtol=0, atol=1e-2)
+        total += len(labels)
+    assert total > 30
+    assert "AP" in kit.run("verify", work / "teacher.zarr", "--ap").out
+
+
+def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
+    """The frozen heads in the cache, asked about boxes that are no proposals, against mmdet's own refinement."""
+    config = tiny(CASCADE)
+    cache = open_cache(cached(kit, work, config, "--dtype", "float32"))
+    checkpoint = load_checkpoint(work / "teacher.pth")
+    teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=40, device=torch.device("cpu"))
+    image_id = int(cache.image_ids[0])
+    known = cache.targets(image_id, fields=("boxes",))
+    view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
+    low = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([90.0, 60.0])
+    boxes = torch.cat([low, low + 20], dim=1)
+    rois = BatchRois(torch.cat([torch.zeros(30, 1), boxes], dim=1), torch.zeros(30).long(), torch.ones(30).bool())
+    head = frozen_head(cache.head(), cache.spec)
+    said = ask_teacher([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "features"))
+    pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
+    roi_head = teacher.model.roi_head
+    with torch.no_grad():
+        at, logits, deltas = roi_head._refine_roi(pyramid, rois.rois, [sample.metainfo], (30,))
+        moved = roi_head.bbox_head[-1].bbox_coder.decode(at[0][:, 1:], deltas[0])
+        features = roi_head.bbox_roi_extractor[0](pyramid[:4], rois.rois)
+        last = roi_head.bbox_head[-1]
+        wide = roi_head.bbox_roi_extractor[2](pyramid[:4], at[0]).flatten(1)
+        for layer in last.shared_fcs:
+            wide = layer(wide).relu()
+    for found, wanted in ((said.logits, logits[0]), (said.embeddings, wide), (said.features, features)):
+        assert found is not None
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert said.deltas is not None
+    decoded = decode_deltas(boxes, said.deltas, cache.spec.box_means, cache.spec.box_stds)[:, 0]
+    torch.testing.assert_close(decoded, moved, rtol=0, atol=1e-2)
+    assert float((moved - boxes).abs().mean()) > 0.5  # it does move them
+
+
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+def test_a_cascade_teaches(kit: "Kit", work: Path, rois: str) -> None:
+    cache = cached(kit, work, tiny("cascade-mask-rcnn_r50_fpn_1x_coco", channels=16, fc=24))
+    steps = trained(kit, work, cache, tiny(R50), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
+    for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg"):
+        assert all(step[loss] > 0 for step in steps), loss
+
+
+@SEMANTIC
+def test_a_semantic_branch_serves_the_teachers_rois_only(kit: "Kit", work: Path) -> None:
+    cache = cached(kit, work, tiny(CASCADES["HTC"]))
+    steps = trained(kit, work, cache, tiny(R50), "--methods", "sgfi,ckd,cls,reg")
+    assert all(step["loss_kd_reg"] > 0 for step in steps)
+    student = ("--student", work / "student.py", "--methods", "cls")
+    message = kit.refused(*kit.student_command(work / "v", *student, "--rois", "student", cache=cache))
+    assert "has a semantic branch" in message
+    assert "Use --rois teacher" in message
+    online = ("train-student", "--teacher-ckpt", work / "teacher.pth", *kit.data, *student, "--work-dir", work / "o")
+    assert "cannot teach online" in kit.refused(*online)
+
+
+def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
+    kit.save_detector(work / "teacher.pth", tiny(CASCADE))
+    online = ("train-student", "--teacher-ckpt", work / "teacher.pth", *kit.data, "--student", kit.student)
+    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "sgfi,cls,reg")
+    kit.run(*online, *options, "--work-dir", work / "w")
+    assert (work / "w" / "student.pth").is_file()
