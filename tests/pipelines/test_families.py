@@ -104,9 +104,11 @@ def test_backbones(kit: "Kit", work: Path, name: str) -> None:
 
 
 def test_a_quarter_of_the_width(kit: "Kit", work: Path) -> None:
-    """By the options that a user gives: nothing else of mmdet's config changes but the neck's input."""
-    quarter = ("-o", "model.backbone.base_channels=16", "-o", "model.neck.in_channels=[64,128,256,512]")
-    options = (*quarter, "-o", "model.backbone.init_cfg=None", "--scale", "128x96", "--batch-size", 4)
+    """By the options that a user gives: a narrow backbone, and the neck's input with it."""
+    quarter = ("backbone.base_channels=16", "neck.in_channels=[64,128,256,512]", "backbone.init_cfg=None")
+    small = ("roi_head.bbox_head.fc_out_channels=64", "train_cfg.rcnn.sampler.num=32", "rpn_head.feat_channels=32")
+    changes = [part for change in (*quarter, *small) for part in ("-o", f"model.{change}")]
+    options = (*changes, "--scale", "128x96", "--batch-size", 4)
     ended = kit.run(
         *("train-student", "--cache", kit.cache, "--student", R50, "--work-dir", work / "w", "--epochs", 1),
         *("--workers", 0, "--methods", "sgfi,cls", *options),
@@ -236,3 +238,30 @@ def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
     options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "sgfi,cls,reg")
     kit.run(*online, *options, "--work-dir", work / "w")
     assert (work / "w" / "student.pth").is_file()
+
+
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+@pytest.mark.parametrize("teacher", [R50, CASCADE])
+def test_a_cascade_learns(kit: "Kit", work: Path, teacher: str, rois: str) -> None:
+    cache = cached(kit, work, tiny(teacher, channels=16, fc=24))
+    steps = trained(kit, work, cache, tiny(CASCADE), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
+    for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "s0.loss_cls", "s2.loss_cls"):
+        assert all(step[loss] > 0 for step in steps), loss
+    plain = MODELS.build(tiny(CASCADE).model)
+    plain.load_state_dict(load_checkpoint(work / "w" / "student.pth").state_dict)
+
+
+def test_a_cascade_gets_the_heads_of_a_cascade(kit: "Kit", work: Path) -> None:
+    cache = cached(kit, work, tiny(CASCADE))
+    trained(kit, work, cache, tiny("cascade-rcnn_r101_fpn_1x_coco"), "--methods", "sgfi,cls,reg,ht")
+    found = load_checkpoint(work / "w" / "student.pth").state_dict
+    for name, value in open_cache(cache).head().items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
+    student = work / "student.py"
+    student.write_text(tiny(CASCADE).pretty_text)
+    message = kit.refused(*kit.student_command(work / "w", "--student", student))
+    assert "class-agnostic" in message
+    assert "--methods cls,reg" in message
