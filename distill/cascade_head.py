@@ -31,7 +31,7 @@ class CascadeHead:
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
-        self._stages = [TeacherHead(state, spec, f"roi_head.bbox_head.{i}.") for i in range(len(spec.cascade_stds))]
+        self.stages = [TeacherHead(state, spec, f"roi_head.bbox_head.{i}.") for i in range(len(spec.cascade_stds))]
 
     @torch.no_grad()
     def __call__(self, features: Tensor, boxes: Tensor, sizes: Tensor, look: Callable[[Tensor], Tensor]) -> HeadOutputs:
@@ -46,7 +46,7 @@ class CascadeHead:
         spec = self._spec
         logits, moved, outputs = [], boxes[:, None], None
         with no_autocast(features):
-            for head, stds in zip(self._stages, spec.cascade_stds, strict=True):
+            for head, stds in zip(self.stages, spec.cascade_stds, strict=True):
                 if outputs is not None:
                     best = outputs.logits[:, :-1].argmax(dim=1) if moved.shape[1] > 1 else 0
                     at = moved[torch.arange(len(boxes), device=boxes.device), best]  # [R, 4]
@@ -75,6 +75,6 @@ def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | C
     for prefix, part in _BESIDE.items():
         if any(name.startswith(prefix) for name in state):
             raise TeacherHeadError(
-                f"The teacher's RoI head has {part}, so that its box head sees more than RoIAlign on the pyramid gives"
+                f"The teacher's RoI head has {part}, so that its box head sees more than RoIAlign on the pyramid gives."
             )
     return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)

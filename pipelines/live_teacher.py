@@ -12,14 +12,15 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.distill.cascade_head import frozen_head
+from kdpipe.distill.cascade_head import CascadeHead, frozen_head
 from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.families import stages
 from kdpipe.pipelines.sources import find_data, named_val
-from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher, teacher_config
+from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
 
 __all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
 
@@ -117,10 +118,7 @@ def online_teacher(
     found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=None, split="", out=None, limit=None)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
-    try:
-        frozen_head(teacher.head_state(), spec)
-    except TeacherHeadError as error:
-        raise TeacherError(f"{error}: it cannot teach online. Cache it, and train with --rois teacher.") from error
+    _check_head(teacher, spec)
     weights = digest_tensors(teacher.model.state_dict())
     source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
     online = OnlineTeacher(
@@ -130,3 +128,22 @@ def online_teacher(
         source={"type": LiveTeacher.__name__, **source},
     )
     return online, found.data, None if ann_file else named_val(found.val)
+
+
+@torch.no_grad()
+def _check_head(teacher: Teacher, spec: CacheSpec) -> None:
+    """Make sure that the head which answers for the student's RoIs says what the teacher's says.
+
+    Raises:
+        TeacherHeadError: It has layers that are not known, or says something else.
+    """
+    features = torch.rand(4, spec.channels, spec.roi_size, spec.roi_size, generator=torch.Generator().manual_seed(0))
+    try:
+        head = frozen_head(teacher.head_state(), spec)
+        ours = head.stages if isinstance(head, CascadeHead) else [head]
+        for stage, (_, theirs) in zip(ours, stages(teacher.model.roi_head), strict=True):
+            wanted, _ = theirs(features)
+            if not torch.allclose(stage(features).logits, wanted, rtol=1e-3, atol=1e-3):
+                raise TeacherHeadError("The teacher's box head does more than its fully connected layers.")
+    except TeacherHeadError as error:
+        raise TeacherHeadError(f"{error} Such a teacher can be cached, for --cache with --rois teacher.") from error
