@@ -17,50 +17,11 @@ from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.teacher_view import ask_teacher, read_teacher_view
 from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.configs import apply_options, find_config, set_num_classes
 from kdpipe.pipelines.datasets import read_image
-from kdpipe.pipelines.layouts import dictionaries
-from kdpipe.pipelines.shapes import CLASS_NAMES
 from kdpipe.pipelines.teacher import load_teacher, teacher_config
-from kdpipe.pipelines.transforms import set_scale
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
-
-SCALE = (128, 96)
-
-
-def tiny(name: str, *options: str, channels: int = 8, fc: int = 16, levels: int = 5) -> Config:
-    """A config of mmdet's zoo with the layers that it has, each of them narrow."""
-    config = apply_options(find_config(name), options)
-    model = config.model
-    backbone = model.backbone
-    backbone.update(base_channels=8, frozen_stages=-1, norm_eval=False, init_cfg=None)
-    if backbone.type == "ResNeXt":
-        backbone.update(groups=2, base_width=4)
-    for part in dictionaries(model):
-        for key, value in part.items():
-            if key in ("in_channels", "feat_channels", "out_channels", "conv_out_channels") and value == 256:
-                part[key] = channels
-            if key == "fc_out_channels":
-                part[key] = fc
-            if key == "finest_scale":
-                part[key] = 28
-    model.neck.update(in_channels=[8, 16, 32, 64] if backbone.depth < 50 else [32, 64, 128, 256], num_outs=levels)
-    strides = [4, 8, 16, 32, 64][:levels]
-    model.rpn_head.anchor_generator.update(scales=[4], strides=strides)
-    model.train_cfg.rpn_proposal.max_per_img = 50
-    model.test_cfg.rpn.max_per_img = 50
-    for stage in dictionaries(model.train_cfg.rcnn):
-        if "sampler" in stage:
-            stage["sampler"]["num"] = 32
-    model.data_preprocessor.pop("batch_augments", None)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        if loader.dataset.get("dataset"):  # a wrapper repeats it
-            loader.dataset = loader.dataset.dataset
-        loader.dataset.pipeline = set_scale(loader.dataset.pipeline, SCALE)
-    set_num_classes(model, len(CLASS_NAMES))
-    return config
 
 
 def cached(kit: "Kit", work: Path, config: Config, *options: object) -> Path:
@@ -97,8 +58,8 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(kit: "Kit", work: Path, name: str) -> None:
     """As a teacher and as a student."""
-    cache = cached(kit, work, tiny(*BACKBONES[name]))
-    steps = trained(kit, work, cache, tiny(*BACKBONES[name]))
+    cache = cached(kit, work, kit.tiny(*BACKBONES[name]))
+    steps = trained(kit, work, cache, kit.tiny(*BACKBONES[name]))
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
 
@@ -120,10 +81,10 @@ def test_a_quarter_of_the_width(kit: "Kit", work: Path) -> None:
 @pytest.mark.parametrize("rois", ["student", "teacher"])
 @pytest.mark.parametrize(("of_teacher", "of_student"), [(5, 4), (4, 5)])
 def test_other_channels_widths_and_levels(kit: "Kit", work: Path, rois: str, of_teacher: int, of_student: int) -> None:
-    cache = cached(kit, work, tiny(R50, channels=16, fc=24, levels=of_teacher))
+    cache = cached(kit, work, kit.tiny(R50, channels=16, fc=24, levels=of_teacher))
     spec = open_cache(cache).spec
     assert (spec.channels, spec.embedding_dim, len(spec.strides)) == (16, 24, of_teacher)
-    config = tiny("faster-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco", channels=8, fc=16, levels=of_student)
+    config = kit.tiny("faster-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco", channels=8, fc=16, levels=of_student)
     steps = trained(kit, work, cache, config, "--rois", rois, "--methods", "sgfi,ckd,pred,reg")
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
@@ -149,7 +110,7 @@ MASKED = {"Mask R-CNN": "mask-rcnn_r50_fpn_1x_coco", "Mask DCN": "mask-rcnn_r50-
 @pytest.mark.parametrize("name", [*CASCADES, *MASKED])
 def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, name: str) -> None:
     """What is cached decodes to what mmdet's own pipeline and prediction say: boxes, classes and scores."""
-    config = tiny((CASCADES | MASKED)[name])
+    config = kit.tiny((CASCADES | MASKED)[name])
     options = ("--targets", "predictions", "--dtype", "float32")
     cache = open_cache(cached(kit, work, config, *options))
     assert bool(cache.spec.cascade_stds) == (name in CASCADES)
@@ -180,7 +141,7 @@ def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, na
 
 def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     """The frozen heads in the cache, asked about boxes that are no proposals, against mmdet's own refinement."""
-    config = tiny(CASCADE)
+    config = kit.tiny(CASCADE)
     cache = open_cache(cached(kit, work, config, "--dtype", "float32"))
     checkpoint = load_checkpoint(work / "teacher.pth")
     teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=40, device=torch.device("cpu"))
@@ -213,16 +174,16 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
 
 @pytest.mark.parametrize("rois", ["student", "teacher"])
 def test_a_cascade_teaches(kit: "Kit", work: Path, rois: str) -> None:
-    cache = cached(kit, work, tiny("cascade-mask-rcnn_r50_fpn_1x_coco", channels=16, fc=24))
-    steps = trained(kit, work, cache, tiny(R50), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
+    cache = cached(kit, work, kit.tiny("cascade-mask-rcnn_r50_fpn_1x_coco", channels=16, fc=24))
+    steps = trained(kit, work, cache, kit.tiny(R50), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg"):
         assert all(step[loss] > 0 for step in steps), loss
 
 
 @SEMANTIC
 def test_a_semantic_branch_serves_the_teachers_rois_only(kit: "Kit", work: Path) -> None:
-    cache = cached(kit, work, tiny(CASCADES["HTC"]))
-    steps = trained(kit, work, cache, tiny(R50), "--methods", "sgfi,ckd,cls,reg")
+    cache = cached(kit, work, kit.tiny(CASCADES["HTC"]))
+    steps = trained(kit, work, cache, kit.tiny(R50), "--methods", "sgfi,ckd,cls,reg")
     assert all(step["loss_kd_reg"] > 0 for step in steps)
     student = ("--student", work / "student.py", "--methods", "cls")
     message = kit.refused(*kit.student_command(work / "v", *student, "--rois", "student", cache=cache))
@@ -233,7 +194,7 @@ def test_a_semantic_branch_serves_the_teachers_rois_only(kit: "Kit", work: Path)
 
 
 def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
-    kit.save_detector(work / "teacher.pth", tiny(CASCADE))
+    kit.save_detector(work / "teacher.pth", kit.tiny(CASCADE))
     online = ("train-student", "--teacher-ckpt", work / "teacher.pth", *kit.data, "--student", kit.student)
     options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "sgfi,cls,reg")
     kit.run(*online, *options, "--work-dir", work / "w")
@@ -243,17 +204,17 @@ def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
 @pytest.mark.parametrize("rois", ["student", "teacher"])
 @pytest.mark.parametrize("teacher", [R50, CASCADE])
 def test_a_cascade_learns(kit: "Kit", work: Path, teacher: str, rois: str) -> None:
-    cache = cached(kit, work, tiny(teacher, channels=16, fc=24))
-    steps = trained(kit, work, cache, tiny(CASCADE), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
+    cache = cached(kit, work, kit.tiny(teacher, channels=16, fc=24))
+    steps = trained(kit, work, cache, kit.tiny(CASCADE), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "s0.loss_cls", "s2.loss_cls"):
         assert all(step[loss] > 0 for step in steps), loss
-    plain = MODELS.build(tiny(CASCADE).model)
+    plain = MODELS.build(kit.tiny(CASCADE).model)
     plain.load_state_dict(load_checkpoint(work / "w" / "student.pth").state_dict)
 
 
 def test_a_cascade_gets_the_heads_of_a_cascade(kit: "Kit", work: Path) -> None:
-    cache = cached(kit, work, tiny(CASCADE))
-    trained(kit, work, cache, tiny("cascade-rcnn_r101_fpn_1x_coco"), "--methods", "sgfi,cls,reg,ht")
+    cache = cached(kit, work, kit.tiny(CASCADE))
+    trained(kit, work, cache, kit.tiny("cascade-rcnn_r101_fpn_1x_coco"), "--methods", "sgfi,cls,reg,ht")
     found = load_checkpoint(work / "w" / "student.pth").state_dict
     for name, value in open_cache(cache).head().items():
         assert torch.equal(found[name], value), name
@@ -261,7 +222,7 @@ def test_a_cascade_gets_the_heads_of_a_cascade(kit: "Kit", work: Path) -> None:
 
 def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
     student = work / "student.py"
-    student.write_text(tiny(CASCADE).pretty_text)
+    student.write_text(kit.tiny(CASCADE).pretty_text)
     message = kit.refused(*kit.student_command(work / "w", "--student", student))
     assert "class-agnostic" in message
     assert "--methods cls,reg" in message
