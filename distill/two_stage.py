@@ -20,7 +20,7 @@ class OwnLoss:
     """What the student made while it computed its own loss.
 
     Attributes:
-        pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
+        pyramid: Levels of the neck, or of a backbone without one, Tensor[B, C, h_l, w_l].
         later: The same pyramid, and what was made in each later stage of a cascade.
     """
 
@@ -76,10 +76,10 @@ class TwoStageStudent:
         extractor: Any = getattr(roi_head, "bbox_roi_extractor", None)
         if self.is_cascade:
             head, extractor = head[stage], extractor[stage]
-        if not getattr(detector, "with_neck", False) or not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
+        if not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
             raise StudentError(
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
-                "two-stage detector with a pyramid and box heads of fully connected layers (Faster or Cascade R-CNN)."
+                "two-stage detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
             )
         batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
         moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
@@ -127,7 +127,8 @@ class TwoStageStudent:
         def keep_pyramid(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
             own.pyramid[:] = outputs
 
-        hook = self.detector.neck.register_forward_hook(keep_pyramid)
+        source = self.detector.neck if self.detector.with_neck else self.detector.backbone
+        hook = source.register_forward_hook(keep_pyramid)
         try:
             with ExitStack() as stack:
                 for stage, seen in zip([self, *later], [own, *own.later], strict=True):

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead, StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.targets import HeadOutputs
 
-__all__ = ["TeacherError", "check_family", "is_cascade", "say", "stages"]
+__all__ = ["TeacherError", "check_family", "is_cascade", "roi_size", "say", "stages"]
 
 _EXPECTED = (
-    "Expected a two-stage detector (Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC) with a pyramid, "
-    "an RPN with anchors, SingleRoIExtractors with RoIAlign, and box heads with shared fully connected layers "
-    "(Shared2FCBBoxHead)."
+    "Expected a two-stage detector (Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC), an RPN with "
+    "anchors, SingleRoIExtractors with RoIAlign, and box heads with shared fully connected layers (Shared2FCBBoxHead) "
+    "or a BBoxHead behind a shared residual stage (C4)."
 )
 _ROI_HEADS = (StandardRoIHead, CascadeRoIHead, HybridTaskCascadeRoIHead)
 
@@ -40,13 +41,23 @@ def stages(roi_head: Any) -> list[tuple[Any, Any]]:
     return [(roi_head.bbox_roi_extractor, roi_head.bbox_head)]
 
 
+def roi_size(roi_head: Any) -> int:
+    """Cells per side of the RoI features that students imitate.
+
+    A shared residual stage halves what RoIAlign gives it: then it is the size behind that stage.
+    """
+    extractor, _ = stages(roi_head)[0]
+    size = int(extractor.roi_layers[0].output_size[0])
+    return size // 2 if roi_head.with_shared_head else size
+
+
 def check_family(model: Any) -> None:
     """Refuse what is not a two-stage detector with shared-FC box heads.
 
     Raises:
         TeacherError: naming what was found and what was expected.
     """
-    if not isinstance(model, TwoStageDetector) or not model.with_neck:
+    if not isinstance(model, TwoStageDetector):
         raise TeacherError(f"The teacher is a {type(model).__name__}. {_EXPECTED}")
     head = model.roi_head
     if type(head) not in _ROI_HEADS:
@@ -54,12 +65,14 @@ def check_family(model: Any) -> None:
     if not hasattr(model.rpn_head, "prior_generator"):
         raise TeacherError(f"The teacher's {type(model.rpn_head).__name__} has no anchors. {_EXPECTED}")
     for extractor, box_head in stages(head):
-        for part, kind in ((extractor, SingleRoIExtractor), (box_head, ConvFCBBoxHead)):
+        kind_of_head = BBoxHead if head.with_shared_head else ConvFCBBoxHead
+        for part, kind in ((extractor, SingleRoIExtractor), (box_head, kind_of_head)):
             if not isinstance(part, kind):
                 raise TeacherError(
                     f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {_EXPECTED}"
                 )
-        if head.with_shared_head or not box_head.num_shared_fcs or not box_head.with_reg:
+        shared = head.with_shared_head or box_head.num_shared_fcs
+        if not shared or not box_head.with_reg:
             raise TeacherError(
                 f"The teacher's {type(box_head).__name__} has no shared fully connected layer. {_EXPECTED}"
             )
@@ -109,7 +122,8 @@ def say(
     if not is_cascade(roi_head):
         result = roi_head._bbox_forward(pyramid, rois)
         deltas = result["bbox_pred"].reshape(len(boxes), -1, 4)
-        return HeadOutputs(embeddings[0], result["cls_score"], deltas), result["bbox_feats"]
+        said = HeadOutputs(embeddings[0], result["cls_score"], deltas)
+        return said, _before_shared(roi_head, pyramid, rois) if roi_head.with_shared_head else result["bbox_feats"]
     features = extractor(pyramid[: extractor.num_inputs], rois)
     classes = 1 if first.reg_class_agnostic else first.num_classes
     if not len(boxes):
@@ -124,3 +138,18 @@ def say(
     moved = decode_deltas(at[0][:, 1:], deltas[0].reshape(-1, classes, 4), last.means, last.stds)
     units = first.bbox_coder
     return HeadOutputs(embeddings[0], logits[0], encode_boxes(boxes, moved, units.means, units.stds)), features
+
+
+def _before_shared(roi_head: Any, pyramid: tuple[Tensor, ...], rois: Tensor) -> Tensor:
+    """RoI features that come before a shared residual stage, at the size that they have behind it."""
+    extractor, _ = stages(roi_head)[0]
+    align = extractor.roi_layers[0]
+    return roi_align_assigned(
+        pyramid[: extractor.num_inputs],
+        extractor.featmap_strides,
+        rois,
+        extractor.finest_scale,
+        roi_size(roi_head),
+        align.sampling_ratio,
+        align.aligned,
+    )

@@ -19,7 +19,7 @@ from kdpipe.cache.views import input_size, map_boxes, view_matrix
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
-from kdpipe.pipelines.families import TeacherError, check_family, is_cascade, say, stages
+from kdpipe.pipelines.families import TeacherError, check_family, is_cascade, roi_size, say, stages
 from kdpipe.pipelines.layouts import for_inference
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
@@ -134,7 +134,7 @@ class Teacher:
             strides=tuple(int(stride[0]) for stride in generator.strides),
             roi_levels=extractor.num_inputs,
             finest_scale=extractor.finest_scale,
-            roi_size=int(align.output_size[0]),
+            roi_size=roi_size(roi_head),
             roi_sampling_ratio=align.sampling_ratio,
             roi_aligned=align.aligned,
             embedding_dim=head.fc_cls.in_features,

@@ -212,9 +212,15 @@ class Kit:
                     part[key] = fc
                 if key == "finest_scale":
                     part[key] = 28
-        model.neck.update(in_channels=[8, 16, 32, 64] if backbone.depth < 50 else [32, 64, 128, 256], num_outs=levels)
-        strides = [4, 8, 16, 32, 64][:levels]
-        model.rpn_head.anchor_generator.update(scales=[4], strides=strides)
+        if "neck" in model:
+            inputs = [8, 16, 32, 64] if backbone.depth < 50 else [32, 64, 128, 256]
+            model.neck.update(in_channels=inputs, num_outs=levels)
+            model.rpn_head.anchor_generator.update(scales=[4], strides=[4, 8, 16, 32, 64][:levels])
+        elif "shared_head" in model.roi_head:  # has one width only
+            backbone.base_channels = 64
+            model.roi_head.shared_head.init_cfg = None
+        else:
+            _narrow(model, {2048: 256})
         model.train_cfg.rpn_proposal.max_per_img = 50
         model.test_cfg.rpn.max_per_img = 50
         for stage in dictionaries(model.train_cfg.rcnn):

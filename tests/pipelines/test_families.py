@@ -10,9 +10,11 @@ from mmcv.transforms import Compose
 from mmdet.models.layers import multiclass_nms
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from torchvision.ops import roi_align
 
 from kdpipe.cache.reader import open_cache
 from kdpipe.cache.targets import decode_deltas
+from kdpipe.cache.views import map_boxes
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.teacher_view import ask_teacher, read_teacher_view
@@ -103,14 +105,19 @@ CASCADES = {
     "HTC": "htc_r50_fpn_1x_coco",
     "HTC without semantic branch": "htc-without-semantic_r50_fpn_1x_coco",
 }
-MASKED = {"Mask R-CNN": "mask-rcnn_r50_fpn_1x_coco", "Mask DCN": "mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco"}
+SINGLE = {
+    "Mask R-CNN": "mask-rcnn_r50_fpn_1x_coco",
+    "Mask DCN": "mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco",
+    "C4": "faster-rcnn_r50-caffe-c4_ms-1x_coco",
+    "DC5": "faster-rcnn_r50-caffe-dc5_1x_coco",
+}
 
 
 @SEMANTIC
-@pytest.mark.parametrize("name", [*CASCADES, *MASKED])
+@pytest.mark.parametrize("name", [*CASCADES, *SINGLE])
 def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, name: str) -> None:
     """What is cached decodes to what mmdet's own pipeline and prediction say: boxes, classes and scores."""
-    config = kit.tiny((CASCADES | MASKED)[name])
+    config = kit.tiny((CASCADES | SINGLE)[name])
     options = ("--targets", "predictions", "--dtype", "float32")
     cache = open_cache(cached(kit, work, config, *options))
     assert bool(cache.spec.cascade_stds) == (name in CASCADES)
@@ -226,3 +233,40 @@ def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
     message = kit.refused(*kit.student_command(work / "w", "--student", student))
     assert "class-agnostic" in message
     assert "--methods cls,reg" in message
+
+
+def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
+    """One level, whose RoI features go through a residual stage: of the teacher's boxes the cache knows all."""
+    cache = cached(kit, work, kit.tiny(SINGLE["C4"]), "--proposals", 12)
+    assert (open_cache(cache).spec.strides, open_cache(cache).spec.roi_size) == ((16,), 7)
+    steps = trained(kit, work, cache, kit.tiny(R50))
+    for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
+        assert all(step[loss] > 0 for step in steps), loss
+    student = ("--student", work / "student.py")
+    message = kit.refused(*kit.student_command(work / "v", *student, "--rois", "student", cache=cache))
+    assert "has a shared residual stage" in message
+    roi = work / "roi.zarr"
+    kind = ("--proposals", 12, "--targets", "roi", "--dtype", "float32")
+    kit.run("cache-teacher", "--ckpt", work / "teacher.pth", *kit.data, *kit.VIEW, *kind, "--out", roi)
+    image_id = int(open_cache(roi).image_ids[0])
+    known = open_cache(roi).targets(image_id)
+    (level,) = open_cache(cache).targets(image_id).pyramid()
+    assert level is not None
+    rois = torch.cat([torch.zeros(len(known.boxes), 1), map_boxes(known.boxes, known.matrix)], dim=1)
+    wanted = roi_align(level[None], rois, 7, 1 / 16, aligned=True)
+    assert float((known.rois() - wanted).norm() / wanted.norm()) < 0.03  # the pyramid is int8
+
+
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+def test_a_detector_without_pyramid_teaches_and_learns(kit: "Kit", work: Path, rois: str) -> None:
+    cache = cached(kit, work, kit.tiny(SINGLE["DC5"]))
+    steps = trained(kit, work, cache, kit.tiny(SINGLE["DC5"]), "--rois", rois)
+    assert all(step["loss_sgfi"] > 0 and step["sgfi_level0"] == pytest.approx(1) for step in steps)
+
+
+def test_a_c4_learns(kit: "Kit", work: Path) -> None:
+    config = kit.tiny(SINGLE["C4"])
+    config.model.train_cfg.rcnn.sampler.num = 8
+    steps = trained(kit, work, kit.cache, config)
+    for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
+        assert all(step[loss] > 0 for step in steps), loss

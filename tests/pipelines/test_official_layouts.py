@@ -67,7 +67,7 @@ def text_of_mmdet2(config: Config) -> str:
         "val": {**data, "pipeline": test},
         "test": {**data, "pipeline": test},
     }
-    return Config(
+    text: str = Config(
         {
             "model": model,
             "train_cfg": train_cfg,
@@ -92,11 +92,12 @@ def text_of_mmdet2(config: Config) -> str:
             "workflow": [("train", 1)],
         }
     ).pretty_text
+    return text
 
 
 def published(path: Path, modern: Path, config: Config) -> Path:
     """The weights of a checkpoint of mmdet 3.x as mmdet 2.x published them."""
-    meta = {
+    meta: dict[str, Any] = {
         "env_info": "sys.platform: linux\nPyTorch: 1.5.0",
         "mmdet_version": "2.0.0+unknown",
         "mmcv_version": "0.5.9",
