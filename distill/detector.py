@@ -187,7 +187,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
                 seen.keep(none, stage.outputs(own.pyramid, none.rois))
             found = self._distill(stage, seen, targets)
             for name in map(loss_name, self.losses):
-                losses[name] = losses[name] + stage.weight * found[name]
+                losses[name] = losses[name] + found[name]
         if self.share_interval and self._steps % self.share_interval == 0:
             losses |= gradient_shares(losses, own.pyramid)
         self._steps += 1
@@ -207,7 +207,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if shown is not None:
             result |= self._at_head(student, rois, shown, said)
         for name in self.losses:
-            result[loss_name(name)] *= self.weights[name]
+            result[loss_name(name)] *= self.weights[name] * student.weight
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
         counts["positive"] = int(rois.positive.sum())
         counts["negative"] = len(rois.positive) - counts["positive"]

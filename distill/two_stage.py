@@ -61,7 +61,7 @@ class TwoStageStudent:
     """Reads pyramid and box head of an mmdet two-stage detector, which stays unmodified.
 
     Args:
-        detector: `FasterRCNN` or another detector with a neck, one RoI extractor and one box head; or `CascadeRCNN`,
+        detector: `FasterRCNN` or another detector with one RoI extractor and one box head; or `CascadeRCNN`,
             which has several of them.
         stage: Of a cascade, the one whose box head is looked at.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.distill.conftest import Pair
 
 METHODS = ("sgfi", "ckd", "cls", "reg")
-WEIGHTS = (1.0, 0.5, 0.25)
+WEIGHTS = (0.8, 0.5, 0.25)
 
 
 class Source:
@@ -40,6 +40,7 @@ class Source:
 def config(pair: "type[Pair]") -> Any:
     register_all_modules(init_default_scope=True)
     model, narrow = find_config("cascade-rcnn_r50_fpn_1x_coco").model, pair.student()
+    model.roi_head.stage_loss_weights = list(WEIGHTS)
     for part in ("backbone", "neck", "rpn_head"):
         model[part] = narrow[part]
     model.roi_head.bbox_roi_extractor.out_channels = 8
