@@ -157,6 +157,7 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
     low = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([90.0, 60.0])
     boxes = torch.cat([low, low + 20], dim=1)
+    boxes[:10] += torch.tensor([128.0, 96.0]).repeat(2) - boxes[:10, 2:].repeat(1, 2)  # where stages move them out
     rois = BatchRois(torch.cat([torch.zeros(30, 1), boxes], dim=1), torch.zeros(30).long(), torch.ones(30).bool())
     head = frozen_head(cache.head(), cache.spec)
     said = ask_teacher([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "features"))
@@ -270,3 +271,21 @@ def test_a_c4_learns(kit: "Kit", work: Path) -> None:
     steps = trained(kit, work, kit.cache, config)
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
+
+
+def test_stages_that_look_in_different_ways_are_refused(kit: "Kit", work: Path) -> None:
+    config = kit.tiny(CASCADE)
+    extractor = config.model.roi_head.bbox_roi_extractor
+    config.model.roi_head.bbox_roi_extractor = [{**extractor, "finest_scale": 28 * (i + 1)} for i in range(3)]
+    ckpt = kit.save_detector(work / "teacher.pth", config)
+    message = kit.refused("cache-teacher", "--ckpt", ckpt, *kit.data, *kit.VIEW, "--out", work / "x.zarr")
+    assert "The stages of the teacher's cascade differ in their RoI extractors" in message
+
+
+def test_what_is_no_known_family_is_refused(kit: "Kit", work: Path) -> None:
+    config = kit.tiny(R50)
+    config.model.roi_head.type = "PISARoIHead"
+    ckpt = kit.save_detector(work / "teacher.pth", config)
+    message = kit.refused("cache-teacher", "--ckpt", ckpt, *kit.data, *kit.VIEW, "--out", work / "x.zarr")
+    assert "has a PISARoIHead" in message
+    assert "Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC" in message
