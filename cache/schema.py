@@ -52,6 +52,8 @@ class CacheSpec:
         proposals: at most how many proposals per image and view precede the ground-truth boxes.
         views: views stored of every image, a subset of `VIEWS` in that order.
         scale: (width, height) of mmdet's `Resize(scale, keep_ratio=True)`, pixels.
+        cascade_stds: of a cascade, standard deviations of the box coder of each of its stages, the first of which are
+            `box_stds`; empty for a teacher with one box head, whose specification in JSON does not have the entry.
 
     Raises:
         CacheError: a value is not possible.
@@ -76,6 +78,7 @@ class CacheSpec:
     proposals: int
     views: tuple[str, ...]
     scale: tuple[int, int]
+    cascade_stds: tuple[tuple[float, float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -96,11 +99,16 @@ class CacheSpec:
             name: getattr(self, name) for name in ("channels", "finest_scale", "roi_size", "embedding_dim", "proposals")
         }
         positive |= {"strides": min(self.strides, default=0), "scale": min(self.scale), "box_stds": min(self.box_stds)}
+        positive |= {"cascade_stds": min((std for stds in self.cascade_stds for std in stds), default=1.0)}
         if wrong := [f"{name} = {getattr(self, name)}" for name, value in positive.items() if value <= 0]:
             raise CacheError(f"Numbers of a cache specification must be positive, found {', '.join(wrong)}.")
         if not 0 < self.roi_levels <= len(self.strides):
             raise CacheError(
                 f"The RoI extractor reads 1 to {len(self.strides)} of the stored levels, found {self.roi_levels}."
+            )
+        if self.cascade_stds and self.cascade_stds[0] != self.box_stds:
+            raise CacheError(
+                f"The box_stds of a cascade are those of its first stage {self.cascade_stds[0]}, found {self.box_stds}."
             )
 
     @property
@@ -141,7 +149,9 @@ class CacheSpec:
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON values; `from_json` gives it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        if not self.cascade_stds:
+            del values["cascade_stds"]
+        values = {name: _listed(value) for name, value in values.items()}
         return {"version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -154,6 +164,8 @@ class CacheSpec:
         check_version(values.get("version"))
         given = {name: value for name, value in values.items() if name != "version"}
         hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+        if "cascade_stds" not in given:
+            del hints["cascade_stds"]
         if given.keys() != hints.keys():
             missing, unknown = sorted(hints.keys() - given.keys()), sorted(given.keys() - hints.keys())
             raise CacheError(
@@ -176,6 +188,11 @@ def check_version(version: object) -> None:
         )
     if version != FORMAT_VERSION:
         raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON gives it back: lists in place of tuples."""
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -197,6 +197,27 @@ def decode_deltas(boxes: Tensor, deltas: Tensor, means: Sequence[float], stds: S
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+def encode_boxes(rois: Tensor, boxes: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Class-wise deltas that `decode_deltas` turns into these boxes, which it can make at most 62.5 times the RoI.
+
+    Args:
+        rois: [R, 4] (x1, y1, x2, y2).
+        boxes: [R, K, 4] (x1, y1, x2, y2), in the frame of the RoIs.
+        means: of the four numbers.
+        stds: of the four numbers.
+
+    Returns:
+        [R, K, 4] float32 (dx, dy, dw, dh), normalised by `means` and `stds`.
+    """
+    rois, boxes = rois.float()[:, None], boxes.float()
+    size = (rois[..., 2:] - rois[..., :2]).clamp(min=1e-6)  # [R, 1, 2]
+    shift = (boxes[..., :2] + boxes[..., 2:] - rois[..., :2] - rois[..., 2:]) / 2 / size  # [R, K, 2]
+    limit = abs(math.log(WH_RATIO_CLIP))
+    growth = ((boxes[..., 2:] - boxes[..., :2]) / size).clamp(math.exp(-limit), math.exp(limit)).log()
+    deltas = torch.cat([shift, growth], dim=-1)
+    return (deltas - deltas.new_tensor(means)) / deltas.new_tensor(stds)
+
+
 def _to_float(values: Tensor, scale: Tensor | None, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
     values = values if device is None else values.to(device)
     return values.to(dtype) if scale is None else dequantize(values, scale, dtype)

@@ -10,6 +10,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.schema import CacheSpec
+from kdpipe.distill.cascade_head import CascadeHead, frozen_head
 from kdpipe.distill.ckd import CKD, exclude_pairs
 from kdpipe.distill.head_transfer import HeadTransfer
 from kdpipe.distill.methods import (
@@ -59,7 +60,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     """A student detector that also learns what a teacher says (G-DetKD).
 
     The loss is the student's own plus the weighted sum of the chosen distillation losses, all at the same RoIs: those
-    that the targets are for, or those of the student's own sampler where the teacher can be asked about any box.
+    that the targets are for, or those of the student's own sampler where the teacher can be asked about any box. For a
+    cascade it is a sum over its stages, with the weights that the student's own loss has; what is logged besides losses
+    is of the first stage.
 
     Args:
         student: mmdet config of the student, or the built detector.
@@ -109,6 +112,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             options = dict(ckd or {})
             self.exclude_iou = options.pop("exclude_iou", 0.5)
             self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, **options)
+            # queues of their own: the boxes of a stage are all but those of the stage before
+            later = [CKD(stage.embedding_dim, self.spec.embedding_dim, **options) for stage in view.later]
+            self.later_ckd = nn.ModuleList(later)
 
         self.share_interval = share_interval
         self._steps = 0
@@ -143,8 +149,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             )
 
     @cached_property
-    def _head(self) -> TeacherHead:
-        return TeacherHead(self.teacher.head_state(), self.spec)
+    def _head(self) -> TeacherHead | CascadeHead:
+        return frozen_head(self.teacher.head_state(), self.spec)
 
     def forward(
         self,
@@ -175,6 +181,13 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         losses.update(self._distill(student, own, targets))
+        for stage, seen in zip(student.later, own.later, strict=True):
+            if not seen.known:
+                none = own.chosen.select(own.chosen.labels < 0)
+                seen.keep(none, stage.outputs(own.pyramid, none.rois))
+            found = self._distill(stage, seen, targets)
+            for name in map(loss_name, self.losses):
+                losses[name] = losses[name] + found[name]
         if self.share_interval and self._steps % self.share_interval == 0:
             losses |= gradient_shares(losses, own.pyramid)
         self._steps += 1
@@ -194,7 +207,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if shown is not None:
             result |= self._at_head(student, rois, shown, said)
         for name in self.losses:
-            result[loss_name(name)] *= self.weights[name]
+            result[loss_name(name)] *= self.weights[name] * student.weight
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
         counts["positive"] = int(rois.positive.sum())
         counts["negative"] = len(rois.positive) - counts["positive"]
@@ -231,8 +244,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         result: dict[str, Tensor] = {}
         if said.embeddings is not None:
             exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long(), self.exclude_iou)
-            result["loss_ckd"] = self.ckd(shown.embeddings, said.embeddings.float(), exclude)
-            result["ckd_queue"] = self.ckd.queue.count.to(rois.rois)
+            ckd = (self.ckd, *self.later_ckd)[student.stage]
+            result["loss_ckd"] = ckd(shown.embeddings, said.embeddings.float(), exclude)
+            result["ckd_queue"] = ckd.queue.count.to(rois.rois)
         if "cls" in self.losses and said.logits is not None:
             result["loss_kd_cls"] = classification_kd_loss(shown.logits, said.logits)
         if said.deltas is not None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
+from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.targets import BatchRois, RoiTargets
-from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
+from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
 
 # A head that is rebuilt rightly gives what is cached but for the storage type, which costs about 1 % (int8).
@@ -63,7 +64,7 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
     if "features" not in spec.fields:
         raise TeacherHeadError(f"its tier {spec.tier!r} holds no feature pyramid (--targets pyramid does)")
     try:
-        head = TeacherHead(cache.head(), spec)
+        head = frozen_head(cache.head(), spec)
     except CacheError as error:
         raise TeacherHeadError(str(error)) from error
     for image_id in cache.image_ids[:1].tolist():

@@ -12,7 +12,6 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.numeric import check_shape, no_autocast
 from kdpipe.distill.targets import HeadOutputs
 
-_PREFIX = "roi_head.bbox_head."
 _KNOWN = re.compile(r"(shared_fcs\.\d+|cls_fcs\.\d+|reg_fcs\.\d+|fc_cls|fc_reg)\.(weight|bias)")
 
 
@@ -29,24 +28,25 @@ class TeacherHead:
     Args:
         state: Parameters by their names in the teacher's state dict, as `TeacherCache.head()` gives them.
         spec: What the teacher is.
+        prefix: Of these names; that of a stage in a cascade.
 
     Raises:
         TeacherHeadError: the head has other layers than these, or they do not fit each other.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
+    def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec, prefix: str = "roi_head.bbox_head.") -> None:
         self._spec = spec
         self._state = {
-            name.removeprefix(_PREFIX): value.detach().float()
+            name.removeprefix(prefix): value.detach().float()
             for name, value in state.items()
-            if name.startswith(_PREFIX)
+            if name.startswith(prefix)
         }
         strange = sorted(name for name in self._state if not _KNOWN.fullmatch(name))
         if strange or not {"fc_cls.weight", "fc_reg.weight"} <= self._state.keys():
             found = (
-                ", ".join(f"{_PREFIX}{name}" for name in strange[:3])
+                ", ".join(f"{prefix}{name}" for name in strange[:3])
                 if strange
-                else f"neither {_PREFIX}fc_cls nor {_PREFIX}fc_reg"
+                else f"neither {prefix}fc_cls nor {prefix}fc_reg"
             )
             raise TeacherHeadError(
                 f"The teacher's box head cannot be rebuilt from its weights: it has {found}. Expected fully connected "

@@ -12,6 +12,7 @@ from kdpipe.cache.codecs import dequantize
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
+from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors
@@ -27,12 +28,14 @@ class TeacherView:
         matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
         pyramid: Per level that the teacher's RoI extractor reads, Tensor[C, h_l, w_l] in storage type.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
+        size: (height, width) of the teacher's network input without padding, pixels; a cascade keeps boxes inside.
     """
 
     view: str
     matrix: npt.NDArray[np.float64]
     pyramid: tuple[Tensor, ...] = ()
     scale: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "TeacherView":
         """The same on another device; stored types stay as they are, int8 included."""
@@ -46,7 +49,7 @@ class TeacherView:
         """The teacher's RoI features, by RoIAlign with the settings of its own extractor, in its own orientation.
 
         Args:
-            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the student's network input, on the pyramid's device.
+            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input, on the pyramid's device.
             spec: What the teacher is.
 
         Returns:
@@ -56,8 +59,7 @@ class TeacherView:
             levels = [level.float() for level in self.pyramid]
         else:
             levels = [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
-        mapped = map_boxes(boxes.float(), self.matrix)
-        rois = torch.cat([torch.zeros_like(mapped[:, :1]), mapped], dim=1)  # [R, 5]
+        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
         return roi_align_assigned(
             [level[None] for level in levels],
             spec.strides[: spec.roi_levels],
@@ -92,36 +94,48 @@ def read_teacher_view(
     assert said.features is not None
     pyramid = tuple(level for level in said.features if level is not None)
     relative = relative_matrix(matrix, said.matrix)
-    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, said.scale)
+    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, said.scale, said.input_size)
 
 
 @torch.no_grad()
 def ask_teacher(
-    views: Sequence[TeacherView], rois: BatchRois, head: TeacherHead, spec: CacheSpec, needs: Collection[str]
+    views: Sequence[TeacherView],
+    rois: BatchRois,
+    head: TeacherHead | CascadeHead,
+    spec: CacheSpec,
+    needs: Collection[str],
 ) -> Answers:
     """What the teacher says of the RoIs of a batch: RoIAlign on its pyramids, then its box head.
 
     Args:
         views: Of each image of the batch.
         rois: On the device of the views, none of them in a skipped image.
-        head: The teacher's box head.
+        head: The teacher's box head, as `frozen_head` gives it.
         spec: What the teacher is.
         needs: Some of `logits`, `deltas`, `embeddings`, `features`; no more than these is computed.
     """
     of_head = [name for name in needs if name != "features"]
     asked = rois if of_head else rois.select(rois.positive)
     with no_autocast(rois.rois):
-        parts = [asked.rois.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)]
+        image = asked.rois[:, 0].long()  # [R or P]
+
+        def look(boxes: Tensor) -> Tensor:
+            parts = [boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)]
+            parts += [view.roi_features(boxes[image == i], spec) for i, view in enumerate(views) if (image == i).any()]
+            return torch.cat(parts)
+
+        boxes = asked.rois[:, 1:].float()
         for index, view in enumerate(views):
-            boxes = asked.rois[asked.rois[:, 0] == index, 1:]
-            if len(boxes):
-                parts.append(view.roi_features(boxes, spec))
-        features = torch.cat(parts)  # [R or P, C, size, size]
-        mirrored = torch.tensor([view.view == "mirrored" for view in views], device=features.device)
-        mirrored = mirrored[asked.rois[:, 0].long()]
+            boxes = torch.where((image == index)[:, None], map_boxes(boxes, view.matrix), boxes)
+        features = look(boxes)  # [R or P, C, size, size]
+        mirrored = torch.tensor([view.view == "mirrored" for view in views], device=features.device)[image]
         said: dict[str, Tensor] = {}
         if of_head:
-            outputs = head(features)
+            if isinstance(head, CascadeHead):
+                sizes = boxes.new_tensor([view.size[::-1] for view in views])[image]  # [R, 2]
+                outputs = head(features, boxes, sizes, look)
+            else:
+                outputs = head(features)
             said = {name: getattr(outputs, name) for name in of_head}
         if "deltas" in said:
             said["deltas"] = torch.where(mirrored[:, None, None], mirror_deltas(said["deltas"]), said["deltas"])

@@ -1,10 +1,11 @@
 """What a two-stage student of mmdet shows to the losses."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
@@ -19,16 +20,23 @@ class OwnLoss:
     """What the student made while it computed its own loss.
 
     Attributes:
-        pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
+        pyramid: Levels of the neck, or of a backbone without one, Tensor[B, C, h_l, w_l].
+        later: The same pyramid, and what was made in each later stage of a cascade.
     """
 
-    def __init__(self) -> None:
-        self.pyramid: list[Tensor] = []
+    def __init__(self, pyramid: list[Tensor] | None = None, later: int = 0) -> None:
+        self.pyramid: list[Tensor] = [] if pyramid is None else pyramid
+        self.later = [OwnLoss(self.pyramid) for _ in range(later)]
         self._at_rois: tuple[BatchRois, HeadOutputs] | None = None
 
     def keep(self, rois: BatchRois, outputs: HeadOutputs) -> None:
         """Take in the RoIs of the student's sampler, and what its box head says of them."""
         self._at_rois = rois, outputs
+
+    @property
+    def known(self) -> bool:
+        """Whether there are RoIs; a cascade that has none left leaves out the stages that follow."""
+        return self._at_rois is not None
 
     @property
     def chosen(self) -> BatchRois:
@@ -53,18 +61,25 @@ class TwoStageStudent:
     """Reads pyramid and box head of an mmdet two-stage detector, which stays unmodified.
 
     Args:
-        detector: `FasterRCNN` or another detector with a neck, one RoI extractor and one box head.
+        detector: `FasterRCNN` or another detector with one RoI extractor and one box head; or `CascadeRCNN`,
+            which has several of them.
+        stage: Of a cascade, the one whose box head is looked at.
 
     Raises:
         StudentError: The detector has another structure.
     """
 
-    def __init__(self, detector: Any) -> None:
-        head: Any = getattr(getattr(detector, "roi_head", None), "bbox_head", None)
-        if not getattr(detector, "with_neck", False) or not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
+    def __init__(self, detector: Any, stage: int = 0) -> None:
+        roi_head: Any = getattr(detector, "roi_head", None)
+        head: Any = getattr(roi_head, "bbox_head", None)
+        self.is_cascade = type(roi_head) is CascadeRoIHead
+        extractor: Any = getattr(roi_head, "bbox_roi_extractor", None)
+        if self.is_cascade:
+            head, extractor = head[stage], extractor[stage]
+        if not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
             raise StudentError(
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
-                "two-stage detector with a pyramid and one box head of fully connected layers (Faster R-CNN)."
+                "two-stage detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
             )
         batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
         moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
@@ -81,13 +96,21 @@ class TwoStageStudent:
             )
         self.detector = detector
         self.head = head
+        self.stage = stage
+        self.weight = float(roi_head.stage_loss_weights[stage]) if self.is_cascade else 1.0
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in detector.rpn_head.prior_generator.strides)
-        self.channels = int(detector.roi_head.bbox_roi_extractor.out_channels)
+        self.channels = int(extractor.out_channels)
         self.embedding_dim = int(head.fc_cls.in_features)
         self.num_classes = int(head.num_classes)
         self.class_agnostic = bool(head.reg_class_agnostic)
         self.box_means: Sequence[float] = head.bbox_coder.means
         self.box_stds: Sequence[float] = head.bbox_coder.stds
+
+    @property
+    def later(self) -> list["TwoStageStudent"]:
+        """The stages of a cascade that follow this one."""
+        count = self.detector.roi_head.num_stages if self.is_cascade else 1
+        return [TwoStageStudent(self.detector, stage) for stage in range(self.stage + 1, count)]
 
     @contextmanager
     def watch(self) -> Iterator["OwnLoss"]:
@@ -98,12 +121,26 @@ class TwoStageStudent:
         Yields:
             What is filled in by the forward pass.
         """
-        own = OwnLoss()
-        embeddings: list[Tensor] = []
-        loss_and_target = self.head.loss_and_target
+        later = self.later
+        own = OwnLoss(later=len(later))
 
         def keep_pyramid(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
             own.pyramid[:] = outputs
+
+        source = self.detector.neck if self.detector.with_neck else self.detector.backbone
+        hook = source.register_forward_hook(keep_pyramid)
+        try:
+            with ExitStack() as stack:
+                for stage, seen in zip([self, *later], [own, *own.later], strict=True):
+                    stack.enter_context(stage._watch_head(seen))
+                yield own
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _watch_head(self, own: OwnLoss) -> Iterator[None]:
+        embeddings: list[Tensor] = []
+        loss_and_target = self.head.loss_and_target
 
         def keep_embeddings(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             embeddings[:] = inputs
@@ -112,17 +149,13 @@ class TwoStageStudent:
             own.keep(self._chosen(rois, sampling_results), self._outputs(embeddings[0], cls_score, bbox_pred))
             return loss_and_target(cls_score, bbox_pred, rois, sampling_results, **options)
 
-        hooks = (
-            self.detector.neck.register_forward_hook(keep_pyramid),
-            self.head.fc_cls.register_forward_pre_hook(keep_embeddings),
-        )
+        hook = self.head.fc_cls.register_forward_pre_hook(keep_embeddings)
         self.head.loss_and_target = keep_rois  # of this instance, until the loss is there
         try:
-            yield own
+            yield
         finally:
             del self.head.loss_and_target
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
     def _chosen(self, rois: Tensor, results: Sequence[Any]) -> BatchRois:
         """The RoIs of the detector's own sampler, which puts the positives of each image first."""
@@ -147,7 +180,8 @@ class TwoStageStudent:
         inputs: list[Tensor] = []
         handle = self.head.fc_cls.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
         try:
-            result = self.detector.roi_head._bbox_forward(pyramid, rois)
+            at = (self.stage,) if self.is_cascade else ()
+            result = self.detector.roi_head._bbox_forward(*at, pyramid, rois)
         finally:
             handle.remove()
         return self._outputs(inputs[0], result["cls_score"], result["bbox_pred"])

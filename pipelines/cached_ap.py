@@ -50,7 +50,9 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         raise CacheError(f"AP needs the view identity, and {cache.path} has {', '.join(cache.spec.views)}.")
     register_all_modules(init_default_scope=True)
     with building("The teacher's box head"):
-        head = MODELS.build(config.model.roi_head.bbox_head)
+        head_config = config.model.roi_head.bbox_head
+        # of a cascade, what is cached is in the units of the first stage
+        head = MODELS.build(head_config[0] if isinstance(head_config, list) else head_config)
         options = config.model.test_cfg.rcnn
     found: list[dict[str, Any]] = []
     start = time.perf_counter()

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
+from kdpipe.distill.cascade_head import CascadeHead, frozen_head
+from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.families import stages
 from kdpipe.pipelines.sources import find_data, named_val
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
 
@@ -48,7 +50,7 @@ class LiveTeacher:
             for image in data["inputs"]:
                 pyramid, _ = self.teacher.see(image)
                 levels = tuple(level[0] for level in pyramid[: self.spec.roi_levels])
-                views.append(TeacherView("exact", np.eye(3), levels))
+                views.append(TeacherView("exact", np.eye(3), levels, size=tuple(image.shape[1:])))
         return views
 
 
@@ -136,10 +138,12 @@ def _check_head(teacher: Teacher, spec: CacheSpec) -> None:
         TeacherHeadError: It has layers that are not known, or says something else.
     """
     features = torch.rand(4, spec.channels, spec.roi_size, spec.roi_size, generator=torch.Generator().manual_seed(0))
-    wanted, _ = teacher.model.roi_head.bbox_head(features)
     try:
-        found = TeacherHead(teacher.head_state(), spec)(features).logits
-        if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
-            raise TeacherHeadError("The teacher's box head does more than its fully connected layers.")
+        head = frozen_head(teacher.head_state(), spec)
+        ours = head.stages if isinstance(head, CascadeHead) else [head]
+        for stage, (_, theirs) in zip(ours, stages(teacher.model.roi_head), strict=True):
+            wanted, _ = theirs(features)
+            if not torch.allclose(stage(features).logits, wanted, rtol=1e-3, atol=1e-3):
+                raise TeacherHeadError("The teacher's box head does more than its fully connected layers.")
     except TeacherHeadError as error:
         raise TeacherHeadError(f"{error} Such a teacher can be cached, for --cache with --rois teacher.") from error

@@ -1,4 +1,4 @@
-"""The teacher: any mmdet two-stage detector with a shared-FC box head, asked for all it has to say of one image."""
+"""The teacher: any mmdet two-stage detector with shared-FC box heads, asked for all it has to say of one image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,34 +7,25 @@ import mmcv
 import numpy as np
 import numpy.typing as npt
 import torch
-from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads import StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import Tensor
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
+from kdpipe.pipelines.families import TeacherError, check_family, is_cascade, roi_size, say, stages
 from kdpipe.pipelines.layouts import for_inference
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
 
 # Branches of a teacher that say nothing of boxes: not built, and allowed to be left over in its checkpoint.
 _MASK_BRANCHES = ("mask_roi_extractor", "mask_head", "shared_head_mask")
-
-
-class TeacherError(KdpipeError):
-    """The teacher cannot be built, loaded or cached."""
 
 
 def teacher_config(checkpoint: Checkpoint, config: str | None) -> Config:
@@ -71,49 +62,17 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
         rpn = model_config.test_cfg.rpn
         rpn.max_per_img = proposals
         rpn.nms_pre = max(rpn.get("nms_pre", proposals), proposals)
-    ignore: tuple[str, ...] = ()
-    roi_head = model_config.get("roi_head", {})
-    if "mask_head" in roi_head:
-        ignore = tuple(f"roi_head.{branch}." for branch in _MASK_BRANCHES)
-        for branch in _MASK_BRANCHES:
-            roi_head.pop(branch, None)
+    for branch in _MASK_BRANCHES:
+        model_config.get("roi_head", {}).pop(branch, None)
     model_config.pop("init_cfg", None)
     if "backbone" in model_config:
         model_config.backbone.pop("init_cfg", None)
     with building("The teacher"):
         model = MODELS.build(model_config)
-    _check_family(model)
-    load_strict(model, checkpoint.state_dict, ignore_prefixes=ignore)
+    check_family(model)
+    ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
+    load_strict(model, checkpoint.state_dict, ignore_prefixes=ignored)
     return Teacher(model.to(device).eval(), device)
-
-
-def _check_family(model: Any) -> None:
-    """Refuse what is not a two-stage detector with a shared-FC box head.
-
-    Raises:
-        TeacherError: naming what was found and what was expected.
-    """
-    expected = (
-        "Expected a two-stage detector (Faster R-CNN, Mask R-CNN) with a pyramid, a StandardRoIHead, one "
-        "SingleRoIExtractor with RoIAlign, and a box head with shared fully connected layers (Shared2FCBBoxHead)."
-    )
-    if not isinstance(model, TwoStageDetector) or not model.with_neck:
-        raise TeacherError(f"The teacher is a {type(model).__name__}. {expected}")
-    head = model.roi_head
-    parts = (
-        (head, StandardRoIHead),
-        (getattr(head, "bbox_roi_extractor", None), SingleRoIExtractor),
-        (getattr(head, "bbox_head", None), ConvFCBBoxHead),
-    )
-    for part, kind in parts:
-        if not isinstance(part, kind) or (kind is StandardRoIHead and type(part) is not kind):
-            raise TeacherError(f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {expected}")
-    if not hasattr(model.rpn_head, "prior_generator"):
-        raise TeacherError(f"The teacher's {type(model.rpn_head).__name__} has no anchors. {expected}")
-    if head.with_shared_head or not head.bbox_head.num_shared_fcs or not head.bbox_head.with_reg:
-        raise TeacherError(
-            f"The teacher's {type(head.bbox_head).__name__} has no shared fully connected layer. {expected}"
-        )
 
 
 class Teacher:
@@ -129,15 +88,16 @@ class Teacher:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self._embeddings: Tensor | None = None
-        model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(self._keep_embeddings)
+        self._embeddings: list[Tensor] = []
+        _, box_head = stages(model.roi_head)[-1]
+        box_head.fc_cls.register_forward_pre_hook(self._keep_embeddings)
 
     def _keep_embeddings(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        self._embeddings = inputs[0]
+        self._embeddings[:] = inputs
 
     @property
     def num_classes(self) -> int:
-        return int(self.model.roi_head.bbox_head.num_classes)
+        return int(stages(self.model.roi_head)[0][1].num_classes)
 
     def head_state(self) -> dict[str, Tensor]:
         """Weights and buffers of the RPN and of the RoI head, by their names in the detector's state dict."""
@@ -160,8 +120,8 @@ class Teacher:
         scale: tuple[int, int],
     ) -> CacheSpec:
         """What a cache of this teacher holds."""
-        head = self.model.roi_head.bbox_head
-        extractor = self.model.roi_head.bbox_roi_extractor
+        roi_head = self.model.roi_head
+        extractor, head = stages(roi_head)[0]
         align = extractor.roi_layers[0]
         generator = self.model.rpn_head.prior_generator
         return CacheSpec(
@@ -174,7 +134,7 @@ class Teacher:
             strides=tuple(int(stride[0]) for stride in generator.strides),
             roi_levels=extractor.num_inputs,
             finest_scale=extractor.finest_scale,
-            roi_size=int(align.output_size[0]),
+            roi_size=roi_size(roi_head),
             roi_sampling_ratio=align.sampling_ratio,
             roi_aligned=align.aligned,
             embedding_dim=head.fc_cls.in_features,
@@ -184,6 +144,7 @@ class Teacher:
             proposals=proposals,
             views=tuple(views),
             scale=scale,
+            cascade_stds=tuple(_four(x.bbox_coder.stds) for x in roi_head.bbox_head) if is_cascade(roi_head) else (),
         )
 
     @torch.inference_mode()
@@ -214,8 +175,7 @@ class Teacher:
         proposals = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
         truth = map_boxes(torch.from_numpy(gt_boxes).reshape(-1, 4), matrix).to(proposals)
         boxes = torch.cat([proposals, truth])  # [R, 4]
-        result = self.model.roi_head._bbox_forward(pyramid, bbox2roi([boxes]))
-        classes = 1 if spec.class_agnostic else spec.num_classes
+        said, roi_features = say(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
         return TeacherRecord(
             image_id=image_id,
             view=view,
@@ -224,10 +184,10 @@ class Teacher:
             input_size=size,
             num_proposals=len(proposals),
             boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
-            logits=result["cls_score"],  # [R, K + 1]
-            deltas=result["bbox_pred"].reshape(-1, classes, 4),
-            embeddings=self._embeddings if "embeddings" in spec.fields else None,
-            roi_features=result["bbox_feats"] if "roi_features" in spec.fields else None,
+            logits=said.logits,
+            deltas=said.deltas,
+            embeddings=said.embeddings if "embeddings" in spec.fields else None,
+            roi_features=roi_features if "roi_features" in spec.fields else None,
             features=tuple(level[0] for level in pyramid) if "features" in spec.fields else None,
         )
 

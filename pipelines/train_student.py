@@ -209,11 +209,12 @@ def _who_chooses(
         try:
             check_serves_student_rois(teacher)
         except TeacherHeadError as error:
+            reason = str(error).removesuffix(".")
             if asked:
                 raise ContractError(
-                    f"{_name(teacher)} cannot serve --rois student: {error}. Use --rois teacher."
+                    f"{_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher."
                 ) from error
-            chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {error}"
+            chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
         if name not in _ROIS:
             raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")

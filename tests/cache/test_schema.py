@@ -17,6 +17,16 @@ def test_json_round_trip(kit: "type[Kit]", tier: str, dtype: str) -> None:
     assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+def test_only_a_cascade_has_the_entry_of_its_stages(kit: "type[Kit]") -> None:
+    plain, stds = kit.spec(), ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1))
+    assert "cascade_stds" not in plain.to_json()
+    spec = kit.spec(box_stds=stds[0], cascade_stds=stds)
+    assert spec.to_json()["cascade_stds"] == [list(stage) for stage in stds]
+    assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == CacheSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(CacheError, match="first stage"):
+        kit.spec(box_stds=stds[1], cascade_stds=stds)
+
+
 def test_fields_and_types(kit: "type[Kit]") -> None:
     assert kit.spec(tier="predictions").fields == ("boxes", "logits", "deltas")
     assert kit.spec(tier="roi").fields == ("boxes", "logits", "deltas", "embeddings", "roi_features")
@@ -42,6 +52,7 @@ def test_fields_and_types(kit: "type[Kit]") -> None:
         ({"channels": 0}, "channels = 0"),
         ({"box_stds": (0.1, 0.0, 0.1, 0.1)}, "box_stds"),
         ({"roi_levels": 5}, "found 5"),
+        ({"cascade_stds": ((0.1, 0.1, 0.2, 0.2), (0.1, 0.0, 0.2, 0.2))}, "cascade_stds"),
     ],
 )
 def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any], message: str) -> None:
@@ -58,6 +69,7 @@ def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any]
         ({"channels": True}, r"'channels' .* should be int"),
         ({"strides": 4}, r"'strides' .* should be a list"),
         ({"scale": [1, 2, 3]}, r"'scale' .* should be a list"),
+        ({"cascade_stds": [0.1, 0.1]}, r"'cascade_stds' .* should be a list"),
         ({"extra": 1}, r"unknown entries \['extra'\]"),
         ({"tier": "all"}, "Unknown tier"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError, CacheSpec, TeacherTargets
+from kdpipe.cache.targets import decode_deltas, encode_boxes
 from kdpipe.cache.views import view_matrix
 
 if TYPE_CHECKING:
@@ -91,3 +92,22 @@ def test_what_was_not_read_is_named(kit: "type[Kit]") -> None:
         with pytest.raises(CacheError, match="not read"):
             call()
     assert np.array_equal(targets.matrix, view_matrix((100, 150), (60, 120), False))
+
+
+def test_encoded_boxes_decode_to_themselves() -> None:
+    g = torch.Generator().manual_seed(0)
+    low = torch.rand(40, 2, generator=g) * 300
+    rois = torch.cat([low, low + 1 + torch.rand(40, 2, generator=g) * 100], dim=1)
+    low = torch.rand(40, 3, 2, generator=g) * 300
+    boxes = torch.cat([low, low + 2 + torch.rand(40, 3, 2, generator=g) * 60], dim=-1)
+    coder = (0.05, -0.1, 0.2, 0.0), (0.1, 0.1, 0.2, 0.2)
+    torch.testing.assert_close(decode_deltas(rois, encode_boxes(rois, boxes, *coder), *coder), boxes, rtol=0, atol=5e-3)
+    (delta,) = encode_boxes(torch.tensor([[10.0, 10, 30, 20]]), torch.tensor([[[20.0, 5, 60, 15]]]), *coder)
+    assert delta[0].tolist() == pytest.approx([(1 - 0.05) / 0.1, (-0.5 + 0.1) / 0.1, (math.log(2) - 0.2) / 0.2, 0.0])
+
+
+def test_boxes_without_area_have_finite_deltas() -> None:
+    rois = torch.tensor([[10.0, 10, 10, 20], [0.0, 0, 5, 5]])
+    deltas = encode_boxes(rois, torch.tensor([[[10.0, 10, 10, 20]], [[3.0, 3, 3, 8]]]), (0.0,) * 4, (1.0,) * 4)
+    assert deltas.isfinite().all()
+    assert decode_deltas(rois, deltas, (0.0,) * 4, (1.0,) * 4)[1, 0, [0, 2]].tolist() == pytest.approx([3, 3], abs=0.05)

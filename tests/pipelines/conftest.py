@@ -22,7 +22,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kdpipe.pipelines.cli import main
-from kdpipe.pipelines.configs import find_config, set_num_classes
+from kdpipe.pipelines.configs import apply_options, find_config, set_num_classes
+from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.seeding import SeedStepHook
 from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
 from kdpipe.pipelines.transforms import set_scale
@@ -192,6 +193,45 @@ class Kit:
         for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
             loader.dataset.pipeline = set_scale(loader.dataset.pipeline, SCALE)
         set_num_classes(config.model, classes)
+        return config
+
+    @staticmethod
+    def tiny(name: str, *options: str, channels: int = 8, fc: int = 16, levels: int = 5) -> Config:
+        """A config of mmdet's zoo with the layers that it has, each of them narrow."""
+        config = apply_options(find_config(name), options)
+        model = config.model
+        backbone = model.backbone
+        backbone.update(base_channels=8, frozen_stages=-1, norm_eval=False, init_cfg=None)
+        if backbone.type == "ResNeXt":
+            backbone.update(groups=2, base_width=4)
+        for part in dictionaries(model):
+            for key, value in part.items():
+                if key in ("in_channels", "feat_channels", "out_channels", "conv_out_channels") and value == 256:
+                    part[key] = channels
+                if key == "fc_out_channels":
+                    part[key] = fc
+                if key == "finest_scale":
+                    part[key] = 28
+        if "neck" in model:
+            inputs = [8, 16, 32, 64] if backbone.depth < 50 else [32, 64, 128, 256]
+            model.neck.update(in_channels=inputs, num_outs=levels)
+            model.rpn_head.anchor_generator.update(scales=[4], strides=[4, 8, 16, 32, 64][:levels])
+        elif "shared_head" in model.roi_head:  # has one width only
+            backbone.base_channels = 64
+            model.roi_head.shared_head.init_cfg = None
+        else:
+            _narrow(model, {2048: 256})
+        model.train_cfg.rpn_proposal.max_per_img = 50
+        model.test_cfg.rpn.max_per_img = 50
+        for stage in dictionaries(model.train_cfg.rcnn):
+            if "sampler" in stage:
+                stage["sampler"]["num"] = 32
+        model.data_preprocessor.pop("batch_augments", None)
+        for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+            if loader.dataset.get("dataset"):  # a wrapper repeats it
+                loader.dataset = loader.dataset.dataset
+            loader.dataset.pipeline = set_scale(loader.dataset.pipeline, SCALE)
+        set_num_classes(model, len(CLASS_NAMES))
         return config
 
     @classmethod

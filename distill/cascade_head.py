@@ -1,0 +1,80 @@
+"""The frozen box heads of a cascade: every stage looks where the one before it moved the box."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.distill.numeric import no_autocast
+from kdpipe.distill.targets import HeadOutputs
+from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
+
+# Parts of a RoI head that box features go through, or get added, beside RoIAlign.
+_BESIDE = {"roi_head.semantic_head.": "a semantic branch", "roi_head.shared_head.": "a shared residual stage"}
+
+
+class CascadeHead:
+    """What a cascade teacher says of a box, as a function of that box (Cascade R-CNN at test time, as in mmdet).
+
+    Logits are the mean over the stages. Deltas lead from the box itself to where the last stage moves it, in the units
+    of the first stage. Embeddings are the input of the last stage's classifier.
+
+    Args:
+        state: Parameters by their names in the teacher's state dict.
+        spec: What the teacher is.
+
+    Raises:
+        TeacherHeadError: a stage cannot be rebuilt from its parameters.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
+        self._spec = spec
+        self.stages = [TeacherHead(state, spec, f"roi_head.bbox_head.{i}.") for i in range(len(spec.cascade_stds))]
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, boxes: Tensor, sizes: Tensor, look: Callable[[Tensor], Tensor]) -> HeadOutputs:
+        """What the teacher says of boxes, in float32, autocast or not.
+
+        Args:
+            features: Tensor[R, C, size, size], the teacher's RoI features of the boxes.
+            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
+            sizes: Tensor[R, 2] (width, height) of that input without padding.
+            look: RoI features of other boxes of the same images, row by row.
+        """
+        spec = self._spec
+        logits, moved, outputs = [], boxes[:, None], None
+        with no_autocast(features):
+            for head, stds in zip(self.stages, spec.cascade_stds, strict=True):
+                if outputs is not None:
+                    best = outputs.logits[:, :-1].argmax(dim=1) if moved.shape[1] > 1 else 0
+                    at = moved[torch.arange(len(boxes), device=boxes.device), best]  # [R, 4]
+                    at = at.clamp(min=0).minimum(sizes.repeat(1, 2))
+                    features = look(at)
+                else:
+                    at = boxes
+                outputs = head(features)
+                logits.append(outputs.logits)
+                moved = decode_deltas(at, outputs.deltas, spec.box_means, stds)  # [R, K or 1, 4]
+            assert outputs is not None
+            deltas = encode_boxes(boxes, moved, spec.box_means, spec.box_stds)
+        return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)
+
+
+def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead:
+    """The box head, or heads, that a cache keeps.
+
+    Args:
+        state: Parameters by their names in the teacher's state dict.
+        spec: What the teacher is.
+
+    Raises:
+        TeacherHeadError: It cannot say what the teacher says of any box.
+    """
+    for prefix, part in _BESIDE.items():
+        if any(name.startswith(prefix) for name in state):
+            raise TeacherHeadError(
+                f"The teacher's RoI head has {part}, so that its box head sees more than RoIAlign on the pyramid gives."
+            )
+    return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)

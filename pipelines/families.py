@@ -1,0 +1,155 @@
+"""Which teachers there are, and what each says of boxes: `docs/families.md` has the table."""
+
+from typing import Any
+
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox2roi
+from torch import Tensor
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.distill.rois import roi_align_assigned
+from kdpipe.distill.targets import HeadOutputs
+
+__all__ = ["TeacherError", "check_family", "is_cascade", "roi_size", "say", "stages"]
+
+_EXPECTED = (
+    "Expected a two-stage detector (Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC), an RPN with "
+    "anchors, SingleRoIExtractors with RoIAlign, and box heads with shared fully connected layers (Shared2FCBBoxHead) "
+    "or a BBoxHead behind a shared residual stage (C4)."
+)
+_ROI_HEADS = (StandardRoIHead, CascadeRoIHead, HybridTaskCascadeRoIHead)
+
+
+class TeacherError(KdpipeError):
+    """The teacher cannot be built, loaded or cached."""
+
+
+def is_cascade(roi_head: Any) -> bool:
+    """Whether boxes go through several box heads, one after the other."""
+    return isinstance(roi_head, CascadeRoIHead)
+
+
+def stages(roi_head: Any) -> list[tuple[Any, Any]]:
+    """RoI extractor and box head of every stage; a single one where there is no cascade."""
+    if is_cascade(roi_head):
+        return list(zip(roi_head.bbox_roi_extractor, roi_head.bbox_head, strict=True))
+    return [(roi_head.bbox_roi_extractor, roi_head.bbox_head)]
+
+
+def roi_size(roi_head: Any) -> int:
+    """Cells per side of the RoI features that students imitate.
+
+    A shared residual stage halves what RoIAlign gives it: then it is the size behind that stage.
+    """
+    extractor, _ = stages(roi_head)[0]
+    size = int(extractor.roi_layers[0].output_size[0])
+    return size // 2 if roi_head.with_shared_head else size
+
+
+def check_family(model: Any) -> None:
+    """Refuse what is not a two-stage detector with shared-FC box heads.
+
+    Raises:
+        TeacherError: naming what was found and what was expected.
+    """
+    if not isinstance(model, TwoStageDetector):
+        raise TeacherError(f"The teacher is a {type(model).__name__}. {_EXPECTED}")
+    head = model.roi_head
+    if type(head) not in _ROI_HEADS:
+        raise TeacherError(f"The teacher has a {type(head).__name__} in place of a StandardRoIHead. {_EXPECTED}")
+    if not hasattr(model.rpn_head, "prior_generator"):
+        raise TeacherError(f"The teacher's {type(model.rpn_head).__name__} has no anchors. {_EXPECTED}")
+    for extractor, box_head in stages(head):
+        kind_of_head = BBoxHead if head.with_shared_head else ConvFCBBoxHead
+        for part, kind in ((extractor, SingleRoIExtractor), (box_head, kind_of_head)):
+            if not isinstance(part, kind):
+                raise TeacherError(
+                    f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {_EXPECTED}"
+                )
+        shared = head.with_shared_head or box_head.num_shared_fcs
+        if not shared or not box_head.with_reg:
+            raise TeacherError(
+                f"The teacher's {type(box_head).__name__} has no shared fully connected layer. {_EXPECTED}"
+            )
+    if len(kinds := {_settings(*stage) for stage in stages(head)}) > 1:
+        raise TeacherError(
+            "The stages of the teacher's cascade differ in their RoI extractors, their number of regressions, the "
+            f"means of their box coders or the width of their heads: {sorted(kinds)}. Expected them to differ in the "
+            "standard deviations of their box coders only."
+        )
+
+
+def _settings(extractor: Any, box_head: Any) -> tuple[Any, ...]:
+    """What has to be the same in all stages of a cascade."""
+    align = extractor.roi_layers[0]
+    return (
+        extractor.num_inputs,
+        extractor.finest_scale,
+        tuple(align.output_size),
+        align.sampling_ratio,
+        align.aligned,
+        box_head.reg_class_agnostic,
+        tuple(box_head.bbox_coder.means),
+        box_head.fc_cls.in_features,
+    )
+
+
+def say(
+    roi_head: Any, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample, embeddings: list[Tensor]
+) -> tuple[HeadOutputs, Tensor]:
+    """What a teacher says of boxes of one image, computed by mmdet's own code.
+
+    Of a cascade: logits are the mean over its stages; deltas lead from the box itself to where the last stage moves it,
+    in the units of the first stage; embeddings are those of the last stage.
+
+    Args:
+        roi_head: The teacher's.
+        pyramid: Levels `[1, C, h_l, w_l]`.
+        boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the network input.
+        sample: Of the image, with its `img_shape`.
+        embeddings: Where a hook leaves the newest input of the (last) classifier layer.
+
+    Returns:
+        Of each box, and its RoI features Tensor[R, C, size, size] on the pyramid alone.
+    """
+    extractor, first = stages(roi_head)[0]
+    rois = bbox2roi([boxes])
+    if not is_cascade(roi_head):
+        result = roi_head._bbox_forward(pyramid, rois)
+        deltas = result["bbox_pred"].reshape(len(boxes), -1, 4)
+        said = HeadOutputs(embeddings[0], result["cls_score"], deltas)
+        return said, _before_shared(roi_head, pyramid, rois) if roi_head.with_shared_head else result["bbox_feats"]
+    features = extractor(pyramid[: extractor.num_inputs], rois)
+    classes = 1 if first.reg_class_agnostic else first.num_classes
+    if not len(boxes):
+        nothing = boxes.new_zeros
+        width, scores = first.fc_cls.in_features, first.num_classes + 1
+        return HeadOutputs(nothing(0, width), nothing(0, scores), nothing(0, classes, 4)), features
+    semantic = {}
+    if isinstance(roi_head, HybridTaskCascadeRoIHead) and roi_head.with_semantic:
+        semantic["semantic_feat"] = roi_head.semantic_head(pyramid)[1]
+    at, logits, deltas = roi_head._refine_roi(pyramid, rois, [sample.metainfo], (len(boxes),), **semantic)
+    last = roi_head.bbox_head[-1].bbox_coder
+    moved = decode_deltas(at[0][:, 1:], deltas[0].reshape(-1, classes, 4), last.means, last.stds)
+    units = first.bbox_coder
+    return HeadOutputs(embeddings[0], logits[0], encode_boxes(boxes, moved, units.means, units.stds)), features
+
+
+def _before_shared(roi_head: Any, pyramid: tuple[Tensor, ...], rois: Tensor) -> Tensor:
+    """RoI features that come before a shared residual stage, at the size that they have behind it."""
+    extractor, _ = stages(roi_head)[0]
+    align = extractor.roi_layers[0]
+    return roi_align_assigned(
+        pyramid[: extractor.num_inputs],
+        extractor.featmap_strides,
+        rois,
+        extractor.finest_scale,
+        roi_size(roi_head),
+        align.sampling_ratio,
+        align.aligned,
+    )
