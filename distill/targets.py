@@ -73,6 +73,11 @@ class Answers:
     logits: Tensor | None = None
     deltas: Tensor | None = None
 
+    def select(self, rows: Tensor) -> "Answers":
+        """The features as they are, and the rest at a mask or at row numbers."""
+        of_head = {name: getattr(self, name) for name in ("embeddings", "logits", "deltas")}
+        return replace(self, **{name: value[rows] for name, value in of_head.items() if value is not None})
+
 
 @dataclass(frozen=True)
 class RoiTargets:
