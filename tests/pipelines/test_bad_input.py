@@ -285,7 +285,7 @@ def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
     assert "faster-rcnn_r50_fpn_1x_coco" in message
     (work / "student.py").write_text("model = dict(")
     assert "student.py" in kit.refused(*command, "student.py")
-    other = kit.config("vfnet_r50_fpn_1x_coco")
+    other = kit.config("vfnet_r50_fpn_1x_coco", channels=32)
     (work / "student.py").write_text(other.pretty_text)
     message = kit.refused(*command, "student.py", "--methods", "sgfi")
     assert "VFNetHead" in message
