@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdpipe.distill.numeric import no_autocast
+
 _CHUNK = 128  # RoIs at a time, at most
 _VALUES = 1 << 23  # pixels times channels gathered at a time, where one RoI has not more
 _LARGEST = 1 << 14  # side of a RoI, in pixels of the map, that is still an ordinary one
@@ -123,11 +125,12 @@ def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:
     channels = x.shape[1]
     flat = x.permute(0, 2, 3, 1).reshape(-1, channels)  # [N * H * W, C]
     pooled: Tensor = x.new_empty(count, windows[0].lines.shape[1], windows[0].columns.shape[1], channels)
-    for window in windows:
-        rois, lines, columns = len(window.rois), window.lines.shape[2], window.columns.shape[2]
-        pixels = flat.index_select(0, window.pixels).view(rois, lines, columns * channels)
-        down = (window.lines @ pixels).unflatten(2, (columns, channels))  # [r, height, columns, C]
-        pooled[window.rois] = window.columns[:, None] @ down  # [r, height, width, C]
+    with no_autocast(x):
+        for window in windows:
+            rois, lines, columns = len(window.rois), window.lines.shape[2], window.columns.shape[2]
+            pixels = flat.index_select(0, window.pixels).view(rois, lines, columns * channels)
+            down = (window.lines @ pixels).unflatten(2, (columns, channels))  # [r, height, columns, C]
+            pooled[window.rois] = window.columns[:, None] @ down  # [r, height, width, C]
     return pooled
 
 
@@ -135,10 +138,11 @@ def unpool(grad: Tensor, windows: Sequence[Windows], shape: Sequence[int]) -> Te
     """Gradient of `pool` by its input, of `shape` [N, C, H, W], for `grad` [R, height, width, C]."""
     images, channels, height, width = shape
     total = grad.new_zeros(images * height * width, channels)
-    for window in windows:
-        across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
-        pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).reshape(-1, channels)
-        total.scatter_add_(0, window.pixels[:, None].expand(-1, channels), pixels)
+    with no_autocast(grad):
+        for window in windows:
+            across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
+            pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).reshape(-1, channels)
+            total.scatter_add_(0, window.pixels[:, None].expand(-1, channels), pixels)
     return total.view(images, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -168,16 +168,10 @@ def roi_align_levels(
     _check_pyramid(pyramid, strides, rois)
     if sampling_ratio < 1:
         raise LossInputError(f"RoIAlign on every level needs a sampling_ratio of at least 1, found {sampling_ratio}.")
-    levels = []
-    with no_autocast(pyramid[0]):
-        for features, stride in zip(pyramid, strides, strict=True):
-            (full,) = full_precision(features)
-            boxes = rois.detach().to(full)
-            if full.is_cuda or not are_ordinary(boxes, 1.0 / stride):
-                pooled = _roi_align(full, stride, rois, size, sampling_ratio, aligned).permute(0, 2, 3, 1)
-            else:
-                pooled = roi_align_channels_last(full, boxes, 1.0 / stride, (size, size), sampling_ratio, aligned)
-            levels.append(pooled)
+    levels = [
+        _roi_align(features, stride, rois, size, sampling_ratio, aligned).permute(0, 2, 3, 1)
+        for features, stride in zip(pyramid, strides, strict=True)
+    ]
     return torch.stack(levels, dim=1).permute(0, 1, 4, 2, 3)
 
 
@@ -241,5 +235,10 @@ def _roi_align(features: Tensor, stride: int, rois: Tensor, size: int, sampling_
     """RoIAlign in full precision: half-precision coordinates would be pixels off."""
     with no_autocast(features):
         (full,) = full_precision(features)
-        pooled: Tensor = roi_align(full, rois.detach().to(full), size, 1.0 / stride, sampling_ratio, aligned)
+        boxes, scale = rois.detach().to(full), 1.0 / stride
+        if not full.is_cuda and are_ordinary(boxes, scale):
+            return roi_align_channels_last(full, boxes, scale, (size, size), sampling_ratio, aligned).permute(
+                0, 3, 1, 2
+            )
+        pooled: Tensor = roi_align(full, boxes, size, scale, sampling_ratio, aligned)
     return pooled

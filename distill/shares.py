@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdpipe.distill.numeric import no_autocast
+
 
 def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
     """The norm of each loss's gradient with respect to the pyramid, as a share of the sum of these norms.
@@ -24,7 +26,8 @@ def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dic
     for name, value in losses.items():
         total = torch.stack(list(value)).sum() if isinstance(value, list | tuple) else value
         if "loss" in name and levels and total.requires_grad:
-            gradients = torch.autograd.grad(total, levels, retain_graph=True, allow_unused=True)
+            with no_autocast(total):  # a backward pass takes its types from the forward pass
+                gradients = torch.autograd.grad(total, levels, retain_graph=True, allow_unused=True)
             squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
             norms[name] = torch.stack(squares).sum().sqrt() if squares else total.detach().new_zeros(())
     if not norms:

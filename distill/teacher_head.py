@@ -43,7 +43,11 @@ class TeacherHead:
         }
         strange = sorted(name for name in self._state if not _KNOWN.fullmatch(name))
         if strange or not {"fc_cls.weight", "fc_reg.weight"} <= self._state.keys():
-            found = ", ".join(strange[:3]) if strange else f"neither {_PREFIX}fc_cls nor {_PREFIX}fc_reg"
+            found = (
+                ", ".join(f"{_PREFIX}{name}" for name in strange[:3])
+                if strange
+                else f"neither {_PREFIX}fc_cls nor {_PREFIX}fc_reg"
+            )
             raise TeacherHeadError(
                 f"The teacher's box head cannot be rebuilt from its weights: it has {found}. Expected fully connected "
                 "layers only (shared_fcs, cls_fcs, reg_fcs, fc_cls, fc_reg)."

@@ -25,9 +25,9 @@ def check_batch_augments(detector: Any) -> None:
     moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
     if moving:
         raise StudentError(
-            f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are then no longer "
-            "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and let the data pipeline "
-            "scale the images."
+            f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are no longer "
+            "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and scale the images in the "
+            "data pipeline."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
+from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
@@ -115,6 +116,7 @@ def online_teacher(
     found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=None, split="", out=None, limit=None)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
+    _check_head(teacher, spec)
     weights = digest_tensors(teacher.model.state_dict())
     source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
     online = OnlineTeacher(
@@ -124,3 +126,20 @@ def online_teacher(
         source={"type": LiveTeacher.__name__, **source},
     )
     return online, found.data, None if ann_file else named_val(found.val)
+
+
+@torch.no_grad()
+def _check_head(teacher: Teacher, spec: CacheSpec) -> None:
+    """Make sure that the head which answers for the student's RoIs says what the teacher's says.
+
+    Raises:
+        TeacherHeadError: It has layers that are not known, or says something else.
+    """
+    features = torch.rand(4, spec.channels, spec.roi_size, spec.roi_size, generator=torch.Generator().manual_seed(0))
+    wanted, _ = teacher.model.roi_head.bbox_head(features)
+    try:
+        found = TeacherHead(teacher.head_state(), spec)(features).logits
+        if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
+            raise TeacherHeadError("The teacher's box head does more than its fully connected layers.")
+    except TeacherHeadError as error:
+        raise TeacherHeadError(f"{error} Such a teacher can be cached, for --cache with --rois teacher.") from error

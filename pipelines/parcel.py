@@ -50,20 +50,20 @@ class _Unpacker(pickle.Unpickler):
 
 
 class _Parcel:
-    """Becomes what it holds where it is unpickled."""
+    """Packed now, so that errors are the worker's; becomes what it holds where it is unpickled."""
 
     def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
         packer = _Packer(file)
-        packer.dump(self._value)
-        memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(packer.size))
+        packer.dump(value)
+        self._text = file.getvalue()
+        self._memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(packer.size))
         for start, tensor in packer.tensors:
             end = start + tensor.numel() * tensor.element_size()
-            memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return _unpack, (memory, file.getvalue())
+            self._memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self._memory, self._text)
 
 
 def _unpack(memory: Tensor, text: bytes) -> Any:

@@ -90,18 +90,20 @@ def cache(data: Path, out: Path) -> None:
     (out / "cache.json").write_text(json.dumps({"bytes": size, "seconds": seconds}))
 
 
-def student_dir(out: Path, methods: str, seed: int) -> Path:
-    return out / f"{methods.replace(',', '-')}_seed{seed}"
+def student_dir(out: Path, methods: str, rois: str, seed: int) -> Path:
+    return out / f"{methods.replace(',', '-')}{'_student-rois' * (rois == 'student' and methods != 'none')}_seed{seed}"
 
 
-def train_student(data: Path, out: Path, methods: str, seed: int) -> None:
+def train_student(data: Path, out: Path, methods: str, rois: str, seed: int) -> None:
     arguments = ["train-student", "--cache", str(out / "bccd.zarr"), "--methods", methods, "--seed", str(seed)]
+    if methods != "none":
+        arguments += ["--rois", rois]
     places = ["--val-ann-file", str(data / "test.json"), "--val-img-dir", str(data / "JPEGImages")]
     distill = ["-o", "distill.rois.num=96", "-o", "distill.ckd.queue_size=8192"]
-    train([*arguments, *places, *narrow(16, 64, 256), *distill], student_dir(out, methods, seed), 12)
+    train([*arguments, *places, *narrow(16, 64, 256), *distill], student_dir(out, methods, rois, seed), 12)
 
 
-def table(out: Path, seeds: int) -> str:
+def table(out: Path, rois: str, seeds: int) -> str:
     """What is known so far, as Markdown."""
     teacher = json.loads((out / "teacher" / "result.json").read_text())
     cached = json.loads((out / "cache.json").read_text())
@@ -114,7 +116,7 @@ def table(out: Path, seeds: int) -> str:
     ]
     plain: tuple[float, float] | None = None
     for methods in METHODS:
-        files = [student_dir(out, methods, seed) / "result.json" for seed in range(seeds)]
+        files = [student_dir(out, methods, rois, seed) / "result.json" for seed in range(seeds)]
         results = [json.loads(file.read_text()) for file in files if file.exists()]
         if not results:
             continue
@@ -135,16 +137,23 @@ def table(out: Path, seeds: int) -> str:
 @click.option(
     "--jobs", type=int, default=1, show_default=True, help="Students at once; the cores are shared among them."
 )
-def main(data: Path, out: Path, seeds: int, jobs: int) -> None:
+@click.option(
+    "--rois",
+    type=click.Choice(["teacher", "student"]),
+    default="teacher",
+    show_default=True,
+    help="As train-student's.",
+)
+def main(data: Path, out: Path, seeds: int, jobs: int, rois: str) -> None:
     """Train the teacher, cache it, train all students, print the table."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     train_teacher(data, out)
     cache(data, out)
 
     def student(choice: tuple[int, str]) -> None:
-        train_student(data, out, choice[1], choice[0])
-        (out / "table.md").write_text(table(out, seeds))
-        click.echo(table(out, seeds))
+        train_student(data, out, choice[1], rois, choice[0])
+        (out / "table.md").write_text(table(out, rois, seeds))
+        click.echo(table(out, rois, seeds))
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(student, [(seed, methods) for seed in range(seeds) for methods in METHODS]))

@@ -317,7 +317,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 kit = conftest.Kit
 writer = kit.writer(conftest.Path(sys.argv[1]), kit.spec(codec="none"), kit.images())
 kit.fill(writer, [0])
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     kit.fill(writer)
 except CacheError as error:

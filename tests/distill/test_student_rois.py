@@ -204,7 +204,7 @@ def test_losses_are_finite_in_full_precision_beside_a_student_in_half(
     pair: "type[Pair]", dtype: torch.dtype, size: float
 ) -> None:
     """Also where the outputs of its head are nearly as large as float16 can hold."""
-    model = detector(pair, *METHODS, share_interval=0)
+    model = detector(pair, *METHODS)
     head = model.student.roi_head.bbox_head
     for layer in (head.fc_cls, head.fc_reg):
         layer.register_forward_hook(lambda _, inputs, output: output / output.abs().max().clamp(min=1e-3) * size)
@@ -213,6 +213,7 @@ def test_losses_are_finite_in_full_precision_beside_a_student_in_half(
     seen = {name: value for name, value in losses.items() if name in ("loss_sgfi", "loss_ckd") or "loss_kd" in name}
     assert len(seen) == len(METHODS)
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in seen.values())
+    assert {f"share_{name.removeprefix('loss_')}" for name in seen} <= losses.keys()
     torch.stack(list(seen.values())).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) > 50

@@ -66,6 +66,12 @@ def test_trains_from_the_cache_of_a_two_stage_teacher(kit: "Kit", work: Path, fa
     model.load_state_dict(saved["state_dict"], strict=True)
 
 
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+def test_mixed_precision(kit: "Kit", work: Path, rois: str) -> None:
+    train(kit, work, "retinanet", "w", "--methods", "sgfi,ckd,pred", "--rois", rois, "--amp")
+    assert all(row["loss_sgfi"] > 0 and row["loss_ckd"] > 0 and row["loss_kd_cls"] > 0 for row in log(work / "w"))
+
+
 def test_boxes_that_meet_no_object_yet_do_not_end_a_training(kit: "Kit", work: Path) -> None:
     """FCOS begins with boxes of two pixels."""
     path = student(kit, work, "fcos")

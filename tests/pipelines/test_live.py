@@ -1,9 +1,9 @@
-"""A cache changes nothing: targets, losses, gradients and trainings are those beside the live teacher."""
+"""A cache changes nothing: targets, losses and gradients are those beside the live teacher."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS
@@ -17,9 +17,9 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.teacher_head import TeacherHead
-from kdpipe.distill.teacher_view import TeacherView, ask_teacher
+from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
 from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.datasets import DetectionData, load_coco
+from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image
 from kdpipe.pipelines.live_teacher import LiveTeacher
 from kdpipe.pipelines.teacher import load_teacher, teacher_config
 from kdpipe.pipelines.training import Recipe, detector_config
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 IMAGES, SCALE = 4, (160, 120)
 CLASSES = ("RBC", "WBC", "Platelets")
 METHODS = ("sgfi", "ckd", "cls", "reg", "careg")
-VIEW = ("--scale", "160x120", "--proposals", "40", "--views", "identity,hflip", "--codec", "none")
+VIEW = ("--scale", "160x120", "--proposals", "40", "--codec", "none")
 
 
 class BloodCells:
@@ -47,11 +47,11 @@ class BloodCells:
         self.teacher = load_teacher(checkpoint, cfg, proposals=40, device=torch.device("cpu"))
         self.student = kit.config(channels=8, fc=24, classes=3)
 
-    def cache(self, dtype: str) -> Path:
-        out = self.folder / f"{dtype}.zarr"
+    def cache(self, dtype: str, views: str = "identity,hflip") -> Path:
+        out = self.folder / f"{dtype}-{views}.zarr"
         if not out.exists():
             source = ("--ckpt", self.ckpt, "--ann-file", self.ann, "--img-dir", self.img, "--limit", IMAGES)
-            self.kit.run("cache-teacher", *source, *VIEW, "--dtype", dtype, "--out", out)
+            self.kit.run("cache-teacher", *source, *VIEW, "--views", views, "--dtype", dtype, "--out", out)
         return out
 
     def batch(self, cache: Path, flip: bool) -> Any:
@@ -102,8 +102,9 @@ def step(model: DistilledDetector, batch: Any) -> tuple[dict[str, Tensor], dict[
     return {name: value.detach() for name, value in values.items()}, gradients
 
 
-def difference(found: Tensor, wanted: Tensor) -> float:
+def difference(found: Tensor | None, wanted: Tensor) -> float:
     """Relative, in the norm of the whole tensor."""
+    assert found is not None
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.any() else float(found.abs().max())
 
 
@@ -145,6 +146,56 @@ def test_targets_are_those_of_the_live_teacher(cells: BloodCells, flip: bool) ->
         wanted = torch.cat(parts)
         assert difference(getattr(live, name), wanted) < 1e-5, name
         assert difference(getattr(cached, name), wanted) < 1e-5, name
+
+
+@pytest.mark.parametrize("views", ["identity,hflip", "identity"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
+    cells: BloodCells, views: str, flip: bool
+) -> None:
+    """The student sees the photograph of 640 x 480 at 1.5 times its size, perhaps flipped, then cropped."""
+    cache = open_cache(cells.cache("float32", views))
+    info = cells.data.images[0]
+    assert (info.width, info.height) == (640, 480)
+    crop = np.array([[1.0, 0, -130], [0, 1, -70], [0, 0, 1]])
+    scale = np.array([[-1.5, 0, 960], [0, 1.5, 0], [0, 0, 1]]) if flip else np.diag([1.5, 1.5, 1.0])
+    view = read_teacher_view(cache, info.image_id, crop @ scale, missing_view="mirror")
+    mirrored = flip and views == "identity"
+    assert view.view == ("mirrored" if mirrored else "exact")
+
+    there = rois_of(cells, flip).rois[:, 1:]  # in the teacher's view of 160 x 120, a quarter of the photograph
+    rois = BatchRois(torch.cat([torch.zeros(60, 1), there * 4 * 1.5], dim=1), torch.zeros(60), torch.ones(60).bool())
+    rois.rois[:, 1:] -= torch.tensor([130.0, 70, 130, 70])
+    model = cells.cached("float32")
+    needs = ("features", "logits", "deltas")
+    found = ask_teacher([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
+
+    seen = there
+    if mirrored:
+        seen = torch.stack([160 - there[:, 2], there[:, 1], 160 - there[:, 0], there[:, 3]], dim=1)
+    image = read_image(cells.img / info.file_name)
+    with torch.no_grad():
+        pyramid, _ = cells.teacher.pyramid(image, (120, 160), flip and not mirrored)
+        wanted = cells.teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([seen]))
+    features, deltas = wanted["bbox_feats"], wanted["bbox_pred"].reshape(-1, 3, 4)
+    if mirrored:
+        features, deltas = features.flip(-1), deltas * torch.tensor([-1.0, 1, 1, 1])
+    assert difference(found.features, features) < 1e-4
+    assert difference(found.logits, wanted["cls_score"]) < 1e-4
+    assert difference(found.deltas, deltas) < 1e-4
+
+
+def test_a_pyramid_moves_in_storage_type_and_without_what_is_not_needed(cells: BloodCells) -> None:
+    cache = open_cache(cells.cache("int8"))
+    matrix = np.diag([0.25, 0.25, 1.0])
+    view = read_teacher_view(cache, cells.data.images[1].image_id, matrix, missing_view="mirror").to("cpu")
+    assert [level.dtype for level in view.pyramid] == [torch.int8] * 4  # and no P6
+    assert [tuple(level.shape[1:]) for level in view.pyramid] == [(32, 40), (16, 20), (8, 10), (4, 5)]
+    assert view.scale is not None
+    flipped = np.array([[-0.25, 0, 160], [0, 0.25, 0], [0, 0, 1]])
+    one = open_cache(cells.cache("float32", "identity"))
+    skipped = read_teacher_view(one, cells.data.images[1].image_id, flipped, missing_view="skip")
+    assert (skipped.view, skipped.pyramid) == ("skipped", ())
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -193,52 +244,3 @@ def test_the_live_teacher_computes_in_full_precision_and_draws_no_random_numbers
     assert all(isinstance(view, TeacherView) and view.view == "exact" for view in views)
     for view, other in zip(views, plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(view.pyramid, other.pyramid, strict=True))
-
-
-def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
-    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", kit.student, "--work-dir", work_dir)
-    return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
-
-
-def test_fifty_steps_give_the_same_student(kit: "Kit", work: Path) -> None:
-    cache = work / "x.zarr"
-    exact = ("--dtype", "float32", "--views", "identity,hflip", "--out", cache)
-    kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
-    options = ("--epochs", 25, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
-    kit.train_student(work / "cached", *options, cache=cache)
-    ended = kit.run(*online(kit, work / "online", *options))
-    assert "RoIs: those of the student" in ended.out
-    weights = [
-        torch.load(work / name / "student.pth", weights_only=True)["state_dict"] for name in ("cached", "online")
-    ]
-    assert torch.load(work / "online" / "student.pth", weights_only=True)["meta"]["iter"] == 50
-    moved = 0
-    for name, value in weights[0].items():
-        if value.is_floating_point():
-            assert difference(weights[1][name], value) < 1e-4, name
-            moved += 1
-    assert moved > 100
-
-
-def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--epochs", 2, "--methods", "cls")
-    kit.run(*online(kit, work / "straight", *options))
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*online(kit, work / "w", *options), code=130)
-    kit.run(*online(kit, work / "w", *options, "--resume"))
-    one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    recorded = json.loads((work / "w" / "cache.json").read_text())
-    assert recorded["spec"]["dtype"] == "float32"
-    message = kit.refused(*kit.student_command(work / "w", *options, "--resume"))
-    assert "holds a training from something else than the cache" in message
-
-
-def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
-    ended = kit.run("train-student", "--student", kit.student, code=2)
-    assert "needs either --cache or --teacher-ckpt" in ended.err
-    assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
-    message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
-    assert "--rois teacher needs a cache" in message
-    assert not (work / "w" / "student.pth").exists()

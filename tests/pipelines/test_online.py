@@ -1,0 +1,66 @@
+"""`train-student --teacher-ckpt`, as users type it: the student of a float32 cache, without one."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+
+def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
+    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", kit.student, "--work-dir", work_dir)
+    return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
+
+
+def test_fifty_steps_give_the_same_student(kit: "Kit", work: Path) -> None:
+    cache = work / "x.zarr"
+    exact = ("--dtype", "float32", "--views", "identity,hflip", "--out", cache)
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
+    options = ("--epochs", 25, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
+    kit.train_student(work / "cached", *options, cache=cache)
+    ended = kit.run(*online(kit, work / "online", *options))
+    assert "RoIs: those of the student" in ended.out
+    weights = [
+        torch.load(work / name / "student.pth", weights_only=True)["state_dict"] for name in ("cached", "online")
+    ]
+    assert torch.load(work / "online" / "student.pth", weights_only=True)["meta"]["iter"] == 50
+    compared = 0
+    for name, value in weights[0].items():
+        if value.is_floating_point():
+            assert (weights[1][name] - value).norm() <= 1e-4 * value.norm(), name
+            compared += 1
+    assert compared > 100
+
+
+def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--epochs", 2, "--methods", "cls")
+    kit.run(*online(kit, work / "straight", *options))
+    with monkeypatch.context() as patch:
+        kit.interrupt_second_epoch(patch)
+        kit.run(*online(kit, work / "w", *options), code=130)
+    kit.run(*online(kit, work / "w", *options, "--resume"))
+    one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    recorded = json.loads((work / "w" / "cache.json").read_text())
+    assert recorded["spec"]["dtype"] == "float32"
+    message = kit.refused(*kit.student_command(work / "w", *options, "--resume"))
+    assert "holds a training from something else than the cache" in message
+
+
+def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
+    ended = kit.run("train-student", "--student", kit.student, code=2)
+    assert "needs either --cache or --teacher-ckpt" in ended.err
+    assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
+    message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
+    assert "--rois teacher needs a cache" in message
+    head = kit.config()
+    head.model.roi_head.bbox_head.update(type="Shared4Conv1FCBBoxHead", conv_out_channels=16)
+    ckpt = kit.save_detector(work / "convs.pth", head)
+    message = kit.refused(*online(kit, work / "w", "--teacher-ckpt", ckpt))
+    assert "it has roi_head.bbox_head.shared_convs.0.conv" in message
+    assert "--rois teacher" in message
+    assert not (work / "w" / "student.pth").exists()
