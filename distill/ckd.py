@@ -202,8 +202,10 @@ class CKD(nn.Module):
     """Parameters of CKD: f_theta, shared by both sides, and the queue. Needed in training only.
 
     A student whose embeddings have another length than the teacher's is lifted to it by one linear layer, so that
-    f_theta stays shared. The teacher's embeddings are constants; f_theta learns from both sides of the batch (see
-    `ckd_loss`). Negatives of the current step are those of this rank; those of the other ranks come through the queue.
+    f_theta stays shared. Where an embedding is of a location with several anchors, that layer makes a representation of
+    each of them, so that boxes of one location differ (section 4.3.2, "decoupled for each anchor"). The teacher's
+    embeddings are constants; f_theta learns from both sides of the batch (see `ckd_loss`). Negatives of the current
+    step are those of this rank; those of the other ranks come through the queue.
 
     Args:
         student_dim: length of the student's embeddings.
@@ -211,6 +213,7 @@ class CKD(nn.Module):
         dim: length of the projected representations.
         queue_size: how many of the teacher's are kept as negatives; the paper's 80 x 1024.
         temperature: gamma > 0.
+        anchors: boxes A that one of the student's embeddings stands for.
     """
 
     def __init__(
@@ -220,21 +223,31 @@ class CKD(nn.Module):
         dim: int = 128,
         queue_size: int = 80 * 1024,
         temperature: float = 0.07,
+        anchors: int = 1,
     ) -> None:
         super().__init__()
-        self.lift = nn.Linear(student_dim, teacher_dim) if student_dim != teacher_dim else nn.Identity()
+        lifted = student_dim != teacher_dim or anchors > 1
+        self.lift = nn.Linear(student_dim, anchors * teacher_dim) if lifted else nn.Identity()
         self.f_theta = nn.Linear(teacher_dim, dim)
         self.queue = ContrastiveQueue(dim, queue_size)
         self.student_dim = student_dim
         self.temperature = temperature
+        self.anchors = anchors
 
-    def forward(self, student_embeddings: Tensor, teacher_embeddings: Tensor, exclude: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student_embeddings: Tensor,
+        teacher_embeddings: Tensor,
+        exclude: Tensor | None = None,
+        anchors: Tensor | None = None,
+    ) -> Tensor:
         """The loss of `ckd_loss` after projection. In training mode, the teacher's side then joins the queue.
 
         Args:
             student_embeddings: Tensor[N, student_dim].
             teacher_embeddings: Tensor[N, teacher_dim] of the same boxes; gets no gradient.
             exclude: Tensor[N, N] bool, pairs that are not negatives (`exclude_pairs`).
+            anchors: Tensor[N] int64 in [0, A), which anchor of its location each box is of. Needed where A > 1.
 
         Returns:
             Scalar.
@@ -250,9 +263,37 @@ class CKD(nn.Module):
             check_shape(name, found, (num_rois, dim), f"{num_rois} student embeddings and a length of {dim}")
         dtype = self.f_theta.weight.dtype
         with no_autocast(student_embeddings):
-            student = self.f_theta(self.lift(student_embeddings.to(dtype)))  # [N, dim]
+            student = self.f_theta(self.lifted(student_embeddings.to(dtype), anchors))  # [N, dim]
             teacher = self.f_theta(teacher_embeddings.detach().to(dtype))  # [N, dim]
         loss = ckd_loss(student, teacher, queue=self.queue.negatives(), exclude=exclude, temperature=self.temperature)
         if self.training:
             self.queue.push(_unit(teacher.detach()))
         return loss
+
+    def lifted(self, embeddings: Tensor, anchors: Tensor | None = None) -> Tensor:
+        """The student's embeddings in the teacher's dimension, each by the slice of the layer that is its anchor's.
+
+        The slices are applied to their own rows only: a product with the whole layer would cost A times as much.
+
+        Args:
+            embeddings: Tensor[N, student_dim].
+            anchors: Tensor[N] int64 in [0, A). Needed where A > 1.
+
+        Returns:
+            Tensor[N, teacher_dim].
+
+        Raises:
+            LossInputError: there are several anchors, and it is not said of which each row is.
+        """
+        if self.anchors == 1:
+            lifted: Tensor = self.lift(embeddings)
+            return lifted
+        if anchors is None or anchors.shape != embeddings.shape[:1]:
+            raise LossInputError(
+                f"The embeddings {list(embeddings.shape)} stand for {self.anchors} anchors each: expected anchors "
+                f"[{len(embeddings)}], found {None if anchors is None else list(anchors.shape)}."
+            )
+        weight, bias = (getattr(self.lift, name).unflatten(0, (self.anchors, -1)) for name in ("weight", "bias"))
+        rows = [(anchors == anchor).nonzero().squeeze(1) for anchor in range(self.anchors)]
+        parts = [functional.linear(embeddings[of], w, b) for of, w, b in zip(rows, weight, bias, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]

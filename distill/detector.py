@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.cascade_head import CascadeHead, frozen_head
 from kdpipe.distill.ckd import CKD, exclude_pairs
+from kdpipe.distill.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent
 from kdpipe.distill.head_transfer import HeadTransfer
 from kdpipe.distill.methods import (
     HEAD_TRANSFER,
@@ -24,6 +25,7 @@ from kdpipe.distill.methods import (
 from kdpipe.distill.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
+    dense_classification_kd_loss,
     recode_deltas,
     regression_kd_loss,
 )
@@ -71,7 +73,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         teacher: Where targets come from: config of a `TeacherSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
-        ckd: Options of `CKD`, and `exclude_iou` (0.5): pairs of one image that overlap more are no negatives.
+        ckd: Options of `CKD`; `exclude_iou` (0.5): pairs of one image that overlap more are no negatives; and `branch`,
+            that of a dense student's head which embeddings are taken from.
+        rois: `num` and `positive_fraction` of the RoIs that a dense student chooses, per image.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
 
     Raises:
@@ -88,6 +92,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         weights: Mapping[str, float] | None = None,
         sgfi: Mapping[str, Any] | None = None,
         ckd: Mapping[str, Any] | None = None,
+        rois: Mapping[str, Any] | None = None,
         share_interval: int = 50,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
@@ -96,9 +101,12 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self.student: Any = detector
         self.teacher = source
         self.spec = CacheSpec.from_json(spec)
-        self.losses = expand_methods(methods)
+        self.dense = not hasattr(detector, "roi_head")
+        self.losses = expand_methods(methods, self.dense)
         check_contract(self.spec, self.losses)
-        view = TwoStageStudent(detector)
+        options = dict(ckd or {})
+        self._dense_options = {"branch": options.pop("branch", CKD_BRANCHES[0]), **dict(rois or {})}
+        view = self._view()
         self._check_student(view)
         self.weights = dict.fromkeys(self.losses, 1.0) | dict(weights or {})
         if unknown := set(self.weights) - set(self.losses):
@@ -109,11 +117,12 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if "sgfi" in self.losses:
             self.sgfi = SGFI(view.channels, self.spec.channels, **dict(sgfi or {}))
         if "ckd" in self.losses:
-            options = dict(ckd or {})
             self.exclude_iou = options.pop("exclude_iou", 0.5)
-            self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, **options)
+            anchors = view.num_anchors if isinstance(view, DenseStudent) else 1
+            self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, anchors=anchors, **options)
             # queues of their own: the boxes of a stage are all but those of the stage before
-            later = [CKD(stage.embedding_dim, self.spec.embedding_dim, **options) for stage in view.later]
+            stages = view.later if isinstance(view, TwoStageStudent) else []
+            later = [CKD(stage.embedding_dim, self.spec.embedding_dim, **options) for stage in stages]
             self.later_ckd = nn.ModuleList(later)
 
         self.share_interval = share_interval
@@ -136,7 +145,15 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self._transfer.keep()
         return self
 
-    def _check_student(self, view: TwoStageStudent) -> None:
+    def _view(self) -> TwoStageStudent | DenseStudent:
+        return DenseStudent(self.student, **self._dense_options) if self.dense else TwoStageStudent(self.student)
+
+    def _check_student(self, view: TwoStageStudent | DenseStudent) -> None:
+        if not self.dense and self._dense_options["branch"] != CKD_BRANCHES[0]:
+            raise ContractError(
+                f"--ckd-branch {self._dense_options['branch']} is for students that predict boxes densely; the "
+                "embeddings of a two-stage student are the input of its classifier. Leave it out."
+            )
         if view.num_classes != self.spec.num_classes:
             raise ContractError(
                 f"The student has {view.num_classes} classes and the cache {self.spec.num_classes} "
@@ -177,10 +194,25 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
                 "A batch came without the teacher's targets. Add dict(type='AddTeacherTargets', ...) as the last "
                 "transform of the training pipeline."
             )
-        student = TwoStageStudent(self.student)
+        student = self._view()
         with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         losses.update(self._distill(student, own, targets))
+        if isinstance(student, TwoStageStudent) and isinstance(own, OwnLoss):
+            self._add_later(losses, student, own, targets)
+        if self.share_interval and self._steps % self.share_interval == 0:
+            losses |= gradient_shares(losses, own.pyramid)
+        self._steps += 1
+        return losses
+
+    def _add_later(
+        self,
+        losses: dict[str, Any],
+        student: TwoStageStudent,
+        own: OwnLoss,
+        targets: Sequence[RoiTargets] | Sequence[TeacherView],
+    ) -> None:
+        """Add what the later stages of a cascade lose."""
         for stage, seen in zip(student.later, own.later, strict=True):
             if not seen.known:
                 none = own.chosen.select(own.chosen.labels < 0)
@@ -188,48 +220,64 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             found = self._distill(stage, seen, targets)
             for name in map(loss_name, self.losses):
                 losses[name] = losses[name] + found[name]
-        if self.share_interval and self._steps % self.share_interval == 0:
-            losses |= gradient_shares(losses, own.pyramid)
-        self._steps += 1
-        return losses
 
     def _distill(
-        self, student: TwoStageStudent, own: OwnLoss, targets: Sequence[RoiTargets] | Sequence[TeacherView]
+        self,
+        student: TwoStageStudent | DenseStudent,
+        own: OwnLoss | DenseLoss,
+        targets: Sequence[RoiTargets] | Sequence[TeacherView],
     ) -> dict[str, Tensor]:
         """All distillation losses and the counts that go to the log."""
-        rois, shown, said = self._at_rois(student, own, targets)
+        rois, shared, shown, said = self._at_rois(student, own, targets)
         result: dict[str, Tensor] = {}
         if said.features is not None:
             loss, levels = self._sgfi(student, own.pyramid, rois, said.features)
             result["loss_sgfi"] = loss
             result["sgfi_temperature"] = self.sgfi.temperature.detach()
             result |= {f"sgfi_level{i}": weight for i, weight in enumerate(levels)}
-        if shown is not None:
-            result |= self._at_head(student, rois, shown, said)
+        if said.embeddings is not None and shown is not None:
+            result |= self._ckd(student.stage, shared, shown, said.embeddings)
+        if isinstance(student, TwoStageStudent) and isinstance(shown, HeadOutputs):
+            result |= self._predictions(student, shared, shown, said)
+        elif isinstance(shown, DenseOutputs) and said.logits is not None:
+            result["loss_kd_cls"] = dense_classification_kd_loss(shown.logits, said.logits)
         for name in self.losses:
             result[loss_name(name)] *= self.weights[name] * student.weight
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
         counts["positive"] = int(rois.positive.sum())
         counts["negative"] = len(rois.positive) - counts["positive"]
+        if self.dense:
+            counts["unpaired"] = len(rois.positive) - len(shared.positive)
         return result | {f"kd_{name}": rois.rois.new_tensor(float(value)) for name, value in counts.items()}
 
     def _at_rois(
-        self, student: TwoStageStudent, own: OwnLoss, targets: Sequence[RoiTargets] | Sequence[TeacherView]
-    ) -> tuple[BatchRois, HeadOutputs | None, Answers]:
-        """The RoIs of this step, what the student's head says of them where a loss wants to know, and the teacher."""
+        self,
+        student: TwoStageStudent | DenseStudent,
+        own: OwnLoss | DenseLoss,
+        targets: Sequence[RoiTargets] | Sequence[TeacherView],
+    ) -> tuple[BatchRois, BatchRois, HeadOutputs | DenseOutputs | None, Answers]:
+        """The RoIs of this step, those of them that both heads speak of, and what student and teacher say of these.
+
+        The student's answer is None where no loss wants to know.
+        """
         needs = needed_fields(self.losses)
         views = [target for target in targets if isinstance(target, TeacherView)]
         if views:
             kept = torch.tensor([view.view != "skipped" for view in views], device=own.chosen.rois.device)
             kept = kept[own.chosen.rois[:, 0].long()]  # [R]
             rois = own.chosen.select(kept)
-            return rois, own.outputs.select(kept), ask_teacher(views, rois, self._head, self.spec, needs)
+            return rois, rois, own.outputs.select(kept), ask_teacher(views, rois, self._head, self.spec, needs)
         rois, said = join_targets([x for x in targets if isinstance(x, RoiTargets)], self.spec, needs)
-        shown = student.outputs(own.pyramid, rois.rois) if needs - {"features"} else None
-        return rois, shown, said
+        if not needs - {"features"}:
+            return rois, rois, None, said
+        if isinstance(student, TwoStageStudent):
+            return rois, rois, student.outputs(own.pyramid, rois.rois), said
+        assert isinstance(own, DenseLoss)
+        found, shown = own.paired(rois.rois)
+        return rois, rois.select(found), shown, said.select(found)
 
     def _sgfi(
-        self, student: TwoStageStudent, pyramid: list[Tensor], rois: BatchRois, teacher: Tensor
+        self, student: TwoStageStudent | DenseStudent, pyramid: list[Tensor], rois: BatchRois, teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
         positive = rois.rois[rois.positive]
         ours = roi_align_levels(pyramid, student.strides, positive, self.spec.roi_size)  # [P, L, C, 7, 7]
@@ -237,16 +285,20 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         mean = weights.detach().sum(0) / max(1, weights.shape[0])  # [L]
         return loss, mean
 
-    def _at_head(
+    def _ckd(
+        self, stage: int, rois: BatchRois, shown: HeadOutputs | DenseOutputs, teacher: Tensor
+    ) -> dict[str, Tensor]:
+        ckd: CKD = (self.ckd, *self.later_ckd)[stage]
+        exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long(), self.exclude_iou)
+        anchors = shown.anchors if isinstance(shown, DenseOutputs) else None
+        loss = ckd(shown.embeddings, teacher.float(), exclude, anchors)
+        return {"loss_ckd": loss, "ckd_queue": ckd.queue.count.to(rois.rois)}
+
+    def _predictions(
         self, student: TwoStageStudent, rois: BatchRois, shown: HeadOutputs, said: Answers
     ) -> dict[str, Tensor]:
-        """The losses that look at the outputs of the box head."""
+        """The losses that look at the class scores and boxes of a two-stage student's head."""
         result: dict[str, Tensor] = {}
-        if said.embeddings is not None:
-            exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long(), self.exclude_iou)
-            ckd = (self.ckd, *self.later_ckd)[student.stage]
-            result["loss_ckd"] = ckd(shown.embeddings, said.embeddings.float(), exclude)
-            result["ckd_queue"] = ckd.queue.count.to(rois.rois)
         if "cls" in self.losses and said.logits is not None:
             result["loss_kd_cls"] = classification_kd_loss(shown.logits, said.logits)
         if said.deltas is not None:

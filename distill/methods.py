@@ -7,6 +7,7 @@ from kdpipe.cache.schema import CacheSpec
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
 METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg", HEAD_TRANSFER)
+_TWO_STAGE_ONLY = ("reg", "careg", HEAD_TRANSFER)
 
 # What each loss reads of the teacher.
 _NEEDS = {
@@ -23,11 +24,15 @@ class ContractError(KdpipeError):
     """Cache, student and methods do not fit together."""
 
 
-def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
+def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ...]:
     """The single losses of a choice of methods: `pred` is `cls` and `careg`, and `ht` is none.
 
+    Args:
+        methods: Some of `METHODS`.
+        dense: For a student that predicts boxes densely, whose `pred` is `cls`.
+
     Raises:
-        ContractError: An unknown method, or a method twice.
+        ContractError: An unknown method, a method twice, or one that a dense student cannot learn.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -35,9 +40,15 @@ def expand_methods(methods: Sequence[str]) -> tuple[str, ...]:
             f"Unknown method {', '.join(map(repr, unknown))}. Choose from {', '.join(METHODS)}, separated by commas, "
             "or none."
         )
-    losses = [loss for name in methods for loss in (("cls", "careg") if name == "pred" else (name,))]
+    if dense and (unfit := [name for name in methods if name in _TWO_STAGE_ONLY]):
+        raise ContractError(
+            f"--methods {','.join(unfit)} needs the box head of a two-stage student, and this one predicts boxes "
+            "densely. Such a student learns sgfi, ckd and pred (which is cls)."
+        )
+    of_pred = ("cls",) if dense else ("cls", "careg")
+    losses = [loss for name in methods for loss in (of_pred if name == "pred" else (name,))]
     if len(set(losses)) < len(losses):
-        raise ContractError(f"--methods {','.join(methods)} names a loss twice (pred is cls and careg).")
+        raise ContractError(f"--methods {','.join(methods)} names a loss twice (pred is {' and '.join(of_pred)}).")
     return tuple(loss for loss in losses if loss != HEAD_TRANSFER)
 
 

@@ -38,6 +38,30 @@ def classification_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Te
         return mean_or_zero(-(teacher.softmax(dim=1) * student.log_softmax(dim=1)).sum(dim=1))
 
 
+def dense_classification_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy of a dense student with a two-stage teacher, -1/N sum P_t log P_s (G-DetKD, appendix D).
+
+    P_s = softmax(L_s) / max softmax(L_s), the maximum over all K + 1 classes, and P_t = softmax(L_t); both then for the
+    K object classes only. log P_s is L_s - max L_s, whatever the denominator of the softmax.
+
+    Args:
+        student_logits: Tensor[R, K + 1], background last (0 for a sigmoid head).
+        teacher_logits: Tensor[R, K + 1], background last.
+
+    Returns:
+        Scalar >= 0.
+
+    Raises:
+        LossInputError: the shapes differ.
+    """
+    check_dims("student_logits", student_logits, "[R, K + 1]")
+    check_shape("teacher_logits", teacher_logits, tuple(student_logits.shape), "student_logits")
+    with no_autocast(student_logits):
+        student, teacher = full_precision(student_logits, teacher_logits.detach())
+        log_scores = student - student.amax(dim=1, keepdim=True)  # [R, K + 1]
+        return mean_or_zero(-(teacher.softmax(dim=1) * log_scores)[:, :-1].sum(dim=1))
+
+
 def regression_kd_loss(
     student_deltas: Tensor, teacher_deltas: Tensor, labels: Tensor, num_classes: int | None = None
 ) -> Tensor:

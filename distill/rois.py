@@ -10,6 +10,9 @@ from torchvision.ops import box_iou, roi_align
 from kdpipe.distill.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 from kdpipe.distill.roi_align import are_ordinary, roi_align_channels_last
 
+# Overlaps held at a time: 4 MiB of float32, and a few times that while they are computed.
+_SLICE_ELEMENTS = 2**20
+
 
 @dataclass(frozen=True)
 class SampledRois:
@@ -79,12 +82,8 @@ def sample_rois(
             f"{boxes.shape[0]} boxes of which {num_proposals} are proposals: expected num >= 0, a fraction in [0, 1], "
             "an IoU in (0, 1], and no more proposals than boxes."
         )
-    if gt_boxes.shape[0]:
-        overlap, best = box_iou(*full_precision(boxes, gt_boxes)).max(dim=1)  # [R], [R]
-        is_positive = overlap >= positive_iou
-    else:
-        best = boxes.new_zeros(boxes.shape[0], dtype=torch.int64)
-        is_positive = boxes.new_zeros(boxes.shape[0], dtype=torch.bool)
+    overlap, best = best_overlap(boxes, gt_boxes)
+    is_positive = overlap >= positive_iou
     is_proposal = torch.arange(boxes.shape[0], device=boxes.device) < num_proposals
     positives = _draw(is_positive, int(num * positive_fraction), generator)
     negatives = _draw(~is_positive & is_proposal, num - positives.numel(), generator)
@@ -94,6 +93,26 @@ def sample_rois(
     labels = torch.full_like(rows, num_classes)
     labels[positive] = gt_labels.to(labels)[gt_index[positive]]
     return SampledRois(rows, labels, positive, gt_index, boxes[rows])
+
+
+def best_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest IoU of each box with any of the others, and with which. The R x M overlaps are never held whole.
+
+    Args:
+        boxes: Tensor[R, 4] (x1, y1, x2, y2).
+        others: Tensor[M, 4] in the same frame.
+
+    Returns:
+        Tensor[R] float32 (float64 for float64 boxes), 0 where there are no others, and Tensor[R] int64.
+    """
+    boxes, others = full_precision(boxes, others)
+    overlap, best = boxes.new_zeros(len(boxes)), torch.zeros_like(boxes[:, 0], dtype=torch.int64)
+    if len(others):
+        step = max(_SLICE_ELEMENTS // len(others), 1)
+        for start in range(0, len(boxes), step):
+            rows = slice(start, start + step)
+            overlap[rows], best[rows] = box_iou(boxes[rows], others).max(dim=1)
+    return overlap, best
 
 
 def _draw(mask: Tensor, num: int, generator: torch.Generator) -> Tensor:

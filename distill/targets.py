@@ -13,6 +13,7 @@ from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherTargets
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
+from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import assign_levels, roi_align_assigned, sample_rois
 
 MISSING_VIEWS = ("mirror", "skip")
@@ -72,6 +73,11 @@ class Answers:
     embeddings: Tensor | None = None
     logits: Tensor | None = None
     deltas: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Answers":
+        """The features as they are, and the rest at a mask or at row numbers."""
+        of_head = {name: getattr(self, name) for name in ("embeddings", "logits", "deltas")}
+        return replace(self, **{name: value[rows] for name, value in of_head.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -272,9 +278,10 @@ def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collecti
     boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
     positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(boxes.device)
     rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
-    said: dict[str, Tensor] = {
-        name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name != "features"
-    }
+    with no_autocast(boxes):  # float16 as it is stored: bfloat16 autocast on the CPU refuses that in `cat`
+        said: dict[str, Tensor] = {
+            name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name != "features"
+        }
     if "features" in needs:
         said["features"] = torch.cat([teacher_roi_features(x, spec) for x in targets])  # [P, C, size, size]
     return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)

@@ -16,6 +16,22 @@ class StudentError(KdpipeError):
     """The student is of a family, or has a head, that the distillation cannot address."""
 
 
+def check_batch_augments(detector: Any) -> None:
+    """Refuse a student whose preprocessor moves what is in the images.
+
+    Raises:
+        StudentError: Naming the steps that do.
+    """
+    batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
+    moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
+    if moving:
+        raise StudentError(
+            f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are no longer "
+            "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and scale the images in the "
+            "data pipeline."
+        )
+
+
 class OwnLoss:
     """What the student made while it computed its own loss.
 
@@ -81,14 +97,7 @@ class TwoStageStudent:
                 f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
                 "two-stage detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
             )
-        batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
-        moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
-        if moving:
-            raise StudentError(
-                f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are no longer "
-                "where the teacher saw them. Set model.data_preprocessor.batch_augments=None, and scale the images in "
-                "the data pipeline."
-            )
+        check_batch_augments(detector)
         if not hasattr(detector.rpn_head, "prior_generator"):
             raise StudentError(
                 f"The student's {type(detector.rpn_head).__name__} has no anchors, which tell the strides of its "

@@ -242,6 +242,11 @@ def cache_teacher_command(
     help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
 )
 @click.option(
+    "--ckd-branch",
+    type=click.Choice(["classification", "localization", "combined"]),
+    help="Branch of a dense student's head that ckd compares. Default: classification.",
+)
+@click.option(
     "--missing-view",
     type=click.Choice(["mirror", "skip"]),
     default="mirror",
@@ -262,6 +267,7 @@ def train_student_command(
     epochs: int | None,
     schedule: str,
     rois: str | None,
+    ckd_branch: str | None,
     missing_view: str,
     allow_partial: bool,
     ann_file: Path | None,
@@ -313,6 +319,7 @@ def train_student_command(
         recipe,
         work_dir,
         rois=rois,
+        ckd_branch=ckd_branch,
         missing_view=missing_view,
         resume=resume,
         console=console,

@@ -13,6 +13,7 @@ from kdpipe.pipelines.runner import RunnerError
 __all__ = ["FiniteHook", "UsefulLossesHook"]
 
 _PATIENCE = 100  # steps within which a loss has to say something
+_DENSE_PATIENCE = 1000  # the boxes of an untrained dense student may meet no object for long
 
 
 class FiniteHook(Hook):  # type: ignore[misc]
@@ -41,11 +42,12 @@ class FiniteHook(Hook):  # type: ignore[misc]
 class UsefulLossesHook(Hook):  # type: ignore[misc]
     """Ends the training when a distillation loss that was asked for has been exactly 0 from the beginning.
 
-    Looks once, after 100 steps or the first epoch; a weight of 0 is taken as meant.
+    Looks once, after 100 steps or the first epoch; a weight of 0 is taken as meant. A dense student has 1,000 steps,
+    and a training that is shorter than these ends with a warning.
     """
 
     def __init__(self) -> None:
-        self._steps = 0
+        self._steps, self._patience = 0, _PATIENCE
         self._silent: set[str] | None = None
         self._counts: dict[str, int] = {}
 
@@ -53,29 +55,34 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
         if self._silent is None:
             weights = getattr(_bare(runner), "weights", {})
             self._silent = {loss_name(loss) for loss, weight in weights.items() if weight}
-        if self._steps >= _PATIENCE or not outputs:
+            self._patience = _DENSE_PATIENCE if getattr(_bare(runner), "dense", False) else _PATIENCE
+        if self._steps >= self._patience or not outputs:
             return
         self._steps += 1
         self._silent = {name for name in self._silent if float(outputs[name]) == 0}
-        for name in ("positive", "negative", "exact", "mirrored", "skipped"):
+        for name in ("positive", "negative", "unpaired", "exact", "mirrored", "skipped"):
             self._counts[name] = self._counts.get(name, 0) + int(outputs.get(f"kd_{name}", 0))
-        if self._steps == _PATIENCE:
-            self._judge()
+        if self._steps == self._patience and self._silent:
+            raise RunnerError(self._report())
 
     def after_train_epoch(self, runner: Any) -> None:
-        if self._steps < _PATIENCE:
+        if self._patience == _PATIENCE and self._steps < _PATIENCE:
             self._steps = _PATIENCE
-            self._judge()
+            if self._silent:
+                raise RunnerError(self._report())
 
-    def _judge(self) -> None:
-        if self._silent:
-            counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())
-            raise RunnerError(
-                f"{', '.join(sorted(self._silent))} was 0 in every step so far: nothing is learned from it. RoIs, and "
-                f"views of the images seen: {counts}. Without positive RoIs there is nothing for sgfi and reg, and "
-                "skipped images (--missing-view skip) give no RoIs at all. Leave the loss out of --methods, or give it "
-                "a weight of 0."
-            )
+    def after_train(self, runner: Any) -> None:
+        if self._silent and self._steps < self._patience:
+            runner.logger.warning(self._report())
+
+    def _report(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())
+        return (
+            f"{', '.join(sorted(self._silent or ()))} was 0 in every step so far: nothing is learned from it. RoIs, "
+            f"and views of the images seen: {counts}. Without positive RoIs there is nothing for sgfi and reg, without "
+            "paired ones nothing for ckd and cls of a dense student, and skipped images (--missing-view skip) give no "
+            "RoIs at all. Leave the loss out of --methods, or give it a weight of 0."
+        )
 
 
 def _bare(runner: Any) -> Any:

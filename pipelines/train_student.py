@@ -40,7 +40,7 @@ DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": _ROIS,
     "weights": {},
     "sgfi": {"kernel_size": 1},
-    "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5},
+    "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5, "branch": "classification"},
     "share_interval": 50,
 }
 
@@ -75,6 +75,7 @@ def train_student(
     work_dir: Path,
     *,
     rois: str | None = None,
+    ckd_branch: str | None = None,
     missing_view: str = "mirror",
     resume: bool,
     console: Console,
@@ -91,6 +92,7 @@ def train_student(
         work_dir: Where logs and checkpoints go.
         rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
             say what the teacher says of any box.
+        ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the options say.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
@@ -99,7 +101,8 @@ def train_student(
         KdpipeError: Anything that does not fit, before the first step.
     """
     check_work_dir(work_dir, resume)
-    losses = expand_methods(methods)
+    dense = "roi_head" not in config.model
+    losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
@@ -119,10 +122,12 @@ def train_student(
     distill = cfg.pop("distill")
     if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
+    if ckd_branch is not None:
+        distill.ckd.branch = ckd_branch
     recorded = copy.deepcopy(cfg)
     if methods:
-        chosen = _who_chooses(teacher, rois, distill, console) if losses else None
-        _distil(cfg, teacher, methods, distill, chosen, missing_view)
+        chosen = _who_chooses(teacher, rois, distill, dense, console) if losses else None
+        _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
     _record(teacher, work_dir)
     return run_training(
         cfg,
@@ -194,7 +199,7 @@ def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
 
 
 def _who_chooses(
-    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, console: Console
+    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, dense: bool, console: Console
 ) -> str:
     """Whose RoIs are used, said on the console with the reason.
 
@@ -218,7 +223,7 @@ def _who_chooses(
     for name, value in distill.rois.items():
         if name not in _ROIS:
             raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")
-        if chosen == "student" and value != _ROIS[name]:
+        if chosen == "student" and not dense and value != _ROIS[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
                 "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
@@ -231,6 +236,7 @@ def _distil(
     cfg: Config,
     teacher: TeacherCache | OnlineTeacher,
     methods: Sequence[str],
+    needs: Sequence[str],
     distill: ConfigDict,
     rois: str | None,
     missing_view: str,
@@ -244,7 +250,7 @@ def _distil(
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
-            "needs": sorted(needed_fields(expand_methods(methods))),
+            "needs": list(needs),
             "rois": rois,
             **distill.rois,
             "missing_view": missing_view,
@@ -261,5 +267,6 @@ def _distil(
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": distill.ckd,
+        "rois": distill.rois,
         "share_interval": distill.share_interval,
     }

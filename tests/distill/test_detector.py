@@ -17,7 +17,7 @@ from kdpipe.distill.methods import ContractError, check_contract, expand_methods
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.source import CachedTeacher
 from kdpipe.distill.targets import RoiTargets
-from kdpipe.distill.two_stage import StudentError, TwoStageStudent
+from kdpipe.distill.two_stage import TwoStageStudent
 from kdpipe.pipelines.configs import find_config
 
 CLASSES = 3
@@ -266,13 +266,6 @@ def test_a_student_with_other_classes_is_refused() -> None:
 def test_a_weight_without_its_loss_is_refused() -> None:
     with pytest.raises(ContractError, match="sgfi"):
         DistilledDetector(student_config(), SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"), weights={"sgfi": 2.0})
-
-
-def test_a_dense_student_is_refused() -> None:
-    model = find_config("retinanet_r50_fpn_1x_coco").model
-    model.backbone.init_cfg = None
-    with pytest.raises(StudentError, match="RetinaNet"):
-        DistilledDetector(model, SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"))
 
 
 def test_a_batch_without_targets_is_refused() -> None:

@@ -13,6 +13,7 @@ from kdpipe.distill.prediction import (
     ClassAgnosticError,
     class_aware_regression_kd_loss,
     classification_kd_loss,
+    dense_classification_kd_loss,
     recode_deltas,
     regression_kd_loss,
 )
@@ -38,6 +39,17 @@ def naive_classification(student: Tensor, teacher: Tensor) -> float:
     for row_s, row_t in zip(student.tolist(), teacher.tolist(), strict=True):
         for p_s, p_t in zip(naive_softmax(row_s), naive_softmax(row_t), strict=True):
             total -= p_t * math.log(p_s)
+    return total / len(student)
+
+
+def naive_dense_classification(student: Tensor, teacher: Tensor) -> float:
+    """Appendix D: softmax, divided by its maximum, object classes only, cross entropy."""
+    total = 0.0
+    for row_s, row_t in zip(student.tolist(), teacher.tolist(), strict=True):
+        softmax = naive_softmax(row_s)
+        converted = [p / max(softmax) for p in softmax]
+        for c in range(len(row_s) - 1):
+            total -= naive_softmax(row_t)[c] * math.log(converted[c])
     return total / len(student)
 
 
@@ -67,6 +79,22 @@ def naive_regression(student: Tensor, teacher: Tensor, labels: list[int], num_cl
 def test_classification_is_the_equation() -> None:
     student, teacher, _, _ = inputs()
     assert classification_kd_loss(student, teacher).item() == pytest.approx(naive_classification(student, teacher))
+
+
+def test_classification_of_dense_students_is_the_equation() -> None:
+    student, teacher, _, _ = inputs()
+    found = dense_classification_kd_loss(student, teacher).item()
+    assert found == pytest.approx(naive_dense_classification(student, teacher))
+
+
+def test_closed_forms_of_dense_students() -> None:
+    """The class that the student prefers costs nothing, and neither does what the teacher takes for background."""
+    sure = torch.tensor([[1e4, 0.0, 0.0, 0.0]])
+    student = torch.tensor([[2.0, 1.0, -1.0, 0.5]])
+    assert dense_classification_kd_loss(student, sure).item() == 0.0
+    assert dense_classification_kd_loss(student.flip(1), sure).item() == pytest.approx(1.5)
+    background = torch.tensor([[0.0, 0.0, 0.0, 1e4]])
+    assert dense_classification_kd_loss(student, background).item() == 0.0
 
 
 def test_class_aware_regression_is_the_equation() -> None:
@@ -129,8 +157,9 @@ LOSSES: list[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = [
     lambda ls, lt, ds, dt: classification_kd_loss(ls, lt),
     lambda ls, lt, ds, dt: regression_kd_loss(ds, dt, LABELS[: len(ds)]),
     lambda ls, lt, ds, dt: class_aware_regression_kd_loss(ds, dt, lt),
+    lambda ls, lt, ds, dt: dense_classification_kd_loss(ls, lt),
 ]
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=["classification", "regression", "class-aware"])
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=["classification", "regression", "class-aware", "dense"])
 
 
 @every_loss

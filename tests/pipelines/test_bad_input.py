@@ -285,11 +285,11 @@ def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
     assert "faster-rcnn_r50_fpn_1x_coco" in message
     (work / "student.py").write_text("model = dict(")
     assert "student.py" in kit.refused(*command, "student.py")
-    retina = kit.config("retinanet_r50_fpn_1x_coco")
-    (work / "student.py").write_text(retina.pretty_text)
-    message = kit.refused(*command, "student.py")
-    assert "RetinaNet" in message
-    assert "two-stage" in message
+    other = kit.config("vfnet_r50_fpn_1x_coco", channels=32)
+    (work / "student.py").write_text(other.pretty_text)
+    message = kit.refused(*command, "student.py", "--methods", "sgfi")
+    assert "VFNetHead" in message
+    assert "Expected a two-stage detector, or a single-stage one" in message
     mosaic = kit.config()
     mosaic.train_dataloader.dataset.pipeline.insert(2, {"type": "Mosaic", "img_scale": (96, 128)})
     (work / "student.py").write_text(mosaic.pretty_text)
