@@ -287,7 +287,12 @@ def test_the_record_is_not_tied_to_the_callers_tensors(tmp_path: Path, kit: "typ
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "is full.*free space"), (errno.EACCES, "cannot be written"), (errno.EIO, "Input/output error")],
+    [
+        (errno.ENOSPC, "is full.*free space"),
+        (errno.EACCES, "cannot be written"),
+        (errno.EROFS, "cannot be written"),
+        (errno.EIO, "Input/output error"),
+    ],
 )
 def test_errors_of_the_disk(
     cache_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, number: int, message: str
