@@ -1,6 +1,7 @@
 """Stops a training that is of no use any more: a loss that is not finite, or one that teaches nothing."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class FiniteHook(Hook):  # type: ignore[misc]
     priority = "VERY_HIGH"
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        values = {name: float(value) for name, value in (outputs or {}).items() if "loss" in name}
+        values = _numbers({name: value for name, value in (outputs or {}).items() if "loss" in name})
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if wrong:
             named = {name: value for name, value in wrong.items() if name != "loss"} or wrong
@@ -59,7 +60,7 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
         if self._steps >= self._patience or not outputs:
             return
         self._steps += 1
-        self._silent = {name for name in self._silent if float(outputs[name]) == 0}
+        self._silent = {name for name, value in _numbers({n: outputs[n] for n in self._silent}).items() if value == 0}
         for name in ("positive", "negative", "unpaired", "exact", "mirrored", "skipped"):
             self._counts[name] = self._counts.get(name, 0) + int(outputs.get(f"kd_{name}", 0))
         if self._steps == self._patience and self._silent:
@@ -83,6 +84,13 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
             "paired ones nothing for ckd and cls of a dense student, and skipped images (--missing-view skip) give no "
             "RoIs at all. Leave the loss out of --methods, or give it a weight of 0."
         )
+
+
+def _numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The values of scalars, which a GPU is waited for once."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist(), strict=True))
 
 
 def _bare(runner: Any) -> Any:

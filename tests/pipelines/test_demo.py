@@ -37,8 +37,9 @@ def run(out: Path, *, fresh: bool = False, settings: DemoSettings = TINY) -> str
 
 
 def rows(printed: str) -> dict[str, list[str]]:
-    """The cells of each row of the table."""
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    """The cells of each row of the last table."""
+    lines = printed.rpartition("kdpipe demo")[2].splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     return {name: values for name, *values in cells}
 
 
