@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Forks:
     """Starts Python processes that have imported already what they need; see `fork_server.py`."""
 
     def __init__(self, folder: Path, *modules: str) -> None:
+        self._lock = threading.Lock()
         command = [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(folder), *modules]
         self._server = subprocess.Popen(
             command,
@@ -54,9 +56,10 @@ class Forks:
     def ask(self, request: dict[str, Any]) -> Any:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        with self._lock:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            return json.loads(self._server.stdout.readline())
 
     def close(self) -> None:
         self._server.communicate()

@@ -5,10 +5,12 @@ the data.
 """
 
 import itertools
+import os
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +111,17 @@ class Victim:
 
     def flip(self, name: str, bit: int) -> None:
         """Flip a bit of a file, check, restore."""
-        data = bytearray((self.sound / name).read_bytes())
-        data[bit // 8] ^= 1 << bit % 8
-        (self.path / name).write_bytes(data)
-        self.check(f"bit {bit} of {name}", *place(name))
-        self.restore(name)
+        with self.flipped(name, bit):
+            self.check(f"bit {bit} of {name}", *place(name))
+
+    @contextmanager
+    def flipped(self, name: str, bit: int) -> Iterator[None]:
+        """A bit of a file is another one. In place: file systems hurry to write files that were cut first."""
+        with (self.path / name).open("r+b", buffering=0) as file:
+            at, good = bit // 8, os.pread(file.fileno(), 1, bit // 8)
+            os.pwrite(file.fileno(), bytes([good[0] ^ 1 << bit % 8]), at)
+            yield
+            os.pwrite(file.fileno(), good, at)
 
     def bits(self, name: str) -> int:
         return 8 * (self.sound / name).stat().st_size
@@ -291,13 +299,9 @@ def test_a_bit_of_every_byte_of_the_metadata(victim: Victim) -> None:
     """
 
     def flipped(name: str) -> Iterator[int]:
-        data = bytearray((victim.sound / name).read_bytes())
-        for bit in range(0, 8 * len(data), 7):
-            data[bit // 8] ^= 1 << bit % 8
-            (victim.path / name).write_bytes(data)
-            data[bit // 8] ^= 1 << bit % 8
-            yield bit
-        victim.restore(name)
+        for bit in range(0, victim.bits(name), 7):
+            with victim.flipped(name, bit):
+                yield bit
 
     for name in (name for name in victim.files if is_metadata(name) and not re.match("parts/0*[1-9]", name)):
         file = victim.path / name
