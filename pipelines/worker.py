@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +27,7 @@ def init_worker(worker_id: int) -> None:
     A worker of a fork server is no child of the training process, so torch's own watch over the parent does not see it
     die.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the training process ends its workers
     cv2.setNumThreads(0)
     parent = multiprocessing.parent_process()
     if parent is None:
