@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdpipe.distill.targets import RoiTargets
 from kdpipe.pipelines.parcel import pack_batch
+from kdpipe.pipelines.worker import end_workers
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -75,3 +76,5 @@ def test_errors_of_a_worker_arrive() -> None:
     assert next(batches)["inputs"][1].unique().tolist() == [1]
     with pytest.raises(ValueError, match="bad image 3"):
         next(batches)
+    del batches
+    end_workers(())
