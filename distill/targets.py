@@ -237,6 +237,29 @@ def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
     )
 
 
+def teacher_roi_align(pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec) -> Tensor:
+    """RoIAlign with the settings of the teacher's own extractor.
+
+    Args:
+        pyramid: The teacher's, per level Tensor[C, h_l, w_l], or None for a level that no box is assigned to.
+        boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
+        spec: What the teacher is.
+
+    Returns:
+        Tensor[R, C, size, size] float32.
+    """
+    levels = [None if level is None else level[None] for level in pyramid[: spec.roi_levels]]
+    return roi_align_assigned(
+        levels,
+        spec.strides[: spec.roi_levels],
+        torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1),  # [R, 5]
+        spec.finest_scale,
+        spec.roi_size,
+        spec.roi_sampling_ratio,
+        spec.roi_aligned,
+    )
+
+
 def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
     """The teacher's RoI features of the positives, in the student's orientation.
 
@@ -252,17 +275,7 @@ def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
         features = teacher.rois()
     else:
         assert targets.teacher_boxes is not None
-        pyramid = [None if level is None else level[None] for level in teacher.pyramid()[: spec.roi_levels]]
-        rois = torch.cat([torch.zeros_like(targets.teacher_boxes[:, :1]), targets.teacher_boxes], dim=1)  # [P, 5]
-        features = roi_align_assigned(
-            pyramid,
-            spec.strides[: spec.roi_levels],
-            rois,
-            spec.finest_scale,
-            spec.roi_size,
-            spec.roi_sampling_ratio,
-            spec.roi_aligned,
-        )
+        features = teacher_roi_align(teacher.pyramid(), targets.teacher_boxes, spec)
     return mirror_features(features) if targets.view == "mirrored" else features
 
 

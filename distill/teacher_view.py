@@ -14,8 +14,7 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast
-from kdpipe.distill.rois import roi_align_assigned
-from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors
+from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors, teacher_roi_align
 from kdpipe.distill.teacher_head import TeacherHead
 
 
@@ -59,16 +58,7 @@ class TeacherView:
             levels = [level.float() for level in self.pyramid]
         else:
             levels = [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
-        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
-        return roi_align_assigned(
-            [level[None] for level in levels],
-            spec.strides[: spec.roi_levels],
-            rois,
-            spec.finest_scale,
-            spec.roi_size,
-            spec.roi_sampling_ratio,
-            spec.roi_aligned,
-        )
+        return teacher_roi_align(levels, boxes, spec)
 
 
 def read_teacher_view(

@@ -24,19 +24,6 @@ METHODS = ("sgfi", "ckd", "cls", "reg")
 WEIGHTS = (0.8, 0.5, 0.25)
 
 
-class Source:
-    """Knows the head only: targets are given to the detector as they are."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self._state = state
-
-    def head_state(self) -> dict[str, Tensor]:
-        return self._state
-
-    def targets(self, data: Any, device: torch.device) -> list[TeacherView]:
-        raise NotImplementedError
-
-
 def config(pair: "type[Pair]") -> Any:
     register_all_modules(init_default_scope=True)
     model, narrow = find_config("cascade-rcnn_r50_fpn_1x_coco").model, pair.student()
@@ -56,7 +43,7 @@ def config(pair: "type[Pair]") -> Any:
 def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    source = Source(pair.state(pair.head()))
+    source = pair.source(pair.state(pair.head()))
     model = DistilledDetector(config(pair), pair.spec.to_json(), methods, source, **options)
     model.init_weights()
     for stage in model.student.roi_head.bbox_head:  # new heads move boxes by next to nothing

@@ -45,19 +45,6 @@ FAMILIES = [
 ]
 
 
-class Head:
-    """A teacher source that knows the head only: views are given to the detector as they are."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self._state = state
-
-    def head_state(self) -> dict[str, Tensor]:
-        return self._state
-
-    def targets(self, data: Any, device: torch.device) -> list[TeacherView]:
-        raise NotImplementedError
-
-
 def config(family: str, classes: int = 3) -> Any:
     """A narrow detector of the family."""
     register_all_modules(init_default_scope=True)
@@ -92,7 +79,7 @@ def detector(pair: "type[Pair]", family: str, *methods: str, **options: Any) -> 
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
     options.setdefault("rois", {"num": 32})
-    source = Head(pair.state(pair.head()))
+    source = pair.source(pair.state(pair.head()))
     model = DistilledDetector(config(family), pair.spec.to_json(), methods, source, **options)
     model.init_weights()
     after_training(model.student, family)
@@ -426,7 +413,7 @@ def test_a_missing_library_of_paa_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_branch_is_for_dense_students(pair: "type[Pair]") -> None:
     with pytest.raises(ContractError, match="--ckd-branch combined"):
-        source = Head(pair.state(pair.head()))
+        source = pair.source(pair.state(pair.head()))
         DistilledDetector(pair.student(), pair.spec.to_json(), ("ckd",), source, ckd={"branch": "combined"})
     with pytest.raises(StudentError, match="'both'"):
         detector(pair, "fcos", "ckd", ckd={"branch": "both"})

@@ -1,6 +1,5 @@
 """Head transfer: the teacher's heads in the student, untouched by training."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,19 +13,6 @@ from kdpipe.pipelines.configs import find_config
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair
-
-
-class Source:
-    """A teacher of which only the heads are known."""
-
-    def __init__(self, heads: Mapping[str, Tensor]) -> None:
-        self.heads = heads
-
-    def head_state(self) -> Mapping[str, Tensor]:
-        return self.heads
-
-    def targets(self, data: Any, device: torch.device) -> list[Any]:
-        return []
 
 
 def heads_of(config: Any) -> dict[str, Tensor]:
@@ -67,7 +53,7 @@ def train(pair: "type[Pair]", model: DistilledDetector, steps: int = 3) -> torch
 def test_heads_are_the_teachers_from_first_to_last_step(pair: "type[Pair]", norms: bool) -> None:
     config = with_norms(pair.student()) if norms else pair.student()
     heads = heads_of(config)
-    model = DistilledDetector(config, pair.spec.to_json(), ("ht",), Source(heads))
+    model = DistilledDetector(config, pair.spec.to_json(), ("ht",), pair.source(heads))
     model.init_weights()
     before = {name: value.clone() for name, value in model.student.state_dict().items()}
     optimizer = train(pair, model)
@@ -87,7 +73,7 @@ def test_a_mask_branch_is_trained_as_always(pair: "type[Pair]") -> None:
     pair.student()
     model = find_config("mask-rcnn_r50_fpn_1x_coco").model
     model.backbone.init_cfg = None
-    student = DistilledDetector(model, pair.spec.to_json() | _eighty(), ("ht",), Source(heads_of(model)))
+    student = DistilledDetector(model, pair.spec.to_json() | _eighty(), ("ht",), pair.source(heads_of(model)))
     learning = {name.split(".")[2] for name, p in student.named_parameters() if p.requires_grad and "roi_head" in name}
     assert learning == {"mask_head"}
 
@@ -101,7 +87,7 @@ def test_what_does_not_fit_is_named_with_both_shapes(pair: "type[Pair]") -> None
     config = pair.student()
     config.roi_head.bbox_head.fc_out_channels = 12
     with pytest.raises(HeadTransferError) as caught:
-        DistilledDetector(config, pair.spec.to_json(), ("ht",), Source(heads))
+        DistilledDetector(config, pair.spec.to_json(), ("ht",), pair.source(heads))
     message = str(caught.value)
     assert "roi_head.bbox_head.fc_cls.weight: [4, 16] in the teacher, [4, 12] in the student" in message
     assert "and 2 more" in message
@@ -113,7 +99,7 @@ def test_layers_that_one_side_lacks_are_named(pair: "type[Pair]") -> None:
     heads = heads_of(pair.student())
     missing = {name: value for name, value in heads.items() if "rpn_reg.bias" not in name}
     with pytest.raises(HeadTransferError, match=r"rpn_reg\.bias: absent in the teacher, \[12\] in the student"):
-        DistilledDetector(pair.student(), pair.spec.to_json(), ("ht",), Source(missing))
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("ht",), pair.source(missing))
     more = {**heads, "roi_head.semantic_head.conv.weight": torch.zeros(2)}
     with pytest.raises(HeadTransferError, match=r"semantic_head.*: \[2\] in the teacher, absent in the student"):
-        DistilledDetector(pair.student(), pair.spec.to_json(), ("ht",), Source(more))
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("ht",), pair.source(more))

@@ -23,23 +23,12 @@ if TYPE_CHECKING:
 METHODS = ("sgfi", "ckd", "cls", "reg", "careg")
 
 
-class Head:
-    """A teacher source that knows the head only: views are given to the detector as they are."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self._state = state
-
-    def head_state(self) -> dict[str, Tensor]:
-        return self._state
-
-    def targets(self, data: Any, device: torch.device) -> list[TeacherView]:
-        raise NotImplementedError
-
-
 def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    model = DistilledDetector(pair.student(), pair.spec.to_json(), methods, Head(pair.state(pair.head())), **options)
+    model = DistilledDetector(
+        pair.student(), pair.spec.to_json(), methods, pair.source(pair.state(pair.head())), **options
+    )
     model.init_weights()
     return model
 
