@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 from kdpipe.distill.numeric import no_autocast
 
 _CHUNK = 128  # RoIs at a time, at most
-_VALUES = 1 << 23  # pixels times channels gathered at a time, where one RoI has not more
+_VALUES = (
+    1 << 19
+)  # pixels times channels gathered at a time, where one RoI has not more: they stay in the processor's cache
 _LARGEST = 1 << 14  # side of a RoI, in pixels of the map, that is still an ordinary one
 
 
@@ -140,16 +142,13 @@ def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:
 def unpool(grad: Tensor, windows: Sequence[Windows], shape: Sequence[int]) -> Tensor:
     """Gradient of `pool` by its input, of `shape` [N, C, H, W], for `grad` [R, height, width, C]."""
     images, channels, height, width = shape
-    total: Tensor = grad.new_zeros(images, height, width, channels)
+    total: Tensor = grad.new_zeros(images * height * width, channels)
     with no_autocast(grad):
         for window in windows:
-            lines, columns = window.lines.shape[2], window.columns.shape[2]
             across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
-            pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).unflatten(2, (columns, channels))
-            for (image, top, left), part in zip(window.corners.tolist(), pixels, strict=True):
-                place = total[image, top : top + lines, left : left + columns]  # less where the map ends
-                place += part[: place.shape[0], : place.shape[1]]
-    return total.permute(0, 3, 1, 2)
+            pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).view(-1, channels)
+            total.scatter_add_(0, window.pixels[:, None].expand(-1, channels), pixels)
+    return total.view(images, height, width, channels).permute(0, 3, 1, 2)
 
 
 class _RoiAlign(torch.autograd.Function):

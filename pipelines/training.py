@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -374,9 +375,16 @@ def run_training(
     )
     if is_main_process():
         seconds = result.seconds_per_step if progress.step_times else None
-        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": seconds}
+        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": seconds, "peak_memory": _peak_memory()}
         (work_dir / "result.json").write_text(json.dumps(values, indent=2) + "\n")
     return result
+
+
+def _peak_memory() -> int:
+    """Most bytes that this process held at a time: on the GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
