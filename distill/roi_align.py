@@ -1,8 +1,10 @@
 """RoIAlign on a CPU by small matrix products: several times as fast as torchvision's loop, forward and backward.
 
 RoIAlign weighs rows and columns separately. So the pixels under a RoI, gathered channels last, are multiplied by the
-weights of its rows, then by those of its columns; RoIs of about the same size at a time. Sample points are those of
-torchvision to the last bit; the sums differ by their order. Both directions are deterministic.
+weights of its rows, then by those of its columns; RoIs of about the same size at a time. Where a fixed number of sample
+points lies far apart, only the two rows, or columns, beside each of them are gathered, so that a RoI costs no more than
+its sample points, however large it is. Sample points are those of torchvision to the last bit; the sums differ by their
+order. Both directions are deterministic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,19 +24,19 @@ _LARGEST = 1 << 14  # side of a RoI, in pixels of the map, that is still an ordi
 
 @dataclass(frozen=True)
 class Windows:
-    """What some RoIs take of a map: r RoIs, each from a window of `lines` x `columns` pixels.
+    """What some RoIs take of a map: r RoIs, each from `lines` x `columns` pixels.
 
     Attributes:
         rois: Tensor[r] int64, which RoIs.
         pixels: Tensor[r * lines * columns] int64, places within N * H * W.
-        corners: Tensor[r, 3] int64, (image, top, left) of each window.
+        corners: Tensor[r, 3] int64, (image, top, left) of each window, or None where pixels are apart from each other.
         lines: Tensor[r, height, lines], weights along y.
         columns: Tensor[r, width, columns], weights along x.
     """
 
     rois: Tensor
     pixels: Tensor
-    corners: Tensor
+    corners: Tensor | None
     lines: Tensor
     columns: Tensor
 
@@ -67,22 +69,40 @@ def roi_windows(
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not aligned:
         sides = sides.clamp(min=1.0)
-    left, columns, wide = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
-    top, lines, high = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
-    places = torch.stack([rois[:, 0].long(), top, left], dim=1)  # [R, 3]
+    across = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
+    down = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
+    image, apart = rois[:, 0].long(), across.apart | down.apart
     windows = []
-    for part in _similar(high, wide, channels):
-        ys = torch.arange(int(high[part].amax()), device=rois.device)
-        xs = torch.arange(int(wide[part].amax()), device=rois.device)
-        corner = places[part]
-        rows = corner[:, :1] * height + (corner[:, 1:2] + ys).clamp(max=height - 1)  # [r, lines]
-        pixels = rows[:, :, None] * width + (corner[:, 2, None, None] + xs).clamp(max=width - 1)  # [r, lines, columns]
-        windows.append(Windows(part, pixels.flatten(), corner, lines[part, :, : len(ys)], columns[part, :, : len(xs)]))
+    for part in _similar(down.length, across.length, apart, channels):
+        high, wide = int(down.length[part].amax()), int(across.length[part].amax())
+        ys, xs = down.at[part, :high], across.at[part, :wide]  # [r, lines], [r, columns]
+        places = None if apart[part[0]] else torch.stack([image[part], ys[:, 0], xs[:, 0]], dim=1)
+        rows = image[part, None] * height + ys.clamp(max=height - 1)
+        pixels = rows[:, :, None] * width + xs[:, None].clamp(max=width - 1)  # [r, lines, columns]
+        lines, columns = down.weights[part, :, :high], across.weights[part, :, :wide]
+        windows.append(Windows(part, pixels.flatten(), places, lines, columns))
     return windows
 
 
-def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows along one axis: first pixels, Tensor[R], weights, Tensor[R, bins, s], and lengths, Tensor[R]."""
+@dataclass(frozen=True)
+class _Axis:
+    """What R RoIs take of a map along one axis.
+
+    Attributes:
+        at: Tensor[R, s] int64, rows (or columns) of the map; also some beyond its end, with weight 0.
+        weights: Tensor[R, bins, s].
+        length: Tensor[R] int64, how many of the s a RoI uses.
+        apart: Tensor[R] bool, whether they are the neighbours of sample points rather than one after the other.
+    """
+
+    at: Tensor
+    weights: Tensor
+    length: Tensor
+    apart: Tensor
+
+
+def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> _Axis:
+    """What RoIs that begin at `start` and are `side` long, both Tensor[R], take of a map that is `limit` long."""
     step = (side / bins)[:, None, None]
     points = step.ceil() if sampling_ratio <= 0 else torch.full_like(step, sampling_ratio)
     number = torch.arange(max(int(points.amax()), 1), dtype=side.dtype, device=side.device)
@@ -92,18 +112,25 @@ def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: in
     at = torch.where(number < points, at, at[..., :1]).clamp(0, limit - 1)
     low = at.floor()
     first = low.amin(dim=(1, 2))
-    length = (low.amax(dim=(1, 2)) - first).long() + 2
+    window = (low.amax(dim=(1, 2)) - first).long() + 2
+    beside = 2 * bins * len(number)  # two neighbours of every sample point
+    apart, length = window > beside, window.clamp(max=beside)
+    slots = torch.arange(0, beside, 2, device=side.device).view(bins, -1)
+    taps = torch.where(apart[:, None, None], slots, (low - first[:, None, None]).long())  # [R, bins, points]
     upper = at - low
-    taps = (low - first[:, None, None]).long()
     weights = at.new_zeros(len(start), bins, int(length.amax()))
     weights.scatter_add_(2, taps, (1 - upper) * share).scatter_add_(2, taps + 1, upper * share)
-    return first.long(), weights, length
+    lines = first.long()[:, None] + torch.arange(weights.shape[2], device=side.device)
+    if apart.any():
+        neighbours = torch.stack([low, low + 1], dim=3).long().flatten(1)  # [R, beside]
+        lines[apart, :beside] = neighbours[apart]
+    return _Axis(lines, weights, length, apart)
 
 
-def _similar(high: Tensor, wide: Tensor, channels: int) -> Iterator[Tensor]:
-    """Indices of RoIs whose windows, Tensor[R] pixels high and wide, are alike to a factor of two each way."""
+def _similar(high: Tensor, wide: Tensor, apart: Tensor, channels: int) -> Iterator[Tensor]:
+    """Indices of RoIs whose pixels, Tensor[R] high and wide, are alike to a factor of two each way, or all `apart`."""
     octaves = torch.stack([high, wide]).log2().ceil()  # [2, R]
-    kinds = octaves[0] * 64 + octaves[1]
+    kinds = octaves[0] * 64 + octaves[1] + apart * 4096
     order = kinds.argsort(stable=True)
     room = (_VALUES / channels / octaves.sum(dim=0).exp2()).clamp(1, _CHUNK)[order].tolist()
     kind = kinds[order].tolist()
@@ -141,11 +168,15 @@ def unpool(grad: Tensor, windows: Sequence[Windows], shape: Sequence[int]) -> Te
     """Gradient of `pool` by its input, of `shape` [N, C, H, W], for `grad` [R, height, width, C]."""
     images, channels, height, width = shape
     total: Tensor = grad.new_zeros(images, height, width, channels)
+    flat = total.view(-1, channels)
     with no_autocast(grad):
         for window in windows:
             lines, columns = window.lines.shape[2], window.columns.shape[2]
             across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
             pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).unflatten(2, (columns, channels))
+            if window.corners is None:
+                flat.index_add_(0, window.pixels, pixels.reshape(-1, channels))
+                continue
             for (image, top, left), part in zip(window.corners.tolist(), pixels, strict=True):
                 place = total[image, top : top + lines, left : left + columns]  # less where the map ends
                 place += part[: place.shape[0], : place.shape[1]]
