@@ -55,6 +55,12 @@ def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
     ended = kit.run("train-student", "--student", kit.student, code=2)
     assert "needs either --cache or --teacher-ckpt" in ended.err
     assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
+    for options in (("--missing-view", "skip"), ("--missing-view", "mirror"), ("--allow-partial",)):
+        ended = kit.run(*online(kit, work / "w", *options), code=2)
+        assert f"{options[0]} is for trainings with --cache. Leave it out." in ended.err
+    ended = kit.run(*kit.student_command(work / "w", "--teacher-config", "faster-rcnn_r50_fpn_1x_coco"), code=2)
+    assert "--teacher-config is for trainings with --teacher-ckpt" in ended.err
+    assert not (work / "w").exists()
     message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
     assert "--rois teacher needs a cache" in message
     head = kit.config()
