@@ -92,6 +92,7 @@ class RoiTargets:
         logits: Tensor[S, K + 1] in storage type, or None.
         deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
         embeddings: Tensor[S, D] in storage type, or None.
+        features: Tensor[P, C, size, size], the teacher's of the positives, where they are known already.
         teacher: What the teacher's features of the positives come from, or None where no loss asks for them.
         teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
     """
@@ -103,6 +104,7 @@ class RoiTargets:
     logits: Tensor | None = None
     deltas: Tensor | None = None
     embeddings: Tensor | None = None
+    features: Tensor | None = None
     teacher: TeacherTargets | None = None
     teacher_boxes: Tensor | None = None
 
@@ -268,6 +270,8 @@ def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
     Returns:
         Tensor[P, C, size, size] float32 on the targets' device.
     """
+    if targets.features is not None:
+        return targets.features
     if targets.teacher is None or targets.num_positive == 0:
         return targets.boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)
     teacher = targets.teacher
