@@ -239,13 +239,16 @@ def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
     )
 
 
-def teacher_roi_align(pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec) -> Tensor:
+def teacher_roi_align(
+    pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec, size: int | None = None
+) -> Tensor:
     """RoIAlign with the settings of the teacher's own extractor.
 
     Args:
         pyramid: The teacher's, per level Tensor[C, h_l, w_l], or None for a level that no box is assigned to.
         boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
         spec: What the teacher is.
+        size: Cells per side; by default those of the RoI features that students imitate.
 
     Returns:
         Tensor[R, C, size, size] float32.
@@ -256,7 +259,7 @@ def teacher_roi_align(pyramid: Sequence[Tensor | None], boxes: Tensor, spec: Cac
         spec.strides[: spec.roi_levels],
         torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1),  # [R, 5]
         spec.finest_scale,
-        spec.roi_size,
+        size or spec.roi_size,
         spec.roi_sampling_ratio,
         spec.roi_aligned,
     )

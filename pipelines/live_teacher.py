@@ -12,15 +12,14 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.distill.cascade_head import CascadeHead, frozen_head
+from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.rois import sample_rois
-from kdpipe.distill.targets import RoiTargets
+from kdpipe.distill.targets import BatchRois, RoiTargets
 from kdpipe.distill.teacher_head import TeacherHeadError
-from kdpipe.distill.teacher_view import TeacherView
+from kdpipe.distill.teacher_view import TeacherView, ask_teacher
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.families import stages
 from kdpipe.pipelines.sources import find_data, named_val
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
 
@@ -55,12 +54,13 @@ class LiveTeacher:
             if self.rois is not None:
                 samples = zip(data["inputs"], data["data_samples"], strict=True)
                 return [self._at_proposals(image, sample.gt_instances, **self.rois) for image, sample in samples]
-            return [self._view(image) for image in data["inputs"]]
+            return [self.view(image) for image in data["inputs"]]
 
-    def _view(self, image: Tensor) -> TeacherView:
+    def view(self, image: Tensor) -> TeacherView:
+        """What it sees of an image, Tensor[3, h, w], BGR, 0 to 255."""
         pyramid, _ = self.teacher.see(image)
-        levels = tuple(level[0] for level in pyramid[: self.spec.roi_levels])
-        return TeacherView("exact", np.eye(3), levels, size=tuple(image.shape[1:]))
+        levels = tuple(level[0] for level in pyramid[: self.spec.head_levels])
+        return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
 
     def _at_proposals(
         self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
@@ -171,14 +171,19 @@ def online_teacher(
 @torch.no_grad()
 def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
     """Why the head that answers for the student's RoIs does not say what the teacher's says; empty where it does."""
-    features = torch.rand(4, spec.channels, spec.roi_size, spec.roi_size, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 128, 160), generator=g, dtype=torch.uint8)
+    corner = torch.rand(8, 2, generator=g) * 64
+    boxes = torch.cat([corner, corner + 16 + torch.rand(8, 2, generator=g) * 48], dim=1)
+    every = torch.ones(8, dtype=torch.bool)
+    rois = BatchRois(torch.cat([torch.zeros(8, 1), boxes], dim=1), every.long(), every)
+    pyramid, sample = teacher.see(image)
+    wanted, _ = teacher.say(pyramid, boxes, sample)
     try:
         head = frozen_head(teacher.head_state(), spec)
-        ours = head.stages if isinstance(head, CascadeHead) else [head]
-        for stage, (_, theirs) in zip(ours, stages(teacher.model.roi_head), strict=True):
-            wanted, _ = theirs(features)
-            if not torch.allclose(stage(features).logits, wanted, rtol=1e-3, atol=1e-3):
-                return "The teacher's box head does more than its fully connected layers."
+        found = ask_teacher([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
     except TeacherHeadError as error:
         return str(error)
-    return ""
+    assert found is not None
+    right = torch.allclose(found, wanted.logits, rtol=1e-3, atol=1e-3)
+    return "" if right else "The teacher's box head does more than can be rebuilt from its weights."

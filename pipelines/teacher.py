@@ -20,7 +20,16 @@ from kdpipe.distill.targets import HeadOutputs
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
-from kdpipe.pipelines.families import TeacherError, check_family, is_cascade, roi_size, say, stages
+from kdpipe.pipelines.families import (
+    TeacherError,
+    check_family,
+    is_cascade,
+    roi_size,
+    say,
+    semantic_branch,
+    shared_style,
+    stages,
+)
 from kdpipe.pipelines.layouts import for_inference
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
@@ -146,6 +155,8 @@ class Teacher:
             views=tuple(views),
             scale=scale,
             cascade_stds=tuple(_four(x.bbox_coder.stds) for x in roi_head.bbox_head) if is_cascade(roi_head) else (),
+            shared_style=shared_style(roi_head),
+            semantic=semantic_branch(roi_head),
         )
 
     @torch.inference_mode()

@@ -127,7 +127,8 @@ def rois_of(cells: BloodCells, flip: bool) -> BatchRois:
 def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, flip: bool) -> None:
     """The same sample of the same proposals and annotations, and what the teacher says of them."""
     cache, needs = open_cache(cells.cache("float32")), needed_fields(METHODS)
-    batch, sample = cells.batch(cells.cache("float32"), flip), {"needs": needs, "num": 24, "positive_fraction": 0.5}
+    batch = cells.batch(cells.cache("float32"), flip)
+    sample: dict[str, Any] = {"needs": needs, "num": 24, "positive_fraction": 0.5}
     torch.manual_seed(7)
     live = LiveTeacher(cells.teacher, cache.spec, sample).targets(batch, torch.device("cpu"))
     torch.manual_seed(7)
@@ -273,6 +274,8 @@ def test_the_live_teacher_computes_in_full_precision_and_draws_no_random_numbers
         views = source.targets(batch, torch.device("cpu"))
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(1))
-    assert all(isinstance(view, TeacherView) and view.view == "exact" for view in views)
     for view, other in zip(views, plain, strict=True):
+        assert isinstance(view, TeacherView)
+        assert isinstance(other, TeacherView)
+        assert view.view == "exact"
         assert all(torch.equal(a, b) for a, b in zip(view.pyramid, other.pyramid, strict=True))
