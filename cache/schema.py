@@ -16,6 +16,9 @@ DTYPES = ("int8", "float16", "float32")
 CODECS = ("zstd", "lz4", "none")
 VIEWS = ("identity", "hflip")
 
+# Entries of a specification that only some teachers have.
+_OPTIONAL = ("cascade_stds", "shared_style", "semantic")
+
 # Arrays that belong to a field beside that of its own name.
 FIELD_OF_ARRAY = {"scale": "features", "roi_scale": "roi_features"}
 
@@ -53,7 +56,13 @@ class CacheSpec:
         views: views stored of every image, a subset of `VIEWS` in that order.
         scale: (width, height) of mmdet's `Resize(scale, keep_ratio=True)`, pixels.
         cascade_stds: of a cascade, standard deviations of the box coder of each of its stages, the first of which are
-            `box_stds`; empty for a teacher with one box head, whose specification in JSON does not have the entry.
+            `box_stds`; empty for a teacher with one box head.
+        shared_style: of a shared residual stage between RoIAlign and box head (C4), where its blocks have their stride:
+            "caffe" in the first convolution, "pytorch" in the second; empty where there is none.
+        semantic: of a semantic branch (HTC), the level at whose size it fuses the pyramid, and the cells per side of
+            its RoI features; empty where there is none.
+
+    The last three are left out of the specification in JSON where they are empty.
 
     Raises:
         CacheError: a value is not possible.
@@ -79,12 +88,15 @@ class CacheSpec:
     views: tuple[str, ...]
     scale: tuple[int, int]
     cascade_stds: tuple[tuple[float, float, float, float], ...] = ()
+    shared_style: str = ""
+    semantic: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("tier", self.tier, TIERS),
             ("dtype", self.dtype, DTYPES),
             ("codec", self.codec, CODECS),
+            ("shared_style", self.shared_style, ("", "caffe", "pytorch")),
         ):
             if value not in allowed:
                 raise CacheError(f"Unknown {name} {value!r} in a cache specification: use one of {', '.join(allowed)}.")
@@ -110,6 +122,19 @@ class CacheSpec:
             raise CacheError(
                 f"The box_stds of a cascade are those of its first stage {self.cascade_stds[0]}, found {self.box_stds}."
             )
+
+        if self.semantic and (
+            len(self.semantic) != 2 or not 0 <= self.semantic[0] < len(self.strides) or self.semantic[1] < 1
+        ):
+            raise CacheError(
+                f"The entry semantic is one of the {len(self.strides)} levels and a number of cells, found "
+                f"{self.semantic}."
+            )
+
+    @property
+    def head_levels(self) -> int:
+        """How many levels (the first ones) what the teacher says of a box depends on."""
+        return len(self.strides) if self.semantic else self.roi_levels
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -149,8 +174,7 @@ class CacheSpec:
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON values; `from_json` gives it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if not self.cascade_stds:
-            del values["cascade_stds"]
+        values = {name: value for name, value in values.items() if value or name not in _OPTIONAL}
         values = {name: _listed(value) for name, value in values.items()}
         return {"version": FORMAT_VERSION, **values}
 
@@ -164,8 +188,7 @@ class CacheSpec:
         check_version(values.get("version"))
         given = {name: value for name, value in values.items() if name != "version"}
         hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-        if "cascade_stds" not in given:
-            del hints["cascade_stds"]
+        hints = {name: hint for name, hint in hints.items() if name in given or name not in _OPTIONAL}
         if given.keys() != hints.keys():
             missing, unknown = sorted(hints.keys() - given.keys()), sorted(given.keys() - hints.keys())
             raise CacheError(

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.distill import semantic
 from kdpipe.distill.numeric import no_autocast
+from kdpipe.distill.shared_stage import PREFIX, SharedStageHead
 from kdpipe.distill.targets import HeadOutputs
-from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
-
-# Parts of a RoI head that box features go through, or get added, beside RoIAlign.
-_BESIDE = {"roi_head.semantic_head.": "a semantic branch", "roi_head.shared_head.": "a shared residual stage"}
+from kdpipe.distill.teacher_head import TeacherHead
 
 
 class CascadeHead:
@@ -25,23 +24,28 @@ class CascadeHead:
         state: Parameters by their names in the teacher's state dict.
         spec: What the teacher is.
 
+    Attributes:
+        semantic: What adds to the features of every stage, or None.
+
     Raises:
-        TeacherHeadError: a stage cannot be rebuilt from its parameters.
+        TeacherHeadError: a stage, or the semantic branch, cannot be rebuilt from its parameters.
     """
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
         self.stages = [TeacherHead(state, spec, f"roi_head.bbox_head.{i}.") for i in range(len(spec.cascade_stds))]
+        has_branch = any(name.startswith(semantic.PREFIX) for name in state)
+        self.semantic = semantic.SemanticBranch(state, spec) if has_branch else None
 
     @torch.no_grad()
     def __call__(self, features: Tensor, boxes: Tensor, sizes: Tensor, look: Callable[[Tensor], Tensor]) -> HeadOutputs:
         """What the teacher says of boxes, in float32, autocast or not.
 
         Args:
-            features: Tensor[R, C, size, size], the teacher's RoI features of the boxes.
+            features: Tensor[R, C, size, size], the teacher's RoI features of the boxes, semantic ones added.
             boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
             sizes: Tensor[R, 2] (width, height) of that input without padding.
-            look: RoI features of other boxes of the same images, row by row.
+            look: The same of other boxes of the same images, row by row.
         """
         spec = self._spec
         logits, moved, outputs = [], boxes[:, None], None
@@ -62,7 +66,7 @@ class CascadeHead:
         return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)
 
 
-def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead:
+def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead | SharedStageHead:
     """The box head, or heads, that a cache keeps.
 
     Args:
@@ -72,9 +76,6 @@ def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | C
     Raises:
         TeacherHeadError: It cannot say what the teacher says of any box.
     """
-    for prefix, part in _BESIDE.items():
-        if any(name.startswith(prefix) for name in state):
-            raise TeacherHeadError(
-                f"The teacher's RoI head has {part}, so that its box head sees more than RoIAlign on the pyramid gives."
-            )
+    if any(name.startswith(PREFIX) for name in state):
+        return SharedStageHead(state, spec)
     return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)

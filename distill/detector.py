@@ -31,6 +31,7 @@ from kdpipe.distill.prediction import (
 )
 from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
+from kdpipe.distill.shared_stage import SharedStageHead
 from kdpipe.distill.shares import gradient_shares
 from kdpipe.distill.source import CachedTeacher, TeacherSource
 from kdpipe.distill.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
@@ -166,7 +167,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             )
 
     @cached_property
-    def _head(self) -> TeacherHead | CascadeHead:
+    def _head(self) -> TeacherHead | CascadeHead | SharedStageHead:
         return frozen_head(self.teacher.head_state(), self.spec)
 
     def forward(

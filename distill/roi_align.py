@@ -1,8 +1,10 @@
 """RoIAlign on a CPU by small matrix products: several times as fast as torchvision's loop, forward and backward.
 
 RoIAlign weighs rows and columns separately. So the pixels under a RoI, gathered channels last, are multiplied by the
-weights of its rows, then by those of its columns; RoIs of about the same size at a time. Sample points are those of
-torchvision to the last bit; the sums differ by their order. Both directions are deterministic.
+weights of its rows, then by those of its columns; RoIs of about the same size at a time. Where a fixed number of sample
+points lies far apart, only the two rows, or columns, beside each of them are gathered, so that a RoI costs no more than
+its sample points, however large it is. Sample points are those of torchvision to the last bit; the sums differ by their
+order. Both directions are deterministic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,27 +18,23 @@ from torch.autograd.function import once_differentiable
 from kdpipe.distill.numeric import no_autocast
 
 _CHUNK = 128  # RoIs at a time, at most
-_VALUES = (
-    1 << 19
-)  # pixels times channels gathered at a time, where one RoI has not more: they stay in the processor's cache
+_VALUES = 1 << 19  # pixels times channels gathered at a time, where one RoI has not more: what stays in caches
 _LARGEST = 1 << 14  # side of a RoI, in pixels of the map, that is still an ordinary one
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What some RoIs take of a map: r RoIs, each from a window of `lines` x `columns` pixels.
+    """What some RoIs take of a map: r RoIs, each from `lines` x `columns` pixels.
 
     Attributes:
         rois: Tensor[r] int64, which RoIs.
         pixels: Tensor[r * lines * columns] int64, places within N * H * W.
-        corners: Tensor[r, 3] int64, (image, top, left) of each window.
         lines: Tensor[r, height, lines], weights along y.
         columns: Tensor[r, width, columns], weights along x.
     """
 
     rois: Tensor
     pixels: Tensor
-    corners: Tensor
     lines: Tensor
     columns: Tensor
 
@@ -69,22 +67,37 @@ def roi_windows(
     starts, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
     if not aligned:
         sides = sides.clamp(min=1.0)
-    left, columns, wide = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
-    top, lines, high = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
-    places = torch.stack([rois[:, 0].long(), top, left], dim=1)  # [R, 3]
+    across = _axis(starts[:, 0], sides[:, 0], size[1], width, sampling_ratio)
+    down = _axis(starts[:, 1], sides[:, 1], size[0], height, sampling_ratio)
+    image = rois[:, 0].long()
     windows = []
-    for part in _similar(high, wide, channels):
-        ys = torch.arange(int(high[part].amax()), device=rois.device)
-        xs = torch.arange(int(wide[part].amax()), device=rois.device)
-        corner = places[part]
-        rows = corner[:, :1] * height + (corner[:, 1:2] + ys).clamp(max=height - 1)  # [r, lines]
-        pixels = rows[:, :, None] * width + (corner[:, 2, None, None] + xs).clamp(max=width - 1)  # [r, lines, columns]
-        windows.append(Windows(part, pixels.flatten(), corner, lines[part, :, : len(ys)], columns[part, :, : len(xs)]))
+    for part in _similar(down.length, across.length, channels):
+        high, wide = int(down.length[part].amax()), int(across.length[part].amax())
+        ys, xs = down.at[part, :high], across.at[part, :wide]  # [r, lines], [r, columns]
+        rows = image[part, None] * height + ys.clamp(max=height - 1)
+        pixels = rows[:, :, None] * width + xs[:, None].clamp(max=width - 1)  # [r, lines, columns]
+        lines, columns = down.weights[part, :, :high], across.weights[part, :, :wide]
+        windows.append(Windows(part, pixels.flatten(), lines, columns))
     return windows
 
 
-def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows along one axis: first pixels, Tensor[R], weights, Tensor[R, bins, s], and lengths, Tensor[R]."""
+@dataclass(frozen=True)
+class _Axis:
+    """What R RoIs take of a map along one axis.
+
+    Attributes:
+        at: Tensor[R, s] int64, rows (or columns) of the map; also some beyond its end, with weight 0.
+        weights: Tensor[R, bins, s].
+        length: Tensor[R] int64, how many of the s a RoI uses.
+    """
+
+    at: Tensor
+    weights: Tensor
+    length: Tensor
+
+
+def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: int) -> _Axis:
+    """What RoIs that begin at `start` and are `side` long, both Tensor[R], take of a map that is `limit` long."""
     step = (side / bins)[:, None, None]
     points = step.ceil() if sampling_ratio <= 0 else torch.full_like(step, sampling_ratio)
     number = torch.arange(max(int(points.amax()), 1), dtype=side.dtype, device=side.device)
@@ -94,16 +107,23 @@ def _axis(start: Tensor, side: Tensor, bins: int, limit: int, sampling_ratio: in
     at = torch.where(number < points, at, at[..., :1]).clamp(0, limit - 1)
     low = at.floor()
     first = low.amin(dim=(1, 2))
-    length = (low.amax(dim=(1, 2)) - first).long() + 2
+    window = (low.amax(dim=(1, 2)) - first).long() + 2
+    beside = 2 * bins * len(number)  # two neighbours of every sample point
+    apart, length = window > beside, window.clamp(max=beside)
+    slots = torch.arange(0, beside, 2, device=side.device).view(bins, -1)
+    taps = torch.where(apart[:, None, None], slots, (low - first[:, None, None]).long())  # [R, bins, points]
     upper = at - low
-    taps = (low - first[:, None, None]).long()
     weights = at.new_zeros(len(start), bins, int(length.amax()))
     weights.scatter_add_(2, taps, (1 - upper) * share).scatter_add_(2, taps + 1, upper * share)
-    return first.long(), weights, length
+    lines = first.long()[:, None] + torch.arange(weights.shape[2], device=side.device)
+    if apart.any():
+        neighbours = torch.stack([low, low + 1], dim=3).long().flatten(1)  # [R, beside]
+        lines[apart, :beside] = neighbours[apart]
+    return _Axis(lines, weights, length)
 
 
 def _similar(high: Tensor, wide: Tensor, channels: int) -> Iterator[Tensor]:
-    """Indices of RoIs whose windows, Tensor[R] pixels high and wide, are alike to a factor of two each way."""
+    """Indices of RoIs whose pixels, Tensor[R] high and wide, are alike to a factor of two each way."""
     octaves = torch.stack([high, wide]).log2().ceil()  # [2, R]
     kinds = octaves[0] * 64 + octaves[1]
     order = kinds.argsort(stable=True)

@@ -92,6 +92,7 @@ class RoiTargets:
         logits: Tensor[S, K + 1] in storage type, or None.
         deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
         embeddings: Tensor[S, D] in storage type, or None.
+        features: Tensor[P, C, size, size], the teacher's of the positives, where they are known already.
         teacher: What the teacher's features of the positives come from, or None where no loss asks for them.
         teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
     """
@@ -103,6 +104,7 @@ class RoiTargets:
     logits: Tensor | None = None
     deltas: Tensor | None = None
     embeddings: Tensor | None = None
+    features: Tensor | None = None
     teacher: TeacherTargets | None = None
     teacher_boxes: Tensor | None = None
 
@@ -237,13 +239,16 @@ def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
     )
 
 
-def teacher_roi_align(pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec) -> Tensor:
+def teacher_roi_align(
+    pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec, size: int | None = None
+) -> Tensor:
     """RoIAlign with the settings of the teacher's own extractor.
 
     Args:
         pyramid: The teacher's, per level Tensor[C, h_l, w_l], or None for a level that no box is assigned to.
         boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
         spec: What the teacher is.
+        size: Cells per side; by default those of the RoI features that students imitate.
 
     Returns:
         Tensor[R, C, size, size] float32.
@@ -254,7 +259,7 @@ def teacher_roi_align(pyramid: Sequence[Tensor | None], boxes: Tensor, spec: Cac
         spec.strides[: spec.roi_levels],
         torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1),  # [R, 5]
         spec.finest_scale,
-        spec.roi_size,
+        size or spec.roi_size,
         spec.roi_sampling_ratio,
         spec.roi_aligned,
     )
@@ -268,6 +273,8 @@ def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
     Returns:
         Tensor[P, C, size, size] float32 on the targets' device.
     """
+    if targets.features is not None:
+        return targets.features
     if targets.teacher is None or targets.num_positive == 0:
         return targets.boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)
     teacher = targets.teacher

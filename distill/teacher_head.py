@@ -29,13 +29,21 @@ class TeacherHead:
         state: Parameters by their names in the teacher's state dict, as `TeacherCache.head()` gives them.
         spec: What the teacher is.
         prefix: Of these names; that of a stage in a cascade.
+        channels: Of the features; by default those of the pyramid.
 
     Raises:
         TeacherHeadError: the head has other layers than these, or they do not fit each other.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec, prefix: str = "roi_head.bbox_head.") -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        spec: CacheSpec,
+        prefix: str = "roi_head.bbox_head.",
+        channels: int | None = None,
+    ) -> None:
         self._spec = spec
+        self._channels = channels or spec.channels
         self._state = {
             name.removeprefix(prefix): value.detach().float()
             for name, value in state.items()
@@ -57,8 +65,8 @@ class TeacherHead:
             for branch in ("shared_fcs", "cls_fcs", "reg_fcs")
         }
         first = self._state["shared_fcs.0.weight" if self._layers["shared_fcs"] else "fc_cls.weight"]
-        self._pooled = first.shape[1] == spec.channels and spec.roi_size > 1
-        width = spec.channels * (1 if self._pooled else spec.roi_size**2)
+        self._pooled = first.shape[1] == self._channels and spec.roi_size > 1
+        width = self._channels * (1 if self._pooled else spec.roi_size**2)
         classes = 1 if spec.class_agnostic else spec.num_classes
         for what, found_size, wanted in (
             ("inputs of its first layer", first.shape[1], width),
@@ -83,7 +91,7 @@ class TeacherHead:
             LossInputError: features of another shape.
         """
         spec = self._spec
-        shape = (features.shape[0], spec.channels, spec.roi_size, spec.roi_size)
+        shape = (features.shape[0], self._channels, spec.roi_size, spec.roi_size)
         check_shape("features", features, shape, "the teacher's box head")
         if next(iter(self._state.values())).device != features.device:
             self._state = {name: value.to(features.device) for name, value in self._state.items()}

@@ -1,6 +1,6 @@
 """The teacher's pyramid of an image, which can be asked about any box of the student's view of that image."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast
+from kdpipe.distill.semantic import SemanticBranch
+from kdpipe.distill.shared_stage import SharedStageHead
 from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors, teacher_roi_align
 from kdpipe.distill.teacher_head import TeacherHead
 
@@ -25,7 +27,7 @@ class TeacherView:
     Attributes:
         view: `exact`, `mirrored` or `skipped` (nothing is asked of it).
         matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
-        pyramid: Per level that the teacher's RoI extractor reads, Tensor[C, h_l, w_l] in storage type.
+        pyramid: Per level that the teacher's RoI head reads, Tensor[C, h_l, w_l] in storage type.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
         size: (height, width) of the teacher's network input without padding, pixels; a cascade keeps boxes inside.
     """
@@ -44,27 +46,17 @@ class TeacherView:
         """The same in page-locked memory; torch's DataLoader calls this."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
-    def roi_features(self, boxes: Tensor, spec: CacheSpec) -> Tensor:
-        """The teacher's RoI features, by RoIAlign with the settings of its own extractor, in its own orientation.
-
-        Args:
-            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input, on the pyramid's device.
-            spec: What the teacher is.
-
-        Returns:
-            Tensor[R, C, size, size] float32.
-        """
+    def levels(self) -> list[Tensor]:
+        """The pyramid in float32."""
         if self.scale is None:
-            levels = [level.float() for level in self.pyramid]
-        else:
-            levels = [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
-        return teacher_roi_align(levels, boxes, spec)
+            return [level.float() for level in self.pyramid]
+        return [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
 
 
 def read_teacher_view(
     cache: TeacherCache, image_id: int, matrix: npt.NDArray[np.float64], *, missing_view: str
 ) -> TeacherView:
-    """Read the levels of an image's pyramid that the teacher's RoI extractor reads, and nothing else.
+    """Read the levels of an image's pyramid that the teacher's RoI head reads, and nothing else.
 
     Args:
         cache: The teacher's cache, of the `pyramid` tier.
@@ -79,7 +71,7 @@ def read_teacher_view(
     view, mirrored = cached_view(cache.spec, matrix)
     if mirrored and missing_view == "skip":
         return TeacherView("skipped", np.eye(3))
-    levels = range(cache.spec.roi_levels)
+    levels = range(cache.spec.head_levels)
     said = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
     assert said.features is not None
     pyramid = tuple(level for level in said.features if level is not None)
@@ -91,7 +83,7 @@ def read_teacher_view(
 def ask_teacher(
     views: Sequence[TeacherView],
     rois: BatchRois,
-    head: TeacherHead | CascadeHead,
+    head: TeacherHead | CascadeHead | SharedStageHead,
     spec: CacheSpec,
     needs: Collection[str],
 ) -> Answers:
@@ -109,9 +101,11 @@ def ask_teacher(
     with no_autocast(rois.rois):
         image = asked.rois[:, 0].long()  # [R or P]
 
-        def look(boxes: Tensor) -> Tensor:
-            parts = [boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)]
-            parts += [view.roi_features(boxes[image == i], spec) for i, view in enumerate(views) if (image == i).any()]
+        levels = {index: view.levels() for index, view in enumerate(views) if (image == index).any()}
+
+        def look(boxes: Tensor, size: int = spec.roi_size) -> Tensor:
+            parts = [boxes.new_zeros(0, spec.channels, size, size)]
+            parts += [teacher_roi_align(level, boxes[image == i], spec, size) for i, level in levels.items()]
             return torch.cat(parts)
 
         boxes = asked.rois[:, 1:].float()
@@ -123,7 +117,10 @@ def ask_teacher(
         if of_head:
             if isinstance(head, CascadeHead):
                 sizes = boxes.new_tensor([view.size[::-1] for view in views])[image]  # [R, 2]
-                outputs = head(features, boxes, sizes, look)
+                fused = _fused(head.semantic, levels, image, look)
+                outputs = head(fused(boxes) if head.semantic else features, boxes, sizes, fused)
+            elif isinstance(head, SharedStageHead):
+                outputs = head(look(boxes, head.size))
             else:
                 outputs = head(features)
             said = {name: getattr(outputs, name) for name in of_head}
@@ -133,3 +130,20 @@ def ask_teacher(
             features, mirrored = features[asked.positive], mirrored[asked.positive]
             said["features"] = torch.where(mirrored[:, None, None, None], mirror_features(features), features)
     return Answers(**said)
+
+
+def _fused(
+    semantic: SemanticBranch | None, levels: Mapping[int, list[Tensor]], image: Tensor, look: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What box heads see of boxes: their RoI features, and those of the semantic branch where there is one."""
+    if semantic is None:
+        return look
+    maps = {index: semantic.map_of(pyramid) for index, pyramid in levels.items()}
+
+    def fused(boxes: Tensor) -> Tensor:
+        features = look(boxes)
+        for index, seen in maps.items():
+            features[image == index] += semantic.at(seen, boxes[image == index])
+        return features
+
+    return fused

@@ -249,9 +249,7 @@ def cache_teacher_command(
 @click.option(
     "--missing-view",
     type=click.Choice(["mirror", "skip"]),
-    default="mirror",
-    show_default=True,
-    help="Flipped images of which that view is not cached: mirrored targets, or none.",
+    help="Flipped images of which that view is not cached: mirrored targets (default), or none.",
 )
 @click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
 @training_options
@@ -268,7 +266,7 @@ def train_student_command(
     schedule: str,
     rois: str | None,
     ckd_branch: str | None,
-    missing_view: str,
+    missing_view: str | None,
     allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
@@ -293,6 +291,13 @@ def train_student_command(
     teacher: Any
     if (cache_path is None) == (teacher_ckpt is None):
         raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
+    for option, idle, of in (
+        ("--missing-view", missing_view is not None and cache_path is None, "--cache"),
+        ("--allow-partial", allow_partial and cache_path is None, "--cache"),
+        ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
+    ):
+        if idle:
+            raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
     config = find_config(student)
     if cache_path is not None:
         teacher = open_cache(cache_path, allow_partial=allow_partial)
@@ -320,7 +325,7 @@ def train_student_command(
         work_dir,
         rois=rois,
         ckd_branch=ckd_branch,
-        missing_view=missing_view,
+        missing_view=missing_view or "mirror",
         resume=resume,
         console=console,
     )

@@ -2,20 +2,24 @@
 
 from typing import Any
 
+from mmdet.models.backbones.resnet import Bottleneck
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead
+from mmdet.models.roi_heads.mask_heads import FusedSemanticHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.roi_heads.shared_heads import ResLayer
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.targets import decode_deltas, encode_boxes
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.targets import HeadOutputs
 
-__all__ = ["TeacherError", "check_family", "is_cascade", "roi_size", "say", "stages"]
+__all__ = ["TeacherError", "check_family", "is_cascade", "roi_size", "say", "semantic_branch", "shared_style", "stages"]
 
 _EXPECTED = (
     "Expected a two-stage detector (Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC), an RPN with "
@@ -49,6 +53,37 @@ def roi_size(roi_head: Any) -> int:
     extractor, _ = stages(roi_head)[0]
     size = int(extractor.roi_layers[0].output_size[0])
     return size // 2 if roi_head.with_shared_head else size
+
+
+def shared_style(roi_head: Any) -> str:
+    """Where the blocks of a shared residual stage have their stride; empty without a stage of the usual kind."""
+    if not roi_head.with_shared_head or type(roi_head.shared_head) is not ResLayer:
+        return ""
+    blocks = list(getattr(roi_head.shared_head, f"layer{roi_head.shared_head.stage + 1}"))
+    norms = [layer for layer in roi_head.shared_head.modules() if isinstance(layer, _BatchNorm)]
+    usual = all(
+        isinstance(block, Bottleneck)
+        and (block.stride, block.dilation) == (1 if index else 2, 1)
+        and isinstance(block.norm1, _BatchNorm)
+        for index, block in enumerate(blocks)
+    )
+    return str(blocks[0].style) if usual and all(norm.eps == 1e-5 for norm in norms) else ""
+
+
+def semantic_branch(roi_head: Any) -> tuple[int, ...]:
+    """Of a semantic branch, level of fusion and size of its RoI features; empty without one of the usual kind."""
+    if not isinstance(roi_head, HybridTaskCascadeRoIHead) or not roi_head.with_semantic:
+        return ()
+    branch, extractor = roi_head.semantic_head, roi_head.semantic_roi_extractor
+    (boxes, _), *_ = stages(roi_head)
+    ours, theirs = extractor.roi_layers[0], boxes.roi_layers[0]
+    usual = (
+        type(branch) is FusedSemanticHead
+        and "bbox" in roi_head.semantic_fusion
+        and list(extractor.featmap_strides) == [2 ** (branch.fusion_level + 2)]
+        and (ours.sampling_ratio, ours.aligned) == (theirs.sampling_ratio, theirs.aligned)
+    )
+    return (int(branch.fusion_level), int(ours.output_size[0])) if usual else ()
 
 
 def check_family(model: Any) -> None:

@@ -1,6 +1,6 @@
 """Online distillation: a teacher that looks at every batch while a student trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.distill.cascade_head import CascadeHead, frozen_head
+from kdpipe.distill.cascade_head import frozen_head
+from kdpipe.distill.rois import sample_rois
+from kdpipe.distill.targets import BatchRois, RoiTargets
 from kdpipe.distill.teacher_head import TeacherHeadError
-from kdpipe.distill.teacher_view import TeacherView
+from kdpipe.distill.teacher_view import TeacherView, ask_teacher
 from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.families import stages
 from kdpipe.pipelines.sources import find_data, named_val
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
 
@@ -26,36 +27,70 @@ __all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher
 
 
 class LiveTeacher:
-    """A teacher source that runs backbone and neck on the images of each batch, in the view that the student sees.
+    """A teacher source that looks at the images of each batch, in the view that the student sees.
 
-    One image at a time and in full precision, as for a cache: padding to a common size would leak into the features.
+    Backbone and neck where the student chooses the RoIs; the whole detector where the teacher does. One image at a time
+    and in full precision, as for a cache: padding to a common size would leak into the features.
 
     Args:
         teacher: The teacher.
         spec: What it is.
+        rois: For RoIs that the teacher chooses: `num` and `positive_fraction` of the sample of its proposals and of the
+            ground truth, and what the losses `need` of these. None for RoIs of the student.
     """
 
-    def __init__(self, teacher: Teacher, spec: CacheSpec) -> None:
+    def __init__(self, teacher: Teacher, spec: CacheSpec, rois: Mapping[str, Any] | None = None) -> None:
         self.teacher = teacher
         self.spec = spec
+        self.rois = rois
 
     def head_state(self) -> Mapping[str, Tensor]:
         return self.teacher.head_state()
 
     @torch.no_grad()
-    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[TeacherView]:
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
         self.teacher.to(device)
-        views = []
         with torch.autocast(device.type, enabled=False):
-            for image in data["inputs"]:
-                pyramid, _ = self.teacher.see(image)
-                levels = tuple(level[0] for level in pyramid[: self.spec.roi_levels])
-                views.append(TeacherView("exact", np.eye(3), levels, size=tuple(image.shape[1:])))
-        return views
+            if self.rois is not None:
+                samples = zip(data["inputs"], data["data_samples"], strict=True)
+                return [self._at_proposals(image, sample.gt_instances, **self.rois) for image, sample in samples]
+            return [self.view(image) for image in data["inputs"]]
+
+    def view(self, image: Tensor) -> TeacherView:
+        """What it sees of an image, Tensor[3, h, w], BGR, 0 to 255."""
+        pyramid, _ = self.teacher.see(image)
+        levels = tuple(level[0] for level in pyramid[: self.spec.head_levels])
+        return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
+
+    def _at_proposals(
+        self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
+    ) -> RoiTargets:
+        """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
+        pyramid, seen = self.teacher.see(image)
+        proposals = self.teacher.proposals(pyramid, seen)
+        gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
+        sample = sample_rois(
+            torch.cat([proposals, gt_boxes]),
+            len(proposals),
+            gt_boxes,
+            truth.labels.to(proposals.device),
+            num=num,
+            positive_fraction=positive_fraction,
+            num_classes=self.spec.num_classes,
+            generator=torch.default_generator,
+        )
+        count = int(sample.positive.sum())
+        said, features = self.teacher.say(pyramid, sample.boxes, seen)
+        known = {**{name: getattr(said, name) for name in said.__dataclass_fields__}, "features": features[:count]}
+        return RoiTargets(sample.boxes, sample.labels, count, "exact", **{name: known[name] for name in needs})
 
 
 def build_live_teacher(
-    ckpt: str, spec: Mapping[str, Any], config: str | None = None, trust: bool = False
+    ckpt: str,
+    spec: Mapping[str, Any],
+    config: str | None = None,
+    trust: bool = False,
+    rois: Mapping[str, Any] | None = None,
 ) -> LiveTeacher:
     """A live teacher from its checkpoint.
 
@@ -64,6 +99,7 @@ def build_live_teacher(
         spec: `CacheSpec.to_json()` of the teacher.
         config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
         trust: Unpickle the checkpoint even where it holds more than weights.
+        rois: As `LiveTeacher` takes it.
 
     Raises:
         KdpipeError: It cannot be loaded.
@@ -72,7 +108,7 @@ def build_live_teacher(
     cfg = teacher_config(checkpoint, config)
     with torch.random.fork_rng(devices=()):  # the student begins with the weights that it would have without a teacher
         teacher = load_teacher(checkpoint, cfg, proposals=known.proposals, device=torch.device("cpu"))
-    return LiveTeacher(teacher, known)
+    return LiveTeacher(teacher, known, rois)
 
 
 MODELS.register_module(name=LiveTeacher.__name__, module=build_live_teacher)
@@ -87,12 +123,14 @@ class OnlineTeacher:
         spec: What it is.
         identity: Digests of its weights, its config and the data.
         source: Config of its `LiveTeacher`.
+        refusal: Why it cannot be asked about boxes that the student chose; empty where it can.
     """
 
     name: str
     spec: CacheSpec
     identity: dict[str, Any]
     source: dict[str, Any]
+    refusal: str
 
 
 def online_teacher(
@@ -118,7 +156,6 @@ def online_teacher(
     found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=None, split="", out=None, limit=None)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
-    _check_head(teacher, spec)
     weights = digest_tensors(teacher.model.state_dict())
     source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
     online = OnlineTeacher(
@@ -126,24 +163,27 @@ def online_teacher(
         spec=spec,
         identity={"teacher": {"weights": weights}, "data": found.data.digest()},
         source={"type": LiveTeacher.__name__, **source},
+        refusal=_refusal(teacher, spec),
     )
     return online, found.data, None if ann_file else named_val(found.val)
 
 
 @torch.no_grad()
-def _check_head(teacher: Teacher, spec: CacheSpec) -> None:
-    """Make sure that the head which answers for the student's RoIs says what the teacher's says.
-
-    Raises:
-        TeacherHeadError: It has layers that are not known, or says something else.
-    """
-    features = torch.rand(4, spec.channels, spec.roi_size, spec.roi_size, generator=torch.Generator().manual_seed(0))
+def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
+    """Why the head that answers for the student's RoIs does not say what the teacher's says; empty where it does."""
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 128, 160), generator=g, dtype=torch.uint8)
+    corner = torch.rand(8, 2, generator=g) * 64
+    boxes = torch.cat([corner, corner + 16 + torch.rand(8, 2, generator=g) * 48], dim=1)
+    every = torch.ones(8, dtype=torch.bool)
+    rois = BatchRois(torch.cat([torch.zeros(8, 1), boxes], dim=1), every.long(), every)
+    pyramid, sample = teacher.see(image)
+    wanted, _ = teacher.say(pyramid, boxes, sample)
     try:
         head = frozen_head(teacher.head_state(), spec)
-        ours = head.stages if isinstance(head, CascadeHead) else [head]
-        for stage, (_, theirs) in zip(ours, stages(teacher.model.roi_head), strict=True):
-            wanted, _ = theirs(features)
-            if not torch.allclose(stage(features).logits, wanted, rtol=1e-3, atol=1e-3):
-                raise TeacherHeadError("The teacher's box head does more than its fully connected layers.")
+        found = ask_teacher([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
     except TeacherHeadError as error:
-        raise TeacherHeadError(f"{error} Such a teacher can be cached, for --cache with --rois teacher.") from error
+        return str(error)
+    assert found is not None
+    right = torch.allclose(found, wanted.logits, rtol=1e-3, atol=1e-3)
+    return "" if right else "The teacher's box head does more than can be rebuilt from its weights."

@@ -16,10 +16,20 @@ from torch import Tensor
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
+from kdpipe.distill.targets import HeadOutputs
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
-from kdpipe.pipelines.families import TeacherError, check_family, is_cascade, roi_size, say, stages
+from kdpipe.pipelines.families import (
+    TeacherError,
+    check_family,
+    is_cascade,
+    roi_size,
+    say,
+    semantic_branch,
+    shared_style,
+    stages,
+)
 from kdpipe.pipelines.layouts import for_inference
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
@@ -145,6 +155,8 @@ class Teacher:
             views=tuple(views),
             scale=scale,
             cascade_stds=tuple(_four(x.bbox_coder.stds) for x in roi_head.bbox_head) if is_cascade(roi_head) else (),
+            shared_style=shared_style(roi_head),
+            semantic=semantic_branch(roi_head),
         )
 
     @torch.inference_mode()
@@ -172,10 +184,10 @@ class Teacher:
         size = input_size(original, spec.scale)
         matrix = view_matrix(original, size, view == "hflip")
         pyramid, sample = self.pyramid(image, size, view == "hflip")
-        proposals = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
+        proposals = self.proposals(pyramid, sample)
         truth = map_boxes(torch.from_numpy(gt_boxes).reshape(-1, 4), matrix).to(proposals)
         boxes = torch.cat([proposals, truth])  # [R, 4]
-        said, roi_features = say(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
+        said, roi_features = self.say(pyramid, boxes, sample)
         return TeacherRecord(
             image_id=image_id,
             view=view,
@@ -190,6 +202,15 @@ class Teacher:
             roi_features=roi_features if "roi_features" in spec.fields else None,
             features=tuple(level[0] for level in pyramid) if "features" in spec.fields else None,
         )
+
+    def proposals(self, pyramid: tuple[Tensor, ...], sample: DetDataSample) -> Tensor:
+        """The best proposals on a pyramid, Tensor[P, 4] (x1, y1, x2, y2), pixels of the network input."""
+        boxes: Tensor = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
+        return boxes
+
+    def say(self, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample) -> tuple[HeadOutputs, Tensor]:
+        """What it says of boxes, and their RoI features: see `families.say`."""
+        return say(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
 
     def pyramid(
         self, image: npt.NDArray[np.uint8], size: tuple[int, int], flip: bool

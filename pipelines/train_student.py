@@ -207,19 +207,10 @@ def _who_chooses(
         ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
     """
     chosen, why = asked or "student", "asked for" if asked else f"{_name(teacher)} can be asked about any box"
-    if isinstance(teacher, OnlineTeacher):
-        if asked == "teacher":
-            raise ContractError("--rois teacher needs a cache, whose boxes it takes. Leave it out, or give --cache.")
-    elif chosen == "student" and len(teacher):
-        try:
-            check_serves_student_rois(teacher)
-        except TeacherHeadError as error:
-            reason = str(error).removesuffix(".")
-            if asked:
-                raise ContractError(
-                    f"{_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher."
-                ) from error
-            chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {reason}"
+    if chosen == "student" and (reason := _why_not(teacher).removesuffix(".")):
+        if asked:
+            raise ContractError(f"{_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
+        chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
         if name not in _ROIS:
             raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")
@@ -230,6 +221,18 @@ def _who_chooses(
             )
     console.print(f"RoIs: those of the {chosen} ({why}).")
     return chosen
+
+
+def _why_not(teacher: TeacherCache | OnlineTeacher) -> str:
+    """Why a cache or a teacher cannot say what the teacher says of any box; empty where it can."""
+    if isinstance(teacher, OnlineTeacher):
+        return teacher.refusal
+    try:
+        if len(teacher):
+            check_serves_student_rois(teacher)
+    except TeacherHeadError as error:
+        return str(error)
+    return ""
 
 
 def _distil(
@@ -244,6 +247,8 @@ def _distil(
     """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
     if isinstance(teacher, OnlineTeacher):
         source = teacher.source
+        if rois == "teacher":
+            source = {**source, "rois": {"needs": list(needs), **distill.rois}}
     else:
         source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
     if rois is not None and isinstance(teacher, TeacherCache):

@@ -27,6 +27,14 @@ def test_only_a_cascade_has_the_entry_of_its_stages(kit: "type[Kit]") -> None:
         kit.spec(box_stds=stds[1], cascade_stds=stds)
 
 
+def test_only_heads_with_more_than_layers_have_entries_for_it(kit: "type[Kit]") -> None:
+    assert not {"shared_style", "semantic"} & kit.spec().to_json().keys()
+    spec = kit.spec(shared_style="caffe", semantic=(1, 14))
+    assert (spec.to_json()["shared_style"], spec.to_json()["semantic"]) == ("caffe", [1, 14])
+    assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert (kit.spec().head_levels, spec.head_levels) == (kit.spec().roi_levels, len(kit.spec().strides))
+
+
 def test_fields_and_types(kit: "type[Kit]") -> None:
     assert kit.spec(tier="predictions").fields == ("boxes", "logits", "deltas")
     assert kit.spec(tier="roi").fields == ("boxes", "logits", "deltas", "embeddings", "roi_features")
@@ -53,6 +61,9 @@ def test_fields_and_types(kit: "type[Kit]") -> None:
         ({"box_stds": (0.1, 0.0, 0.1, 0.1)}, "box_stds"),
         ({"roi_levels": 5}, "found 5"),
         ({"cascade_stds": ((0.1, 0.1, 0.2, 0.2), (0.1, 0.0, 0.2, 0.2))}, "cascade_stds"),
+        ({"shared_style": "torch"}, "Unknown shared_style 'torch'"),
+        ({"semantic": (9, 14)}, "semantic is one of the"),
+        ({"semantic": (1,)}, "semantic is one of the"),
     ],
 )
 def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from kdpipe.distill.numeric import LossInputError
+from kdpipe.distill.roi_align import roi_windows
 from kdpipe.distill.rois import (
     SampledRois,
     assign_levels,
@@ -199,6 +200,49 @@ def test_roi_features_and_gradients_are_those_of_torchvision_at_and_over_the_edg
     (expected * weights).sum().backward()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def large_rois() -> Tensor:
+    """Tall, wide and large ones, also over the edge, and one that is small: of the map's pixels they touch few."""
+    boxes = [
+        [2.0, 3.0, 190.0, 157.0],
+        [0.0, 0.0, 192.0, 160.0],
+        [20.0, 10.0, 31.0, 150.0],
+        [10.0, 90.0, 185.0, 99.0],
+        [-70.0, -60.0, 230.0, 191.0],
+        [50.0, 50.0, 60.0, 61.0],
+    ]
+    return torch.tensor([[i % 2, *box] for i, box in enumerate(boxes)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("size", "ratio"), [(3, 1), (3, 2), (7, 1)])
+def test_large_rois_are_those_of_torchvision(aligned: bool, size: int, ratio: int) -> None:
+    """Forward and backward, where sample points lie so far apart that the pixels between them are left out."""
+    ours, theirs = (torch.randn(2, 3, 160, 192, dtype=torch.float64) for _ in range(2))
+    theirs.copy_(ours)
+    rois = large_rois()
+    found = roi_align_levels([ours.requires_grad_()], [1], rois, size, ratio, aligned)[:, 0]
+    expected = roi_align(theirs.requires_grad_(), rois, size, 1.0, ratio, aligned)
+    torch.testing.assert_close(found, expected)
+    weights = torch.rand(found.shape, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_a_large_roi_costs_no_more_than_its_sample_points(ratio: int) -> None:
+    """Pixels gathered per RoI: the four around each point, from a map of any size; two points per cell: 28 x 28."""
+    shape, whole = (1, 1, 1000, 1000), torch.tensor([[0.0, 0.0, 0.0, 1000.0, 1000.0]])
+    boxes = torch.cat([whole, whole * torch.tensor([1.0, 1, 1, 0.5, 0.02]), whole * 0.1])
+    for windows in (
+        roi_windows(boxes, 1.0, (7, 7), shape, ratio, True),
+        roi_windows(boxes, 0.1, (7, 7), shape, ratio, True),
+    ):
+        gathered = sum(len(window.pixels) for window in windows)
+        assert gathered <= 3 * (2 * 7 * ratio) ** 2
+        assert sorted(row for window in windows for row in window.rois.tolist()) == [0, 1, 2]
 
 
 def test_every_level_needs_a_fixed_number_of_samples() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.cache.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import needed_fields
-from kdpipe.distill.targets import BatchRois
+from kdpipe.distill.targets import BatchRois, RoiTargets, read_roi_targets, teacher_roi_features
 from kdpipe.distill.teacher_head import TeacherHead
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
 from kdpipe.pipelines.checkpoints import load_checkpoint
@@ -121,6 +121,39 @@ def rois_of(cells: BloodCells, flip: bool) -> BatchRois:
     boxes[::10] = torch.tensor([0.0, 0.0, 160.0, 120.0])
     rois = torch.cat([torch.arange(60)[:, None] // 15, boxes], dim=1)
     return BatchRois(rois, torch.zeros(60, dtype=torch.int64), torch.arange(60) % 3 == 0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, flip: bool) -> None:
+    """The same sample of the same proposals and annotations, and what the teacher says of them."""
+    cache, needs = open_cache(cells.cache("float32")), needed_fields(METHODS)
+    batch = cells.batch(cells.cache("float32"), flip)
+    sample: dict[str, Any] = {"needs": needs, "num": 24, "positive_fraction": 0.5}
+    torch.manual_seed(7)
+    live = LiveTeacher(cells.teacher, cache.spec, sample).targets(batch, torch.device("cpu"))
+    torch.manual_seed(7)
+    for image, found in zip(batch["data_samples"], live, strict=True):
+        assert isinstance(found, RoiTargets)
+        truth = image.gt_instances
+        wanted = read_roi_targets(
+            cache,
+            image.img_id,
+            image.homography_matrix,
+            image.img_shape,
+            truth.bboxes.tensor,
+            truth.labels,
+            **sample,
+            missing_view="mirror",
+            generator=torch.default_generator,
+        )
+        assert (found.view, found.num_positive) == (wanted.view, wanted.num_positive) == ("exact", wanted.num_positive)
+        assert 0 < found.num_positive < len(found.labels) == 24
+        assert torch.equal(found.labels, wanted.labels)
+        torch.testing.assert_close(found.boxes, wanted.boxes, rtol=0, atol=1e-3)
+        for name in ("logits", "deltas", "embeddings"):
+            assert difference(getattr(found, name), getattr(wanted, name)) < 1e-5, name
+        features = [teacher_roi_features(x, cache.spec) for x in (found, wanted)]
+        assert difference(*features) < 1e-5
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -241,6 +274,8 @@ def test_the_live_teacher_computes_in_full_precision_and_draws_no_random_numbers
         views = source.targets(batch, torch.device("cpu"))
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(1))
-    assert all(isinstance(view, TeacherView) and view.view == "exact" for view in views)
     for view, other in zip(views, plain, strict=True):
+        assert isinstance(view, TeacherView)
+        assert isinstance(other, TeacherView)
+        assert view.view == "exact"
         assert all(torch.equal(a, b) for a, b in zip(view.pyramid, other.pyramid, strict=True))

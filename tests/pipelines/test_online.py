@@ -55,12 +55,34 @@ def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
     ended = kit.run("train-student", "--student", kit.student, code=2)
     assert "needs either --cache or --teacher-ckpt" in ended.err
     assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
-    message = kit.refused(*online(kit, work / "w", "--rois", "teacher"))
-    assert "--rois teacher needs a cache" in message
+    for options in (("--missing-view", "skip"), ("--missing-view", "mirror"), ("--allow-partial",)):
+        ended = kit.run(*online(kit, work / "w", *options), code=2)
+        assert f"{options[0]} is for trainings with --cache. Leave it out." in ended.err
+    ended = kit.run(*kit.student_command(work / "w", "--teacher-config", "faster-rcnn_r50_fpn_1x_coco"), code=2)
+    assert "--teacher-config is for trainings with --teacher-ckpt" in ended.err
+    assert not (work / "w").exists()
+
+
+def test_at_the_rois_of_the_teacher(kit: "Kit", work: Path) -> None:
+    """Asked for, and of a teacher whose head has convolutions by itself."""
+    options = ("--epochs", 1, "--methods", "sgfi,ckd,cls,careg,reg", "-o", "distill.rois.num=24")
+    ended = kit.run(*online(kit, work / "w", *options, "--rois", "teacher"))
+    assert "RoIs: those of the teacher (asked for)" in ended.out
     head = kit.config()
     head.model.roi_head.bbox_head.update(type="Shared4Conv1FCBBoxHead", conv_out_channels=16)
-    ckpt = kit.save_detector(work / "convs.pth", head)
-    message = kit.refused(*online(kit, work / "w", "--teacher-ckpt", ckpt))
-    assert "it has roi_head.bbox_head.shared_convs.0.conv" in message
-    assert "--rois teacher" in message
-    assert not (work / "w" / "student.pth").exists()
+    convs = ("--teacher-ckpt", kit.save_detector(work / "convs.pth", head))
+    ended = kit.run(*online(kit, work / "convs", *options, *convs))
+    assert "RoIs: those of the teacher" in ended.out
+    assert "it has roi_head.bbox_head.shared_convs.0.conv" in ended.out
+    for folder in ("w", "convs"):
+        (file,) = (work / folder).glob("*/vis_data/scalars.json")
+        steps = [json.loads(line) for line in file.read_text().splitlines() if "loss" in line]
+        for step in steps:
+            assert all(
+                step[name] > 0 for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg", "loss_kd_reg")
+            )
+            assert step["kd_positive"] + step["kd_negative"] == 4 * 24
+    message = kit.refused(*online(kit, work / "v", *convs, "--rois", "student"))
+    assert "shared_convs.0.conv" in message
+    assert "Use --rois teacher" in message
+    assert not (work / "v").exists()
