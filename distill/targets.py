@@ -1,6 +1,6 @@
 """What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.schema import CacheSpec
@@ -240,50 +241,78 @@ def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
 
 
 def teacher_roi_align(
-    pyramid: Sequence[Tensor | None], boxes: Tensor, spec: CacheSpec, size: int | None = None
+    pyramids: Mapping[int, Sequence[Tensor | None]], rois: Tensor, spec: CacheSpec, size: int | None = None
 ) -> Tensor:
-    """RoIAlign with the settings of the teacher's own extractor.
+    """RoIAlign with the settings of the teacher's own extractor, on images of the same size together.
 
     Args:
-        pyramid: The teacher's, per level Tensor[C, h_l, w_l], or None for a level that no box is assigned to.
-        boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
+        pyramids: The teacher's, by number of the image: per level Tensor[C, h_l, w_l] float32, or None for a level that
+            no RoI is assigned to.
+        rois: Tensor[R, 5] (image, x1, y1, x2, y2), pixels of the teacher's network input.
         spec: What the teacher is.
         size: Cells per side; by default those of the RoI features that students imitate.
 
     Returns:
         Tensor[R, C, size, size] float32.
     """
-    levels = [None if level is None else level[None] for level in pyramid[: spec.roi_levels]]
-    return roi_align_assigned(
-        levels,
-        spec.strides[: spec.roi_levels],
-        torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1),  # [R, 5]
-        spec.finest_scale,
-        size or spec.roi_size,
-        spec.roi_sampling_ratio,
-        spec.roi_aligned,
-    )
+    size = size or spec.roi_size
+    alike: dict[tuple[torch.Size | None, ...], list[int]] = {}
+    for index, pyramid in pyramids.items():
+        shapes = tuple(None if level is None else level.shape for level in pyramid[: spec.roi_levels])
+        alike.setdefault(shapes, []).append(index)
+    parts, parts_rows = [rois.new_zeros(0, spec.channels, size, size)], []
+    for shapes, images in alike.items():
+        own = rois[:, :1] == torch.tensor(images, device=rois.device)  # [R, images]
+        rows = own.any(dim=1).nonzero().squeeze(1)
+        levels = [
+            None if shape is None else torch.stack([pyramids[index][number] for index in images])  # type: ignore[misc]
+            for number, shape in enumerate(shapes)
+        ]
+        place = own[rows].int().argmax(dim=1, keepdim=True)
+        parts.append(
+            roi_align_assigned(
+                levels,
+                spec.strides[: spec.roi_levels],
+                torch.cat([place.to(rois), rois[rows, 1:]], dim=1),
+                spec.finest_scale,
+                size,
+                spec.roi_sampling_ratio,
+                spec.roi_aligned,
+            )
+        )
+        parts_rows.append(rows)
+    return torch.cat(parts)[torch.cat(parts_rows).argsort()] if parts_rows else parts[0]
 
 
-def teacher_roi_features(targets: RoiTargets, spec: CacheSpec) -> Tensor:
-    """The teacher's RoI features of the positives, in the student's orientation.
+def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tensor:
+    """The teacher's RoI features of the positives of a batch, in the student's orientation.
 
-    By RoIAlign on the cached pyramid with the teacher's own extractor settings, or as cached in the `roi` tier.
+    By RoIAlign on the cached pyramids with the teacher's own extractor settings, or as cached in the `roi` tier.
+
+    Args:
+        targets: Of each image.
+        spec: What the teacher is.
 
     Returns:
         Tensor[P, C, size, size] float32 on the targets' device.
     """
-    if targets.features is not None:
-        return targets.features
-    if targets.teacher is None or targets.num_positive == 0:
-        return targets.boxes.new_zeros(0, spec.channels, spec.roi_size, spec.roi_size)
-    teacher = targets.teacher
-    if teacher.features is None:
-        features = teacher.rois()
-    else:
-        assert targets.teacher_boxes is not None
-        features = teacher_roi_align(teacher.pyramid(), targets.teacher_boxes, spec)
-    return mirror_features(features) if targets.view == "mirrored" else features
+    pyramids, rois = {}, [targets[0].boxes.new_zeros(0, 5)]
+    for index, target in enumerate(targets):
+        if target.teacher is not None and target.teacher_boxes is not None and target.teacher.features is not None:
+            pyramids[index] = target.teacher.pyramid()
+            rois.append(functional.pad(target.teacher_boxes, (1, 0), value=index))
+    asked = torch.cat(rois)
+    pooled = teacher_roi_align(pyramids, asked, spec)
+    parts = []
+    for index, target in enumerate(targets):
+        if target.features is not None:
+            parts.append(target.features)
+            continue
+        features = pooled[asked[:, 0] == index]  # none where there is no pyramid
+        if target.teacher is not None and index not in pyramids:
+            features = target.teacher.rois()
+        parts.append(mirror_features(features) if target.view == "mirrored" else features)
+    return torch.cat(parts)
 
 
 def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collection[str]) -> tuple[BatchRois, Answers]:
@@ -303,5 +332,5 @@ def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collecti
             name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name != "features"
         }
     if "features" in needs:
-        said["features"] = torch.cat([teacher_roi_features(x, spec) for x in targets])  # [P, C, size, size]
+        said["features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
     return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)

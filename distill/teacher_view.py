@@ -104,9 +104,7 @@ def ask_teacher(
         levels = {index: view.levels() for index, view in enumerate(views) if (image == index).any()}
 
         def look(boxes: Tensor, size: int = spec.roi_size) -> Tensor:
-            parts = [boxes.new_zeros(0, spec.channels, size, size)]
-            parts += [teacher_roi_align(level, boxes[image == i], spec, size) for i, level in levels.items()]
-            return torch.cat(parts)
+            return teacher_roi_align(levels, torch.cat([asked.rois[:, :1], boxes], dim=1), spec, size)
 
         boxes = asked.rois[:, 1:].float()
         for index, view in enumerate(views):

@@ -117,7 +117,7 @@ def test_targets_from_a_float32_cache_are_those_of_the_live_teacher(
             pyramid, _ = teacher.pyramid(image, (96, 128), flip)
             said = teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([targets.boxes]))
         positives = said["bbox_feats"][: targets.num_positive]
-        torch.testing.assert_close(teacher_roi_features(targets, cache.spec), positives, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(teacher_roi_features([targets], cache.spec), positives, rtol=1e-4, atol=1e-5)
         for name, live in (
             ("logits", said["cls_score"]),
             ("deltas", said["bbox_pred"].reshape(len(targets.boxes), -1, 4)),
@@ -133,8 +133,8 @@ def test_stored_features_stay_close(
     exact = cached(tmp_path / "exact.zarr", teacher, data, spec_of(teacher, data))
     small = cached(tmp_path / "small.zarr", teacher, data, spec_of(teacher, data, dtype=dtype, codec="zstd"))
     for index in range(IMAGES):
-        wanted = teacher_roi_features(student_targets(exact, data, index, (96, 128), False), exact.spec)
-        found = teacher_roi_features(student_targets(small, data, index, (96, 128), False), small.spec)
+        wanted = teacher_roi_features([student_targets(exact, data, index, (96, 128), False)], exact.spec)
+        found = teacher_roi_features([student_targets(small, data, index, (96, 128), False)], small.spec)
         assert (found - wanted).norm() <= limit * wanted.norm()
 
 
@@ -150,7 +150,7 @@ def test_a_mirrored_target_is_the_mirror_image_of_the_unflipped_one(
     flipped[:, [0, 2]] = 128 - plain.boxes[:, [2, 0]]
     torch.testing.assert_close(mirrored.boxes, flipped, rtol=0, atol=1e-3)
     torch.testing.assert_close(
-        teacher_roi_features(mirrored, cache.spec), teacher_roi_features(plain, cache.spec).flip(-1)
+        teacher_roi_features([mirrored], cache.spec), teacher_roi_features([plain], cache.spec).flip(-1)
     )
     assert mirrored.deltas is not None
     assert plain.deltas is not None
