@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from kdpipe.distill.numeric import no_autocast
-from kdpipe.distill.rois import best_overlap, sample_rois
+from kdpipe.distill.pairing import pair_boxes
+from kdpipe.distill.rois import sample_rois
 from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.two_stage import StudentError, check_batch_augments
 
@@ -231,22 +232,22 @@ class DenseLoss:
             predictions.append(whole[sample.rows])
         return BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(predictions)
 
-    def paired(self, rois: Tensor, iou: float = 0.5) -> tuple[Tensor, DenseOutputs]:
+    def paired(self, rois: Tensor) -> tuple[Tensor, DenseOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
+
+        The overlap of a pair is an IoU of at least 0.5.
 
         Args:
             rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
-            iou: Least overlap of a pair.
 
         Returns:
             Which of the RoIs found a partner, Tensor[R] bool, and the student's outputs at the partners of these.
         """
         images = rois[:, 0].long()
-        overlap, predictions = rois.new_zeros(len(rois)), images.new_zeros(len(rois))
+        found, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
         for image in range(len(self.truths)):
             rows = (images == image).nonzero().squeeze(1)
-            overlap[rows], predictions[rows] = best_overlap(rois[rows, 1:], self._boxes(image))
-        found = overlap >= iou
+            found[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image))
         return found, self._at(images[found], predictions[found])
 
     def _boxes(self, image: int) -> Tensor:

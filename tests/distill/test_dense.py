@@ -1,6 +1,7 @@
 """Dense students: what they show is taken from their own loss, which does not notice."""
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from mmdet.models.dense_heads import ATSSHead
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from torch import Tensor
+from torchvision.ops import box_iou, roi_align
 
+from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill import rois
 from kdpipe.distill.ckd import ckd_loss, exclude_pairs
 from kdpipe.distill.dense import CKD_BRANCHES, DenseLoss, DenseStudent
@@ -80,18 +83,19 @@ def detector(pair: "type[Pair]", family: str, *methods: str, **options: Any) -> 
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
     options.setdefault("rois", {"num": 32})
     source = pair.source(pair.state(pair.head()))
-    model = DistilledDetector(config(family), pair.spec.to_json(), methods, source, **options)
+    student, spec = options.pop("student", None) or config(family), options.pop("spec", pair.spec)
+    model = DistilledDetector(student, spec.to_json(), methods, source, **options)
     model.init_weights()
     after_training(model.student, family)
     return model.train()
 
 
-def view(pair: "type[Pair]", seed: int, kind: str = "exact") -> TeacherView:
-    g = torch.Generator().manual_seed(seed)
+def view(pair: "type[Pair]", seed: int, kind: str = "exact", spec: CacheSpec | None = None) -> TeacherView:
+    g, spec = torch.Generator().manual_seed(seed), spec or pair.spec
     if kind == "skipped":
         return TeacherView(kind, np.eye(3))
-    sizes = [64 // stride for stride in pair.spec.strides[: pair.spec.roi_levels]]
-    levels = tuple(torch.randn(pair.spec.channels, size, size, generator=g) for size in sizes)
+    sizes = [64 // stride for stride in spec.strides[: spec.roi_levels]]
+    levels = tuple(torch.randn(spec.channels, size, size, generator=g) for size in sizes)
     return TeacherView(kind, np.eye(3), levels)
 
 
@@ -110,6 +114,21 @@ def watched(pair: "type[Pair]", model: DistilledDetector, **options: Any) -> Den
     with student.watch() as own:
         model.student.loss(prepared["inputs"], prepared["data_samples"])
     return own
+
+
+def teacher_features(spec: CacheSpec, views: list[TeacherView], rois: Tensor) -> Tensor:
+    """RoI features by mmdet's own extractor, Tensor[R, C, 7, 7]."""
+    extractor = MODELS.build(
+        {
+            "type": "SingleRoIExtractor",
+            "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
+            "out_channels": spec.channels,
+            "featmap_strides": list(spec.strides[: spec.roi_levels]),
+            "finest_scale": spec.finest_scale,
+        }
+    )
+    features: Tensor = extractor([torch.stack(level) for level in zip(*(x.pyramid for x in views), strict=True)], rois)
+    return features
 
 
 def naive_iou(a: list[float], b: list[float]) -> float:
@@ -134,10 +153,26 @@ def test_every_family_trains_all_of_its_parameters(pair: "type[Pair]", family: s
     assert {name.split(".")[0] for name in model.state_dict()} == {"student", "sgfi", "ckd"}
 
 
+def cached(pair: "type[Pair]", boxes: Tensor) -> RoiTargets:
+    """What a cache says of boxes of an image, its first an object."""
+    g = torch.Generator().manual_seed(1)
+    logits, embeddings = torch.randn(len(boxes), 4, generator=g), torch.randn(len(boxes), pair.width, generator=g)
+    labels = torch.tensor([0] + [3] * (len(boxes) - 1))
+    return RoiTargets(boxes, labels, 1, "exact", logits=logits, embeddings=embeddings)
+
+
+@pytest.mark.parametrize("rois", ["student", "teacher"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]", family: str) -> None:
-    model = detector(pair, family, *METHODS, weights=dict.fromkeys(("sgfi", "ckd", "cls"), 0.0))
-    total, _ = model.parse_losses(step(pair, model, [view(pair, 1), view(pair, 2)]))
+def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]", family: str, rois: str) -> None:
+    methods = {"sgfi": "sgfi", "ckd": "ckd", "pred": "cls"}
+    shown: list[Any] = [view(pair, 1), view(pair, 2)]
+    if rois == "teacher":
+        del methods["sgfi"]
+        shown = [cached(pair, torch.tensor([[8.0, 8, 40, 40], [0, 20, 30, 60], [30, 4, 34, 8]]))] * 2
+    model = detector(pair, family, *methods, weights=dict.fromkeys(methods.values(), 0.0))
+    losses = step(pair, model, shown)
+    assert all(losses[f"loss_{name}"].item() == 0 for name in ("ckd", "kd_cls"))
+    total, _ = model.parse_losses(losses)
     total.backward()
     drawn = torch.rand(1)
     plain = MODELS.build(config(family))
@@ -158,19 +193,21 @@ def test_boxes_are_those_that_mmdet_predicts(pair: "type[Pair]", family: str) ->
     model = detector(pair, family, *METHODS)
     own = watched(pair, model)
     head = model.student.bbox_head
-    metas = [{**meta, "scale_factor": (1.0, 1.0)} for meta in own.metas]
+    size = (40, 56)  # of the image without what pads it to the batch
+    metas = [{**meta, "img_shape": size, "scale_factor": (1.0, 1.0)} for meta in own.metas]
     outputs = [own.scores, own.regression]
     if family == "fcos_norm":  # in training, the head leaves the product with the stride to the loss
         outputs[1] = [level * stride for level, stride in zip(own.regression, (8, 16, 32, 64, 128), strict=True)]
     every = copy.deepcopy(model.student.test_cfg)
-    every.update(score_thr=-1.0, nms_pre=100000)
+    every.update(score_thr=-1.0, nms_pre=100000, min_bbox_size=-1)
     factors = {} if family in ("retinanet", "gfl") else {"score_factors": _ones(own)}
     if family == "paa":  # whose own code insists on NMS
         head = copy.copy(head)
         head.__class__ = ATSSHead
     found = head.predict_by_feat(*outputs, *factors.values(), batch_img_metas=metas, cfg=every, with_nms=False)
     for image, result in enumerate(found):
-        ours = DenseStudent(model.student).boxes(own.regression, image, (64, 64))
+        ours = DenseStudent(model.student).boxes(own.regression, image, size)
+        assert ours[:, 2:].amax(dim=0).tolist() == [56, 40]
         wanted = result.bboxes.unique(dim=0)
         torch.testing.assert_close(ours.unique(dim=0), wanted, atol=1e-4, rtol=0)
         assert len(wanted) > 50
@@ -224,6 +261,7 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
 
 def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
     own = watched(pair, detector(pair, "retinanet", *METHODS))
+    own.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
     chosen = own.chosen
     for image, truth in enumerate(own.truths):
         rows = (chosen.rois[:, 0] == image).nonzero().squeeze(1).tolist()
@@ -231,7 +269,9 @@ def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
         assert 0 < sum(chosen.positive[rows].tolist()) <= 8
         for row in rows:
             box = chosen.rois[row, 1:].tolist()
-            assert 0 <= min(box) <= max(box) <= 64
+            high, wide = ((64, 64), (44, 60))[image]
+            assert 0 <= box[0] < box[2] <= wide
+            assert 0 <= box[1] < box[3] <= high
             overlaps = [naive_iou(box, gt) for gt in truth.bboxes.tolist()]
             assert bool(chosen.positive[row]) == (max(overlaps) >= 0.5)
             wanted = truth.labels[overlaps.index(max(overlaps))] if max(overlaps) >= 0.5 else 3
@@ -267,26 +307,46 @@ def test_losses_are_those_of_the_parts(pair: "type[Pair]") -> None:
     own = watched(pair, model)
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
     chosen, outputs = own.chosen, own.outputs
-    head, spec = pair.head(), pair.spec
-    extractor = MODELS.build(
-        {
-            "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
-            "out_channels": pair.channels,
-            "featmap_strides": list(spec.strides[: spec.roi_levels]),
-            "finest_scale": spec.finest_scale,
-        }
-    )
-    levels = [torch.stack(level) for level in zip(view(pair, 1).pyramid, view(pair, 2).pyramid, strict=True)]
+    head = pair.head()
+    features = teacher_features(pair.spec, [view(pair, 1), view(pair, 2)], chosen.rois)
     seen: list[Tensor] = []
     head.fc_cls.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    logits, _ = head(extractor(levels, chosen.rois))
+    logits, _ = head(features)
     close = torch.testing.assert_close
     close(losses["loss_kd_cls"], dense_classification_kd_loss(outputs.logits, logits))
     exclude = exclude_pairs(chosen.rois[:, 1:], chosen.rois[:, 0].long())
     ours = model.ckd.f_theta(model.ckd.lifted(outputs.embeddings, outputs.anchors))
     close(losses["loss_ckd"], ckd_loss(ours, model.ckd.f_theta(seen[0].detach()), exclude=exclude))
-    assert {name for name in losses if name.startswith("sgfi_level")} == {f"sgfi_level{i}" for i in range(5)}
+
+
+@pytest.mark.parametrize("levels", [5, 3])
+@pytest.mark.parametrize(("strides", "roi_levels"), [((4, 8, 16, 32, 64), 4), ((8, 16, 32), 2), ((16,), 1)])
+def test_sgfi_is_across_all_levels_whatever_the_teachers_are(
+    pair: "type[Pair]", levels: int, strides: tuple[int, ...], roi_levels: int
+) -> None:
+    """Equation 1 in float64, on RoI features of torchvision and of mmdet's extractor."""
+    spec = replace(pair.spec, strides=strides, roi_levels=roi_levels)
+    student = config("retinanet")
+    student.neck.num_outs = levels  # from P3 on
+    every = [8, 16, 32, 64, 128][:levels]
+    student.bbox_head.anchor_generator.strides = every
+    model = detector(pair, "retinanet", "sgfi", student=student, spec=spec)
+    own = watched(pair, model)
+    views = [view(pair, 1, spec=spec), view(pair, 2, spec=spec)]
+    losses = step(pair, model, views)
+    rois = own.chosen.rois[own.chosen.positive]
+    assert len(rois) == int(losses["kd_positive"]) > 3
+    wanted = teacher_features(spec, views, rois).double()
+    sgfi = copy.deepcopy(model.sgfi).double()
+    features = [roi_align(x, rois, 7, 1 / stride, 2, True) for x, stride in zip(own.pyramid, every, strict=True)]
+    adapted = torch.stack([sgfi.adapt(x.double()) for x in features], dim=1)  # [P, L, C, 7, 7]
+    keys = torch.stack([sgfi.embed(adapted[:, level].clone()) for level in range(levels)], dim=1)
+    alpha = ((keys * sgfi.embed(wanted.clone())[:, None]).sum(dim=2) / sgfi.temperature).softmax(dim=1)  # [P, L]
+    mixed = (alpha[..., None, None, None] * adapted).sum(dim=1)
+    assert losses["loss_sgfi"].item() == pytest.approx((mixed - wanted).square().mean().item(), rel=1e-4)
+    assert {name for name in losses if name.startswith("sgfi_level")} == {f"sgfi_level{i}" for i in range(levels)}
+    for level in range(levels):
+        assert losses[f"sgfi_level{level}"].item() == pytest.approx(alpha[:, level].mean().item(), rel=1e-4)
 
 
 def test_cached_boxes_are_paired_with_the_box_that_overlaps_them_most(pair: "type[Pair]") -> None:
@@ -316,13 +376,10 @@ def test_cached_rois_without_a_partner_are_counted_and_left_to_sgfi(pair: "type[
     near = DenseStudent(model.student).boxes(own.regression, 0, (64, 64))[[5, 20, 40]]
     far = torch.tensor([[0.0, 0.0, 2.0, 2.0], [60.0, 0.0, 64.0, 64.0]])
     boxes = torch.cat([near, far])
-    g = torch.Generator().manual_seed(1)
-    logits, embeddings = torch.randn(5, 4, generator=g), torch.randn(5, pair.width, generator=g)
-    labels = torch.zeros(5, dtype=torch.int64)
-    targets = RoiTargets(boxes, labels, 5, "exact", logits=logits, embeddings=embeddings)
-    losses = step(pair, model, [targets])
+    losses = step(pair, model, [cached(pair, boxes)])
     assert int(losses["kd_unpaired"]) == 2
-    assert int(losses["kd_positive"]) == 5
+    assert int(losses["kd_positive"]) == 1
+    assert int(losses["kd_negative"]) == 4
     assert int(model.ckd.queue.count) == 3
 
 
@@ -362,7 +419,17 @@ def test_overlaps_in_slices_are_those_of_one_piece(monkeypatch: pytest.MonkeyPat
     corner = torch.rand(90, 2, generator=g) * 50
     boxes = torch.cat([corner, corner + 1 + torch.rand(90, 2, generator=g) * 30], dim=1)
     whole = best_overlap(boxes[:60], boxes[60:])
+    sizes: list[int] = []
+
+    def watch(one: Tensor, two: Tensor) -> Tensor:
+        sizes.append(len(one) * len(two))
+        overlaps: Tensor = box_iou(one, two)
+        return overlaps
+
+    monkeypatch.setattr(rois, "box_iou", watch)
     monkeypatch.setattr(rois, "_SLICE_ELEMENTS", 70)
+    assert best_overlap(boxes, boxes[:2])[0].shape == (90,)
+    assert max(sizes) == 70
     for found, wanted in zip(best_overlap(boxes[:60], boxes[60:]), whole, strict=True):
         assert torch.equal(found, wanted)
     for row in range(60):

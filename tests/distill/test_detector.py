@@ -1,100 +1,48 @@
 """DistilledDetector: the student's own loss, plus what the paper adds, at the RoIs that it is given."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
-from mmengine.structures import InstanceData
 from torch import Tensor
 
-from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.source import CachedTeacher
 from kdpipe.distill.targets import RoiTargets
 from kdpipe.distill.two_stage import TwoStageStudent
-from kdpipe.pipelines.configs import find_config
 
-CLASSES = 3
-SPEC = CacheSpec(
-    tier="roi",
-    dtype="float32",
-    codec="none",
-    class_names=("a", "b", "c"),
-    category_ids=(1, 2, 3),
-    channels=10,
-    strides=(4, 8, 16, 32, 64),
-    roi_levels=4,
-    finest_scale=28,
-    roi_size=7,
-    roi_sampling_ratio=0,
-    roi_aligned=True,
-    embedding_dim=20,
-    box_means=(0.0, 0.0, 0.0, 0.0),
-    box_stds=(0.1, 0.1, 0.2, 0.2),
-    class_agnostic=False,
-    proposals=50,
-    views=("identity",),
-    scale=(64, 64),
-)
+if TYPE_CHECKING:
+    from tests.distill.conftest import Pair
 
 
-def student_config() -> Any:
-    register_all_modules(init_default_scope=True)
-    model = find_config("faster-rcnn_r50_fpn_1x_coco").model
-    model.backbone.update(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1, norm_eval=False)
-    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
-    model.rpn_head.update(in_channels=8, feat_channels=8)
-    model.roi_head.bbox_roi_extractor.out_channels = 8
-    model.roi_head.bbox_head.update(in_channels=8, fc_out_channels=16, num_classes=CLASSES)
-    model.train_cfg.rcnn.sampler.num = 16
-    model.train_cfg.rpn_proposal.max_per_img = 20
-    return model
-
-
-def detector(*methods: str, **options: Any) -> DistilledDetector:
+def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    model = DistilledDetector(student_config(), SPEC.to_json(), methods, CachedTeacher("x.zarr"), **options)
+    model = DistilledDetector(pair.student(), pair.spec.to_json(), methods, CachedTeacher("x.zarr"), **options)
     model.init_weights()
     return model
 
 
-def batch(count: int = 2) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(1)
-    inputs, samples = [], []
-    for _ in range(count):
-        inputs.append(torch.randint(0, 256, (3, 64, 64), generator=g, dtype=torch.uint8))
-        sample = DetDataSample(metainfo={"img_shape": (64, 64), "ori_shape": (64, 64), "scale_factor": (1.0, 1.0)})
-        corner = torch.rand(3, 2, generator=g) * 30
-        sample.gt_instances = InstanceData(
-            bboxes=torch.cat([corner, corner + 20], dim=1), labels=torch.randint(0, CLASSES, (3,), generator=g)
-        )
-        samples.append(sample)
-    return {"inputs": inputs, "data_samples": samples}
-
-
-def targets(seed: int, rois: int = 12, positives: int = 4) -> RoiTargets:
+def targets(pair: "type[Pair]", seed: int, rois: int = 12, positives: int = 4) -> RoiTargets:
     """Made-up targets, whose RoI features stand in for a cache of the `roi` tier."""
     g = torch.Generator().manual_seed(seed)
     corner = torch.rand(rois, 2, generator=g) * 30
     boxes = torch.cat([corner, corner + 4 + torch.rand(rois, 2, generator=g) * 25], dim=1)
-    labels = torch.full((rois,), CLASSES)
-    labels[:positives] = torch.randint(0, CLASSES, (positives,), generator=g)
+    labels = torch.full((rois,), pair.classes)
+    labels[:positives] = torch.randint(0, pair.classes, (positives,), generator=g)
     return RoiTargets(
         boxes=boxes,
         labels=labels,
         num_positive=positives,
         view="exact",
-        logits=torch.randn(rois, CLASSES + 1, generator=g).half(),
-        deltas=torch.randn(rois, CLASSES, 4, generator=g).half(),
-        embeddings=torch.randn(rois, SPEC.embedding_dim, generator=g).half(),
-        teacher=_RoiFeatures(torch.randn(positives, SPEC.channels, 7, 7, generator=g)),  # type: ignore[arg-type]
+        logits=torch.randn(rois, pair.classes + 1, generator=g).half(),
+        deltas=torch.randn(rois, pair.classes, 4, generator=g).half(),
+        embeddings=torch.randn(rois, pair.spec.embedding_dim, generator=g).half(),
+        teacher=_RoiFeatures(torch.randn(positives, pair.spec.channels, 7, 7, generator=g)),  # type: ignore[arg-type]
     )
 
 
@@ -108,17 +56,16 @@ class _RoiFeatures:
         return self._features
 
 
-def step(model: DistilledDetector, shown: list[RoiTargets]) -> dict[str, Tensor]:
-    data = batch(len(shown))
-    prepared = model.data_preprocessor.student({"inputs": data["inputs"], "data_samples": data["data_samples"]}, True)
+def step(pair: "type[Pair]", model: DistilledDetector, shown: list[RoiTargets]) -> dict[str, Tensor]:
+    prepared = model.data_preprocessor.student(pair.batch(len(shown)), True)
     torch.manual_seed(5)
     result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=shown)
     return result
 
 
-def test_every_method_adds_its_loss_and_trains_every_parameter() -> None:
-    model = detector("sgfi", "ckd", "pred", "reg")
-    losses = step(model, [targets(1), targets(2)])
+def test_every_method_adds_its_loss_and_trains_every_parameter(pair: "type[Pair]") -> None:
+    model = detector(pair, "sgfi", "ckd", "pred", "reg")
+    losses = step(pair, model, [targets(pair, 1), targets(pair, 2)])
     added = {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg", "loss_kd_reg"}
     assert added <= set(losses)
     total, _ = model.parse_losses(losses)
@@ -130,12 +77,11 @@ def test_every_method_adds_its_loss_and_trains_every_parameter() -> None:
     assert int(losses["kd_negative"]) == 16
 
 
-def test_losses_are_those_of_the_student_at_the_given_rois() -> None:
-    model = detector("pred", "reg")
-    shown = [targets(1), targets(2, rois=7, positives=2)]
-    losses = step(model, shown)
-    data = batch(2)
-    prepared = model.data_preprocessor.student(data, True)
+def test_losses_are_those_of_the_student_at_the_given_rois(pair: "type[Pair]") -> None:
+    model = detector(pair, "pred", "reg")
+    shown = [targets(pair, 1), targets(pair, 2, rois=7, positives=2)]
+    losses = step(pair, model, shown)
+    prepared = model.data_preprocessor.student(pair.batch(2), True)
     view = TwoStageStudent(model.student)
     pyramid = model.student.extract_feat(prepared["inputs"])
     rois = torch.cat([torch.cat([torch.full((len(x.boxes), 1), float(i)), x.boxes], 1) for i, x in enumerate(shown)])
@@ -148,25 +94,25 @@ def test_losses_are_those_of_the_student_at_the_given_rois() -> None:
     torch.testing.assert_close(losses["loss_kd_careg"], class_aware_regression_kd_loss(said.deltas, deltas, logits))
 
 
-def test_deltas_of_another_box_coder_are_compared_in_the_same_unit() -> None:
-    model = detector("reg")
-    usual = step(model, [targets(1)])["loss_kd_reg"]
-    other = replace(SPEC, box_stds=(0.2, 0.2, 0.4, 0.4))
+def test_deltas_of_another_box_coder_are_compared_in_the_same_unit(pair: "type[Pair]") -> None:
+    model = detector(pair, "reg")
+    usual = step(pair, model, [targets(pair, 1)])["loss_kd_reg"]
+    other = replace(pair.spec, box_stds=(0.2, 0.2, 0.4, 0.4))
     model.spec = other  # the same offsets in pixels are half as large in this coder
-    shown = targets(1)
+    shown = targets(pair, 1)
     assert shown.deltas is not None
-    halved = step(model, [replace(shown, deltas=shown.deltas / 2)])["loss_kd_reg"]
+    halved = step(pair, model, [replace(shown, deltas=shown.deltas / 2)])["loss_kd_reg"]
     torch.testing.assert_close(halved, usual / 2)
 
 
-def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet() -> None:
+def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]") -> None:
     methods = ("sgfi", "ckd", "cls", "careg")
-    model = detector(*methods, weights=dict.fromkeys(methods, 0.0))
-    total, _ = model.parse_losses(step(model, [targets(1), targets(2)]))
+    model = detector(pair, *methods, weights=dict.fromkeys(methods, 0.0))
+    total, _ = model.parse_losses(step(pair, model, [targets(pair, 1), targets(pair, 2)]))
     total.backward()
-    plain = MODELS.build(student_config())
-    plain.load_state_dict(detector(*methods).student.state_dict())
-    prepared = plain.data_preprocessor(batch(2), True)
+    plain = MODELS.build(pair.student())
+    plain.load_state_dict(detector(pair, *methods).student.state_dict())
+    prepared = plain.data_preprocessor(pair.batch(2), True)
     torch.manual_seed(5)
     total, _ = plain.parse_losses(plain.loss(prepared["inputs"], prepared["data_samples"]))
     total.backward()
@@ -175,18 +121,18 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet() -> None:
         assert torch.equal(ours[name].grad, parameter.grad), name
 
 
-def test_images_without_targets_keep_the_graph_whole() -> None:
-    model = detector("sgfi", "ckd", "pred")
+def test_images_without_targets_keep_the_graph_whole(pair: "type[Pair]") -> None:
+    model = detector(pair, "sgfi", "ckd", "pred")
     nothing = RoiTargets(
         boxes=torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64),
         num_positive=0,
         view="skipped",
-        logits=torch.zeros(0, CLASSES + 1),
-        deltas=torch.zeros(0, CLASSES, 4),
-        embeddings=torch.zeros(0, SPEC.embedding_dim),
+        logits=torch.zeros(0, pair.classes + 1),
+        deltas=torch.zeros(0, pair.classes, 4),
+        embeddings=torch.zeros(0, pair.spec.embedding_dim),
     )
-    losses = step(model, [nothing, nothing])
+    losses = step(pair, model, [nothing, nothing])
     total, _ = model.parse_losses(losses)
     total.backward()
     assert torch.isfinite(total)
@@ -195,17 +141,17 @@ def test_images_without_targets_keep_the_graph_whole() -> None:
     assert int(losses["kd_skipped"]) == 2
 
 
-def test_the_queue_fills_and_is_part_of_the_checkpoint() -> None:
-    model = detector("ckd")
-    step(model, [targets(1), targets(2)])
-    other = detector("ckd")
+def test_the_queue_fills_and_is_part_of_the_checkpoint(pair: "type[Pair]") -> None:
+    model = detector(pair, "ckd")
+    step(pair, model, [targets(pair, 1), targets(pair, 2)])
+    other = detector(pair, "ckd")
     other.load_state_dict(model.state_dict())
     assert int(other.ckd.queue.count) == 24
     assert torch.equal(other.ckd.queue.negatives(), model.ckd.queue.negatives())
 
 
-def test_targets_move_in_storage_type() -> None:
-    moved = targets(1)
+def test_targets_move_in_storage_type(pair: "type[Pair]") -> None:
+    moved = targets(pair, 1)
     moved = replace(moved, teacher=None).to("cpu")
     assert moved.logits is not None
     assert moved.logits.dtype == torch.float16
@@ -242,34 +188,34 @@ def test_methods_that_cannot_be(methods: tuple[str, ...]) -> None:
         ("predictions", "sgfi", "pyramid"),
     ],
 )
-def test_a_tier_that_cannot_serve_a_loss(tier: str, loss: str, again: str) -> None:
+def test_a_tier_that_cannot_serve_a_loss(pair: "type[Pair]", tier: str, loss: str, again: str) -> None:
     with pytest.raises(ContractError, match=f"{loss}.*--targets {again}"):
-        check_contract(replace(SPEC, tier=tier), (loss,))
+        check_contract(replace(pair.spec, tier=tier), (loss,))
 
 
-def test_class_agnostic_sides_cannot_be_class_aware() -> None:
+def test_class_agnostic_sides_cannot_be_class_aware(pair: "type[Pair]") -> None:
     with pytest.raises(ContractError, match="class-agnostic"):
-        check_contract(replace(SPEC, class_agnostic=True), ("careg",))
-    config = student_config()
+        check_contract(replace(pair.spec, class_agnostic=True), ("careg",))
+    config = pair.student()
     config.roi_head.bbox_head.reg_class_agnostic = True
     with pytest.raises(ContractError, match="reg_class_agnostic=False"):
-        DistilledDetector(config, SPEC.to_json(), ("pred",), CachedTeacher("x.zarr"))
+        DistilledDetector(config, pair.spec.to_json(), ("pred",), CachedTeacher("x.zarr"))
 
 
-def test_a_student_with_other_classes_is_refused() -> None:
-    config = student_config()
+def test_a_student_with_other_classes_is_refused(pair: "type[Pair]") -> None:
+    config = pair.student()
     config.roi_head.bbox_head.num_classes = 5
     with pytest.raises(ContractError, match="5 classes and the cache 3"):
-        DistilledDetector(config, SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"))
+        DistilledDetector(config, pair.spec.to_json(), ("cls",), CachedTeacher("x.zarr"))
 
 
-def test_a_weight_without_its_loss_is_refused() -> None:
+def test_a_weight_without_its_loss_is_refused(pair: "type[Pair]") -> None:
     with pytest.raises(ContractError, match="sgfi"):
-        DistilledDetector(student_config(), SPEC.to_json(), ("cls",), CachedTeacher("x.zarr"), weights={"sgfi": 2.0})
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("cls",), CachedTeacher("x.zarr"), weights={"sgfi": 2.0})
 
 
-def test_a_batch_without_targets_is_refused() -> None:
-    model = detector("cls")
-    data = model.data_preprocessor(batch(1), True)
+def test_a_batch_without_targets_is_refused(pair: "type[Pair]") -> None:
+    model = detector(pair, "cls")
+    data = model.data_preprocessor(pair.batch(1), True)
     with pytest.raises(ContractError, match="AddTeacherTargets"):
         model(data["inputs"], data["data_samples"], mode="loss")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -50,6 +50,7 @@ class Kit:
         cache: made from the teacher with the default options and `VIEW`.
     """
 
+    DENSE: ClassVar = {"retinanet": "retinanet_r18_fpn_1x_coco", "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco"}
     VIEW = ("--scale", "128x96", "--proposals", "40")
     classes = CLASS_NAMES
 
@@ -193,6 +194,21 @@ class Kit:
         for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
             loader.dataset.pipeline = set_scale(loader.dataset.pipeline, SCALE)
         set_num_classes(config.model, classes)
+        return config
+
+    @classmethod
+    def dense(cls, family: str, classes: int = len(CLASS_NAMES)) -> Config:
+        """A student that predicts boxes densely, narrow, and with boxes of about 25 pixels as after some training."""
+        config = cls.config(cls.DENSE[family], channels=8, classes=classes)
+        config.model.backbone.norm_cfg.requires_grad = True
+        head = config.model.bbox_head
+        head.stacked_convs = 1
+        if family == "fcos":
+            head.norm_cfg = {"type": "GN", "num_groups": 2, "requires_grad": True}
+            boxes = {"type": "Normal", "name": "conv_reg", "std": 0.1, "bias": 2.5}
+            head.init_cfg = {"type": "Normal", "layer": "Conv2d", "std": 0.01, "override": boxes}
+        else:
+            head.anchor_generator.octave_base_scale = 2
         return config
 
     @staticmethod

@@ -14,25 +14,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*meshgrid:UserWarning")  # of mmdet's FCOS head
 
-ZOO = {"retinanet": "retinanet_r18_fpn_1x_coco", "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco"}
+FAMILIES = ("retinanet", "fcos")
 QUEUE = ("-o", "distill.ckd.queue_size=256")
 
 
 def student(kit: "Kit", work: Path, family: str) -> Path:
     """A narrow student of a family, in a file."""
-    config = kit.config(ZOO[family], channels=8)
-    config.model.backbone.norm_cfg.requires_grad = True
-    head = config.model.bbox_head
-    head.stacked_convs = 1
-    if family == "fcos":
-        head.norm_cfg = {"type": "GN", "num_groups": 2, "requires_grad": True}
-        # boxes of about 25 pixels, as after some training
-        boxes = {"type": "Normal", "name": "conv_reg", "std": 0.1, "bias": 2.5}
-        head.init_cfg = {"type": "Normal", "layer": "Conv2d", "std": 0.01, "override": boxes}
-    else:
-        head.anchor_generator.octave_base_scale = 2
     path = work / f"{family}.py"
-    path.write_text(config.pretty_text)
+    path.write_text(kit.dense(family).pretty_text)
     return path
 
 
@@ -51,7 +40,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("family", list(ZOO))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rois", ["student", "teacher"])
 def test_trains_from_the_cache_of_a_two_stage_teacher(kit: "Kit", work: Path, family: str, rois: str) -> None:
     options = ("--methods", "sgfi,ckd,pred", "--rois", rois, "-o", "distill.rois.num=64", "--epochs", 2)
@@ -96,7 +85,7 @@ def test_a_config_of_the_zoo_by_name(kit: "Kit", work: Path) -> None:
     )
     options = [part for option in narrow for part in ("-o", option)]
     command = kit.student_command(work / "w", "--methods", "sgfi,ckd", *options, *QUEUE, "--ckd-branch", "combined")
-    kit.run(*[ZOO["retinanet"] if part == kit.student else part for part in command])
+    kit.run(*[kit.DENSE["retinanet"] if part == kit.student else part for part in command])
     assert {"loss_sgfi", "loss_ckd"} <= log(work / "w")[0].keys()
 
 
@@ -110,6 +99,15 @@ def test_resumed_is_undisturbed(kit: "Kit", work: Path, monkeypatch: pytest.Monk
     kit.run(*command, "--resume")
     one, two = weights(work / "straight"), weights(work / "w")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("loss", "name"), [("ckd", "loss_ckd"), ("cls", "loss_kd_cls")])
+def test_a_loss_that_is_not_finite_ends_a_training(kit: "Kit", work: Path, loss: str, name: str) -> None:
+    path = student(kit, work, "retinanet")
+    options = ("--student", path, "--methods", "ckd,pred", "-o", f"distill.weights.{loss}=3.4e38")
+    message = kit.refused(*kit.student_command(work / "w", *QUEUE, *options))
+    assert f"At step 1, {name} is inf (images " in message
+    assert not list((work / "w").glob("*.pth"))
 
 
 def test_the_branch_changes_what_is_learned(kit: "Kit", work: Path) -> None:
@@ -128,6 +126,10 @@ def test_what_does_not_fit_is_said(kit: "Kit", work: Path) -> None:
     for method in ("reg", "careg", "ht"):
         message = kit.refused(*kit.student_command(work / "w", "--student", path, "--methods", method))
         assert f"--methods {method} needs the box head of a two-stage student" in message
+    message = kit.refused(*kit.student_command(work / "w", "--student", path, "--ckd-branch", "both"), code=2)
+    assert "'classification', 'localization', 'combined'" in message
+    message = kit.refused(*kit.student_command(work / "w", "--student", "vfnet_r50_fpn_1x_coco"))
+    assert "the head VFNetHead. Expected a two-stage detector, or a single-stage one" in message
     message = kit.refused(*kit.student_command(work / "w", "--ckd-branch", "combined"))
     assert "--ckd-branch combined is for students that predict boxes densely" in message
     assert not (work / "w" / "student.pth").exists()

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
 
 
-def two_processes(work: Path, *args: object) -> "subprocess.CompletedProcess[str]":
+def two_processes(
+    work: Path, *args: object, run: tuple[str, ...] = ("-m", "kdpipe.pipelines.cli")
+) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, "-m", "kdpipe.pipelines.cli", *map(str, args)],
+        [*command, *run, *map(str, args)],
         cwd=work,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,
@@ -77,3 +79,66 @@ def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path) ->
     assert done.returncode == 1
     assert "loss_ckd is inf" in done.stderr
     assert not list((work / "w").glob("*.pth"))
+
+
+KEEP = """
+import sys, torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from kdpipe.pipelines.cli import main
+
+class Keep(Hook):
+    positives = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.positives.append(int(outputs["kd_positive"]))
+
+    def after_train(self, runner):
+        kept = {"state": runner.model.module.state_dict(), "positives": self.positives}
+        kept["unused"] = runner.model.find_unused_parameters
+        torch.save(kept, f"rank{runner.rank}.pt")
+
+train = Runner.train
+
+def kept(self):
+    self.register_hook(Keep())
+    return train(self)
+
+Runner.train = kept
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("retinanet", ("--amp",)), ("fcos", ()), ("retinanet", ("--rois", "teacher", "--missing-view", "skip"))],
+)
+def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, options: Any) -> None:
+    """Also where one of them has no positive RoI: objects too small for any predicted box, or a flipped image."""
+    boxes = json.loads(kit.ann.read_text())["annotations"]
+    one = boxes[0]["image_id"]
+    small = [{**x, "bbox": [*x["bbox"][:2], 2, 2], "area": 4} if x["image_id"] == one else x for x in boxes]
+    ann = kit.annotations(work / "small.json", annotations=small)
+    cache = work / "x.zarr"
+    kit.run("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", cache)
+    (work / "student.py").write_text(kit.dense(family).pretty_text)
+    (work / "keep.py").write_text(KEEP)
+    recipe = ("--cache", cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0)
+    more = ("--methods", "sgfi,ckd,pred", "--work-dir", "w", "-o", "distill.ckd.queue_size=4096", "--seed", 1)
+    done = two_processes(work, "train-student", *recipe, *more, *options, run=("keep.py",))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert not any(rank["unused"] for rank in ranks)
+    pairs = list(zip(*(rank["positives"] for rank in ranks), strict=True))
+    assert len(pairs) == 8
+    assert sum((a == 0) != (b == 0) for a, b in pairs) >= 1, pairs
+    states = [rank["state"] for rank in ranks]
+    assert 0 < int(states[0]["ckd.queue.count"]) <= 4096
+    names = [name for name in states[0] if "running_" not in name]  # statistics of BatchNorm are those of a process
+    assert {name.split(".")[0] for name in names} == {"student", "sgfi", "ckd"}
+    different = [name for name in names if not torch.equal(states[0][name], states[1][name])]
+    assert different == []
+    started = torch.load(work / "w" / "epoch_1.student.pth", weights_only=True)["state_dict"]
+    ended = torch.load(work / "w" / "student.pth", weights_only=True)["state_dict"]
+    assert any(not torch.equal(started[name], ended[name]) for name in started)
