@@ -163,7 +163,7 @@ def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, fl
         torch.testing.assert_close(found.boxes, wanted.boxes, rtol=0, atol=1e-3)
         for name in ("logits", "deltas", "embeddings"):
             assert difference(getattr(found, name), getattr(wanted, name)) < 1e-5, name
-        features = [teacher_roi_features(x, cache.spec) for x in (found, wanted)]
+        features = [teacher_roi_features([x], cache.spec) for x in (found, wanted)]
         assert difference(*features) < 1e-5
 
 
