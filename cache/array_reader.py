@@ -6,7 +6,6 @@ number of parts has no more descriptors than one read needs, and a child inherit
 """
 
 import math
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from kdpipe.cache.arrays import shard_name
+from kdpipe.cache.buffers import take
 from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, chunk_gap, read_chunks, stored_sizes
 
@@ -119,7 +119,7 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        decoded = _page_aligned(len(numbers) * self._chunk_bytes)
+        decoded = take(len(numbers) * self._chunk_bytes)
         buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         runs: list[StoredRun] = []
         opened, end, filled = {}, (-1, 0), 0  # where in which file the last run ends, and its bytes
@@ -230,17 +230,6 @@ def read_array(folder: Path, codec: str) -> Block:
     if not layout.shape:
         return blocks[0]
     return np.concatenate(blocks)[: layout.shape[0]] if blocks else np.empty(layout.shape, dtype=_dtype(layout))
-
-
-def _page_aligned(size: int) -> npt.NDArray[np.uint8]:
-    """[size] memory for bytes from a file.
-
-    A destination that lies a few bytes further into its page than the source does into its own takes the kernel half as
-    long again to copy to (its loads look as if they depended on the stores before), and that is where malloc puts it.
-    """
-    memory = np.empty(size + mmap.PAGESIZE, dtype=np.uint8)
-    start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
-    return memory[start : start + size]
 
 
 def _dtype(layout: Layout) -> np.dtype[Any]:

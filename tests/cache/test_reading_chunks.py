@@ -180,6 +180,20 @@ def test_a_chunk_of_another_size(tmp_path: Path) -> None:
         read_array(folder, "zstd")
 
 
+@pytest.mark.parametrize("at", [0.0, 0.26, 0.6, 0.99])
+def test_a_chunk_that_is_checked_in_blocks(
+    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, at: float
+) -> None:
+    """A bit in the first block, in the others, and in the checksum that follows them."""
+    monkeypatch.setattr("kdpipe.cache.codecs._BLOCK_BYTES", 100)
+    values = np.arange(250, dtype=np.int8)
+    write_array(tmp_path / "a", values, "none")
+    np.testing.assert_array_equal(read_array(tmp_path / "a", "none"), values)
+    kit.flip_bit(tmp_path / "a" / "c.0", at)
+    with pytest.raises(ValueError, match="the checksum of the 254 bytes at 0 does not fit"):
+        read_array(tmp_path / "a", "none")
+
+
 def test_what_cannot_be_read_is_not_called_damaged(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the disk or of the system is no reason to delete anything."""
     cache = open_cache(cache_path)
