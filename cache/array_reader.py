@@ -1,8 +1,8 @@
 """Reads stored arrays: the rows that are asked for, whole chunks at a time, each with its checksum checked.
 
-The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), so nothing
-here is shared with another read. A file is opened for each read and closed after it: a process that reads from any
-number of parts has no more descriptors than one read needs, and a child inherits none.
+The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), in memory
+that nobody else has while that array lives. A file is opened for each read and closed after it: a process that reads
+from any number of parts has no more descriptors than one read needs, and a child inherits none.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from kdpipe.cache.arrays import shard_name
-from kdpipe.cache.buffers import take
+from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, chunk_gap, read_chunks, stored_sizes
 
@@ -28,6 +28,8 @@ _MAX_THREADS = 8
 # Uncompressed chunks that are read in one go.
 _RUN_BYTES = 1 << 20
 _RUN_CHUNKS = 256
+# Of this process: a forked child has its own copy.
+_BUFFERS = Buffers()
 
 # Of an array: a range, or numbers in any order.
 Rows = range | npt.NDArray[np.int64]
@@ -119,7 +121,7 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        decoded = take(len(numbers) * self._chunk_bytes)
+        decoded = _BUFFERS.take(len(numbers) * self._chunk_bytes)
         buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         runs: list[StoredRun] = []
         opened, end, filled = {}, (-1, 0), 0  # where in which file the last run ends, and its bytes

@@ -1,18 +1,19 @@
 """Memory that is used again: never while somebody has it, and not too much of it."""
 
-import gc
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from kdpipe.cache import TeacherTargets, buffers, open_cache
-from kdpipe.cache.buffers import take
+from kdpipe.cache import TeacherTargets, array_reader, open_cache
+from kdpipe.cache.buffers import Buffers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
     from tests.cache.conftest import Kit
 
 SIZE = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def nothing_free() -> Iterator[None]:
-    gc.collect()
-    buffers._free.clear()
-    yield
-    buffers._free.clear()
 
 
 def address(block: Any) -> int:
@@ -49,19 +42,21 @@ KEEP: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", KEEP)
 def test_memory_is_used_again_when_the_last_part_of_it_is_gone(kind: str) -> None:
-    block = take(SIZE)
+    buffers = Buffers()
+    block = buffers.take(SIZE)
     where = address(block)
     part = KEEP[kind](block)
     del block
-    others = [take(SIZE) for _ in range(3)]
+    others = [buffers.take(SIZE) for _ in range(3)]
     assert where not in [address(other) for other in others]
     del part
-    assert address(take(SIZE)) == where
+    assert address(buffers.take(SIZE)) == where
 
 
 def test_blocks() -> None:
+    buffers = Buffers()
     for size in (1, 5000, (128 << 10) - 1, 128 << 10, SIZE, SIZE + 1, 19 * SIZE):
-        block = take(size)
+        block = buffers.take(size)
         assert block.shape == (size,)
         assert block.dtype == np.uint8
         assert block.flags.writeable
@@ -69,13 +64,13 @@ def test_blocks() -> None:
         block[:] = 1
 
 
-def take_and_check(seed: int, rounds: int = 400) -> None:
+def take_and_check(buffers: Buffers, seed: int, rounds: int = 400) -> None:
     """Has some blocks at any time, each with a number of its own at both ends and in the middle."""
     chance = random.Random(seed)
     mine: list[tuple[int, torch.Tensor]] = []
     for number in range(rounds):
         size = chance.choice([200_000, 230_000, 300_000])
-        block = take(size)
+        block = buffers.take(size)
         mark = (seed * 1009 + number) % 251
         block[:] = mark
         mine.append((mark, torch.from_numpy(block[chance.randrange(1000) :])))
@@ -84,12 +79,12 @@ def take_and_check(seed: int, rounds: int = 400) -> None:
             assert bool((tensor == mark).all())
 
 
-def run_threads(seeds: range) -> None:
+def run_threads(buffers: Buffers, seeds: range) -> None:
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:
         try:
-            take_and_check(seed)
+            take_and_check(buffers, seed)
         except BaseException as error:
             errors.append(error)
 
@@ -102,24 +97,25 @@ def run_threads(seeds: range) -> None:
 
 
 def test_threads() -> None:
-    run_threads(range(4))
-    assert buffers._free_bytes() <= buffers._MOST_FREE
+    buffers = Buffers(most=1_000_000)
+    run_threads(buffers, range(4))
+    assert buffers.free_bytes() <= 1_000_000
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 says so of fork
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_children(method: str) -> None:
+def test_forked_children() -> None:
     """What is free and what is not in the parent is its own; the child does as it likes."""
-    kept = [take(SIZE) for _ in range(3)]
+    buffers = Buffers()
+    kept = [buffers.take(SIZE) for _ in range(3)]
     for number, block in enumerate(kept):
         block[:] = number
-    free = [take(SIZE) for _ in range(3)]
+    free = [buffers.take(SIZE) for _ in range(3)]
     del free
-    context: Any = multiprocessing.get_context(method)
-    children = [context.Process(target=run_threads, args=(range(n, n + 2),)) for n in (1, 7)]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=run_threads, args=(buffers, range(n, n + 2))) for n in (1, 7)]
     for child in children:
         child.start()
-    take_and_check(99)
+    take_and_check(buffers, 99)
     for child in children:
         child.join(120)
         assert child.exitcode == 0
@@ -127,13 +123,31 @@ def test_children(method: str) -> None:
         assert bool((block == number).all())
 
 
-def test_what_is_free_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "_MOST_FREE", 10 * SIZE)
-    many = [take(SIZE) for _ in range(40)]
+def test_what_is_free_has_a_limit() -> None:
+    buffers = Buffers(most=10 * SIZE)
+    many = [buffers.take(SIZE) for _ in range(40)]
     del many
-    assert buffers._free_bytes() == 10 * SIZE
-    take(2 * SIZE)  # makes room for its size
-    assert list(buffers._free) == [2 * SIZE]
+    assert buffers.free_bytes() == 10 * SIZE
+    buffers.take(2 * SIZE)  # makes room for its size
+    assert buffers.free_bytes() == 2 * SIZE
+
+
+AT_EXIT = """
+import sys, types
+import torch
+from kdpipe.cache.buffers import Buffers
+kept = [Buffers().take(1 << 20)]
+kept.append(kept)
+early = torch.from_numpy(Buffers().take(1 << 20))
+torch.kept_by_the_test = early[5:]
+sys.modules["late"] = types.ModuleType("late")
+sys.modules["late"].kept = early.numpy()[3:]
+"""
+
+
+def test_memory_in_use_at_exit() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
 
 
 def levels(targets: TeacherTargets) -> list[torch.Tensor]:
@@ -144,7 +158,7 @@ def test_targets_stay_as_they_were(tmp_path: "Path", kit: "type[Kit]") -> None:
     """Of many images read, parts of some are kept."""
     cache = open_cache(kit.make(tmp_path / "x.zarr", kit.spec(channels=1024, dtype="float16", codec="none")))
     expected = {n: [level.clone() for level in levels(cache.targets(n))] for n in cache.image_ids.tolist()}
-    assert buffers._free_bytes()
+    assert array_reader._BUFFERS.free_bytes()
     chance = random.Random(0)
     kept: list[tuple[int, int, torch.Tensor]] = []
     for _ in range(150):
