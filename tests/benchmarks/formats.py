@@ -136,7 +136,7 @@ def write(path: Path, spec: CacheSpec, images: list[ImageInfo], records: list[Te
 
 def checked_read(file: Path, memory: npt.NDArray[np.uint8]) -> None:
     """The least that one thread does to read and check: into memory used before, each block checked in the cache."""
-    view = memoryview(memory)
+    view = memory.data
     with file.open("rb", buffering=0) as opened:
         for start in range(0, len(view), CHUNK):
             opened.readinto(view[start : start + CHUNK])
