@@ -30,8 +30,6 @@ CHECKSUM_BYTES = 4
 # Chunks of a shard begin at multiples of this: copied from the page cache to where another alignment of the cache line
 # is wanted, uncompressed ones take half as long again.
 CHUNK_ALIGNMENT = 64
-# Bytes of an uncompressed chunk that are checked while they are still in the processor's cache.
-_BLOCK_BYTES = 1 << 20
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,9 +111,6 @@ def read_chunks(file: int, offset: int, chunks: Sequence[StoredChunk], codec: st
     Raises:
         ValueError: a chunk is damaged; what it goes to may hold anything.
     """
-    if codec == "none" and len(chunks) == 1:
-        _read_uncompressed(file, offset, chunks[0])
-        return
     stored = [chunk.out if codec == "none" else np.empty(chunk.size - CHECKSUM_BYTES, np.uint8) for chunk in chunks]
     # What follows each: its checksum, and what is left to the beginning of the next.
     tails = [bytearray(CHECKSUM_BYTES + chunk_gap(chunk.size)) for chunk in chunks[:-1]] + [bytearray(CHECKSUM_BYTES)]
@@ -132,18 +127,6 @@ def read_chunks(file: int, offset: int, chunks: Sequence[StoredChunk], codec: st
             decompress(data, chunk.out)
         except ValueError as error:
             raise ValueError(f"the {what} are not a chunk of this array ({error})") from error
-
-
-def _read_uncompressed(file: int, offset: int, chunk: StoredChunk) -> None:
-    """`read_chunks` for one large chunk, block by block."""
-    data, tail, found = chunk.out.data, bytearray(CHECKSUM_BYTES), 0
-    for start in range(0, len(data), _BLOCK_BYTES):
-        block = data[start : start + _BLOCK_BYTES]
-        last = start + _BLOCK_BYTES >= len(data)
-        _read_into(file, [block, memoryview(tail)] if last else [block], offset + start)
-        found = checksums.crc32c(block, found)
-    if found.to_bytes(CHECKSUM_BYTES, "little") != tail or chunk.checksum not in (None, bytes(tail)):
-        raise ValueError(f"the checksum of the {chunk.size} bytes at {offset} does not fit")
 
 
 def decompress(data: Any, out: Block) -> None:
