@@ -1,12 +1,11 @@
 """Reads stored arrays: the rows that are asked for, whole chunks at a time, each with its checksum checked.
 
-The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), so nothing
-here is shared with another read. A file is opened for each read and closed after it: a process that reads from any
-number of parts has no more descriptors than one read needs, and a child inherits none.
+The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), in memory
+that nobody else has while that array lives. A file is opened for each read and closed after it: a process that reads
+from any number of parts has no more descriptors than one read needs, and a child inherits none.
 """
 
 import math
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,17 @@ import numpy.typing as npt
 import torch
 
 from kdpipe.cache.arrays import shard_name
+from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, chunk_gap, read_chunks, stored_sizes
 
 _MAX_THREADS = 8
-# Uncompressed chunks that are read in one go.
-_RUN_BYTES = 1 << 20
+# Uncompressed chunks that are read in one go: a thread each for less is slower, since threads wait for each other
+# between chunks (Python runs one at a time). Two runs of 10 MB by two threads took half as long as twenty of 1 MB.
+_LEAST_RUN_BYTES, _MOST_RUN_BYTES = 1 << 20, 10 << 20
 _RUN_CHUNKS = 256
+# Of this process: a forked child has its own copy.
+_BUFFERS = Buffers()
 
 # Of an array: a range, or numbers in any order.
 Rows = range | npt.NDArray[np.int64]
@@ -94,8 +97,6 @@ class ArrayReader:
         self._per_shard = layout.shard[0] // layout.chunk[0]
         self._dtype, self._chunk_bytes = _dtype(layout), _chunk_bytes(layout)
         self._checksums = None if layout.checksums is None else bytes.fromhex(layout.checksums)
-        # Compressed chunks are worth a thread each; others are read faster than it takes to say so.
-        self._run_bytes = min(_RUN_BYTES, _RUN_CHUNKS * self._chunk_bytes) if codec == "none" else 0
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self.rows = layout.shape[0]
 
@@ -119,10 +120,10 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        decoded = _page_aligned(len(numbers) * self._chunk_bytes)
+        decoded = _BUFFERS.take(len(numbers) * self._chunk_bytes)
         buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         runs: list[StoredRun] = []
-        opened, end, filled = {}, (-1, 0), 0  # where in which file the last run ends, and its bytes
+        opened, end, most = {}, (-1, 0), self._run_chunks(len(numbers))  # end: where in which file the last run ends
         for position, number in enumerate(numbers):
             shard, inside = divmod(number, self._per_shard)
             if number * count >= self.rows:
@@ -135,12 +136,18 @@ class ArrayReader:
             offset, size = index[inside].tolist()
             out = decoded[position * self._chunk_bytes : (position + 1) * self._chunk_bytes]
             checksum = None if self._checksums is None else self._checksums[4 * number : 4 * number + 4]
-            if end != (file, offset) or filled + size > self._run_bytes:
+            if end != (file, offset) or len(runs[-1].chunks) == most:
                 runs.append(StoredRun(file, offset, self._codec, []))
-                filled = 0
             runs[-1].chunks.append(StoredChunk(size, checksum, out))
-            end, filled = (file, offset + size + chunk_gap(size)), filled + size
+            end = (file, offset + size + chunk_gap(size))
         return Request(runs, buffer, place)
+
+    def _run_chunks(self, count: int) -> int:
+        """Chunks of a run, of so many that are to be read. Compressed ones are worth a thread each."""
+        if self._codec != "none":
+            return 1
+        least, most = (max(1, size // self._chunk_bytes) for size in (_LEAST_RUN_BYTES, _MOST_RUN_BYTES))
+        return min(max(-(-count // _threads()), least), most, _RUN_CHUNKS)
 
     def _name(self, shard: int) -> str:
         return shard_name(shard, len(self._row_shape))
@@ -183,7 +190,7 @@ class Readers:
 
     def run(self, read: Callable[[Item], None], items: Sequence[Item]) -> None:
         """Call `read` with each item, in any order; the first error is raised when none is being read any more."""
-        threads = min(torch.get_num_threads(), _MAX_THREADS, len(items))
+        threads = min(_threads(), len(items))
         if threads < 2:
             for item in items:
                 read(item)
@@ -210,6 +217,10 @@ class Readers:
             helper.result()
 
 
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MAX_THREADS)
+
+
 def read_array(folder: Path, codec: str) -> Block:
     """Read a whole array that `write_array` wrote.
 
@@ -230,17 +241,6 @@ def read_array(folder: Path, codec: str) -> Block:
     if not layout.shape:
         return blocks[0]
     return np.concatenate(blocks)[: layout.shape[0]] if blocks else np.empty(layout.shape, dtype=_dtype(layout))
-
-
-def _page_aligned(size: int) -> npt.NDArray[np.uint8]:
-    """[size] memory for bytes from a file.
-
-    A destination that lies a few bytes further into its page than the source does into its own takes the kernel half as
-    long again to copy to (its loads look as if they depended on the stores before), and that is where malloc puts it.
-    """
-    memory = np.empty(size + mmap.PAGESIZE, dtype=np.uint8)
-    start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
-    return memory[start : start + size]
 
 
 def _dtype(layout: Layout) -> np.dtype[Any]:

@@ -127,11 +127,10 @@ class PartReader:
         """Levels out of the packed blocks that were read, one block per run of neighbouring levels."""
         result: list[Tensor | None] = [None] * (len(starts) - 1)
         for run, block in zip(runs, blocks, strict=True):
-            packed = torch.from_numpy(block)
             for level in run:
                 begin, end = starts[level] - starts[run[0]], starts[level + 1] - starts[run[0]]
                 shape = (self._spec.channels, entry[f"level{level}_height"], entry[f"level{level}_width"])
-                result[level] = packed[begin:end].view(shape)
+                result[level] = torch.from_numpy(block[begin:end].reshape(shape))
         return tuple(result)
 
     def _entry(self, row: int) -> dict[str, int]:

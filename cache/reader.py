@@ -68,7 +68,8 @@ class TeacherCache:
     """What the teacher said of a data set. Made by `open_cache`; can be pickled and sent to other processes.
 
     Parts are opened when first read, in each process anew: a parent that has read does not disturb its children,
-    however they are started. No file is kept open.
+    however they are started. No file is kept open. Memory of results that are gone, up to 128 MiB per process, is kept
+    for the next ones.
 
     Attributes:
         path: folder of the cache.

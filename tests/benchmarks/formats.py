@@ -3,9 +3,10 @@
     python tests/benchmarks/formats.py --ckpt teacher.pth --ann-file train.json --img-dir JPEGImages --out /tmp/formats
 
 Runs a trained teacher on a few photographs, stores what it says as float32, float16 and int8 by each codec, and prints
-per choice: bytes, write and read speed (from the page cache, whole images, beside np.fromfile of as many raw bytes),
-the codec's own speed from memory to memory, and how far fields and distillation losses are from those of float32. A
-teacher for it is trained by `kdpipe train-teacher`; bccd.py beside this file leaves one in its output folder.
+per choice: bytes, write and read speed (from the page cache, whole images, beside np.fromfile of as many raw bytes and
+the least that a checked read of them takes), the codec's own speed from memory to memory, and how far fields and
+distillation losses are from those of float32. A teacher for it is trained by `kdpipe train-teacher`; bccd.py beside
+this file leaves one in its output folder.
 """
 
 import itertools
@@ -19,12 +20,15 @@ from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
+from awscrt import checksums
 from numcodecs import blosc
 from torch import Tensor
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherCache, TeacherRecord, TeacherTargets, open_cache
+from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.codecs import encode_chunk
 from kdpipe.cache.schema import CODECS, DTYPES
 from kdpipe.cache.views import map_boxes
@@ -130,17 +134,33 @@ def write(path: Path, spec: CacheSpec, images: list[ImageInfo], records: list[Te
     return time.perf_counter() - start
 
 
+def checked_read(file: Path, memory: npt.NDArray[np.uint8]) -> None:
+    """The least that one thread does to read and check: into memory used before, each block checked in the cache."""
+    view = memory.data
+    with file.open("rb", buffering=0) as opened:
+        for start in range(0, len(view), CHUNK):
+            opened.readinto(view[start : start + CHUNK])
+            checksums.crc32c(view[start : start + CHUNK])
+
+
 def read_seconds(caches: dict[tuple[str, str], TeacherCache], out: Path, rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds per image; (dtype, "fromfile") is np.fromfile of as many bytes."""
+    """Median seconds per image; (dtype, "fromfile") and (dtype, "checked") are those of a file of as many bytes."""
     taken: dict[tuple[str, str], list[float]] = {}
     ids = next(iter(caches.values())).image_ids.tolist()
     for dtype in DTYPES:
         for image_id in ids:
             np.zeros(raw_bytes(caches[dtype, "none"].targets(image_id)), np.int8).tofile(out / f"{image_id}.{dtype}")
-    for _, image_id in itertools.product(range(rounds), ids):
+    files = {dtype: [out / f"{image_id}.{dtype}" for image_id in ids] for dtype in DTYPES}
+    # Touched, and at the beginning of a page.
+    memory = {dtype: Buffers().take(max(file.stat().st_size for file in files[dtype])) for dtype in DTYPES}
+    for block in memory.values():
+        block[:] = 0
+    for _, (position, image_id) in itertools.product(range(rounds), enumerate(ids)):
         for dtype in DTYPES:
-            file = out / f"{image_id}.{dtype}"
+            file, other = files[dtype][position], files[dtype][position - 1]  # not what is in the cache from just now
             taken.setdefault((dtype, "fromfile"), []).append(timed(partial(np.fromfile, file, np.int8)))
+            block = memory[dtype][: other.stat().st_size]
+            taken.setdefault((dtype, "checked"), []).append(timed(partial(checked_read, other, block)))
         for kind, cache in caches.items():
             taken.setdefault(kind, []).append(timed(partial(cache.targets, image_id)))
     return {kind: statistics.median(values) for kind, values in taken.items()}
@@ -212,6 +232,7 @@ def main(
             "write MB/s",
             "read MB/s",
             "of np.fromfile",
+            "of a checked read",
             "codec alone, 1 thread",
         ]
         titles += [f"error of {field}" for field in FIELDS] + [f"change of {name}" for name in LOSSES]
@@ -227,11 +248,16 @@ def main(
             here = [losses(a, b) for a, b in zip(stored, exact.values(), strict=True)]
             cells = [f"{dtype}, {codec}", f"{size[kind] / 1e6:.1f}", f"{size[kind] / size['float16', 'none']:.0%}"]
             cells += [f"{raw * len(exact) / write_taken[kind] / 1e6:.0f}", f"{raw / read_taken[kind] / 1e6:.0f}"]
-            cells += [f"{read_taken[dtype, 'fromfile'] / read_taken[kind]:.2f}"]
+            cells += [f"{read_taken[dtype, other] / read_taken[kind]:.2f}" for other in ("fromfile", "checked")]
             cells += ["" if codec == "none" else f"{codec_rate(stored[0], codec):.0f}"]
             cells += [f"{mean(found, field):.1e}" for field in FIELDS]
             cells += [f"{mean(here, name) / mean(reference, name) - 1:+.1e}" for name in LOSSES]
             click.echo(f"| {' | '.join(cells)} |")
+        for dtype in reversed(DTYPES):
+            fromfile, checked = (read_taken[dtype, other] for other in ("fromfile", "checked"))
+            raw = statistics.mean(raw_bytes(caches[dtype, "none"].targets(image_id)) for image_id in exact)
+            rates = f"np.fromfile {raw / fromfile / 1e6:.0f} MB/s, checked read {raw / checked / 1e6:.0f} MB/s"
+            click.echo(f"{dtype}: {rates}, {fromfile / checked:.2f} of it")
     finally:
         shutil.rmtree(out)
 

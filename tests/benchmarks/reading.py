@@ -3,9 +3,9 @@
     python tests/benchmarks/reading.py --out /tmp/reading
 
 Makes up targets of the size of a Faster R-CNN R50-FPN at 800 pixels, stores the same arrays in every format, and prints
-a table for whole images and one for RoI fields. Every reader gives tensors with memory of their own. What is not
-installed is left out; `pip install 'kdpipe[bench]'` installs all of it. About 1 GB is written below `--out`, and
-removed at the end.
+a table for whole images and one for RoI fields. Every reader gives tensors with memory of their own, but for "checked
+read": the least that reading with a checksum takes, into memory that is always the same. What is not installed is left
+out; `pip install 'kdpipe[bench]'` installs all of it. About 1 GB is written below `--out`, and removed at the end.
 """
 
 import importlib.util
@@ -25,12 +25,16 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from awscrt import checksums
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, open_cache
+from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.plan import level_shapes
 
 ROI_FIELDS = ("boxes", "logits", "deltas", "embeddings")
 FIELDS = ("features", "scale", *ROI_FIELDS)
+# Bytes that are checked while they are in the processor's cache.
+BLOCK = 1 << 20
 
 # The arrays of one image by field, the pyramid packed; and what reads them from a store, given the fields.
 Sample = dict[str, npt.NDArray[Any]]
@@ -114,6 +118,21 @@ def write_raw(folder: Path, content: Iterable[Sample]) -> None:
 
 def open_raw(folder: Path) -> Read:
     return lambda number, fields: [np.fromfile(folder / f"{number}.{len(fields)}", np.uint8)]
+
+
+def open_checked(folder: Path) -> Read:
+    memory = Buffers().take(max(file.stat().st_size for file in folder.iterdir()))
+    memory[:] = 0  # touched
+
+    def read(number: int, fields: tuple[str, ...]) -> list[Any]:
+        with (folder / f"{number}.{len(fields)}").open("rb", buffering=0) as file:
+            start = 0
+            while count := file.readinto(memory[start : start + BLOCK].data):
+                checksums.crc32c(memory[start : start + count].data)
+                start += count
+        return [memory[:start]]
+
+    return read
 
 
 def write_npy(folder: Path, content: Iterable[Sample]) -> None:
@@ -257,6 +276,7 @@ STORES = {
     "kdpipe, zstd": Store(None, None, open_kdpipe, "zstd"),
     "kdpipe, none": Store(None, None, open_kdpipe, "none"),
     "np.fromfile, the limit": Store(None, write_raw, open_raw, "raw"),
+    "checked read, the limit": Store(None, None, open_checked, "raw"),
     "a .npy per array": Store(None, write_npy, open_npy, "npy"),
     "torch.save per image": Store(None, write_torch, open_torch, "torch"),
     "HDF5": Store("h5py", write_hdf5, open_hdf5, "hdf5"),

@@ -107,6 +107,7 @@ def test_rows_that_are_not_there(arrays: tuple[Block, list[ArrayReader]]) -> Non
 def test_many_threads_read_the_same(
     tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
+    monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", 1)  # as many runs as threads
     array = write(tmp_path / "a", np.arange(3000, dtype=np.float32), codec, chunk_rows=16)
     for threads in (1, 2, 5):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)

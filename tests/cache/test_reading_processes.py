@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tests.cache.conftest import Kit
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+
+# Of a spec whose images take memory of `kdpipe.cache.buffers`, a quarter of a megabyte each.
+LARGE = {"channels": 1024, "dtype": "float16", "codec": "none"}
 
 LOADERS = """
 import sys
@@ -45,10 +48,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("methods", ["fork", pytest.param("spawn,forkserver", marks=pytest.mark.slow)])
-def test_workers_of_a_process_that_has_read(cache_path: Path, tmp_path: Path, methods: str) -> None:
+def test_workers_of_a_process_that_has_read(tmp_path: Path, kit: "type[Kit]", methods: str) -> None:
     script = tmp_path / "loaders.py"
     script.write_text(LOADERS)
-    subprocess.run([sys.executable, str(script), str(cache_path), methods], timeout=550, check=True)
+    path = kit.make(tmp_path / "x.zarr", kit.spec(**LARGE))
+    subprocess.run([sys.executable, str(script), str(path), methods], timeout=550, check=True)
 
 
 def descriptors() -> int:
@@ -73,15 +77,16 @@ def check_growth(path: Path, reads: int) -> None:
 
 
 @needs_proc
-def test_nothing_grows(tmp_path: Path, kit: "type[Kit]") -> None:
-    check_growth(kit.make(tmp_path / "x.zarr", count=4), reads=400)
+@pytest.mark.parametrize("changes", [{}, LARGE], ids=["small", "large"])
+def test_nothing_grows(tmp_path: Path, kit: "type[Kit]", changes: dict[str, Any]) -> None:
+    check_growth(kit.make(tmp_path / "x.zarr", kit.spec(**changes), count=4), reads=400)
 
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_nothing_grows_over_ten_thousand_reads(tmp_path: Path, kit: "type[Kit]", codec: str) -> None:
-    check_growth(kit.make(tmp_path / "x.zarr", kit.spec(codec=codec)), reads=10_000)
+@pytest.mark.parametrize("changes", [{}, {"codec": "none"}, LARGE], ids=["zstd", "none", "large"])
+def test_nothing_grows_over_ten_thousand_reads(tmp_path: Path, kit: "type[Kit]", changes: dict[str, Any]) -> None:
+    check_growth(kit.make(tmp_path / "x.zarr", kit.spec(**changes)), reads=10_000)
 
 
 @needs_proc
