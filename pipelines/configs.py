@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def find_config(name_or_path: str | Path) -> Config:
     if not path.is_file():
         path = _zoo_file(str(name_or_path))
     try:
-        return modernise(Config.fromfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, for `_base_ = "mmdet::..."`
+            return modernise(Config.fromfile(path))
     except ConfigError:
         raise
     except Exception as error:  # a config is a program: it may raise anything

@@ -193,6 +193,15 @@ def test_own_files(tmp_path: Path) -> None:
             find_config(tmp_path / "b.py")
 
 
+def test_own_files_on_top_of_a_config_of_the_zoo(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        """_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"\nmodel = dict(bbox_head=dict(num_classes=3))\n"""
+    )
+    head = find_config(file).model.bbox_head
+    assert (head.type, head.num_classes, head.stacked_convs) == ("RetinaHead", 3, 4)
+
+
 def test_modernised_config_builds_and_predicts() -> None:
     config = for_inference(modernise(old_config()))
     init_default_scope("mmdet")
