@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import decode_deltas, encode_boxes
-from kdpipe.distill import semantic
 from kdpipe.distill.numeric import no_autocast
-from kdpipe.distill.shared_stage import PREFIX, SharedStageHead
+from kdpipe.distill.semantic import SEMANTIC_BRANCH, SemanticBranch
+from kdpipe.distill.shared_stage import SHARED_STAGE, SharedStageHead
 from kdpipe.distill.targets import HeadOutputs
 from kdpipe.distill.teacher_head import TeacherHead
 
@@ -34,8 +34,8 @@ class CascadeHead:
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
         self.stages = [TeacherHead(state, spec, f"roi_head.bbox_head.{i}.") for i in range(len(spec.cascade_stds))]
-        has_branch = any(name.startswith(semantic.PREFIX) for name in state)
-        self.semantic = semantic.SemanticBranch(state, spec) if has_branch else None
+        has_branch = any(name.startswith(SEMANTIC_BRANCH) for name in state)
+        self.semantic = SemanticBranch(state, spec) if has_branch else None
 
     @torch.no_grad()
     def __call__(self, features: Tensor, boxes: Tensor, sizes: Tensor, look: Callable[[Tensor], Tensor]) -> HeadOutputs:
@@ -76,6 +76,6 @@ def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | C
     Raises:
         TeacherHeadError: It cannot say what the teacher says of any box.
     """
-    if any(name.startswith(PREFIX) for name in state):
+    if any(name.startswith(SHARED_STAGE) for name in state):
         return SharedStageHead(state, spec)
     return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)

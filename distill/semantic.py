@@ -12,7 +12,7 @@ from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.teacher_head import TeacherHeadError
 
-PREFIX = "roi_head.semantic_head."
+SEMANTIC_BRANCH = "roi_head.semantic_head."
 _CONV = re.compile(r"(lateral_convs\.\d+|convs\.\d+|conv_embedding)\.conv\.(weight|bias)|conv_logits\.(weight|bias)")
 
 
@@ -32,14 +32,14 @@ class SemanticBranch:
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
         self._state = {
-            name.removeprefix(PREFIX): value.detach().float()
+            name.removeprefix(SEMANTIC_BRANCH): value.detach().float()
             for name, value in state.items()
-            if name.startswith(PREFIX)
+            if name.startswith(SEMANTIC_BRANCH)
         }
         if strange := sorted(name for name in self._state if not _CONV.fullmatch(name)):
             raise TeacherHeadError(
                 "The teacher's semantic branch cannot be rebuilt from its weights: it has "
-                f"{', '.join(PREFIX + name for name in strange[:3])}. Expected convolutions without norms."
+                f"{', '.join(SEMANTIC_BRANCH + name for name in strange[:3])}. Expected convolutions without norms."
             )
         self._levels, self._convs = (
             len([name for name in self._state if name.startswith(f"{part}.") and name.endswith(".weight")])

@@ -12,7 +12,7 @@ from kdpipe.distill.numeric import check_shape, no_autocast
 from kdpipe.distill.targets import HeadOutputs
 from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
 
-PREFIX = "roi_head.shared_head."
+SHARED_STAGE = "roi_head.shared_head."
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _KNOWN = re.compile(rf"layer\d\.\d+\.(conv[123]\.weight|bn[123]\.{_NORM}|downsample\.(0\.weight|1\.{_NORM}))")
 _EPS = 1e-5  # of the norms
@@ -34,14 +34,15 @@ class SharedStageHead:
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._state = {
-            name.removeprefix(PREFIX): value.detach().float()
+            name.removeprefix(SHARED_STAGE): value.detach().float()
             for name, value in state.items()
-            if name.startswith(PREFIX)
+            if name.startswith(SHARED_STAGE)
         }
         if strange := sorted(name for name in self._state if not _KNOWN.fullmatch(name)):
             raise TeacherHeadError(
-                f"The teacher's shared residual stage cannot be rebuilt from its weights: it has "
-                f"{', '.join(PREFIX + name for name in strange[:3])}. Expected bottleneck blocks with batch norms."
+                "The teacher's shared residual stage cannot be rebuilt from its weights: it has "
+                f"{', '.join(SHARED_STAGE + name for name in strange[:3])}. Expected bottleneck blocks with "
+                "batch norms."
             )
         blocks = {name.rsplit(".conv1", 1)[0] for name in self._state if name.endswith(".conv1.weight")}
         self._blocks = sorted(blocks, key=lambda name: int(name.split(".")[1]))

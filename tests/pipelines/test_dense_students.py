@@ -162,3 +162,13 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
     for name, weight in one.items():
         if weight.is_floating_point():
             assert (two[name] - weight).norm() <= 1e-4 * weight.norm().clamp(min=1e-6), name
+
+
+def test_beside_a_live_teacher_at_its_own_rois(kit: "Kit", work: Path) -> None:
+    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", student(kit, work, "retinanet"), *QUEUE)
+    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--work-dir", work / "w")
+    ended = kit.run(*start, *kit.data, *options, "--rois", "teacher", "-o", "distill.rois.num=32")
+    assert "RoIs: those of the teacher (asked for)." in ended.out
+    for row in log(work / "w"):
+        assert all(row[name] > 0 for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "kd_positive", "kd_unpaired"))
+        assert (row["kd_positive"] + row["kd_negative"], row["kd_exact"]) == (4 * 32, 4)

@@ -11,10 +11,13 @@ from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from kdpipe.cache.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import needed_fields
+from kdpipe.distill.rois import roi_align_levels
+from kdpipe.distill.sgfi import SGFI
 from kdpipe.distill.targets import BatchRois, RoiTargets, read_roi_targets, teacher_roi_features
 from kdpipe.distill.teacher_head import TeacherHead
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
@@ -294,3 +297,29 @@ def test_the_live_teacher_computes_in_full_precision_and_draws_no_random_numbers
         assert isinstance(other, TeacherView)
         assert view.view == "exact"
         assert all(torch.equal(a, b) for a, b in zip(view.pyramid, other.pyramid, strict=True))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_two_points_per_cell_hardly_move_sgfi(cells: BloodCells, large: bool) -> None:
+    """Against a point per pixel on every level of the student, at objects of photographs and at large RoIs."""
+    batch, student = cells.batch(cells.cache("float32"), False), cells.live().student
+    boxes = [sample.gt_instances.bboxes.tensor for sample in batch["data_samples"]]
+    if large:
+        g = torch.Generator().manual_seed(0)
+        corners = [torch.rand(8, 2, generator=g) * torch.tensor([40.0, 30.0]) for _ in range(IMAGES)]
+        boxes = [torch.cat([corner, corner + torch.tensor([120.0, 90.0])], dim=1) for corner in corners]
+    rois = bbox2roi(boxes)
+    strides = open_cache(cells.cache("float32")).spec.strides
+    with torch.no_grad():
+        images = torch.stack(batch["inputs"]).float()
+        ours = student.extract_feat((images - images.mean()) / images.std())
+        theirs = torch.cat([cells.teacher.see(image)[0][0] for image in batch["inputs"]])
+        wanted = roi_align(theirs, rois, 7, 1 / strides[0], 0, True)
+        levels = [roi_align(level, rois, 7, 1 / stride, 0, True) for level, stride in zip(ours, strides, strict=True)]
+        adaptive = torch.stack(levels, dim=1)
+        two, one = (roi_align_levels(ours, strides, rois, sampling_ratio=ratio) for ratio in (2, 1))
+        torch.manual_seed(0)
+        sgfi = SGFI(8, 16)
+        exact, bounded = (float(sgfi(features, wanted)[0]) for features in (adaptive, two))
+    assert abs(bounded - exact) < 0.02 * exact
+    assert difference(two, adaptive) < min(0.08, difference(one, adaptive))
