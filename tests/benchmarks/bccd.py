@@ -137,7 +137,10 @@ def studies(out: Path) -> dict[str, list[Student]]:
             ),
         ],
         "dense": [
-            Student(f"{methods} {name}", ["--student", config, "--methods", methods, *one_stage(name, 16, 64)])
+            Student(
+                f"{methods} {name}",
+                ["--student", config, "--methods", methods, *one_stage(name, 16, 64), "-o", "distill.rois.num=128"],
+            )
             for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
             for methods in ("none", "sgfi", "ckd", "pred", "sgfi,ckd")
         ],
