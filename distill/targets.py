@@ -1,6 +1,6 @@
 """What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -15,7 +15,8 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherTargets
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
 from kdpipe.distill.numeric import no_autocast
-from kdpipe.distill.rois import assign_levels, roi_align_assigned, sample_rois
+from kdpipe.distill.rois import assign_levels, sample_rois
+from kdpipe.distill.teacher_pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
 ROIS = ("teacher", "student")
@@ -240,50 +241,6 @@ def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
     )
 
 
-def teacher_roi_align(
-    pyramids: Mapping[int, Sequence[Tensor | None]], rois: Tensor, spec: CacheSpec, size: int | None = None
-) -> Tensor:
-    """RoIAlign with the settings of the teacher's own extractor, on images of the same size together.
-
-    Args:
-        pyramids: The teacher's, by number of the image: per level Tensor[C, h_l, w_l] float32, or None for a level that
-            no RoI is assigned to.
-        rois: Tensor[R, 5] (image, x1, y1, x2, y2), pixels of the teacher's network input.
-        spec: What the teacher is.
-        size: Cells per side; by default those of the RoI features that students imitate.
-
-    Returns:
-        Tensor[R, C, size, size] float32.
-    """
-    size = size or spec.roi_size
-    alike: dict[tuple[torch.Size | None, ...], list[int]] = {}
-    for index, pyramid in pyramids.items():
-        shapes = tuple(None if level is None else level.shape for level in pyramid[: spec.roi_levels])
-        alike.setdefault(shapes, []).append(index)
-    parts, parts_rows = [rois.new_zeros(0, spec.channels, size, size)], []
-    for shapes, images in alike.items():
-        own = rois[:, :1] == torch.tensor(images, device=rois.device)  # [R, images]
-        rows = own.any(dim=1).nonzero().squeeze(1)
-        levels = [
-            None if shape is None else torch.stack([pyramids[index][number] for index in images])  # type: ignore[misc]
-            for number, shape in enumerate(shapes)
-        ]
-        place = own[rows].int().argmax(dim=1, keepdim=True)
-        parts.append(
-            roi_align_assigned(
-                levels,
-                spec.strides[: spec.roi_levels],
-                torch.cat([place.to(rois), rois[rows, 1:]], dim=1),
-                spec.finest_scale,
-                size,
-                spec.roi_sampling_ratio,
-                spec.roi_aligned,
-            )
-        )
-        parts_rows.append(rows)
-    return torch.cat(parts)[torch.cat(parts_rows).argsort()] if parts_rows else parts[0]
-
-
 def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tensor:
     """The teacher's RoI features of the positives of a batch, in the student's orientation.
 
@@ -296,20 +253,21 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     Returns:
         Tensor[P, C, size, size] float32 on the targets' device.
     """
-    pyramids, rois = {}, [targets[0].boxes.new_zeros(0, 5)]
+    stored: dict[int, StoredPyramid] = {}
+    rois = [targets[0].boxes.new_zeros(0, 5)]
     for index, target in enumerate(targets):
         if target.teacher is not None and target.teacher_boxes is not None and target.teacher.features is not None:
-            pyramids[index] = target.teacher.pyramid()
+            stored[index] = target.teacher.features, target.teacher.scale
             rois.append(functional.pad(target.teacher_boxes, (1, 0), value=index))
     asked = torch.cat(rois)
-    pooled = teacher_roi_align(pyramids, asked, spec)
+    pooled = TeacherPyramids(stored, spec).roi_align(asked)
     parts = []
     for index, target in enumerate(targets):
         if target.features is not None:
             parts.append(target.features)
             continue
         features = pooled[asked[:, 0] == index]  # none where there is no pyramid
-        if target.teacher is not None and index not in pyramids:
+        if target.teacher is not None and index not in stored:
             features = target.teacher.rois()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)

@@ -16,8 +16,9 @@ from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.semantic import SemanticBranch
 from kdpipe.distill.shared_stage import SharedStageHead
-from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors, teacher_roi_align
+from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors
 from kdpipe.distill.teacher_head import TeacherHead
+from kdpipe.distill.teacher_pyramids import TeacherPyramids
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,11 @@ def ask_teacher(
     with no_autocast(rois.rois):
         image = asked.rois[:, 0].long()  # [R or P]
 
-        levels = {index: view.levels() for index, view in enumerate(views) if (image == index).any()}
+        seen = {index: view for index, view in enumerate(views) if (image == index).any()}
+        pyramids = TeacherPyramids({index: (view.pyramid, view.scale) for index, view in seen.items()}, spec)
 
         def look(boxes: Tensor, size: int = spec.roi_size) -> Tensor:
-            return teacher_roi_align(levels, torch.cat([asked.rois[:, :1], boxes], dim=1), spec, size)
+            return pyramids.roi_align(torch.cat([asked.rois[:, :1], boxes], dim=1), size)
 
         boxes = asked.rois[:, 1:].float()
         for index, view in enumerate(views):
@@ -115,7 +117,7 @@ def ask_teacher(
         if of_head:
             if isinstance(head, CascadeHead):
                 sizes = boxes.new_tensor([view.size[::-1] for view in views])[image]  # [R, 2]
-                fused = _fused(head.semantic, levels, image, look)
+                fused = _fused(head.semantic, seen, image, look)
                 outputs = head(fused(boxes) if head.semantic else features, boxes, sizes, fused)
             elif isinstance(head, SharedStageHead):
                 outputs = head(look(boxes, head.size))
@@ -131,12 +133,12 @@ def ask_teacher(
 
 
 def _fused(
-    semantic: SemanticBranch | None, levels: Mapping[int, list[Tensor]], image: Tensor, look: Callable[[Tensor], Tensor]
+    semantic: SemanticBranch | None, views: Mapping[int, TeacherView], image: Tensor, look: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """What box heads see of boxes: their RoI features, and those of the semantic branch where there is one."""
     if semantic is None:
         return look
-    maps = {index: semantic.map_of(pyramid) for index, pyramid in levels.items()}
+    maps = {index: semantic.map_of(view.levels()) for index, view in views.items()}
 
     def fused(boxes: Tensor) -> Tensor:
         features = look(boxes)
