@@ -61,7 +61,7 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     Returns:
         [..., C, H, W] of `dtype`.
     """
-    return (values.float() * scale.to(values.device)[..., None, None]).to(dtype)
+    return values.float().mul_(scale.to(values.device)[..., None, None]).to(dtype)
 
 
 def crc32c(data: Any) -> bytes:

@@ -65,7 +65,7 @@ class TeacherPyramids:
 
 
 def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
-    """One level of images of the same size, Tensor[B, C, h, w] float32, in memory channels last as RoIAlign wants it."""
+    """One level of images of the same size, Tensor[B, C, h, w] float32, channels last in memory for RoIAlign."""
     maps = [levels[level] for levels, _ in images]
     if any(found is None for found in maps):
         return None
