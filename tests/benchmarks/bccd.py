@@ -93,6 +93,7 @@ class Student:
     arguments: Sequence[str]
     teacher: str = "teacher"
     targets: Sequence[str] = ("--cache", "bccd.zarr")
+    epochs: int = 12
 
 
 def faster(name: str, methods: str, *arguments: str, targets: Sequence[str] = ("--cache", "bccd.zarr")) -> Student:
@@ -138,11 +139,20 @@ def studies(out: Path) -> dict[str, list[Student]]:
         ],
         "dense": [
             Student(
-                f"{methods} {name}",
-                ["--student", config, "--methods", methods, *one_stage(name, 16, 64), "-o", "distill.rois.num=128"],
+                f"{methods} {name}{' student-rois' * (rois == 'student')}",
+                ["--student", config, "--methods", methods, *one_stage(name, 16, 64)]
+                + (["--rois", rois, "-o", "distill.rois.num=128"] if rois else []),
+                epochs=36,
             )
             for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
-            for methods in ("none", "sgfi", "ckd", "pred", "sgfi,ckd")
+            for methods, rois in (
+                ("none", None),
+                ("sgfi", "teacher"),
+                ("ckd", "teacher"),
+                ("pred", "teacher"),
+                ("sgfi,ckd", "teacher"),
+                ("sgfi,ckd", "student"),
+            )
         ],
     }
 
@@ -201,7 +211,7 @@ def train_student(data: Path, out: Path, student: Student, seed: int) -> None:
         places += ["--scale", SCALE]
     places += ["--val-ann-file", str(data / "test.json"), "--val-img-dir", str(data / "JPEGImages")]
     arguments = [*student.arguments, kind, str(out / path), "--seed", str(seed), "-o", "distill.ckd.queue_size=8192"]
-    train(["train-student", *arguments, *places], student_dir(out, student, seed), 12)
+    train(["train-student", *arguments, *places], student_dir(out, student, seed), student.epochs)
 
 
 def table(out: Path, students: Iterable[Student], seeds: int) -> str:
