@@ -256,9 +256,10 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     stored: dict[int, StoredPyramid] = {}
     rois = [targets[0].boxes.new_zeros(0, 5)]
     for index, target in enumerate(targets):
-        if target.teacher is not None and target.teacher_boxes is not None and target.teacher.features is not None:
-            stored[index] = target.teacher.features, target.teacher.scale
-            rois.append(functional.pad(target.teacher_boxes, (1, 0), value=index))
+        teacher, boxes = target.teacher, target.teacher_boxes
+        if target.num_positive and boxes is not None and teacher is not None and teacher.features is not None:
+            stored[index] = teacher.features, teacher.scale
+            rois.append(functional.pad(boxes, (1, 0), value=index))
     asked = torch.cat(rois)
     pooled = TeacherPyramids(stored, spec).roi_align(asked)
     parts = []
@@ -267,7 +268,7 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
             parts.append(target.features)
             continue
         features = pooled[asked[:, 0] == index]  # none where there is no pyramid
-        if target.teacher is not None and index not in stored:
+        if target.teacher is not None and target.teacher.features is None:
             features = target.teacher.rois()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)
