@@ -10,7 +10,7 @@ from torch.nn import functional
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import roi_align_assigned
-from kdpipe.distill.teacher_head import TeacherHeadError
+from kdpipe.distill.teacher_head import TeacherHeadError, moved_to, parameters_of
 
 SEMANTIC_BRANCH = "roi_head.semantic_head."
 _CONV = re.compile(r"(lateral_convs\.\d+|convs\.\d+|conv_embedding)\.conv\.(weight|bias)|conv_logits\.(weight|bias)")
@@ -31,11 +31,7 @@ class SemanticBranch:
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
-        self._state = {
-            name.removeprefix(SEMANTIC_BRANCH): value.detach().float()
-            for name, value in state.items()
-            if name.startswith(SEMANTIC_BRANCH)
-        }
+        self._state = parameters_of(state, SEMANTIC_BRANCH)
         if strange := sorted(name for name in self._state if not _CONV.fullmatch(name)):
             raise TeacherHeadError(
                 "The teacher's semantic branch cannot be rebuilt from its weights: it has "
@@ -59,8 +55,7 @@ class SemanticBranch:
             pyramid: All levels, Tensor[C, h_l, w_l] float32.
         """
         fusion, _ = self._spec.semantic
-        if next(iter(self._state.values())).device != pyramid[0].device:
-            self._state = {name: value.to(pyramid[0].device) for name, value in self._state.items()}
+        self._state = moved_to(self._state, pyramid[0].device)
         with no_autocast(pyramid[0]):
             size = pyramid[fusion].shape[1:]
             x = self._conv(f"lateral_convs.{fusion}", pyramid[fusion][None])

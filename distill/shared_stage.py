@@ -10,7 +10,7 @@ from torch.nn import functional
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.distill.numeric import check_shape, no_autocast
 from kdpipe.distill.targets import HeadOutputs
-from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError
+from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError, moved_to, parameters_of
 
 SHARED_STAGE = "roi_head.shared_head."
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -33,11 +33,7 @@ class SharedStageHead:
     """
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
-        self._state = {
-            name.removeprefix(SHARED_STAGE): value.detach().float()
-            for name, value in state.items()
-            if name.startswith(SHARED_STAGE)
-        }
+        self._state = parameters_of(state, SHARED_STAGE)
         if strange := sorted(name for name in self._state if not _KNOWN.fullmatch(name)):
             raise TeacherHeadError(
                 "The teacher's shared residual stage cannot be rebuilt from its weights: it has "
@@ -69,8 +65,7 @@ class SharedStageHead:
         """
         shape = (features.shape[0], self._in, self.size, self.size)
         check_shape("features", features, shape, "the teacher's shared residual stage")
-        if next(iter(self._state.values())).device != features.device:
-            self._state = {name: value.to(features.device) for name, value in self._state.items()}
+        self._state = moved_to(self._state, features.device)
         with no_autocast(features):
             parts = [self._stage(part) for part in features.float().split(_ROIS)]
         return self._head(torch.cat(parts))

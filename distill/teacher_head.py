@@ -19,6 +19,20 @@ class TeacherHeadError(KdpipeError):
     """The teacher's box head is of a kind that cannot be rebuilt from its parameters."""
 
 
+def parameters_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A part of the teacher: its parameters in float32, by their names without the prefix."""
+    return {
+        name.removeprefix(prefix): value.detach().float() for name, value in state.items() if name.startswith(prefix)
+    }
+
+
+def moved_to(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The parameters on a device; the same dictionary where they are there already."""
+    if next(iter(state.values())).device == device:
+        return state
+    return {name: value.to(device) for name, value in state.items()}
+
+
 class TeacherHead:
     """Fully connected layers as in mmdet's `ConvFCBBoxHead`: shared ones, those of each branch, the two outputs.
 
@@ -44,11 +58,7 @@ class TeacherHead:
     ) -> None:
         self._spec = spec
         self._channels = channels or spec.channels
-        self._state = {
-            name.removeprefix(prefix): value.detach().float()
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
+        self._state = parameters_of(state, prefix)
         strange = sorted(name for name in self._state if not _KNOWN.fullmatch(name))
         if strange or not {"fc_cls.weight", "fc_reg.weight"} <= self._state.keys():
             found = (
@@ -93,8 +103,7 @@ class TeacherHead:
         spec = self._spec
         shape = (features.shape[0], self._channels, spec.roi_size, spec.roi_size)
         check_shape("features", features, shape, "the teacher's box head")
-        if next(iter(self._state.values())).device != features.device:
-            self._state = {name: value.to(features.device) for name, value in self._state.items()}
+        self._state = moved_to(self._state, features.device)
         with no_autocast(features):
             x = features.float()
             x = self._through("shared_fcs", x.mean(dim=(2, 3)) if self._pooled else x.flatten(1))
