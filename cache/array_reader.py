@@ -1,14 +1,14 @@
 """Reads stored arrays: the rows that are asked for, whole chunks at a time, each with its checksum checked.
 
-The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), in memory
-that nobody else has while that array lives. A file is opened for each read and closed after it: a process that reads
-from any number of parts has no more descriptors than one read needs, and a child inherits none.
+Compressed chunks are decoded into the array that is returned, in memory that nobody else has while that array lives;
+uncompressed ones are that array: the file itself, mapped. A file is opened for each read and closed after it: a process
+that reads from any number of parts has no more descriptors than one read needs, and a child inherits none.
 """
 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,38 +22,24 @@ import torch
 from kdpipe.cache.arrays import shard_name
 from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
-from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, StoredChunk, chunk_gap, read_chunks, stored_sizes
+from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, chunk_gap, stored_sizes
+from kdpipe.cache.mapped import map_file
+from kdpipe.cache.stored import RawChunks, StoredChunk
 
 _MAX_THREADS = 8
 # Uncompressed chunks that are read in one go: a thread each for less is slower, since threads wait for each other
-# between chunks (Python runs one at a time). Two runs of 10 MB by two threads took half as long as twenty of 1 MB.
+# between chunks (Python runs one at a time).
 _LEAST_RUN_BYTES, _MOST_RUN_BYTES = 1 << 20, 10 << 20
-_RUN_CHUNKS = 256
+# What is smaller is copied: that takes no longer than to map it, and holds no page of a file.
+_LEAST_MAPPED_BYTES = 1 << 18
 # Of this process: a forked child has its own copy.
 _BUFFERS = Buffers()
 
 # Of an array: a range, or numbers in any order.
 Rows = range | npt.NDArray[np.int64]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """Chunks that lie one after the other in a file, to be read in one go."""
-
-    file: int
-    offset: int
-    codec: str
-    chunks: list[StoredChunk]
-
-    def read(self) -> None:
-        """Read them.
-
-        Raises:
-            ValueError: one is damaged.
-            OSError: the file cannot be read.
-        """
-        read_chunks(self.file, self.offset, self.chunks, self.codec)
+# What is read in one go.
+Run = RawChunks | StoredChunk
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ class Request:
         place: of the rows within `buffer`.
     """
 
-    runs: list[StoredRun]
+    runs: list[Run]
     buffer: Block
     place: slice | npt.NDArray[np.int64]
 
@@ -96,7 +82,9 @@ class ArrayReader:
         self._row_shape, self._chunk_rows = layout.shape[1:], layout.chunk[0]
         self._per_shard = layout.shard[0] // layout.chunk[0]
         self._dtype, self._chunk_bytes = _dtype(layout), _chunk_bytes(layout)
-        self._checksums = None if layout.checksums is None else bytes.fromhex(layout.checksums)
+        self._checksums = bytes.fromhex(layout.checksums or "")
+        # Whether chunks lie one after the other as the values do.
+        self._packed = codec == "none" and not chunk_gap(self._chunk_bytes)
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self.rows = layout.shape[0]
 
@@ -120,34 +108,50 @@ class ArrayReader:
         else:
             unique, inverse = np.unique(rows // count, return_inverse=True)
             numbers, place = unique.tolist(), inverse * count + rows % count
-        decoded = _BUFFERS.take(len(numbers) * self._chunk_bytes)
-        buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
-        runs: list[StoredRun] = []
-        opened, end, most = {}, (-1, 0), self._run_chunks(len(numbers))  # end: where in which file the last run ends
-        for position, number in enumerate(numbers):
-            shard, inside = divmod(number, self._per_shard)
-            if number * count >= self.rows:
-                raise ValueError(f"it has {self.rows} rows only")
+        if numbers and numbers[-1] * count >= self.rows:
+            raise ValueError(f"it has {self.rows} rows only")
+        opened: dict[int, tuple[int, npt.NDArray[np.uint64]]] = {}
+        pieces = []
+        for first, stop in self._pieces(numbers):
+            shard, inside = divmod(numbers[first], self._per_shard)
             if shard not in opened:
                 opened[shard] = self._open(shard, files)
             file, index = opened[shard]
-            if inside >= len(index):
-                raise ValueError(f"{self._name(shard)} lacks chunk {inside}")
-            offset, size = index[inside].tolist()
-            out = decoded[position * self._chunk_bytes : (position + 1) * self._chunk_bytes]
-            checksum = None if self._checksums is None else self._checksums[4 * number : 4 * number + 4]
-            if end != (file, offset) or len(runs[-1].chunks) == most:
-                runs.append(StoredRun(file, offset, self._codec, []))
-            runs[-1].chunks.append(StoredChunk(size, checksum, out))
-            end = (file, offset + size + chunk_gap(size))
+            entries = index[inside : inside + stop - first].tolist()
+            if len(entries) < stop - first:
+                raise ValueError(f"{self._name(shard)} lacks chunk {inside + len(entries)}")
+            pieces.append((first, stop, file, *entries[0]))
+        size = len(numbers) * self._chunk_bytes
+        decoded = None
+        if len(opened) == 1 and self._packed and isinstance(rows, range) and size >= _LEAST_MAPPED_BYTES:
+            decoded = map_file(pieces[0][2], pieces[0][3], size)
+        mapped = decoded is not None
+        if decoded is None:
+            decoded = _BUFFERS.take(size)
+        runs: list[Run] = []
+        for first, stop, file, offset, stored in pieces:
+            out = decoded[first * self._chunk_bytes : stop * self._chunk_bytes]
+            start = CHECKSUM_BYTES * numbers[first]
+            checksums = self._checksums[start : start + CHECKSUM_BYTES * (stop - first)]
+            if self._codec == "none":
+                runs.append(RawChunks(file, offset, checksums, out, mapped))
+            else:
+                runs.append(StoredChunk(file, offset, stored, checksums, self._codec, out))
+        buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         return Request(runs, buffer, place)
 
-    def _run_chunks(self, count: int) -> int:
-        """Chunks of a run, of so many that are to be read. Compressed ones are worth a thread each."""
-        if self._codec != "none":
-            return 1
-        least, most = (max(1, size // self._chunk_bytes) for size in (_LEAST_RUN_BYTES, _MOST_RUN_BYTES))
-        return min(max(-(-count // _threads()), least), most, _RUN_CHUNKS)
+    def _pieces(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
+        """First and stop, of positions, of chunks to be read in one go, given the ascending numbers of all."""
+        most = 1
+        if self._packed:
+            least, most = (max(1, size // self._chunk_bytes) for size in (_LEAST_RUN_BYTES, _MOST_RUN_BYTES))
+            most = min(max(-(-len(numbers) // _threads()), least), most)
+        first = 0
+        for stop in range(1, len(numbers) + 1):
+            at_end = stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1
+            if at_end or stop - first == most or numbers[stop] % self._per_shard == 0:
+                yield first, stop
+                first = stop
 
     def _name(self, shard: int) -> str:
         return shard_name(shard, len(self._row_shape))
@@ -173,7 +177,7 @@ class ArrayReader:
             index = parse_shard_index(os.pread(file, tail, size - tail), size - tail)
         except ValueError as error:
             raise ValueError(f"the index of {name} {error}") from error
-        allowed = stored_sizes(self._chunk_bytes, self._codec)
+        allowed = stored_sizes(self._chunk_bytes, self._codec, sharded=True)
         if index[:, 1].min() < allowed.start or index[:, 1].max() >= allowed.stop:
             raise ValueError(f"the index of {name} does not fit: chunks of this array have other sizes")
         return index
@@ -182,14 +186,16 @@ class ArrayReader:
 class Readers:
     """Reads chunks by as many threads as torch uses in this process, so by one in a worker of a data loader.
 
-    The threads are started when first needed; a forked child needs another one of these.
+    The threads are started when first needed; a forked child needs another one of these. This thread takes items from
+    the beginning and the others from the end, so that of two, each mostly fills the same half of memory that is used
+    again: what another core wrote last takes several times as long to write.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, read: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Call `read` with each item, in any order; the first error is raised when none is being read any more."""
+        """Call `read` with each item; the first error is raised when none is being read any more."""
         threads = min(_threads(), len(items))
         if threads < 2:
             for item in items:
@@ -199,17 +205,17 @@ class Readers:
             self._pool = ThreadPoolExecutor(_MAX_THREADS - 1, thread_name_prefix="kdpipe-read")
         pending = deque(items)
 
-        def drain() -> None:
-            while pending:
+        def drain(take: Callable[[], Item]) -> None:
+            while True:
                 try:
-                    item = pending.popleft()
-                except IndexError:  # another thread took the last one
+                    item = take()
+                except IndexError:  # none is left
                     return
                 read(item)
 
-        helpers = [self._pool.submit(drain) for _ in range(threads - 1)]
+        helpers = [self._pool.submit(drain, pending.pop) for _ in range(threads - 1)]
         try:
-            drain()
+            drain(pending.popleft)
         finally:
             started = [helper for helper in helpers if not helper.cancel()]
             wait(started)
@@ -234,9 +240,9 @@ def read_array(folder: Path, codec: str) -> Block:
         block = np.empty(layout.chunk, dtype=_dtype(layout))
         with (folder / name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size not in stored_sizes(_chunk_bytes(layout), codec):
+            if size not in stored_sizes(_chunk_bytes(layout), codec, sharded=False):
                 raise ValueError(f"{name} has {size} bytes, which no chunk of this array has")
-            read_chunks(file.fileno(), 0, [StoredChunk(size, None, block.reshape(-1).view(np.uint8))], codec)
+            StoredChunk(file.fileno(), 0, size, None, codec, block.reshape(-1).view(np.uint8)).read()
         blocks.append(block)
     if not layout.shape:
         return blocks[0]

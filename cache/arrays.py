@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kdpipe.cache.codecs import Block, array_metadata, chunk_gap, crc32c, encode_chunk
+from kdpipe.cache.codecs import Block, array_metadata, checksum_follows, chunk_gap, crc32c, encode_chunk
 from kdpipe.cache.files import FileRecord, write_file
 
 SHARD_CHUNKS = 2048
@@ -61,7 +61,7 @@ class ArrayWriter:
         self._chunk = np.zeros((chunk_rows, *row_shape), dtype=dtype)
         self._filled = 0
         self._pool = pool
-        self._pending: deque[Future[bytes]] = deque()
+        self._pending: deque[Future[tuple[bytes, bytes]]] = deque()
         self._index: list[tuple[int, int]] = []
         self._checksums: list[str] = []
         self._shards = 0
@@ -125,13 +125,16 @@ class ArrayWriter:
     def _write_encoded(self, ahead: int) -> None:
         """Write chunks in order until no more than `ahead` are still being encoded."""
         while self._pending and (len(self._pending) > ahead or self._pending[0].done()):
-            data = self._pending.popleft().result()
+            data, checksum = self._pending.popleft().result()
+            self._checksums.append(checksum.hex())
+            if not checksum_follows(self._codec, sharded=True):
+                checksum = b""
             if len(self._index) == SHARD_CHUNKS:
                 self._finish_shard(SHARD_CHUNKS)
             self._write(bytes(chunk_gap(self._size)))
-            self._index.append((self._size, len(data)))
-            self._checksums.append(data[-4:].hex())
+            self._index.append((self._size, len(data) + len(checksum)))
             self._write(data)
+            self._write(checksum)
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
@@ -191,6 +194,6 @@ def write_array(folder: Path, values: Block, codec: str) -> dict[str, FileRecord
         part = values[number * chunk[0] : (number + 1) * chunk[0]] if values.ndim else values
         block[tuple(slice(side) for side in part.shape)] = part
         name = shard_name(number, values.ndim - 1) if values.ndim else "c"
-        files[name] = write_file(folder / name, encode_chunk(block, codec))
+        files[name] = write_file(folder / name, b"".join(encode_chunk(block, codec)))
     metadata = array_metadata(values.shape, str(values.dtype), chunk, None, codec)
     return {**files, "zarr.json": write_file(folder / "zarr.json", metadata)}

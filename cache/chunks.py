@@ -13,7 +13,16 @@ import numpy.typing as npt
 
 from kdpipe.cache.arrays import SHARD_CHUNKS, shard_name
 from kdpipe.cache.check import check_size
-from kdpipe.cache.codecs import CHECKSUM_BYTES, CHUNK_ALIGNMENT, Block, array_metadata, chunk_gap, crc32c, decompress
+from kdpipe.cache.codecs import (
+    CHECKSUM_BYTES,
+    CHUNK_ALIGNMENT,
+    Block,
+    array_metadata,
+    checksum_follows,
+    chunk_gap,
+    crc32c,
+    decompress,
+)
 
 _BLOCK = 1 << 20
 INDEX_ENTRY_BYTES = 16
@@ -34,7 +43,7 @@ class Layout:
         chunk: shape of a chunk.
         shard: shape of a shard, a multiple of `chunk`; None where each chunk has a file of its own.
         codec: "zstd", "lz4" or "none".
-        checksums: of all chunks in order, 8 hexadecimal digits each; None where they were not kept.
+        checksums: of all chunks in order, 8 hexadecimal digits each; None where each has a file of its own.
     """
 
     shape: tuple[int, ...]
@@ -84,13 +93,15 @@ def read_layout(data: bytes, codec: str) -> Layout:
             chunk,
             shard,
             codec,
-            attributes.get("checksums") if sharded else None,
+            attributes["checksums"] if sharded else None,
         )
         as_written = array_metadata(layout.shape, layout.dtype, chunk, shard, codec, attributes)
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"it cannot be understood ({type(error).__name__}: {error})") from error
     if as_written != data or min(chunk, default=1) < 1:
         raise ValueError(f"it is not as this kdpipe writes it for the codec {codec!r}")
+    if layout.checksums is not None and len(bytes.fromhex(layout.checksums)) != CHECKSUM_BYTES * layout.chunks:
+        raise ValueError(f"it has not one checksum for each of {layout.chunks} chunks")
     return layout
 
 
@@ -191,15 +202,20 @@ def parse_shard_index(data: bytes, end: int) -> npt.NDArray[np.uint64]:
 
 
 def _check_chunk(data: bytes, layout: Layout, number: int, look: Look | None) -> list[Found]:
-    expected = None if layout.checksums is None else layout.checksums[8 * number : 8 * number + 8]
-    if crc32c(data[:-4]) != data[-4:] or expected not in (None, data[-4:].hex()):
+    sums = set()
+    if layout.checksums is not None:
+        sums.add(layout.checksums[8 * number : 8 * number + 8])
+    if checksum_follows(layout.codec, layout.shard is not None):
+        data, follows = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+        sums.add(follows.hex())
+    if sums != {crc32c(data).hex()}:
         return [Found("is damaged: the checksum of a chunk does not fit", number)]
     values = np.empty(layout.chunk, dtype=layout.dtype)
     try:
         if layout.codec == "none":
-            values[...] = np.frombuffer(data[:-4], dtype=values.dtype.newbyteorder("<")).reshape(layout.chunk)
+            values[...] = np.frombuffer(data, dtype=values.dtype.newbyteorder("<")).reshape(layout.chunk)
         else:
-            decompress(data[:-4], values)
+            decompress(data, values)
     except ValueError as error:
         return [Found(f"is damaged: a chunk cannot be decoded ({error})", number)]
     wrong = None if look is None else look(number, values)

@@ -1,15 +1,13 @@
 """From float tensors to stored bytes: int8 per channel, the chunk codecs, and the Zarr metadata that names them.
 
 Chunks are encoded here one by one, so that a part is streamed to disk with the memory of one chunk per array and its
-bytes depend on nothing but the values. What is written is plain Zarr v3: `bytes`, `blosc` (unless the codec is "none")
-and `crc32c` within `sharding_indexed`; any Zarr library reads it. kdpipe reads it without one: straight from the file
-into the array that is returned, and no byte without having checked the checksum of its chunk.
+bytes depend on nothing but the values. What is written is plain Zarr v3: `bytes`, then `blosc` and `crc32c` unless the
+codec is "none", within `sharding_indexed`; any Zarr library reads it. kdpipe reads it without one, and no byte without
+having checked the checksum of its chunk.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,8 +67,8 @@ def crc32c(data: Any) -> bytes:
     return int(checksums.crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def encode_chunk(block: Block, codec: str) -> bytes:
-    """The stored bytes of one whole chunk, checksum included.
+def encode_chunk(block: Block, codec: str) -> tuple[bytes, bytes]:
+    """The stored bytes of one whole chunk, and their checksum.
 
     Args:
         block: C-contiguous array of the chunk's shape.
@@ -81,52 +79,7 @@ def encode_chunk(block: Block, codec: str) -> bytes:
     else:
         name, level = _COMPRESSORS[codec]
         data = bytes(blosc.Blosc(name, clevel=level, shuffle=blosc.Blosc.BITSHUFFLE).encode(block))
-    return data + crc32c(data)
-
-
-@dataclass(frozen=True)
-class StoredChunk:
-    """What `encode_chunk` gave, to be read from a file.
-
-    Attributes:
-        size: stored bytes, checksum included.
-        checksum: where it is known from elsewhere, too.
-        out: [N] uint8, where the decoded bytes go, of which there must be N exactly.
-    """
-
-    size: int
-    checksum: bytes | None
-    out: npt.NDArray[np.uint8]
-
-
-def read_chunks(file: int, offset: int, chunks: Sequence[StoredChunk], codec: str) -> None:
-    """Read chunks that lie one after the other, check them, and decode them.
-
-    Args:
-        file: descriptor.
-        offset: of the first chunk in the file, bytes.
-        chunks: at most 512.
-        codec: "zstd", "lz4" or "none".
-
-    Raises:
-        ValueError: a chunk is damaged; what it goes to may hold anything.
-    """
-    stored = [chunk.out if codec == "none" else np.empty(chunk.size - CHECKSUM_BYTES, np.uint8) for chunk in chunks]
-    # What follows each: its checksum, and what is left to the beginning of the next.
-    tails = [bytearray(CHECKSUM_BYTES + chunk_gap(chunk.size)) for chunk in chunks[:-1]] + [bytearray(CHECKSUM_BYTES)]
-    pairs = zip(stored, tails, strict=True)
-    _read_into(file, [view for data, tail in pairs for view in (data.data, memoryview(tail))], offset)
-    for chunk, data, tail in zip(chunks, stored, tails, strict=True):
-        what, checksum = f"{chunk.size} bytes at {offset}", tail[:CHECKSUM_BYTES]
-        offset += chunk.size + chunk_gap(chunk.size)
-        if crc32c(data) != checksum or chunk.checksum not in (None, bytes(checksum)):
-            raise ValueError(f"the checksum of the {what} does not fit")
-        if codec == "none":
-            continue
-        try:
-            decompress(data, chunk.out)
-        except ValueError as error:
-            raise ValueError(f"the {what} are not a chunk of this array ({error})") from error
+    return data, crc32c(data)
 
 
 def decompress(data: Any, out: Block) -> None:
@@ -148,28 +101,25 @@ def decompress(data: Any, out: Block) -> None:
 
 
 def chunk_gap(size: int) -> int:
-    """Unused bytes of a shard between a chunk of this size, checksum included, and the next one."""
+    """Unused bytes of a shard between a chunk that takes so many and the next one."""
     return -size % CHUNK_ALIGNMENT
 
 
-def stored_sizes(chunk_bytes: int, codec: str) -> range:
-    """How many bytes a chunk may have in its file, checksum included."""
+def checksum_follows(codec: str, sharded: bool) -> bool:
+    """Whether the checksum of a chunk lies behind it, as Zarr's crc32c codec puts it.
+
+    Uncompressed chunks of a shard have theirs in the metadata of the array only: they lie one after the other as the
+    values do, and what is read of many is one piece of the file.
+    """
+    return codec != "none" or not sharded
+
+
+def stored_sizes(chunk_bytes: int, codec: str, sharded: bool) -> range:
+    """How many bytes a chunk may have in its file, with the checksum behind it."""
+    after = CHECKSUM_BYTES * checksum_follows(codec, sharded)
     if codec == "none":
-        return range(chunk_bytes + CHECKSUM_BYTES, chunk_bytes + CHECKSUM_BYTES + 1)
-    return range(_BLOSC_HEADER + CHECKSUM_BYTES, chunk_bytes + _BLOSC_HEADER + CHECKSUM_BYTES + 1)
-
-
-def _read_into(file: int, views: list[memoryview], offset: int) -> None:
-    """Fill the views, one after the other, with what is at the offset."""
-    while views:
-        count = os.preadv(file, views, offset)
-        if count == 0:
-            raise ValueError(f"the file ends at {offset}")
-        offset += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
+        return range(chunk_bytes + after, chunk_bytes + after + 1)
+    return range(_BLOSC_HEADER + after, chunk_bytes + _BLOSC_HEADER + after + 1)
 
 
 def array_metadata(
@@ -197,7 +147,8 @@ def array_metadata(
         name, level = _COMPRESSORS[codec]
         options = {"cname": name, "clevel": level, "shuffle": "bitshuffle", "typesize": itemsize, "blocksize": 0}
         codecs.append({"name": "blosc", "configuration": options})
-    codecs.append({"name": "crc32c"})
+    if checksum_follows(codec, shard is not None):
+        codecs.append({"name": "crc32c"})
     if shard is not None:
         sharding = {
             "chunk_shape": list(chunk),

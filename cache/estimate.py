@@ -40,7 +40,7 @@ def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, 
         field = FIELD_OF_ARRAY.get(name, name)
         raw[field] += values.nbytes
         stored[field] += sum(
-            len(encode_chunk(values[start : start + rows], spec.codec)) for start in range(0, len(values), rows)
+            len(encode_chunk(values[start : start + rows], spec.codec)[0]) for start in range(0, len(values), rows)
         )
     return {field: stored[field] / raw[field] if raw[field] else 1.0 for field in spec.fields}
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredRun
+from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, Run
 from kdpipe.cache.check import check_metadata
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
@@ -144,7 +144,7 @@ class PartReader:
         """
         with ExitStack() as files:
             requests = []
-            runs: list[tuple[str, StoredRun]] = []
+            runs: list[tuple[str, Run]] = []
             for name, rows in wanted:
                 try:
                     array = self._open(name)
@@ -154,7 +154,7 @@ class PartReader:
                 requests.append(request)
                 runs += [(name, run) for run in request.runs]
 
-            def read(item: tuple[str, StoredRun]) -> None:
+            def read(item: tuple[str, Run]) -> None:
                 name, run = item
                 try:
                     run.read()

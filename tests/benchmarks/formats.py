@@ -115,7 +115,7 @@ def codec_rate(targets: TeacherTargets, codec: str) -> float:
     """MB/s of decoded features that the codec gives from memory into memory, in one thread."""
     values = torch.cat([level.reshape(-1) for level in targets.features or () if level is not None]).numpy()
     blocks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
-    chunks = [(encode_chunk(block, codec)[:-4], np.empty_like(block)) for block in blocks]
+    chunks = [(encode_chunk(block, codec)[0], np.empty_like(block)) for block in blocks]
 
     def decode() -> None:
         for data, out in chunks:

@@ -59,4 +59,5 @@ def test_encoding_is_a_function_of_the_values(codec: str) -> None:
     block = np.random.default_rng(0).integers(-9, 9, 100_000).astype(np.int8)
     first = encode_chunk(block, codec)
     assert all(encode_chunk(block.copy(), codec) == first for _ in range(3))
-    assert (len(first) < block.nbytes) == (codec != "none")
+    assert (len(first[0]) < block.nbytes) == (codec != "none")
+    assert first[1] == crc32c(first[0])

@@ -17,6 +17,7 @@ import torch
 import zarr
 
 from kdpipe.cache import CacheSpec, ImageInfo, TeacherRecord, open_cache
+from kdpipe.cache.codecs import crc32c
 from kdpipe.cache.plan import level_shapes
 from kdpipe.cache.root import read_root
 from kdpipe.cache.schema import CODECS, DTYPES
@@ -122,7 +123,7 @@ def test_metadata_letter_by_letter(tmp_path: Path, kit: "type[Kit]") -> None:
         '{"attributes":{"checksums":"' + crc(path / "parts" / "00000" / "boxes" / "c.0.0", 16384) + '"},"chunk_grid":'
         '{"configuration":{"chunk_shape":[1024,4]},"name":"regular"},"chunk_key_encoding":{"configuration":{"separator"'
         ':"."},"name":"default"},"codecs":[{"configuration":{"chunk_shape":[1024,4],"codecs":[{"configuration":'
-        '{"endian":"little"},"name":"bytes"},{"name":"crc32c"}],"index_codecs":[{"configuration":{"endian":"little"},'
+        '{"endian":"little"},"name":"bytes"}],"index_codecs":[{"configuration":{"endian":"little"},'
         '"name":"bytes"},{"name":"crc32c"}],"index_location":"end"},"name":"sharding_indexed"}],"data_type":"float32",'
         '"fill_value":0,"node_type":"array","shape":[1024,4],"zarr_format":3}\n'
     )
@@ -138,8 +139,8 @@ def test_metadata_letter_by_letter(tmp_path: Path, kit: "type[Kit]") -> None:
     )
 
 
-def crc(file: Path, at: int) -> str:
-    return file.read_bytes()[at : at + 4].hex()
+def crc(file: Path, size: int) -> str:
+    return crc32c(file.read_bytes()[:size]).hex()
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, StoredRun, read_array
+from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, read_array
 from kdpipe.cache.arrays import ArrayWriter, write_array
 from kdpipe.cache.chunks import check_file, read_layout
 from kdpipe.cache.codecs import Block, crc32c
@@ -34,7 +34,7 @@ def sizes(folder: Path) -> dict[str, int]:
 def read(array: ArrayReader, rows: Rows, readers: Readers | None = None) -> Block:
     with ExitStack() as files:
         request = array.request(rows, files)
-        (readers or Readers()).run(StoredRun.read, request.runs)
+        (readers or Readers()).run(lambda run: run.read(), request.runs)
     return request.values()
 
 
@@ -87,6 +87,16 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, list[ArrayR
         return values, [write(tmp_path_factory.mktemp("a") / codec, values, codec, chunk_rows=4) for codec in CODECS]
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, ArrayReader]:
+    """300 rows of which 16 are a chunk of 192 bytes, in shards of 8 chunks."""
+    values = np.random.default_rng(0).integers(-9, 9, (300, 3, 2)).astype(np.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdpipe.cache.arrays.SHARD_CHUNKS", 8)
+        patch.setattr("os.fsync", lambda handle: None)
+        return values, write(tmp_path_factory.mktemp("packed") / "a", values, "none", chunk_rows=16)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows(arrays: tuple[Block, list[ArrayReader]], data: st.DataObject) -> None:
@@ -98,16 +108,30 @@ def test_any_rows(arrays: tuple[Block, list[ArrayReader]], data: st.DataObject) 
         np.testing.assert_array_equal(read(array, numbers), values[numbers])
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_rows_of_mapped_files(packed: tuple[Block, ArrayReader], data: st.DataObject) -> None:
+    values, array = packed
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, 300), st.integers(0, 300))))
+    numbers = np.array(data.draw(st.lists(st.integers(0, 299), max_size=8)), dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdpipe.cache.array_reader._LEAST_MAPPED_BYTES", 1)
+        patch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", data.draw(st.sampled_from([1, 400, 1 << 20])))
+        np.testing.assert_array_equal(read(array, range(start, stop)), values[start:stop])
+        np.testing.assert_array_equal(read(array, numbers), values[numbers])
+
+
 def test_rows_that_are_not_there(arrays: tuple[Block, list[ArrayReader]]) -> None:
     with pytest.raises(ValueError, match="rows only"):
         read(arrays[1][0], range(40, 60))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("codec", "least_mapped"), [("zstd", 1), ("lz4", 1), ("none", 1), ("none", 1 << 30)])
 def test_many_threads_read_the_same(
-    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str
+    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str, least_mapped: int
 ) -> None:
     monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", 1)  # as many runs as threads
+    monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_MAPPED_BYTES", least_mapped)
     array = write(tmp_path / "a", np.arange(3000, dtype=np.float32), codec, chunk_rows=16)
     for threads in (1, 2, 5):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)

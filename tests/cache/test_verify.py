@@ -192,12 +192,12 @@ def rewrite(path: Path, array: str, change: "Callable[[np.ndarray[Any, Any]], No
     size = dtype.itemsize * int(np.prod(chunk))
     values = np.frombuffer(data[:size], dtype).reshape(chunk).copy()
     change(values)
-    encoded = encode_chunk(values, "none")
+    encoded, checksum = encode_chunk(values, "none")
     sums = metadata["attributes"]["checksums"]
-    metadata["attributes"]["checksums"] = encoded[-4:].hex() + sums[8:]
+    metadata["attributes"]["checksums"] = checksum.hex() + sums[8:]
     text = json.dumps(metadata, separators=(",", ":"), sort_keys=True).encode() + b"\n"
     (folder / array / "zarr.json").write_bytes(text)
-    file.write_bytes(encoded + data[size + 4 :])
+    file.write_bytes(encoded + data[size:])
     record = read_record(folder) or {}
     files = {name: tuple(entry) for name, entry in record.pop("files").items()}
     for name in (f"{array}/zarr.json", f"{array}/{file.name}"):
