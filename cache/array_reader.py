@@ -1,8 +1,8 @@
 """Reads stored arrays: the rows that are asked for, whole chunks at a time, each with its checksum checked.
 
-Compressed chunks are decoded into the array that is returned, in memory that nobody else has while that array lives;
-uncompressed ones are that array: the file itself, mapped. A file is opened for each read and closed after it: a process
-that reads from any number of parts has no more descriptors than one read needs, and a child inherits none.
+The chunks go straight from the file into the array that is returned (uncompressed ones without any copy), in memory
+that nobody else has while that array lives. A file is opened for each read and closed after it: a process that reads
+from any number of parts has no more descriptors than one read needs, and a child inherits none.
 """
 
 import math
@@ -23,15 +23,12 @@ from kdpipe.cache.arrays import shard_name
 from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, chunk_gap, stored_sizes
-from kdpipe.cache.mapped import map_file
 from kdpipe.cache.stored import RawChunks, StoredChunk
 
 _MAX_THREADS = 8
 # Uncompressed chunks that are read in one go: a thread each for less is slower, since threads wait for each other
 # between chunks (Python runs one at a time).
 _LEAST_RUN_BYTES, _MOST_RUN_BYTES = 1 << 20, 10 << 20
-# What is smaller is copied: that takes no longer than to map it, and holds no page of a file.
-_LEAST_MAPPED_BYTES = 1 << 18
 # Of this process: a forked child has its own copy.
 _BUFFERS = Buffers()
 
@@ -110,34 +107,25 @@ class ArrayReader:
             numbers, place = unique.tolist(), inverse * count + rows % count
         if numbers and numbers[-1] * count >= self.rows:
             raise ValueError(f"it has {self.rows} rows only")
+        decoded = _BUFFERS.take(len(numbers) * self._chunk_bytes)
+        buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
         opened: dict[int, tuple[int, npt.NDArray[np.uint64]]] = {}
-        pieces = []
+        runs: list[Run] = []
         for first, stop in self._pieces(numbers):
             shard, inside = divmod(numbers[first], self._per_shard)
             if shard not in opened:
                 opened[shard] = self._open(shard, files)
             file, index = opened[shard]
-            entries = index[inside : inside + stop - first].tolist()
-            if len(entries) < stop - first:
-                raise ValueError(f"{self._name(shard)} lacks chunk {inside + len(entries)}")
-            pieces.append((first, stop, file, *entries[0]))
-        size = len(numbers) * self._chunk_bytes
-        decoded = None
-        if len(opened) == 1 and self._packed and isinstance(rows, range) and size >= _LEAST_MAPPED_BYTES:
-            decoded = map_file(pieces[0][2], pieces[0][3], size)
-        mapped = decoded is not None
-        if decoded is None:
-            decoded = _BUFFERS.take(size)
-        runs: list[Run] = []
-        for first, stop, file, offset, stored in pieces:
+            if inside + stop - first > len(index):
+                raise ValueError(f"{self._name(shard)} lacks chunk {inside + stop - first - 1}")
+            offset, size = index[inside].tolist()
             out = decoded[first * self._chunk_bytes : stop * self._chunk_bytes]
             start = CHECKSUM_BYTES * numbers[first]
             checksums = self._checksums[start : start + CHECKSUM_BYTES * (stop - first)]
             if self._codec == "none":
-                runs.append(RawChunks(file, offset, checksums, out, mapped))
+                runs.append(RawChunks(file, offset, checksums, out))
             else:
-                runs.append(StoredChunk(file, offset, stored, checksums, self._codec, out))
-        buffer = decoded.view(self._dtype).reshape(len(numbers) * count, *self._row_shape)
+                runs.append(StoredChunk(file, offset, size, checksums, self._codec, out))
         return Request(runs, buffer, place)
 
     def _pieces(self, numbers: list[int]) -> Iterator[tuple[int, int]]:

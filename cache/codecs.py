@@ -109,7 +109,7 @@ def checksum_follows(codec: str, sharded: bool) -> bool:
     """Whether the checksum of a chunk lies behind it, as Zarr's crc32c codec puts it.
 
     Uncompressed chunks of a shard have theirs in the metadata of the array only: they lie one after the other as the
-    values do, and what is read of many is one piece of the file.
+    values do, and any number of them is read in one piece.
     """
     return codec != "none" or not sharded
 

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.cache.codecs import CHECKSUM_BYTES, crc32c, decompress
-from kdpipe.cache.mapped import populate
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -56,21 +55,19 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class RawChunks:
-    """Uncompressed chunks that lie one after the other in a file, with nothing between or behind them.
+    """Uncompressed chunks that lie one after the other in a file, with nothing between them: read in one go.
 
     Attributes:
         file: descriptor.
         offset: of the first one in the file, bytes.
         checksums: of all of them.
-        out: [N] uint8, memory for them all.
-        mapped: whether that memory is the file itself.
+        out: [N] uint8, where they go, all of the same size.
     """
 
     file: int
     offset: int
     checksums: bytes
     out: _Bytes
-    mapped: bool
 
     def read(self) -> None:
         """Read and check them.
@@ -79,8 +76,7 @@ class RawChunks:
             ValueError: one is damaged; `out` may hold anything.
             OSError: the file cannot be read.
         """
-        if not (self.mapped and populate(self.out)):
-            _read_into(self.file, [self.out.data], self.offset)
+        _read_into(self.file, [self.out.data], self.offset)
         size = len(self.out) * CHECKSUM_BYTES // len(self.checksums)
         for number, start in enumerate(range(0, len(self.out), size)):
             expected = self.checksums[CHECKSUM_BYTES * number : CHECKSUM_BYTES * (number + 1)]

@@ -110,12 +110,11 @@ def test_any_rows(arrays: tuple[Block, list[ArrayReader]], data: st.DataObject) 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_rows_of_mapped_files(packed: tuple[Block, ArrayReader], data: st.DataObject) -> None:
+def test_any_rows_of_chunks_without_gaps(packed: tuple[Block, ArrayReader], data: st.DataObject) -> None:
     values, array = packed
     start, stop = sorted(data.draw(st.tuples(st.integers(0, 300), st.integers(0, 300))))
     numbers = np.array(data.draw(st.lists(st.integers(0, 299), max_size=8)), dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdpipe.cache.array_reader._LEAST_MAPPED_BYTES", 1)
         patch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", data.draw(st.sampled_from([1, 400, 1 << 20])))
         np.testing.assert_array_equal(read(array, range(start, stop)), values[start:stop])
         np.testing.assert_array_equal(read(array, numbers), values[numbers])
@@ -126,12 +125,11 @@ def test_rows_that_are_not_there(arrays: tuple[Block, list[ArrayReader]]) -> Non
         read(arrays[1][0], range(40, 60))
 
 
-@pytest.mark.parametrize(("codec", "least_mapped"), [("zstd", 1), ("lz4", 1), ("none", 1), ("none", 1 << 30)])
+@pytest.mark.parametrize("codec", CODECS)
 def test_many_threads_read_the_same(
-    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str, least_mapped: int
+    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
     monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", 1)  # as many runs as threads
-    monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_MAPPED_BYTES", least_mapped)
     array = write(tmp_path / "a", np.arange(3000, dtype=np.float32), codec, chunk_rows=16)
     for threads in (1, 2, 5):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
