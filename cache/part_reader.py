@@ -1,6 +1,6 @@
 """Reads the arrays of one committed part, and says what is damaged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class PartReader:
         """
         entry = self._entry(row)
         starts = self._level_starts(entry)
-        runs = _runs(np.arange(len(starts) - 1) if levels is None else np.unique(levels))
+        runs = _runs(range(len(starts) - 1) if levels is None else levels)
         wanted: list[tuple[str, Rows | None]] = []
         for name in arrays:
             if name == "features":
@@ -191,7 +191,12 @@ class PartReader:
         )
 
 
-def _runs(numbers: npt.NDArray[np.int64]) -> list[list[int]]:
-    """Ascending numbers, divided where there is a gap."""
-    splits = np.flatnonzero(np.diff(numbers) > 1) + 1
-    return [run.tolist() for run in np.split(numbers, splits) if len(run)]
+def _runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Numbers in ascending order, divided where there is a gap."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

@@ -144,12 +144,18 @@ def checked_read(file: Path, memory: npt.NDArray[np.uint8]) -> None:
 
 
 def read_seconds(caches: dict[tuple[str, str], TeacherCache], out: Path, rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds per image; (dtype, "fromfile") and (dtype, "checked") are those of a file of as many bytes."""
+    """Median seconds per image; (dtype, "fromfile") and (dtype, "checked") are those of a file of as many bytes.
+
+    (dtype, "features") is of uncompressed features alone, (dtype, "features fromfile") of a file of as many bytes.
+    """
     taken: dict[tuple[str, str], list[float]] = {}
     ids = next(iter(caches.values())).image_ids.tolist()
     for dtype in DTYPES:
         for image_id in ids:
-            np.zeros(raw_bytes(caches[dtype, "none"].targets(image_id)), np.int8).tofile(out / f"{image_id}.{dtype}")
+            targets = caches[dtype, "none"].targets(image_id)
+            np.zeros(raw_bytes(targets), np.int8).tofile(out / f"{image_id}.{dtype}")
+            count = sum(level.nbytes for level in targets.features or () if level is not None)
+            np.zeros(count, np.int8).tofile(out / f"{image_id}.features.{dtype}")
     files = {dtype: [out / f"{image_id}.{dtype}" for image_id in ids] for dtype in DTYPES}
     # Touched, and at the beginning of a page.
     memory = {dtype: Buffers().take(max(file.stat().st_size for file in files[dtype])) for dtype in DTYPES}
@@ -161,6 +167,10 @@ def read_seconds(caches: dict[tuple[str, str], TeacherCache], out: Path, rounds:
             taken.setdefault((dtype, "fromfile"), []).append(timed(partial(np.fromfile, file, np.int8)))
             block = memory[dtype][: other.stat().st_size]
             taken.setdefault((dtype, "checked"), []).append(timed(partial(checked_read, other, block)))
+            features = out / f"{image_id}.features.{dtype}"
+            taken.setdefault((dtype, "features fromfile"), []).append(timed(partial(np.fromfile, features, np.int8)))
+            read = partial(caches[dtype, "none"].targets, image_id, fields=("features",))
+            taken.setdefault((dtype, "features"), []).append(timed(read))
         for kind, cache in caches.items():
             taken.setdefault(kind, []).append(timed(partial(cache.targets, image_id)))
     return {kind: statistics.median(values) for kind, values in taken.items()}
@@ -258,6 +268,9 @@ def main(
             raw = statistics.mean(raw_bytes(caches[dtype, "none"].targets(image_id)) for image_id in exact)
             rates = f"np.fromfile {raw / fromfile / 1e6:.0f} MB/s, checked read {raw / checked / 1e6:.0f} MB/s"
             click.echo(f"{dtype}: {rates}, {fromfile / checked:.2f} of it")
+            fromfile, ours = read_taken[dtype, "features fromfile"], read_taken[dtype, "features"]
+            seconds = f"np.fromfile {fromfile * 1e3:.2f} ms, kdpipe {ours * 1e3:.2f} ms"
+            click.echo(f"{dtype}, features alone: {seconds}, {fromfile / ours:.2f} of it")
     finally:
         shutil.rmtree(out)
 
