@@ -1,6 +1,7 @@
 """Reading of stored arrays: the same as plain zarr reads, in any selection, and nothing that is not sound."""
 
 import hashlib
+import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, read_array
 from kdpipe.cache.arrays import ArrayWriter, write_array
 from kdpipe.cache.chunks import check_file, read_layout
-from kdpipe.cache.codecs import Block, crc32c
+from kdpipe.cache.codecs import Block, crc32c, node_json
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -178,6 +179,28 @@ def test_an_index_that_cannot_be(tmp_path: Path, codec: str, damage: str) -> Non
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"the index of c\.0 does not fit"):
         read(array, range(40))
+
+
+@pytest.mark.parametrize(
+    ("checksums", "message"),
+    [
+        ("", "0 checksums for 5 chunks"),
+        ("00" * 16, "4 checksums for 5 chunks"),
+        ("00" * 24, "6 checksums for 5 chunks"),
+        ("zz" * 20, "non-hexadecimal"),
+        (7, "cannot be understood"),
+        (None, "cannot be understood"),
+    ],
+)
+@pytest.mark.parametrize("codec", CODECS)
+def test_checksums_that_cannot_be(tmp_path: Path, codec: str, checksums: object, message: str) -> None:
+    write(tmp_path / "a", np.arange(40, dtype=np.int64), codec, chunk_rows=8)
+    file = tmp_path / "a" / "zarr.json"
+    metadata = json.loads(file.read_bytes())
+    metadata["attributes"]["checksums"] = checksums
+    file.write_bytes(node_json({name: value for name, value in metadata.items() if name != "zarr_format"}))
+    with pytest.raises(ValueError, match=message):
+        ArrayReader(tmp_path / "a", sizes(tmp_path / "a"), codec)
 
 
 def test_a_sound_chunk_of_another_file(tmp_path: Path) -> None:
