@@ -21,7 +21,6 @@ from kdpipe.pipelines.building import building
 from kdpipe.pipelines.console import ProgressBar, silent_stdout
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.runner import AP_NAMES
-from kdpipe.pipelines.training import complete
 
 __all__ = ["cached_ap"]
 
@@ -63,7 +62,7 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
     if not found:
         return dict.fromkeys(AP_NAMES, 0.0)
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
-        truth = COCO(str(complete(data, Path(folder) / "annotations.json").ann_file))
+        truth = COCO(str(data.completed(Path(folder) / "annotations.json").ann_file))
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
         evaluation.params.imgIds = cache.image_ids.tolist()
         evaluation.params.catIds = list(cache.spec.category_ids)

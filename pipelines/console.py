@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import threading
 import time
 import unicodedata
@@ -13,7 +14,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["ProgressBar", "bytes_text", "error_text", "plain", "silent_stdout", "stop"]
+from kdpipe.pipelines.launch import is_first
+
+__all__ = ["ProgressBar", "bytes_text", "command_console", "error_text", "plain", "silent_stdout", "stop"]
 
 _LINE_SECONDS = 30.0
 
@@ -118,6 +121,11 @@ class ProgressBar:
     def close(self) -> None:
         """Take the bar off the console."""
         self._bar.stop()
+
+
+def command_console() -> Console:
+    """Standard output of the first process; silence in the others of a distributed run."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def bytes_text(size: float) -> str:

@@ -99,6 +99,10 @@ class DetectionData:
             }
         )
 
+    def completed(self, path: Path) -> "DetectionData":
+        """The same data, from a new file at `path` if its own lacks what mmdet and pycocotools read."""
+        return self if self.is_complete else replace(self, ann_file=self.save_coco(path), is_complete=True)
+
     def save_coco(self, path: str | Path) -> Path:
         """Writes the data set as COCO JSON with every field that mmdet and pycocotools read, crowds included."""
         path, data = Path(path), self._annotations

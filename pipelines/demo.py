@@ -25,7 +25,8 @@ from kdpipe.pipelines.shapes import draw_shapes
 from kdpipe.pipelines.sources import DataSource
 from kdpipe.pipelines.teacher import teacher_config
 from kdpipe.pipelines.train_student import train_student
-from kdpipe.pipelines.training import Recipe, TrainingResult, train_detector
+from kdpipe.pipelines.training import TrainingResult, train_detector
+from kdpipe.pipelines.training_config import Recipe
 
 __all__ = ["DemoSettings", "Width", "run_demo"]
 

@@ -18,7 +18,7 @@ from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import check_classes, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
 from kdpipe.pipelines.runner import AP_NAMES, ProgressHook, QuietRunner, coco_metrics
-from kdpipe.pipelines.training import complete, set_validation
+from kdpipe.pipelines.training_config import set_validation
 
 __all__ = ["evaluate", "metrics_table"]
 
@@ -73,7 +73,7 @@ def evaluate(
     load_strict(model, checkpoint.state_dict)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
-        set_validation(cfg, complete(data, Path(folder) / "annotations.json"), scale, batch_size, loader)
+        set_validation(cfg, data.completed(Path(folder) / "annotations.json"), scale, batch_size, loader)
         runner = QuietRunner(
             model=model,
             work_dir=folder,

@@ -20,15 +20,8 @@ from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
 from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.live_teacher import OnlineTeacher
-from kdpipe.pipelines.training import (
-    Recipe,
-    TrainingResult,
-    check_work_dir,
-    complete,
-    detector_config,
-    run_training,
-    world_size,
-)
+from kdpipe.pipelines.training import TrainingResult, check_work_dir, run_training
+from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
@@ -114,7 +107,7 @@ def train_student(
     if cache is not None:
         train = _cached_images(cache, train, work_dir, resume, console)
         skipped = [image["image_id"] for image in cache.skipped]
-    train, val = complete(train, work_dir / "train.json"), val and complete(val, work_dir / "val.json")
+    train, val = train.completed(work_dir / "train.json"), val and val.completed(work_dir / "val.json")
     cfg = detector_config(config, train, val, recipe, skipped)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
@@ -165,7 +158,7 @@ def _cached_images(
             "one process, or when it is finished."
         )
     console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
-    return complete(train.only(cache.image_ids.tolist()), path)
+    return train.only(cache.image_ids.tolist()).completed(path)
 
 
 def _name(teacher: TeacherCache | OnlineTeacher) -> str:

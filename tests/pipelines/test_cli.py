@@ -14,7 +14,7 @@ import pytest
 
 from kdpipe.cache.errors import CacheError, KdpipeError
 from kdpipe.cache.reader import open_cache
-from kdpipe.pipelines import cli
+from kdpipe.pipelines import cli, cli_options
 from kdpipe.pipelines.console import Stop, error_text
 from kdpipe.pipelines.teacher import Teacher
 
@@ -86,12 +86,12 @@ def test_wrong_usage(kit: "Kit", work: Path, arguments: tuple[str, ...]) -> None
     ("text", "size"), [("512", 512), ("1KiB", 1024), ("1.5 MB", 3 << 19), ("2g", 2 << 30), ("1TiB", 1 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.Bytes().convert(text, None, None) == size
+    assert cli_options.Bytes().convert(text, None, None) == size
 
 
 def test_names_come_in_the_order_of_the_format() -> None:
-    assert cli.Choices(("identity", "hflip")).convert("hflip, identity", None, None) == ("identity", "hflip")
-    assert cli.Scale().convert("1333X800", None, None) == (1333, 800)
+    assert cli_options.Choices(("identity", "hflip")).convert("hflip, identity", None, None) == ("identity", "hflip")
+    assert cli_options.Scale().convert("1333X800", None, None) == (1333, 800)
 
 
 def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:

@@ -14,7 +14,7 @@ from mmdet.datasets import CocoDataset
 from mmengine.runner.checkpoint import get_torchvision_models
 
 from kdpipe.cache.reader import open_cache
-from kdpipe.pipelines.training import SCHEDULES
+from kdpipe.pipelines.training_config import SCHEDULES
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit

@@ -25,7 +25,7 @@ from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image
 from kdpipe.pipelines.live_teacher import LiveTeacher
 from kdpipe.pipelines.teacher import load_teacher, teacher_config
-from kdpipe.pipelines.training import Recipe, detector_config
+from kdpipe.pipelines.training_config import Recipe, detector_config
 from kdpipe.pipelines.transforms import with_teacher_targets
 
 if TYPE_CHECKING:

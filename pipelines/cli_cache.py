@@ -1,0 +1,161 @@
+"""Commands that make caches and look into them: `cache-teacher`, `verify`, `inspect`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
+from kdpipe.pipelines.cli_options import PATH, Bytes, Choices, Scale, data_options, trust_option
+from kdpipe.pipelines.console import bytes_text, command_console
+
+__all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
+
+
+@click.command("cache-teacher")
+@click.option("--ckpt", type=PATH, required=True, help="The teacher's checkpoint.")
+@click.option("--config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
+@data_options
+@click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages).")
+@click.option("--split", default="train", show_default=True, help="Image set of the VOC folder.")
+@click.option("--out", type=PATH, help="The cache. Default: named after the data set, such as coco.zarr.")
+@click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
+@click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
+@click.option("--proposals", type=click.IntRange(1), default=512, show_default=True, help="Best boxes kept per image.")
+@click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
+@click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
+@click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
+@click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
+@click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
+@click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
+@trust_option
+def cache_teacher_command(
+    ckpt: Path,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str,
+    out: Path | None,
+    tier: str,
+    dtype: str,
+    codec: str,
+    proposals: int,
+    scale: tuple[int, int] | None,
+    views: tuple[str, ...],
+    part_size: int,
+    limit: int | None,
+    device: str | None,
+    skip_bad_images: bool,
+    dry_run: bool,
+    trust: bool,
+) -> None:
+    """Run the teacher once over a data set and keep what it says.
+
+    Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
+    the work.
+    """
+    from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher, prepare_teacher
+    from kdpipe.pipelines.checkpoints import load_checkpoint
+    from kdpipe.pipelines.dry_run import estimate, print_estimate
+    from kdpipe.pipelines.ranks import Ranks
+    from kdpipe.pipelines.sources import find_data, torch_device
+    from kdpipe.pipelines.teacher import teacher_config
+
+    console = command_console()
+    try:
+        with Ranks.launched() as ranks:
+            checkpoint = load_checkpoint(ckpt, trust=trust)
+            cfg = teacher_config(checkpoint, config)
+            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=out, limit=limit)
+            options = CacheOptions(
+                tier=tier,
+                dtype=dtype,
+                codec=codec,
+                proposals=proposals,
+                views=views,
+                scale=scale,
+                part_size=part_size,
+                skip_bad_images=skip_bad_images,
+            )
+            if dry_run:
+                teacher, spec = prepare_teacher(checkpoint, cfg, source.data, options, torch_device(device))
+                images = source.data.images
+                print_estimate(console, estimate(teacher, source.data, images, spec), spec, len(images), source.out)
+                return
+            result = cache_teacher(
+                checkpoint,
+                cfg,
+                source.data,
+                source.out,
+                options,
+                source=source.record(),
+                device=torch_device(device),
+                console=console,
+                ranks=ranks,
+            )
+    except KeyboardInterrupt:
+        console.print("Stopped. What is cached is valid; the same command goes on from there.")
+        raise
+    console.print(
+        f"{result.path}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
+        f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes); "
+        f"{result.new_images} new images in {result.seconds:.1f} s"
+    )
+
+
+@click.command("verify")
+@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.option("--repair", is_flag=True, help="Remove what is bad, so that cache-teacher makes it anew.")
+@click.option("--ckpt", type=PATH, help="The teacher: compare with what it says of some images.")
+@click.option("--config", help="Its config: a zoo name, or a file. Default: the one that the cache records.")
+@click.option("--sample", type=click.IntRange(1), default=16, show_default=True, help="How many images, with --ckpt.")
+@click.option("--device", help="Where the teacher runs. Default: cuda where there is one, else cpu.")
+@click.option("--ap", is_flag=True, help="Compute the teacher's AP from the cache alone.")
+@data_options
+@trust_option
+def verify_command(
+    cache_path: Path,
+    repair: bool,
+    ckpt: Path | None,
+    config: str | None,
+    sample: int,
+    device: str | None,
+    ap: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    trust: bool,
+) -> None:
+    """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not."""
+    from kdpipe.pipelines.verify import verify_files, verify_teacher
+
+    console = command_console()
+    good = verify_files(cache_path, repair=repair, console=console)
+    if good and (ckpt is not None or ap):
+        verify_teacher(
+            cache_path,
+            ckpt,
+            config=config,
+            sample=sample,
+            device=device,
+            ap=ap,
+            ann_file=ann_file,
+            img_dir=img_dir,
+            trust=trust,
+            console=console,
+        )
+    sys.exit(0 if good else 1)
+
+
+@click.command("inspect")
+@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.option("--image", type=int, help="Show what is kept of the image with this id.")
+@click.option("--view", type=click.Choice(VIEWS), help="In this view. Default: the first of the cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect_command(cache_path: Path, image: int | None, view: str | None, as_json: bool) -> None:
+    """Show what a cache is, what it holds, how large it is, and which losses it serves."""
+    from kdpipe.pipelines.inspect import inspect_cache
+
+    inspect_cache(cache_path, image, view, as_json=as_json, console=command_console())

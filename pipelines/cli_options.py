@@ -1,0 +1,105 @@
+"""Types and options that several commands share."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = [
+    "PATH",
+    "Bytes",
+    "Choices",
+    "Scale",
+    "data_options",
+    "training_options",
+    "trust_option",
+    "val_options",
+]
+
+PATH = click.Path(path_type=Path)
+
+
+class Scale(click.ParamType):  # type: ignore[type-arg]
+    """`1333x800` -> `(1333, 800)`."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", value)
+        if match is None:
+            self.fail(f"{value!r} is no size; expected WIDTHxHEIGHT in pixels, such as 1333x800.", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """`1GiB` -> 1073741824."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", value, re.IGNORECASE)
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no size; expected such as 512MiB or 1GiB.", param, ctx)
+        power = "kmgt".find(match[2][0].lower()) + 1 if match[2] else 0
+        return int(float(match[1]) * 1024**power)
+
+
+class Choices(click.ParamType):  # type: ignore[type-arg]
+    """Names separated by commas, in the order of `allowed`."""
+
+    name = "NAMES"
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        self.allowed = allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not set(names) <= set(self.allowed) or len(set(names)) < len(names):
+            self.fail(f"{value!r}: expected some of {', '.join(self.allowed)}, separated by commas.", param, ctx)
+        return tuple(name for name in self.allowed if name in names)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+data_options = _options(
+    click.option("--ann-file", type=PATH, help="COCO JSON of the images."),
+    click.option("--img-dir", type=PATH, help="Folder of the images."),
+)
+val_options = _options(
+    click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),
+    click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
+)
+training_options = _options(
+    click.option("--batch-size", type=click.IntRange(1), help="Images per step and process. Default: the config's."),
+    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--scale", type=Scale(), help="Network input, ratio kept."),
+    click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
+    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
+    click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
+    click.option("--workers", type=click.IntRange(0), help="Loader processes. Default: half the cores, at most 4."),
+    click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
+)
+trust_option = click.option(
+    "--trust-checkpoint",
+    "trust",
+    is_flag=True,
+    help="Unpickle a checkpoint that holds more than weights.",
+)

@@ -1,0 +1,209 @@
+"""Commands that train and measure detectors: `train-student`, `train-teacher`, `evaluate`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kdpipe.pipelines.cli_options import PATH, Scale, data_options, training_options, trust_option, val_options
+from kdpipe.pipelines.console import command_console
+
+__all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
+
+DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
+
+
+@click.command("train-student")
+@click.option("--cache", "cache_path", type=PATH, help="The cache that cache-teacher wrote.")
+@click.option("--teacher-ckpt", type=PATH, help="In place of a cache: the teacher, which runs in every step.")
+@click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
+@click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
+@click.option(
+    "--methods",
+    default="sgfi,ckd,pred",
+    show_default=True,
+    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none.",
+)
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["1x", "2x-ms"]),
+    default="1x",
+    show_default=True,
+    help="12 epochs, or 24 with multi-scale.",
+)
+@click.option(
+    "--rois",
+    type=click.Choice(["teacher", "student"]),
+    help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
+)
+@click.option(
+    "--ckd-branch",
+    type=click.Choice(["classification", "localization", "combined"]),
+    help="Branch of a dense student's head that ckd compares. Default: classification.",
+)
+@click.option(
+    "--missing-view",
+    type=click.Choice(["mirror", "skip"]),
+    help="Flipped images of which that view is not cached: mirrored targets (default), or none.",
+)
+@click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
+@training_options
+@data_options
+@val_options
+@trust_option
+def train_student_command(
+    cache_path: Path | None,
+    teacher_ckpt: Path | None,
+    teacher_config: str | None,
+    student: str,
+    methods: str,
+    epochs: int | None,
+    schedule: str,
+    rois: str | None,
+    ckd_branch: str | None,
+    missing_view: str | None,
+    allow_partial: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    val_ann_file: Path | None,
+    val_img_dir: Path | None,
+    trust: bool,
+    **training: Any,
+) -> None:
+    """Train a student from a cache. Nothing of the teacher is needed.
+
+    Images and annotations are those that the cache names; --ann-file and --img-dir say where they moved. With
+    --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
+    """
+    from kdpipe.cache.reader import open_cache
+    from kdpipe.pipelines.configs import find_config
+    from kdpipe.pipelines.live_teacher import online_teacher
+    from kdpipe.pipelines.sources import cached_data, named_data
+    from kdpipe.pipelines.train_student import train_student
+    from kdpipe.pipelines.training_config import SCHEDULES
+
+    console = command_console()
+    teacher: Any
+    if (cache_path is None) == (teacher_ckpt is None):
+        raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
+    for option, idle, of in (
+        ("--missing-view", missing_view is not None and cache_path is None, "--cache"),
+        ("--allow-partial", allow_partial and cache_path is None, "--cache"),
+        ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
+    ):
+        if idle:
+            raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
+    config = find_config(student)
+    if cache_path is not None:
+        teacher = open_cache(cache_path, allow_partial=allow_partial)
+        train, val = cached_data(teacher, ann_file=ann_file, img_dir=img_dir)
+    elif teacher_ckpt is not None:
+        teacher, train, val = online_teacher(
+            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, trust=trust
+        )
+    if val_ann_file is not None:
+        val = named_data(val_ann_file, val_img_dir or train.img_dir)
+    chosen = [] if methods == "none" else [name.strip() for name in methods.split(",")]
+    work_dir = training.pop("work_dir") or Path("work_dirs") / f"{Path(student).stem}_{methods.replace(',', '-')}"
+    resume = training.pop("resume")
+    training["scale"] = training["scale"] or teacher.spec.scale
+    recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
+    if val is None:
+        console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
+    result = train_student(
+        config,
+        teacher,
+        train,
+        val,
+        chosen,
+        recipe,
+        work_dir,
+        rois=rois,
+        ckd_branch=ckd_branch,
+        missing_view=missing_view or "mirror",
+        resume=resume,
+        console=console,
+    )
+    _report(console, result)
+
+
+@click.command("train-teacher")
+@click.option("--config", required=True, help="mmdet config: a zoo name, or a file.")
+@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True, help="Passes over the images.")
+@training_options
+@data_options
+@val_options
+def train_teacher_command(
+    config: str,
+    epochs: int,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    val_ann_file: Path | None,
+    val_img_dir: Path | None,
+    **training: Any,
+) -> None:
+    """Train a plain detector, for those who have no teacher for their data yet."""
+    from kdpipe.pipelines.configs import find_config
+    from kdpipe.pipelines.sources import named_data
+    from kdpipe.pipelines.training import train_detector
+
+    console = command_console()
+    if ann_file is None or img_dir is None:
+        raise click.UsageError("train-teacher needs --ann-file and --img-dir.")
+    found = find_config(config)
+    train = named_data(ann_file, img_dir)
+    val = named_data(val_ann_file, val_img_dir or img_dir) if val_ann_file else None
+    work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
+    resume = training.pop("resume")
+    recipe = _recipe(found, epochs=epochs, **training)
+    _report(console, train_detector(found, train, val, recipe, work_dir, resume=resume, console=console))
+
+
+@click.command("evaluate")
+@click.option("--ckpt", type=PATH, required=True, help="Checkpoint of any mmdet detector.")
+@click.option("--config", help="Its config: a zoo name, or a file. Default: the checkpoint's own.")
+@data_options
+@click.option("--scale", type=Scale(), help="Network input. Default: the config's test scale.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@trust_option
+def evaluate_command(
+    ckpt: Path,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    scale: tuple[int, int] | None,
+    batch_size: int,
+    trust: bool,
+) -> None:
+    """Print the COCO AP of a checkpoint."""
+    from kdpipe.pipelines.evaluate import evaluate, metrics_table
+
+    console = command_console()
+    metrics = evaluate(
+        ckpt,
+        config=config,
+        ann_file=ann_file,
+        img_dir=img_dir,
+        scale=scale,
+        batch_size=batch_size,
+        trust=trust,
+        console=console,
+    )
+    console.print(metrics_table(metrics))
+
+
+def _recipe(config: Any, **values: Any) -> Any:
+    from kdpipe.pipelines.training_config import Recipe
+
+    if values["batch_size"] is None:
+        values["batch_size"] = config.get("train_dataloader", {}).get("batch_size", 2)
+    return Recipe(**values)
+
+
+def _report(console: Console, result: Any) -> None:
+    ap = "AP not measured" if result.ap is None else f"AP {result.ap:.3f}"
+    pace = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.2f} s per step"
+    console.print(f"{result.checkpoint}: {ap}{pace}")
