@@ -81,6 +81,7 @@ def evaluate(
             test_evaluator=cfg.test_evaluator,
             test_cfg=cfg.test_cfg,
             default_scope="mmdet",
+            experiment_name="evaluate",
         )
         progress = ProgressHook(console, "evaluate")
         runner.register_hook(progress)

@@ -1,6 +1,7 @@
 """mmengine's Runner behind a quiet console, and the hooks that every training of kdpipe carries."""
 
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -35,6 +36,8 @@ __all__ = [
     "RunnerError",
     "coco_metrics",
 ]
+
+_RUNS = itertools.count(1)  # runners of this process
 
 
 class FormattedConfig(Config):  # type: ignore[misc]
@@ -77,6 +80,10 @@ class QuietRunner(Runner):  # type: ignore[misc]
     _train_loop: Any
     _val_loop: Any
     optim_wrapper: Any
+
+    def __init__(self, *args: Any, experiment_name: str, **kwargs: Any) -> None:
+        # mmengine keeps log, figures and scope by this name and the second, in which a process may begin several
+        super().__init__(*args, experiment_name=f"{experiment_name}_{next(_RUNS)}", **kwargs)
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
         logger = super().build_logger(*args, **kwargs)

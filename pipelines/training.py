@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import itertools
 import json
 import resource
 import statistics
@@ -31,8 +30,6 @@ from kdpipe.pipelines.training_config import Recipe, detector_config
 from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
 
 __all__ = ["TrainingResult", "check_work_dir", "run_training", "train_detector"]
-
-_RUNS = itertools.count(1)  # trainings of this process
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,7 @@ def run_training(
         unused = cfg.get("find_unused_parameters", False)
         wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
         cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
-    # mmengine keeps log and figures by this name, of which a process may have several in one second
-    cfg.experiment_name = f"{name}_{next(_RUNS)}"
+    cfg.experiment_name = name
     recorded = FormattedConfig(recorded)
     # pycocotools prints as it reads, and its tables; they are in the log, too
     with silent_stdout(), building("The training"):
