@@ -1,6 +1,7 @@
 """`kdpipe evaluate`, as users type it."""
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,15 @@ def trained(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work_dir
 
 
-def test_is_the_ap_that_training_measured(kit: "Kit", work: Path, trained: Path) -> None:
-    """On the validation images that the checkpoint's config names, and the same when they are given."""
+def test_is_the_ap_that_training_measured(
+    kit: "Kit", work: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the validation images that the checkpoint's config names, and the same when they are given.
+
+    Both in the same second, by which mmengine names what a runner keeps.
+    """
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     wanted = json.loads((trained / "result.json").read_text())["metrics"]
     for ann_file, img_dir in ((None, None), (kit.val_ann, kit.val_img)):
         found = evaluate(
