@@ -3,13 +3,14 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from kdpipe.pipelines.evaluate import evaluate
+from kdpipe.pipelines.runner import QuietRunner
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -29,8 +30,14 @@ def test_is_the_ap_that_training_measured(
 
     Both in the same second, by which mmengine names what a runner keeps.
     """
-    now = time.time()
+    now, test, names = time.time(), QuietRunner.test, []
+
+    def test_and_tell(runner: QuietRunner) -> Any:
+        names.append(runner.experiment_name)
+        return test(runner)
+
     monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(QuietRunner, "test", test_and_tell)
     wanted = json.loads((trained / "result.json").read_text())["metrics"]
     for ann_file, img_dir in ((None, None), (kit.val_ann, kit.val_img)):
         found = evaluate(
@@ -44,6 +51,7 @@ def test_is_the_ap_that_training_measured(
             console=Console(quiet=True),
         )
         assert found == pytest.approx(wanted, abs=1e-9)
+    assert len(set(names)) == 2
 
 
 def test_prints_a_table(kit: "Kit", work: Path, trained: Path) -> None:
