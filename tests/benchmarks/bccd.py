@@ -141,20 +141,12 @@ def studies(out: Path) -> dict[str, list[Student]]:
         ],
         "dense": [
             Student(
-                f"{methods} {name}{' student-rois' * (rois == 'student')}",
-                ["--student", config, "--methods", methods, *one_stage(name, 16, 64)]
-                + (["--rois", rois, "-o", "distill.rois.num=128"] if rois else []),
-                epochs=36,
+                f"{methods} {name}",
+                ["--student", config, "--methods", methods, *one_stage(name, 16, 64), *extra],
+                epochs=24,
             )
             for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
-            for methods, rois in (
-                ("none", None),
-                ("sgfi", "teacher"),
-                ("ckd", "teacher"),
-                ("pred", "teacher"),
-                ("sgfi,ckd", "teacher"),
-                ("sgfi,ckd", "student"),
-            )
+            for methods, extra in (("none", []), *((kd, cached) for kd in ("sgfi", "ckd", "pred", "sgfi,ckd")))
         ],
     }
 
