@@ -105,6 +105,7 @@ def faster(name: str, methods: str, *arguments: str, targets: Sequence[str] = ("
 def studies(out: Path) -> dict[str, list[Student]]:
     plain = faster("none", "none")
     cached, online = ["--rois", "teacher", "-o", "distill.rois.num=96"], ["--teacher-ckpt", "teacher/teacher.pth"]
+    paired = ["--rois", "teacher", "-o", "distill.rois.num=128"]
     both_views = ["--cache", "both-views.zarr"]
     mine = ["--rois", "student"]
     wide = two_stage(16, 128, 512)
@@ -143,10 +144,10 @@ def studies(out: Path) -> dict[str, list[Student]]:
             Student(
                 f"{methods} {name}",
                 ["--student", config, "--methods", methods, *one_stage(name, 16, 64), *extra],
-                epochs=24,
+                epochs=36,
             )
             for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
-            for methods, extra in (("none", []), *((kd, cached) for kd in ("sgfi", "ckd", "pred", "sgfi,ckd")))
+            for methods, extra in (("none", []), *((kd, paired) for kd in ("sgfi", "ckd", "pred", "sgfi,ckd")))
         ],
     }
 
