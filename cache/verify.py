@@ -13,9 +13,10 @@ import numpy as np
 from kdpipe.cache.check import check_digests, part_folder, read_part_record, read_record
 from kdpipe.cache.chunks import check_file, read_layout
 from kdpipe.cache.codecs import Block
+from kdpipe.cache.fault import Fault
 from kdpipe.cache.files import discard, explained, temporary_state
 from kdpipe.cache.root import Root, read_root
-from kdpipe.cache.verify_part import Fault, Task, check_part, stray_files
+from kdpipe.cache.verify_part import Task, check_part, stray_files
 
 __all__ = ["Fault", "Verification", "remove_faults", "verify_cache"]
 

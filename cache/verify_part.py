@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from kdpipe.cache.check import check_metadata, part_folder
 from kdpipe.cache.chunks import Found, Layout, Look, Tick, check_file, read_layout
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
+from kdpipe.cache.fault import Fault
 from kdpipe.cache.part_writer import array_layout
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.views import ViewError, input_size
@@ -22,34 +22,6 @@ from kdpipe.cache.views import ViewError, input_size
 _BOX_TOLERANCE = 0.01
 
 Ids = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that is not as it should be.
-
-    Attributes:
-        where: such as `part 3`, or `the head`.
-        message: what is wrong, to follow `where`.
-        part: number of the part concerned.
-        array: name of the array concerned.
-        image_ids: of the images whose targets it concerns.
-        remove: what to remove, relative to the cache; None where there is nothing to remove.
-        repairable: whether removing that, and running `cache-teacher` with the same options again, puts it right.
-    """
-
-    where: str
-    message: str
-    part: int | None = None
-    array: str | None = None
-    image_ids: tuple[int, ...] = ()
-    remove: Path | None = None
-    repairable: bool = True
-
-    @property
-    def is_stray(self) -> bool:
-        """Whether removing it is all that it takes, since it is no part of the cache."""
-        return self.remove not in (None, Path("head"), part_folder(Path(), self.part or 0))
 
 
 # Checks one file of a part.

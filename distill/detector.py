@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.schema import CacheSpec
@@ -29,6 +29,7 @@ from kdpipe.distill.prediction import (
     recode_deltas,
     regression_kd_loss,
 )
+from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
 from kdpipe.distill.shared_stage import SharedStageHead
@@ -40,22 +41,6 @@ from kdpipe.distill.teacher_view import TeacherView, ask_teacher
 from kdpipe.distill.two_stage import OwnLoss, TwoStageStudent
 
 MODELS.register_module(module=CachedTeacher)
-
-
-@MODELS.register_module()
-class DistilledPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]
-    """The student's own preprocessor, with what the teacher says put beside the images, on the same device."""
-
-    def __init__(self, student: Any, teacher: TeacherSource) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
-
-    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        # a live teacher looks at the images before the student's normalisation
-        targets = self.teacher.targets(data, self.device) if training else ()
-        prepared = dict(self.student(data, training))
-        return {**prepared, "targets": targets} if targets else prepared
 
 
 @MODELS.register_module()

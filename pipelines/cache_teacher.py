@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.writer import CacheWriter
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
+from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
@@ -225,7 +225,7 @@ def _fill(
             done, written = ranks.count("images"), ranks.count("bytes")
             progress.update(min(done, todo), f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s")
 
-        with _Commits() as commits:
+        with Commits() as commits:
 
             def left() -> list[int]:
                 commits.wait()
@@ -261,40 +261,6 @@ def _add(
     truth = data.gt_boxes(info.image_id)
     for view in spec.views:
         part.add(teacher.record(image, truth, spec=spec, image_id=info.image_id, file_name=info.file_name, view=view))
-
-
-class _Commits:
-    """Commits a part on a thread of its own while the next one is made; a context manager that waits for the last."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-commit")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> "_Commits":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-        if kind is None:
-            self.wait()
-
-    def begin(self, part: ExitStack) -> None:
-        """Close what holds the writer of a part, once the part before is committed."""
-        with part:  # discarded where the one before failed
-            self.wait()
-            self._last = self._pool.submit(part.pop_all().close)
-
-    def wait(self) -> None:
-        """Wait for the commit under way.
-
-        Raises:
-            CacheError: It failed.
-        """
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
 
 
 def _read_ahead(

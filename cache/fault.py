@@ -1,0 +1,34 @@
+"""Fault: something that the check of a cache found."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe.cache.check import part_folder
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as it should be.
+
+    Attributes:
+        where: such as `part 3`, or `the head`.
+        message: what is wrong, to follow `where`.
+        part: number of the part concerned.
+        array: name of the array concerned.
+        image_ids: of the images whose targets it concerns.
+        remove: what to remove, relative to the cache; None where there is nothing to remove.
+        repairable: whether removing that, and running `cache-teacher` with the same options again, puts it right.
+    """
+
+    where: str
+    message: str
+    part: int | None = None
+    array: str | None = None
+    image_ids: tuple[int, ...] = ()
+    remove: Path | None = None
+    repairable: bool = True
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether removing it is all that it takes, since it is no part of the cache."""
+        return self.remove not in (None, Path("head"), part_folder(Path(), self.part or 0))
