@@ -23,7 +23,6 @@ _BOX_TOLERANCE = 0.01
 
 Ids = npt.NDArray[np.int64]
 
-
 # Checks one file of a part.
 Task = Callable[[Tick], list[Fault]]
 
