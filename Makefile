@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# a test file per core at a time, with one thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help demo test test-slow bench clean
@@ -23,10 +25,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 bench:
 	@for file in tests/benchmarks/*.py; do printf '%s\n    %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done
