@@ -11,9 +11,11 @@ from typing import Any
 import mmdet
 from mmengine.config import Config
 
+from kdpipe.pipelines.building import missing_package
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise, test_scale
 from kdpipe.pipelines.literals import ConfigError, parse_literal_config, parse_value
+from kdpipe.pipelines.plain_config import plain_config
 
 __all__ = [
     "ConfigError",
@@ -65,11 +67,16 @@ def find_config(name_or_path: str | Path) -> Config:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, for `_base_ = "mmdet::..."`
-            return modernise(Config.fromfile(path))
+            return modernise(plain_config(Config.fromfile(path)))
     except ConfigError:
         raise
     except Exception as error:  # a config is a program: it may raise anything
-        raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
+        if package := missing_package(error):
+            raise ConfigError(
+                f"config {path} needs the package {package}, which is not installed: pip install {package}"
+            ) from error
+        reason = str(error) or "a pure-Python config that calls what it imports, and mmengine lets it name that only"
+        raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def zoo() -> Path:
