@@ -20,7 +20,7 @@ from kdpipe.cache.views import map_boxes
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.console import ProgressBar, silent_stdout
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.runner import AP_NAMES
+from kdpipe.pipelines.progress import AP_NAMES
 
 __all__ = ["cached_ap"]
 

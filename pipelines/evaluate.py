@@ -17,7 +17,8 @@ from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_nu
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import check_classes, load_coco
 from kdpipe.pipelines.layouts import dataset_paths
-from kdpipe.pipelines.runner import AP_NAMES, ProgressHook, QuietRunner, coco_metrics
+from kdpipe.pipelines.progress import AP_NAMES, ProgressHook, coco_metrics
+from kdpipe.pipelines.runner import QuietRunner
 from kdpipe.pipelines.training_config import set_validation
 
 __all__ = ["evaluate", "metrics_table"]

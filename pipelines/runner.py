@@ -1,42 +1,28 @@
-"""mmengine's Runner behind a quiet console, and the hooks that every training of kdpipe carries."""
+"""mmengine's Runner behind a quiet console, which goes on rightly and leaves no half a file."""
 
-import io
+import copy
 import itertools
 import logging
 import multiprocessing
-import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.dist import barrier, is_main_process
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
-from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.console import ProgressBar, stop
+from kdpipe.pipelines.schedule import schedule_shape, wind_forward
 
-__all__ = [
-    "AP_NAMES",
-    "Bfloat16OptimWrapper",
-    "FormattedConfig",
-    "PlainCheckpointHook",
-    "ProgressHook",
-    "QuietRunner",
-    "RunnerError",
-    "coco_metrics",
-]
+__all__ = ["Bfloat16OptimWrapper", "FormattedConfig", "QuietRunner", "RunnerError"]
 
+_INITIAL = "initial_"  # mmengine's prefix of what a scheduler begins with
 _RUNS = itertools.count(1)  # runners of this process
 
 
@@ -58,18 +44,6 @@ class FormattedConfig(Config):  # type: ignore[misc]
         return str(self.__dict__["_formatted"])
 
 
-AP_NAMES = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
-
-
-def coco_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """COCO metrics by mmdet's names (`AP_NAMES`), out of all that an evaluation gave under whatever prefix.
-
-    A detector that finds nothing has AP 0; mmdet gives no figure at all.
-    """
-    found = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "coco/" in name}
-    return found or dict.fromkeys(AP_NAMES, 0.0)
-
-
 class RunnerError(KdpipeError):
     """A training cannot go on."""
 
@@ -77,6 +51,7 @@ class RunnerError(KdpipeError):
 class QuietRunner(Runner):  # type: ignore[misc]
     """mmengine's Runner, whose log goes to the file in the work directory; the console shows errors only."""
 
+    _schedule: Any = None
     _train_loop: Any
     _val_loop: Any
     optim_wrapper: Any
@@ -103,12 +78,20 @@ class QuietRunner(Runner):  # type: ignore[misc]
         processes = {"mp_start_method": multiprocessing.get_start_method(), "opencv_num_threads": 0}
         super().setup_env({**env_cfg, "mp_cfg": processes})
 
+    def dump_config(self) -> None:
+        """Not under the name of the user's config, which may lie in the work directory: `vis_data` has it, too."""
+
     def build_loops(self) -> None:
         """Build data sets and optimiser now, which mmengine leaves until training begins."""
+        barrier()  # the first process has written the annotations that all read
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+
+    def set_schedule(self, schedule: Any) -> None:
+        """Set the configs of the schedulers, once the number of steps is known."""
+        self._schedule, self.param_schedulers = schedule, copy.deepcopy(schedule)
 
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = False, **options: Any
@@ -126,6 +109,57 @@ class QuietRunner(Runner):  # type: ignore[misc]
                 "--methods that the training began with, or begin anew in another --work-dir."
             ) from error
 
+    def resume(self, filename: str, *args: Any, **options: Any) -> None:
+        """As mmengine's; a schedule or rate that is not the checkpoint's holds from where it is after as many epochs.
+
+        Raises:
+            RunnerError: More epochs are done than there are to be, or the schedule cannot be wound forward.
+        """
+        wanted = copy.deepcopy(_peaks(self.optim_wrapper)), copy.deepcopy(schedule_shape(self.param_schedulers or []))
+        super().resume(filename, *args, **options)
+        steps = len(self.train_dataloader)
+        if self.epoch > self.max_epochs:
+            raise RunnerError(
+                f"{self.epoch} epochs are done already, and --epochs is {self.max_epochs}: there is nothing to go on "
+                "with. Give at least as many epochs, or use the checkpoint as it is."
+            )
+        found = _peaks(self.optim_wrapper), schedule_shape(self.param_schedulers or [])
+        if found == wanted and self.iter == self.epoch * steps:
+            return
+        if any(getattr(scheduler, "need_val_args", False) for scheduler in self.param_schedulers or []):
+            raise RunnerError(
+                "The schedule of the config follows what validations gave, and cannot be made anew for other epochs, "
+                "batch sizes, processes or rates. Resume with those that the training began with."
+            )
+        for group, values in zip(self.optim_wrapper.param_groups, wanted[0], strict=True):
+            for name in [name for name in group if name.startswith(_INITIAL)]:
+                del group[name]
+            group.update(values)
+        if self._schedule:
+            self.param_schedulers = self.build_param_scheduler(self._schedule)
+            wind_forward(self.param_schedulers, self.epoch, steps)
+        self._train_loop._iter = self.epoch * steps
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
+        """As mmengine's, but the file is there entirely or not at all."""
+        partial = Path(out_dir, f"{filename}.partial")
+        try:
+            super().save_checkpoint(out_dir, partial.name, *args, **options)
+            if is_main_process():
+                partial.replace(Path(out_dir, filename))
+        finally:
+            if is_main_process():
+                partial.unlink(missing_ok=True)
+
+
+def _peaks(optimizer: OptimWrapper) -> list[dict[str, Any]]:
+    """The options of each group of weights, those that are scheduled as they were before."""
+    return [
+        {name: value for name, value in group.items() if name != "params" and not name.startswith(_INITIAL)}
+        | {name.removeprefix(_INITIAL): value for name, value in group.items() if name.startswith(_INITIAL)}
+        for group in optimizer.param_groups
+    ]
+
 
 @OPTIM_WRAPPERS.register_module()
 class Bfloat16OptimWrapper(OptimWrapper):  # type: ignore[misc]
@@ -136,151 +170,3 @@ class Bfloat16OptimWrapper(OptimWrapper):  # type: ignore[misc]
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
-
-
-class PlainCheckpointHook(Hook):  # type: ignore[misc]
-    """Writes a checkpoint of the bare detector beside each checkpoint of the Runner.
-
-    `epoch_3.pth` (for resuming) gets the companion `epoch_3.<name>.pth`, and `<name>.pth` is always the newest. They
-    hold `state_dict` and `meta` (config text, class names, epoch) and load strictly into the stock mmdet detector.
-
-    Args:
-        name: `student` or `teacher`.
-        config_text: The detector's own config, as stock mmdet reads it.
-    """
-
-    priority = "LOWEST"
-
-    def __init__(self, name: str, config_text: str) -> None:
-        self.name = name
-        self.config_text = config_text
-
-    def after_train_epoch(self, runner: Any) -> None:
-        if not is_main_process():
-            return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        detector = getattr(model, "student", model)
-        checkpoint = {
-            "state_dict": {key: value.cpu() for key, value in detector.state_dict().items()},
-            "meta": {
-                "cfg": self.config_text,
-                "dataset_meta": dict(runner.train_dataloader.dataset.metainfo),
-                "epoch": runner.epoch + 1,
-                "iter": runner.iter,
-            },
-        }
-        folder = Path(runner.work_dir)
-        newest = folder / f"{self.name}.pth"
-        _save(checkpoint, newest)
-        if (folder / f"epoch_{runner.epoch + 1}.pth").exists():
-            _link(newest, folder / f"epoch_{runner.epoch + 1}.{self.name}.pth")
-        for companion in folder.glob(f"epoch_*.{self.name}.pth"):
-            if not (folder / f"{companion.name.split('.')[0]}.pth").exists():
-                companion.unlink()
-
-
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    content = io.BytesIO()  # torch's own writer tells a full disk as something else
-    torch.save(checkpoint, content)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content.getbuffer())
-    partial.replace(path)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, replacing the target in one step."""
-    partial = target.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:  # not every file system knows hard links
-        shutil.copyfile(source, partial)
-    partial.replace(target)
-
-
-class ProgressHook(Hook):  # type: ignore[misc]
-    """Progress bar over the whole training with steps/s and time left, and one line per epoch.
-
-    Attributes:
-        step_times: Seconds of each step but the first of each pass.
-        metrics: COCO metrics of the last evaluation, as `coco_metrics` gives them; None before the first.
-    """
-
-    priority = "VERY_LOW"
-
-    def __init__(self, console: Console, name: str) -> None:
-        self.console = console
-        self.name = name
-        self.progress: ProgressBar | None = None
-        self.step_times: list[float] = []
-        self.metrics: dict[str, float] | None = None
-        self._epoch_losses: list[torch.Tensor] = []
-        self._last = 0.0
-
-    def before_train(self, runner: Any) -> None:
-        stop.between_steps = True
-        self._start(runner.max_iters, runner.iter)
-
-    def _start(self, total: int, done: int) -> None:
-        if is_main_process():
-            self.progress = ProgressBar(self.console, self.name, total, done).__enter__()
-        self._last = time.perf_counter()
-
-    def _tick(self, batch_idx: int) -> None:
-        now = time.perf_counter()
-        if batch_idx:  # the first step of a pass also waits for the loader to start
-            self.step_times.append(now - self._last)
-        self._last = now
-
-    def _advance(self, done: int) -> None:
-        stop.check()
-        if self.progress is not None:
-            recent = self.step_times[-20:]
-            rate = f"{len(recent) / sum(recent):.2f} steps/s" if recent else "starting"
-            self.progress.update(done, rate)
-
-    def before_train_epoch(self, runner: Any) -> None:
-        self._epoch_losses = []
-        self._epoch_start = self._last = time.perf_counter()
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._tick(batch_idx)
-        if outputs and "loss" in outputs:
-            self._epoch_losses.append(outputs["loss"].detach())
-        self._advance(runner.iter + 1)
-
-    def after_train_epoch(self, runner: Any) -> None:
-        if self.progress is None or not self._epoch_losses:
-            return
-        loss = torch.stack(self._epoch_losses).mean().item()
-        seconds = time.perf_counter() - self._epoch_start
-        self.console.print(
-            f"{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, mean loss {loss:.3f}, {seconds:.0f} s"
-        )
-
-    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        stop.check()
-
-    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self.metrics = coco_metrics(metrics or {})
-        if self.progress is not None:
-            self.console.print(f"{self.name}: AP {self.metrics['bbox_mAP']:.3f}")
-
-    def after_train(self, runner: Any) -> None:
-        self.close()
-
-    def before_test(self, runner: Any) -> None:
-        self._start(len(runner.test_dataloader), 0)
-
-    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._tick(batch_idx)
-        self._advance(batch_idx + 1)
-
-    def after_test(self, runner: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar off the console; harmless when there is none."""
-        stop.between_steps = False
-        if self.progress is not None:
-            self.progress.close()

@@ -24,7 +24,10 @@ from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.datasets import DetectionData, check_classes
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.parcel import pack_batch
-from kdpipe.pipelines.runner import FormattedConfig, PlainCheckpointHook, ProgressHook, QuietRunner, coco_metrics
+from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
+from kdpipe.pipelines.progress import ProgressHook, coco_metrics
+from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
+from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.training_config import Recipe, detector_config
 from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
@@ -135,14 +138,19 @@ def run_training(
         wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
         cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
     cfg.experiment_name = name
-    recorded = FormattedConfig(recorded)
     # pycocotools prints as it reads, and its tables; they are in the log, too
     with silent_stdout(), building("The training"):
         runner = QuietRunner.from_cfg(FormattedConfig(cfg))
         runner.build_loops()
+    if cfg.get("param_scheduler") is None:
+        cfg.param_scheduler = cosine_schedule(runner.max_iters)
+    runner.set_schedule(cfg.param_scheduler)
+    recorded.param_scheduler = cfg.param_scheduler
+    recorded = FormattedConfig(recorded)
     runner.cfg = recorded
     progress = ProgressHook(console, name)
     runner.register_hook(progress)
+    runner.register_hook(SameBuffersHook())
     runner.register_hook(FiniteHook())
     runner.register_hook(UsefulLossesHook())
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))

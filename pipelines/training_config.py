@@ -17,7 +17,6 @@ __all__ = ["SCHEDULES", "Recipe", "detector_config", "set_validation", "world_si
 
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
-WARMUP_STEPS = 500
 SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
 
@@ -102,15 +101,7 @@ def detector_config(
     images = sum(image.num_gt > 0 and image.image_id not in left_out for image in train.images)
     if not images:
         raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
-    steps_per_epoch = -(-images // (recipe.batch_size * world_size()))
-    total = recipe.epochs * steps_per_epoch
-    warmup = min(WARMUP_STEPS, total // 6)
-    cfg.param_scheduler = [
-        {"type": "CosineAnnealingLR", "by_epoch": False, "begin": warmup, "end": total, "T_max": total - warmup},
-    ]
-    if warmup:
-        start = {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup}
-        cfg.param_scheduler.insert(0, start)
+    cfg.param_scheduler = None  # that of kdpipe, made when the number of steps is known (run_training)
     lr = recipe.lr if recipe.lr is not None else BASE_LR * recipe.batch_size * world_size() / BASE_BATCH
     wrapper = "OptimWrapper"
     if recipe.amp:

@@ -1,0 +1,67 @@
+"""The learning rate of every step: kdpipe's own schedule, and a schedule brought to where a resumed training stands."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["cosine_schedule", "schedule_shape", "wind_forward"]
+
+WARMUP_STEPS = 500
+# What a scheduler counts; all else of it is the shape of its schedule.
+_COUNTED = {"last_step", "_global_step", "_last_value", "best", "num_bad_values", "cooldown_counter"}
+
+
+def cosine_schedule(total: int) -> list[dict[str, Any]]:
+    """A linear warm-up from a thousandth of the rate, then half a cosine down to 0, as mmengine's `param_scheduler`.
+
+    Args:
+        total: Steps of the whole training; the warm-up takes 500 of them, at most a sixth.
+    """
+    warmup = min(WARMUP_STEPS, total // 6)
+    if warmup < 2:  # mmengine's ramp is at the full rate in its last step; one of a single step stays where it begins
+        warmup = 0
+    cosine = {"type": "CosineAnnealingLR", "by_epoch": False, "begin": warmup, "end": total, "T_max": total - warmup}
+    if not warmup:
+        return [cosine]
+    return [{"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup}, cosine]
+
+
+def schedule_shape(schedulers: Any) -> list[dict[str, Any]]:
+    """What makes a schedule, such as its length and its peak rate, without how far it has got.
+
+    Args:
+        schedulers: mmengine's, built: a list, or lists by the name of an optimiser.
+    """
+    return [
+        {"class": type(each).__name__}
+        | {name: value for name, value in each.state_dict().items() if name not in _COUNTED}
+        for each in _flat(schedulers)
+    ]
+
+
+def wind_forward(schedulers: Any, epochs: int, steps_per_epoch: int) -> None:
+    """Bring new schedulers, and the rates of their optimisers, to where they are after some epochs.
+
+    Args:
+        schedulers: As `schedule_shape` takes them, none of them stepped yet.
+        epochs: Epochs that are done.
+        steps_per_epoch: Steps of each.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `scheduler.step")  # the optimiser's steps were made before
+        for _ in range(epochs):
+            for _ in range(steps_per_epoch):
+                _step(schedulers, by_epoch=False)
+            _step(schedulers, by_epoch=True)
+
+
+def _step(schedulers: Any, *, by_epoch: bool) -> None:
+    for scheduler in _flat(schedulers):
+        if scheduler.by_epoch == by_epoch:
+            scheduler.step()
+
+
+def _flat(schedulers: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Iterable[Any]:
+    if not isinstance(schedulers, Mapping):
+        return schedulers
+    return [scheduler for each in schedulers.values() for scheduler in each]
