@@ -22,6 +22,7 @@ from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.training import TrainingResult, check_work_dir, run_training
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
+from kdpipe.pipelines.transform_types import check_names, quote_names
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 
 __all__ = ["check_data", "train_student"]
@@ -35,6 +36,7 @@ DISTILL_DEFAULTS: dict[str, Any] = {
     "sgfi": {"kernel_size": 1},
     "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5, "branch": "classification"},
     "share_interval": 50,
+    "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`
 }
 
 
@@ -111,7 +113,7 @@ def train_student(
     cfg = detector_config(config, train, val, recipe, skipped)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
-    cfg = apply_options(cfg, recipe.options)
+    cfg = apply_options(cfg, quote_names(recipe.options))
     distill = cfg.pop("distill")
     if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
@@ -255,7 +257,7 @@ def _distil(
             "allow_partial": True,  # it was the caller's to refuse
         }
         dataset = cfg.train_dataloader.dataset
-        dataset.pipeline = with_teacher_targets(dataset.pipeline, transform)
+        dataset.pipeline = with_teacher_targets(dataset.pipeline, transform, check_names(distill.transforms))
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,

@@ -1,12 +1,13 @@
 """mmdet pipelines: their scale, and the transform that puts cached targets beside an image."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
@@ -14,14 +15,12 @@ from kdpipe.cache.reader import open_cache
 from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets, read_roi_targets
 from kdpipe.distill.teacher_view import TeacherView, read_teacher_view
 from kdpipe.pipelines.images import ImageError
-from kdpipe.pipelines.layouts import dictionaries
+from kdpipe.pipelines.transform_types import RESIZES, moving_transforms, step_name, transform_class
 
 __all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
 
-_RESIZES = ("Resize", "RandomResize", "RandomChoiceResize", "FixScaleResize")
-_MIXES = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp", "CopyPaste", "InstaBoost", "Albu", "CutOut")
-# Move pixels without leaving a trace in the `homography_matrix` of the sample.
-_MOVES = ("Expand", "MinIoURandomCrop", "RandomCenterCropPad", "RandomShift", "RandomAffine")
+# What a resizing step says beside its size; kept where another size is set.
+_RESIZE_OPTIONS = ("interpolation", "backend", "clip_object_border")
 _NEEDED = ("homography_matrix", "img_id", "img_path", "img_shape", "ori_shape")
 _PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 
@@ -39,16 +38,17 @@ def set_scale(
     Raises:
         KdpipeError: The pipeline has not exactly one resizing transform.
     """
-    places = [i for i, step in enumerate(pipeline) if step["type"] in _RESIZES]
+    places = [i for i, step in enumerate(pipeline) if transform_class(step) in RESIZES]
     if len(places) != 1:
         raise KdpipeError(
             f"A scale was given, but the pipeline of the config has {len(places)} resizing transforms "
-            f"({', '.join(step['type'] for step in pipeline)}). Expected exactly one; set it in the config itself."
+            f"({', '.join(map(step_name, pipeline))}). Expected exactly one; set it in the config itself."
         )
-    resize: dict[str, Any] = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True}
+    result = copy.deepcopy(list(pipeline))
+    kept = {name: value for name, value in result[places[0]].items() if name in _RESIZE_OPTIONS}
+    resize: dict[str, Any] = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, **kept}
     if ratio_range is not None:
         resize = {**resize, "type": "RandomResize", "ratio_range": ratio_range}
-    result = copy.deepcopy(list(pipeline))
     result[places[0]] = resize
     return result
 
@@ -120,26 +120,30 @@ class AddTeacherTargets:
         )
 
 
-def with_teacher_targets(pipeline: Sequence[Any], transform: dict[str, Any]) -> list[Any]:
+def with_teacher_targets(
+    pipeline: Sequence[Any], transform: dict[str, Any], let_through: Collection[str] = ()
+) -> list[Any]:
     """A training pipeline whose samples carry the teacher's targets.
 
     Args:
         pipeline: Ends with mmdet's `PackDetInputs`.
         transform: Config of `AddTeacherTargets`.
+        let_through: Names of transforms that the user answers for: they move no pixel, or record where to.
 
     Raises:
-        KdpipeError: The pipeline ends otherwise, mixes several images into one, or moves pixels without a record.
+        KdpipeError: The pipeline ends otherwise, mixes several images into one, or may move pixels without a record.
     """
-    names = [step["type"] for step in pipeline]
-    every = [step.get("type") for step in dictionaries(list(pipeline))]
-    mixing = [name for name in every if name in (*_MIXES, *_MOVES)]
-    if mixing:
+    if moving := moving_transforms(pipeline, let_through):
         raise KdpipeError(
-            f"The training pipeline uses {', '.join(mixing)}, which mixes several images or loses where a pixel came "
-            "from; cached targets belong to one image. Remove it from the student's config."
+            f"The student's training pipeline uses {', '.join(moving)}. Cached targets belong to one image, and find "
+            "its pixels by the homography_matrix that transforms record: only those are allowed of which it is known "
+            "that they move no pixel, or record a scale, crop or horizontal flip there. Remove it from the student's "
+            "config. For a transform of which this holds nevertheless, such as one of your own, say so: "
+            "-o distill.transforms=[MyJitter]."
         )
-    if names[-1] != "PackDetInputs":
-        raise KdpipeError(f"The training pipeline ends with {names[-1]}; expected PackDetInputs.")
+    if not pipeline or transform_class(pipeline[-1]) is not PackDetInputs:
+        last = step_name(pipeline[-1]) if pipeline else "nothing"
+        raise KdpipeError(f"The training pipeline ends with {last}; expected PackDetInputs.")
     result = copy.deepcopy(list(pipeline))
     keys = tuple(result[-1].get("meta_keys", _PACKED))
     result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, *_NEEDED]))
