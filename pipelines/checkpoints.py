@@ -37,11 +37,13 @@ class Checkpoint:
         state_dict: parameters and buffers by name, without the prefix ``module.``.
         meta: the checkpoint's ``meta``: config text, classes, epoch; empty for a bare state dict.
         path: the file that it came from.
+        trusted: whether its config may name anything, and so run code.
     """
 
     state_dict: dict[str, Tensor]
     meta: dict[str, Any]
     path: Path
+    trusted: bool = False
 
 
 def _history_method(owner: object, name: str) -> Any:
@@ -92,7 +94,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
 
     Args:
         path: the file. It is mapped into memory where its format allows.
-        trust: unpickle anything in it, which may run code of whoever made the file.
+        trust: unpickle anything in it, which may run code of whoever made the file, and so may its config.
 
     Raises:
         CheckpointError: the file is missing, truncated, not a checkpoint, or holds a type that is not known as
@@ -109,7 +111,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
         )
     state = content.get("state_dict", content)
     meta = content.get("meta") if "state_dict" in content else None
-    return Checkpoint(_plain_state(state, path), dict(meta) if isinstance(meta, Mapping) else {}, path)
+    return Checkpoint(_plain_state(state, path), dict(meta) if isinstance(meta, Mapping) else {}, path, trust)
 
 
 def _read(path: Path, trust: bool) -> Any:

@@ -101,5 +101,5 @@ trust_option = click.option(
     "--trust-checkpoint",
     "trust",
     is_flag=True,
-    help="Unpickle a checkpoint that holds more than weights.",
+    help="Unpickle a checkpoint that holds more than weights, and build whatever its config names: may run its code.",
 )

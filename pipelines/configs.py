@@ -16,11 +16,13 @@ from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise, test_scale
 from kdpipe.pipelines.literals import ConfigError, parse_literal_config, parse_value
 from kdpipe.pipelines.plain_config import plain_config
+from kdpipe.pipelines.untrusted import restrict
 
 __all__ = [
     "ConfigError",
     "apply_options",
     "config_from_checkpoint",
+    "config_from_file",
     "dataset_paths",
     "find_config",
     "for_inference",
@@ -38,17 +40,31 @@ def config_from_checkpoint(checkpoint: Checkpoint) -> Config | None:
     """The config that a checkpoint carries, as `modernise` leaves it; None where it carries none.
 
     Raises:
-        ConfigError: it carries one that is more than plain values.
+        ConfigError: it carries one that is more than plain values, or names what is not known as harmless.
     """
     found = checkpoint.meta.get("cfg") or checkpoint.meta.get("config")
-    if isinstance(found, str) and found.strip():
-        try:
-            found = parse_literal_config(found)
-        except ConfigError as error:
-            raise ConfigError(f"the config inside checkpoint {checkpoint.path}: {error}") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) and not (isinstance(found, str) and found.strip()):
         return None
-    return modernise(Config({key: copy.deepcopy(value) for key, value in found.items() if key not in _RESERVED}))
+    return config_from_file(found, f"the config inside checkpoint {checkpoint.path}", trust=checkpoint.trusted)
+
+
+def config_from_file(content: str | Mapping[str, Any], origin: str, *, trust: bool) -> Config:
+    """A config that came with a checkpoint or a cache, as `modernise` leaves it. Its text is never executed.
+
+    Args:
+        content: its text, or its values.
+        origin: where it came from, as messages call it.
+        trust: let it name anything; else as `restrict` does.
+
+    Raises:
+        ConfigError: it is more than plain values, or names what is not known as harmless.
+    """
+    try:
+        values = parse_literal_config(content) if isinstance(content, str) else content
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    values = {key: value for key, value in values.items() if key not in _RESERVED}
+    return modernise(Config(copy.deepcopy(values) if trust else restrict(values, origin)))
 
 
 def find_config(name_or_path: str | Path) -> Config:

@@ -78,7 +78,7 @@ def cached_teacher(
         CacheError: it is another teacher; both digests are named.
         KdpipeError: it cannot be loaded.
     """
-    cfg = recorded_config(cache, config)
+    cfg = recorded_config(cache, config, trust=trust)
     teacher = load_teacher(load_checkpoint(ckpt, trust=trust), cfg, proposals=cache.spec.proposals, device=device)
     found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
     if found != wanted:

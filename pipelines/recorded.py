@@ -10,7 +10,7 @@ from mmengine.config import Config
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
-from kdpipe.pipelines.configs import ConfigError, find_config, for_inference, modernise, parse_literal_config
+from kdpipe.pipelines.configs import config_from_file, find_config, for_inference
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.sources import cached_data
 
@@ -25,22 +25,25 @@ def recorded(values: Mapping[str, Any], *names: str) -> Any:
     return found
 
 
-def recorded_config(cache: TeacherCache, config: str | None) -> Config:
+def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = False) -> Config:
     """The teacher's config: the one named, or the one that the cache records, read without executing it.
+
+    Args:
+        cache: The cache.
+        config: A name of mmdet's zoo or a file.
+        trust: Let the recorded one name anything.
 
     Raises:
         CacheError: there is none.
-        ConfigError: it cannot be read, or the recorded one is more than plain values.
+        ConfigError: it cannot be read, or the recorded one is more than plain values, or names what is not known as
+            harmless.
     """
     if config:
         return for_inference(find_config(config))
     text = recorded(cache.metadata, "teacher", "config")
     if not isinstance(text, str):
         raise CacheError(f"The cache {cache.path} does not record its teacher's config. Name it: --config.")
-    try:
-        return for_inference(modernise(Config(parse_literal_config(text))))
-    except ConfigError as error:
-        raise ConfigError(f"the config that the cache {cache.path} records: {error}") from error
+    return for_inference(config_from_file(text, f"the config that the cache {cache.path} records", trust=trust))
 
 
 def recorded_data(cache: TeacherCache, *, ann_file: Path | None, img_dir: Path | None) -> DetectionData:

@@ -152,4 +152,4 @@ def verify_teacher(
         console.print(errors_table(compare_live(cache, teacher, data, sample, console)))
     if ap:
         console.print("The teacher's AP, from the cache alone:")
-        console.print(metrics_table(cached_ap(cache, recorded_config(cache, config), data, console)))
+        console.print(metrics_table(cached_ap(cache, recorded_config(cache, config, trust=trust), data, console)))

@@ -152,6 +152,7 @@ def test_config_from_checkpoint(key: str, as_text: bool) -> None:
     meta = {key: wanted.pretty_text if as_text else wanted.to_dict()}
     found = config_from_checkpoint(Checkpoint({}, meta, Path("a.pth")))
     assert found is not None
+    wanted.model.backbone.init_cfg = None  # names weights outside of the file
     assert found.to_dict() == wanted.to_dict()
 
 

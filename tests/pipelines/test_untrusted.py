@@ -1,0 +1,237 @@
+"""What came with a file runs no code: every place of a config that could name some is refused by name."""
+
+import copy
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import kdpipe.pipelines.live_teacher  # noqa: F401  registers LiveTeacher
+from kdpipe.pipelines.configs import find_config
+from kdpipe.pipelines.literals import ConfigError
+from kdpipe.pipelines.untrusted import restrict
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+HOSTILE: tuple[Any, ...] = (
+    *("os.system", "subprocess.run", "torch.hub.load", "builtins.exec", "Unknown", "os", "torch.nn.Linear"),
+    *("torch.optim.SGD", "mmengine.fileio.load", "mmdet.apis.init_detector", "mmcv.imread", "mmpretrain.ResNet"),
+    *("__import__('os').system('false')", "mmdet.utils.misc.os.system", "", ".", "mmdet.", "ResNet.x", "ResNet "),
+    *(["ResNet"], {"type": "ResNet"}, 5, None),
+)
+TYPE_KEYS = ("type", "runner_type", "constructor", "ema_type", "resize_type", "conv_type", "padding_mode")
+TYPE_KEYS += ("_scope_", "default_scope")
+ZOO = [
+    *("faster-rcnn_r50_fpn_1x_coco", "faster-rcnn_r50-caffe-c4_1x_coco", "mask-rcnn_r50_fpn_albu-1x_coco"),
+    *(
+        "cascade-mask-rcnn_r50_fpn_1x_coco",
+        "htc_r50_fpn_1x_coco",
+        "retinanet_r18_fpn_1x_coco",
+        "detectors_htc-r50_1x_coco",
+    ),
+    *("fcos_r50-caffe_fpn_gn-head_1x_coco", "atss_r50_fpn_1x_coco", "gfl_r50_fpn_1x_coco", "paa_r50_fpn_1x_coco"),
+    *("faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco", "faster-rcnn_r50_fpg_crop640-50e_coco", "yolox_s_8xb8-300e_coco"),
+    *(
+        "faster-rcnn_r50_fpn_mdpool_1x_coco",
+        "faster-rcnn_r50_fpn_attention_1111_dcn_1x_coco",
+        "retinanet_pvt-t_fpn_1x_coco",
+    ),
+    *("mask-rcnn_swin-t-p4-w7_fpn_1x_coco", "detr_r50_8xb2-150e_coco", "faster-rcnn_r50_fpn_1x_voc0712"),
+]
+COMPLETE = {
+    "runner_type": "Runner",
+    "default_scope": "mmdet",
+    "_scope_": "mmdet",
+    "env_cfg": {"dist_cfg": {"backend": "nccl", "type": "Runner"}},
+    "optim_wrapper": {"type": "OptimWrapper", "constructor": "LearningRateDecayOptimizerConstructor"},
+    "custom_hooks": [{"type": "EMAHook", "ema_type": "ExpMomentumEMA", "_scope_": "mmdet"}],
+    "train_dataloader": {
+        "sampler": {"type": "DefaultSampler"},
+        "collate_fn": {"type": "pseudo_collate"},
+        "worker_init_fn": {"type": "worker_init_fn"},
+    },
+    "model_wrapper_cfg": {"type": "MMDistributedDataParallel"},
+    "test_pipeline": ({"type": "RandomResize", "resize_type": "Resize", "transforms": ({"type": "RandomFlip"},)},),
+    "model": {
+        "type": "FasterRCNN",
+        "backbone": {"type": "ResNet", "padding_mode": "zeros", "init_cfg": [{"type": "Normal"}, {"type": "Constant"}]},
+        "head": {"init_cfg": {"type": "Normal", "override": {"type": "Constant", "name": "fc"}}},
+        "embed": {"conv_type": "Conv2d"},
+    },
+}
+
+
+def values(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = find_config(name).to_dict()
+    return found
+
+
+def type_places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where a config says what to build: the keys that lead there."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        if key in TYPE_KEYS:
+            yield (*place, key)
+        else:
+            yield from type_places(item, (*place, key))
+
+
+def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value at a place; what is not on the way there is shared."""
+    if not place:
+        return new
+    first, *rest = place
+    if isinstance(value, dict):
+        return {**value, first: replaced(value[first], tuple(rest), new)}
+    return type(value)(replaced(item, tuple(rest), new) if i == first else item for i, item in enumerate(value))
+
+
+def text(place: tuple[Any, ...]) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What hostile types would have run."""
+    found: list[object] = []
+
+    def note(*args: object, **options: object) -> None:
+        found.append((args, options))
+
+    monkeypatch.setattr(os, "system", note)
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr(torch.hub, "load", note)
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_configs_of_the_zoo_pass_and_no_type_in_them_can_be_replaced(name: str, calls: list[object]) -> None:
+    config = values(name)
+    before = copy.deepcopy(config)
+    restrict(config, "a file")
+    assert config == before
+    places = list(type_places(config))
+    assert len(places) > 30
+    for index, place in enumerate(places[:: max(1, len(places) // 40)]):
+        hostile = HOSTILE[index % len(HOSTILE)]
+        if place[-1] in ("_scope_", "default_scope") and hostile is None:
+            continue
+        with pytest.raises(ConfigError) as error:
+            restrict(replaced(config, place, hostile), "a file")
+        assert f"{text(place)} = {hostile!r}" in str(error.value)
+        assert "--trust-checkpoint" in str(error.value)
+    assert calls == []
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
+def test_no_place_is_left_out(hostile: Any, calls: list[object]) -> None:
+    places = list(type_places(COMPLETE))
+    assert len(places) > 20
+    for place in places:
+        if place[-1] in ("_scope_", "default_scope") and hostile is None:
+            continue
+        with pytest.raises(ConfigError) as error:
+            restrict(replaced(COMPLETE, place, hostile), "a file")
+        assert f"{text(place)} = {hostile!r}" in str(error.value)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["mmdet.Resize", "mmengine.Resize", "mmdet.datasets.transforms.Resize", "mmcv.transforms.processing.Resize"]
+)
+def test_a_scope_or_path_of_what_is_registered_is_fine(kind: str) -> None:
+    """As mmengine writes pure-Python configs."""
+    config = {"test_pipeline": [{"type": kind, "scale": (1333, 800)}]}
+    assert restrict(config, "a file") == config
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        # each runs code, or reads a file that the config chose, through types that are registered
+        ({"type": "ConvModule", "padding_mode": "os.system", "padding": "false"}, "model.padding_mode"),
+        ({"type": "LiveTeacher", "ckpt": "a.pth", "trust": True}, "model.type"),
+        ({"bbox_coder": {"type": "CameraMotionCompensation", "warp_mode": "exit()"}}, "model.bbox_coder.type"),
+        ({"type": "KnowledgeDistillationSingleStageDetector", "teacher_config": "a.py"}, "model.teacher_config"),
+        ({"type": "KnowledgeDistillationSingleStageDetector", "teacher_config": "../a"}, "model.teacher_config"),
+        ({"test_cfg": {"rcnn": {"nms": {"type": "exit()"}}}}, "model.test_cfg.rcnn.nms.type"),
+        ({"backbone": {"act": "os.system"}}, "model.backbone.act"),
+        ({"backbone": {"act": ["eval('1')"]}}, "model.backbone.act[0]"),
+    ],
+)
+def test_registered_types_cannot_be_used_to_reach_out(model: dict[str, Any], place: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        restrict({"model": model}, "a file")
+    assert f"\n  {place} = " in str(error.value)
+
+
+def test_what_reaches_out_of_the_file_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {"type": "Pretrained", "checkpoint": "https://me:secret@host/a.pth"}
+    config = {
+        "custom_imports": {"imports": ["evil"]},
+        "load_from": "/tmp/a.pth",
+        "resume": True,
+        "model": {
+            "backbone": {"type": "ResNet", "init_cfg": weights},
+            "neck": {"type": "FPN", "init_cfg": [{"type": "Xavier"}, {**weights, "type": "mmengine.Pretrained"}]},
+            "bbox_head": {"init_cfg": {"type": "Normal", "override": weights}},
+            "shared_head": {"pretrained": "torchvision://resnet50"},
+            "backbone2": {"type": "PyramidVisionTransformer", "init_cfg": {"checkpoint": "https://host/b.pth"}},
+            "teacher_ckpt": "https://host/c.pth",
+        },
+        "test_pipeline": [{"type": "LoadImageFromFile", "backend_args": {"backend": "petrel"}, "to_float32": True}],
+        "val_pipeline": [{"type": "LoadImageFromFile", "file_client_args": {"backend": "http"}, "backend_args": None}],
+        "data_root": "data/coco/",
+    }
+    kept = restrict(config, "the config of a file")
+    assert kept == {
+        "custom_imports": None,
+        "load_from": None,
+        "resume": True,
+        "model": {
+            "backbone": {"type": "ResNet", "init_cfg": None},
+            "neck": {"type": "FPN", "init_cfg": [{"type": "Xavier"}]},
+            "bbox_head": {"init_cfg": {"type": "Normal", "override": None}},
+            "shared_head": {"pretrained": None},
+            "backbone2": {"type": "PyramidVisionTransformer", "init_cfg": None},
+            "teacher_ckpt": None,
+        },
+        "test_pipeline": [{"type": "LoadImageFromFile", "backend_args": None, "to_float32": True}],
+        "val_pipeline": [{"type": "LoadImageFromFile", "file_client_args": None, "backend_args": None}],
+        "data_root": "data/coco/",
+    }
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Left out of the config of a file")
+    assert "secret" not in line
+    for place in ("custom_imports", "load_from", "model.backbone.init_cfg", "model.neck.init_cfg[1]", "teacher_ckpt"):
+        assert place in line
+    for place in ("override", "shared_head.pretrained", "test_pipeline[0].backend_args", "file_client_args"):
+        assert place in line
+    restrict(kept, "the config of a file")
+    assert capsys.readouterr().out == ""
+
+
+def test_commands_refuse_a_hostile_config_and_run_nothing(kit: "Kit", work: Path) -> None:
+    config = kit.config()
+    config.model.backbone = {"type": "os.system", "command": f"touch {work}/ran"}
+    content = torch.load(kit.teacher)
+    content["meta"]["cfg"] = config.pretty_text
+    torch.save(content, "evil.pth")
+    work_dir = ("--work-dir", work / "w", "--student", kit.student, "--epochs", 1)
+    commands: list[tuple[object, ...]] = [
+        ("cache-teacher", "--ckpt", "evil.pth", *kit.data, *kit.VIEW, "--out", "a.zarr"),
+        ("evaluate", "--ckpt", "evil.pth", *kit.data),
+        ("train-student", "--teacher-ckpt", "evil.pth", *kit.data, *work_dir),
+    ]
+    for command in commands:
+        message = kit.refused(*command)
+        assert "model.backbone.type = 'os.system'" in message
+        assert "evil.pth" in message
+    assert sorted(path.name for path in work.iterdir()) == ["evil.pth"]
+    kit.run(*commands[1], "--trust-checkpoint", code=None)
+    assert (work / "ran").exists()  # the payload is real: it runs where the user insists
