@@ -22,9 +22,11 @@ from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.writer import CacheWriter
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
+from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text
-from kdpipe.pipelines.datasets import DetectionData, ImageError, check_classes, read_image
+from kdpipe.pipelines.data_report import report_data
+from kdpipe.pipelines.datasets import DetectionData, ImageError, read_image
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
 from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
@@ -50,6 +52,7 @@ class CacheOptions:
         scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
         part_size: Raw bytes per part, the unit of commit and of resuming.
         skip_bad_images: Go on past unreadable images, and record them.
+        strict_data: Refuse data of which some would be left out.
     """
 
     tier: str = "pyramid"
@@ -60,6 +63,7 @@ class CacheOptions:
     scale: tuple[int, int] | None = None
     part_size: int = 1 << 30
     skip_bad_images: bool = False
+    strict_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def cache_teacher(
         KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, or a full
             disk.
     """
-    teacher, spec = prepare_teacher(checkpoint, cfg, data, options, device)
+    teacher, spec, data = prepare_teacher(checkpoint, cfg, data, options, device)
+    report_data(data, console, trained=True, strict=options.strict_data)
     identity = {
         "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": _digest_model(cfg)},
         "data": data.digest(),
@@ -155,22 +160,22 @@ def cache_teacher(
 
 def prepare_teacher(
     checkpoint: Checkpoint, cfg: Config, data: DetectionData, options: CacheOptions, device: torch.device
-) -> tuple[Teacher, CacheSpec]:
-    """The teacher, ready to answer, and what a cache of it will hold.
+) -> tuple[Teacher, CacheSpec, DetectionData]:
+    """The teacher, ready to answer, what a cache of it will hold, and the data with the teacher's classes.
 
     Raises:
         KdpipeError: Checkpoint, config, classes and options do not fit together.
     """
     scale = options.scale or _test_scale(cfg)
     teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
+    known = class_names(checkpoint)
+    if known is not None:
+        data = match_classes(data, known, f"the teacher {checkpoint.path.name}")
     if teacher.num_classes != len(data.class_names):
         raise TeacherError(
             f"The teacher knows {teacher.num_classes} classes and {data.ann_file} has {len(data.class_names)} "
             f"({', '.join(data.class_names[:8])}). Cache it on a data set with the classes that it was trained on."
         )
-    known = class_names(checkpoint)
-    if known is not None:
-        check_classes(data, known, f"the teacher {checkpoint.path.name}")
     spec = teacher.spec(
         tier=options.tier,
         dtype=options.dtype,
@@ -181,7 +186,7 @@ def prepare_teacher(
         views=options.views,
         scale=scale,
     )
-    return teacher, spec
+    return teacher, spec, data
 
 
 def _digest_model(cfg: Config) -> str:

@@ -62,7 +62,7 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
     if not found:
         return dict.fromkeys(AP_NAMES, 0.0)
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
-        truth = COCO(str(data.completed(Path(folder) / "annotations.json").ann_file))
+        truth = COCO(str(data.copied_to(Path(folder) / "annotations.json").write_copy()))
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
         evaluation.params.imgIds = cache.image_ids.tolist()
         evaluation.params.catIds = list(cache.spec.category_ids)

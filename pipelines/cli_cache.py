@@ -16,8 +16,6 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--ckpt", type=PATH, required=True, help="The teacher's checkpoint.")
 @click.option("--config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
 @data_options
-@click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages).")
-@click.option("--split", default="train", show_default=True, help="Image set of the VOC folder.")
 @click.option("--out", type=PATH, help="The cache. Default: named after the data set, such as coco.zarr.")
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
@@ -37,7 +35,8 @@ def cache_teacher_command(
     ann_file: Path | None,
     img_dir: Path | None,
     voc: Path | None,
-    split: str,
+    split: str | None,
+    strict_data: bool,
     out: Path | None,
     tier: str,
     dtype: str,
@@ -59,6 +58,7 @@ def cache_teacher_command(
     """
     from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher, prepare_teacher
     from kdpipe.pipelines.checkpoints import load_checkpoint
+    from kdpipe.pipelines.data_report import report_data
     from kdpipe.pipelines.dry_run import estimate, print_estimate
     from kdpipe.pipelines.ranks import Ranks
     from kdpipe.pipelines.sources import find_data, torch_device
@@ -79,11 +79,13 @@ def cache_teacher_command(
                 scale=scale,
                 part_size=part_size,
                 skip_bad_images=skip_bad_images,
+                strict_data=strict_data,
             )
             if dry_run:
-                teacher, spec = prepare_teacher(checkpoint, cfg, source.data, options, torch_device(device))
-                images = source.data.images
-                print_estimate(console, estimate(teacher, source.data, images, spec), spec, len(images), source.out)
+                teacher, spec, data = prepare_teacher(checkpoint, cfg, source.data, options, torch_device(device))
+                report_data(data, console, trained=True, strict=strict_data)
+                found = estimate(teacher, data, data.images, spec)
+                print_estimate(console, found, spec, len(data.images), source.out)
                 return
             result = cache_teacher(
                 checkpoint,
@@ -126,6 +128,9 @@ def verify_command(
     ap: bool,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    strict_data: bool,
     trust: bool,
 ) -> None:
     """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not."""
@@ -143,6 +148,9 @@ def verify_command(
             ap=ap,
             ann_file=ann_file,
             img_dir=img_dir,
+            voc=voc,
+            split=split,
+            strict_data=strict_data,
             trust=trust,
             console=console,
         )

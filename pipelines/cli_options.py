@@ -81,6 +81,9 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 data_options = _options(
     click.option("--ann-file", type=PATH, help="COCO JSON of the images."),
     click.option("--img-dir", type=PATH, help="Folder of the images."),
+    click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages), in place of both."),
+    click.option("--split", help="Image set of the VOC folder. Default: train, or the one of the cache."),
+    click.option("--strict-data", is_flag=True, help="Refuse data of which annotations or images would be left out."),
 )
 val_options = _options(
     click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),

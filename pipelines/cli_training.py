@@ -68,6 +68,8 @@ def train_student_command(
     allow_partial: bool,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
     val_ann_file: Path | None,
     val_img_dir: Path | None,
     trust: bool,
@@ -75,8 +77,8 @@ def train_student_command(
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
 
-    Images and annotations are those that the cache names; --ann-file and --img-dir say where they moved. With
-    --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
+    Images and annotations are those that the cache names; --ann-file and --img-dir, or --voc, say where they moved.
+    With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.reader import open_cache
     from kdpipe.pipelines.configs import find_config
@@ -99,10 +101,10 @@ def train_student_command(
     config = find_config(student)
     if cache_path is not None:
         teacher = open_cache(cache_path, allow_partial=allow_partial)
-        train, val = cached_data(teacher, ann_file=ann_file, img_dir=img_dir)
+        train, val = cached_data(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     elif teacher_ckpt is not None:
         teacher, train, val = online_teacher(
-            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, trust=trust
+            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, trust=trust
         )
     if val_ann_file is not None:
         val = named_data(val_ann_file, val_img_dir or train.img_dir)
@@ -141,6 +143,8 @@ def train_teacher_command(
     epochs: int,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
     val_ann_file: Path | None,
     val_img_dir: Path | None,
     **training: Any,
@@ -151,11 +155,11 @@ def train_teacher_command(
     from kdpipe.pipelines.training import train_detector
 
     console = command_console()
-    if ann_file is None or img_dir is None:
-        raise click.UsageError("train-teacher needs --ann-file and --img-dir.")
+    if voc is None and (ann_file is None or img_dir is None):
+        raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
     found = find_config(config)
-    train = named_data(ann_file, img_dir)
-    val = named_data(val_ann_file, val_img_dir or img_dir) if val_ann_file else None
+    train = named_data(ann_file, img_dir, voc=voc, split=split)
+    val = named_data(val_ann_file, val_img_dir or train.img_dir) if val_ann_file else None
     work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
     resume = training.pop("resume")
     recipe = _recipe(found, epochs=epochs, **training)
@@ -174,6 +178,9 @@ def evaluate_command(
     config: str | None,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    strict_data: bool,
     scale: tuple[int, int] | None,
     batch_size: int,
     trust: bool,
@@ -187,9 +194,12 @@ def evaluate_command(
         config=config,
         ann_file=ann_file,
         img_dir=img_dir,
+        voc=voc,
+        split=split,
         scale=scale,
         batch_size=batch_size,
         trust=trust,
+        strict_data=strict_data,
         console=console,
     )
     console.print(metrics_table(metrics))

@@ -1,36 +1,21 @@
-"""COCO JSON, read with every entry checked, and written."""
+"""COCO JSON, read with every entry checked."""
 
-import json
 import math
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.plan import ImageInfo
+from kdpipe.pipelines.annotations import Annotations, LeftOut, untrained_kinds
+from kdpipe.pipelines.coco_entries import NO_MASK, AnnotationEntry, CocoEntries, DataError, ImageEntry, read_entries
 from kdpipe.pipelines.images import image_size
 
-__all__ = ["Annotations", "CocoFile", "DataError", "read_coco", "write_json"]
-
-
-class DataError(KdpipeError):
-    """A data set is missing, malformed, empty, or not the one that is needed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Annotations:
-    """The boxes of a data set, sorted by image; those of image i are the rows [starts[i], starts[i + 1])."""
-
-    boxes: npt.NDArray[np.float64]  # [M, 4] x, y, width, height in pixels
-    areas: npt.NDArray[np.float64]  # [M] pixels, of the segmentation where there is one
-    labels: npt.NDArray[np.int64]  # [M]
-    crowds: npt.NDArray[np.bool_]  # [M]
-    starts: npt.NDArray[np.int64]  # [images + 1]
+__all__ = ["CocoFile", "check_entries", "read_coco"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,72 +25,73 @@ class CocoFile:
     Attributes:
         class_names: names of the categories.
         category_ids: ids of the same.
+        roots: names that are the supercategory of another category.
         images: `num_gt` counts the boxes that mmdet trains on.
-        annotations: the boxes that mmdet reads, crowds included.
-        is_complete: every field is there that mmdet and pycocotools read.
+        annotations: all boxes of these images and categories.
+        absent: the other annotations.
+        notes: what was done to the data, for the user.
     """
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
+    roots: frozenset[str]
     images: tuple[ImageInfo, ...]
     annotations: Annotations
-    is_complete: bool
+    absent: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_coco(path: Path, img_dir: Path) -> CocoFile:
     """Reads and checks COCO JSON; see `kdpipe.pipelines.datasets.load_coco`."""
-    content = _read_json(path)
+    entries = read_entries(path)
     if not img_dir.is_dir():
         raise DataError(f"image folder {img_dir} does not exist. Give the folder of the images as --img-dir.")
-    names, category_ids = _categories(content, path)
-    images, sized = _images(content, path, img_dir)
-    annotations, complete = _annotations(content, path, images, category_ids)
-    counts = np.diff(np.concatenate([[0], np.cumsum(~annotations.crowds)])[annotations.starts])
-    if not counts.any():
+    return check_entries(entries, path, img_dir)
+
+
+def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
+    """Checks the entries of a COCO JSON; `path` is where messages say that they are from."""
+    names, category_ids = _categories(entries, path)
+    images = _images(entries, path, img_dir)
+    annotations, absent = _annotations(entries.annotations, path, images, category_ids)
+    counts = annotations.trained_counts().tolist()
+    if not any(counts):
+        found = [*absent, *annotations.untrained([image.file_name for image in images])]
         raise DataError(
-            f"{path} has no usable annotation among {len(content['annotations'])}: expected boxes at least one pixel "
-            "wide and high, in their image, and not all crowds. Check that it is the file of a labelled split."
+            f"{path} has no usable annotation among {len(entries.annotations)}"
+            + "".join(f"\n  {kind}" for kind in found)
+            + "\nExpected boxes at least one pixel wide and high, with an area, in their image, and not all crowds. "
+            "Check that it is the file of a labelled split."
         )
-    counted = tuple(replace(image, num_gt=int(count)) for image, count in zip(images, counts, strict=True))
-    return CocoFile(names, category_ids, counted, annotations, complete and sized)
+    counted = [
+        ImageInfo(image.image_id, image.file_name, image.height, image.width, count)
+        for image, count in zip(images, counts, strict=True)
+    ]
+    roots = {each.supercategory for each in entries.categories if isinstance(each.supercategory, str)} - {
+        each.name for each in entries.categories if each.name == each.supercategory
+    }
+    return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent)
 
 
-def _read_json(path: Path) -> dict[str, list[Any]]:
-    if not path.is_file():
-        raise DataError(f"annotation file {path} does not exist. Give the COCO JSON of the data set as --ann-file.")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"annotation file {path} is not valid JSON: {error}. Download or export it again.") from error
-    wanted = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in wanted):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(
-            f"{path} is not a COCO detection file: expected lists named images, annotations and categories, "
-            f"found {found[:200] or 'nothing'}."
-        )
-    for key in wanted:
-        for entry in content[key]:
-            if not isinstance(entry, dict):
-                raise DataError(
-                    f"{path}: an entry of {key} is {str(entry)[:80]!r}, expected an object with named fields."
-                )
-    return content
+def _integer(value: Any) -> int | None:
+    """An integer of 64 bits, also where it was written as 1.0; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-def _integer(entry: Mapping[str, Any], key: str, what: str, path: Path) -> int:
-    value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**63:
+def _id(value: Any, key: str, what: str, path: Path) -> int:
+    number = _integer(value)
+    if number is None:
         raise DataError(f"{path}: {what} has {key} {value!r}, expected an integer. Export the file with integer ids.")
-    return value
+    return number
 
 
-def _categories(content: Mapping[str, list[Any]], path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    entries = content["categories"]
-    if not entries:
+def _categories(entries: CocoEntries, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    if not entries.categories:
         raise DataError(f"{path} has no categories. Expected a list of id and name of each class.")
-    ids = [_integer(entry, "id", "a category", path) for entry in entries]
-    names = [entry.get("name") for entry in entries]
+    ids = [_id(entry.id, "id", "a category", path) for entry in entries.categories]
+    names = [entry.name for entry in entries.categories]
     if not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{path}: a category has no name. Give each of them one.")
     for what, values in (("category id", ids), ("category name", names)):
@@ -115,24 +101,25 @@ def _categories(content: Mapping[str, list[Any]], path: Path) -> tuple[tuple[str
     return tuple(names), tuple(ids)
 
 
-def _images(content: Mapping[str, list[Any]], path: Path, img_dir: Path) -> tuple[list[ImageInfo], bool]:
-    entries = content["images"]
-    if not entries:
+def _images(entries: CocoEntries, path: Path, img_dir: Path) -> list[ImageInfo]:
+    if not entries.images:
         raise DataError(f"{path} has no images: there is nothing to do. Check that it is the file of the right split.")
     images: dict[int, ImageInfo] = {}
-    sized = True
-    for entry in entries:
-        image_id, name = _integer(entry, "id", "an image", path), entry.get("file_name")
+    for entry in entries.images:
+        image_id = _id(entry.id, "id", "an image", path)
         if image_id in images:
             raise DataError(f"{path}: image id {image_id} occurs more than once. Give each image its own id.")
+        name = entry.file_name
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: image {image_id} has file_name {name!r}, expected a path relative to {img_dir}.")
-        width, height = (_pixels(entry.get(key)) for key in ("width", "height"))
-        if not (width and height):
-            height, width = image_size(img_dir / name)
-            sized = False
-        images[image_id] = ImageInfo(image_id, name, height, width, 0)
-    return list(images.values()), sized
+        images[image_id] = ImageInfo(image_id, name, *_size(entry, img_dir / name), 0)
+    return list(images.values())
+
+
+def _size(entry: ImageEntry, image: Path) -> tuple[int, int]:
+    """Height and width, from the image where the entry has none."""
+    height, width = (_pixels(value) for value in (entry.height, entry.width))
+    return (height, width) if width and height else image_size(image)
 
 
 def _pixels(value: Any) -> int:
@@ -142,72 +129,121 @@ def _pixels(value: Any) -> int:
 
 
 def _annotations(
-    content: Mapping[str, list[Any]], path: Path, images: Sequence[ImageInfo], category_ids: Sequence[int]
-) -> tuple[Annotations, bool]:
-    """The annotations that mmdet keeps, and whether none lacks a field that it needs."""
-    rows = {image.image_id: row for row, image in enumerate(images)}
-    labels = {category_id: label for label, category_id in enumerate(category_ids)}
-    kept: list[tuple[int, int, bool, float, list[float]]] = []  # image row, label, crowd, area, box
-    seen: set[Any] = set()
-    complete = True
-    for position, entry in enumerate(content["annotations"]):
-        what = f"annotation {entry['id']}" if "id" in entry else f"annotation at position {position}"
-        if "id" in entry:
-            if not isinstance(entry["id"], int | str) or entry["id"] in seen:
-                raise DataError(f"{path}: annotation id {entry['id']!r} occurs more than once. Give each its own id.")
-            seen.add(entry["id"])
-        image_id, category_id = (_integer(entry, key, what, path) for key in ("image_id", "category_id"))
-        if image_id not in rows:
-            raise DataError(
-                f"{path}: {what} is of image {image_id}, which is not among the images. Remove it, or add it."
-            )
-        if category_id not in labels:
-            raise DataError(
-                f"{path}: {what} has category {category_id}, which is not among the categories "
-                f"{list(category_ids)[:20]}. Remove it, or add the category."
-            )
-        box = _box(entry.get("bbox"), what, path)
-        area = entry.get("area", box[2] * box[3])
-        if not isinstance(area, int | float) or not math.isfinite(area):
-            raise DataError(f"{path}: {what} has area {area!r}, expected a number of pixels. Correct or remove it.")
-        complete = complete and {"id", "area", "iscrowd"} <= entry.keys()
-        if not entry.get("ignore") and area > 0 and _is_visible(box, images[rows[image_id]]):
-            kept.append((rows[image_id], labels[category_id], bool(entry.get("iscrowd")), float(area), box))
-    kept.sort(key=lambda item: item[0])  # stable: keeps the file's order within an image
-    annotations = Annotations(
-        boxes=np.array([item[4] for item in kept], dtype=np.float64).reshape(-1, 4),
-        areas=np.array([item[3] for item in kept], dtype=np.float64),
-        labels=np.array([item[1] for item in kept], dtype=np.int64),
-        crowds=np.array([item[2] for item in kept], dtype=np.bool_),
-        starts=np.searchsorted([item[0] for item in kept], np.arange(len(images) + 1)).astype(np.int64),
+    entries: Sequence[AnnotationEntry], path: Path, images: Sequence[ImageInfo], category_ids: Sequence[int]
+) -> tuple[Annotations, tuple[LeftOut, ...]]:
+    """The annotations of these images and categories, and what is said of the others."""
+    columns = _Columns(entries, path)
+    rows = _places(columns.integers("image_id"), [image.image_id for image in images])
+    labels = _places(columns.integers("category_id"), category_ids)
+    boxes = columns.boxes()
+    areas = columns.areas(boxes)
+    crowds, ignored = columns.flags("iscrowd"), columns.flags("ignore")
+    absent = (
+        columns.left_out(rows < 0, "annotations of images that are not listed", "image_id"),
+        columns.left_out((rows >= 0) & (labels < 0), "annotations of categories that are not listed", "category_id"),
     )
-    return annotations, complete
+    order = np.argsort(rows, kind="stable")  # keeps the file's order within an image
+    order = order[(rows[order] >= 0) & (labels[order] >= 0)]
+    rows, boxes, areas, crowds, ignored = rows[order], boxes[order], areas[order], crowds[order], ignored[order]
+    sizes = np.array([[image.width, image.height] for image in images], dtype=np.float64)[rows]
+    annotations = Annotations(
+        ids=columns.ids()[order],
+        boxes=boxes,
+        areas=areas,
+        labels=labels[order],
+        crowds=crowds,
+        ignored=ignored,
+        kinds=untrained_kinds(boxes, areas, crowds, ignored, sizes),
+        segmentations=columns.segmentations(order),
+        starts=np.searchsorted(rows, np.arange(len(images) + 1)).astype(np.int64),
+    )
+    return annotations, tuple(kind for kind in absent if kind.count)
 
 
-def _box(value: Any, what: str, path: Path) -> list[float]:
-    numbers = isinstance(value, list) and len(value) == 4
-    if not numbers or not all(
-        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in value
-    ):
-        raise DataError(
-            f"{path}: {what} has bbox {value!r}, expected four finite numbers [x, y, width, height]. "
-            "Correct or remove it."
-        )
-    return [float(number) for number in value]
+def _places(values: npt.NDArray[np.int64], known: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Place of each value among those known; -1 where it is not there."""
+    wanted = np.array(known, dtype=np.int64)
+    order = np.argsort(wanted)
+    places = order[np.searchsorted(wanted[order], values).clip(max=len(wanted) - 1)]
+    found: npt.NDArray[np.int64] = np.where(wanted[places] == values, places, -1)
+    return found
 
 
-def _is_visible(box: Sequence[float], image: ImageInfo) -> bool:
-    """mmdet's rule (CocoDataset.parse_data_info) for boxes that it uses at all."""
-    x, y, width, height = box
-    inside_x = min(x + width, image.width) - max(x, 0)
-    inside_y = min(y + height, image.height) - max(y, 0)
-    return width >= 1 and height >= 1 and inside_x > 0 and inside_y > 0
+class _Columns:
+    """Fields of all annotations as arrays, checked at once; only where one is wrong, it is looked for."""
 
+    def __init__(self, entries: Sequence[AnnotationEntry], path: Path) -> None:
+        self.entries, self.path = entries, path
 
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write a JSON file in one atomic act, also where several processes write the same; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)
-    return path
+    def _refuse(self, position: int, key: str, expected: str) -> NoReturn:
+        value = getattr(self.entries[position], key)
+        raise DataError(f"{self.path}: {self.name(position)} has {key} {value!r}, expected {expected}.")
+
+    def name(self, position: int) -> str:
+        identity = self.entries[position].id
+        return f"annotation at position {position}" if identity is None else f"annotation {identity}"
+
+    def ids(self) -> npt.NDArray[Any]:
+        values = [entry.id for entry in self.entries]
+        if all(type(value) is int and abs(value) < 2**63 for value in values):
+            return np.array(values, dtype=np.int64)
+        column = np.empty(len(values), dtype=object)
+        column[:] = values
+        return column
+
+    def integers(self, key: str) -> npt.NDArray[np.int64]:
+        values = [getattr(entry, key) for entry in self.entries]
+        if not all(type(value) is int and abs(value) < 2**63 for value in values):
+            numbers = [_integer(value) for value in values]
+            if None in numbers:
+                self._refuse(numbers.index(None), key, "an integer. Export the file with integer ids")
+            values = numbers
+        return np.array(values, dtype=np.int64)
+
+    def boxes(self) -> npt.NDArray[np.float64]:
+        values = [entry.bbox for entry in self.entries]
+        expected = "four finite numbers [x, y, width, height]. Correct or remove it"
+        if not all(type(value) is list and len(value) == 4 for value in values):
+            position = next(p for p, value in enumerate(values) if not isinstance(value, list) or len(value) != 4)
+            self._refuse(position, "bbox", expected)
+        column = self._numbers(list(chain.from_iterable(values)), 4, "bbox", expected)
+        return column.reshape(-1, 4)
+
+    def areas(self, boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        values = [entry.area for entry in self.entries]
+        lacking = np.array([value is None for value in values], dtype=np.bool_)
+        given = [0 if value is None else value for value in values]
+        column = self._numbers(given, 1, "area", "a number of pixels. Correct or remove it")
+        return np.where(lacking, boxes[:, 2] * boxes[:, 3], column)
+
+    def _numbers(self, values: Sequence[Any], per_entry: int, key: str, expected: str) -> npt.NDArray[np.float64]:
+        if not set(map(type, values)) <= {int, float}:
+            place = next(p for p, value in enumerate(values) if type(value) not in (int, float))
+            self._refuse(place // per_entry, key, expected)
+        try:
+            column = np.array(values, dtype=np.float64)
+        except OverflowError:  # an integer beyond all floats
+            place = next(p for p, value in enumerate(values) if abs(value) > 1e308)
+            self._refuse(place // per_entry, key, expected)
+        if not np.isfinite(column).all():
+            self._refuse(int(np.argmin(np.isfinite(column))) // per_entry, key, expected)
+        return column
+
+    def flags(self, key: str) -> npt.NDArray[np.bool_]:
+        values = [getattr(entry, key) for entry in self.entries]
+        if not set(map(type, values)) <= {type(None), bool, int, float}:
+            position = next(p for p, v in enumerate(values) if v is not None and not isinstance(v, int | float))
+            self._refuse(position, key, "0 or 1. Correct it")
+        return np.array([bool(value) for value in values], dtype=np.bool_)
+
+    def segmentations(self, order: npt.NDArray[np.int64]) -> list[Any] | None:
+        if all(entry.segmentation is NO_MASK for entry in self.entries):
+            return None
+        return [self.entries[position].segmentation for position in order.tolist()]
+
+    def left_out(self, mask: npt.NDArray[np.bool_], kind: str, key: str) -> LeftOut:
+        count, example = int(mask.sum()), ""
+        if count:
+            position = int(np.argmax(mask))
+            example = f"{self.name(position)} has {key} {getattr(self.entries[position], key)}"
+        return LeftOut(count, kind, example)

@@ -13,12 +13,14 @@ from rich.table import Table
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
+from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
-from kdpipe.pipelines.datasets import check_classes, load_coco
+from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.layouts import dataset_paths
 from kdpipe.pipelines.progress import AP_NAMES, ProgressHook, coco_metrics
 from kdpipe.pipelines.runner import QuietRunner
+from kdpipe.pipelines.sources import named_data
 from kdpipe.pipelines.training_config import set_validation
 
 __all__ = ["evaluate", "metrics_table"]
@@ -32,9 +34,12 @@ def evaluate(
     config: str | None,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
     scale: tuple[int, int] | None,
     batch_size: int,
     trust: bool,
+    strict_data: bool = False,
     console: Console,
 ) -> dict[str, float]:
     """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
@@ -44,9 +49,12 @@ def evaluate(
         config: Its config; None reads it from the checkpoint.
         ann_file: COCO JSON; None takes the validation images of the config.
         img_dir: Folder of the images.
+        voc: Pascal VOC folder, in place of both.
+        split: Its image set.
         scale: `(w, h)` of the network input; None takes the config's.
         batch_size: Images per forward pass.
         trust: Unpickle the checkpoint even where it holds more than weights.
+        strict_data: Refuse annotations of which some would be left out.
         console: Where progress is shown.
 
     Returns:
@@ -59,14 +67,15 @@ def evaluate(
     cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
     if cfg is None:
         raise KdpipeError(f"{ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
-    if ann_file is None or img_dir is None:
+    if ann_file is None and img_dir is None and voc is None:
         paths = dataset_paths(cfg, "val")
-        if paths is None or ann_file is not None or img_dir is not None or not paths[0].exists():
+        if paths is None or not paths[0].exists():
             raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
         ann_file, img_dir = paths
-    data = load_coco(ann_file, img_dir)
+    data = named_data(ann_file, img_dir, voc=voc, split=split)
     if (known := class_names(checkpoint)) is not None:
-        check_classes(data, known, f"the checkpoint {ckpt.name}")
+        data = match_classes(data, known, f"the checkpoint {ckpt.name}")
+    report_data(data, console, trained=False, strict=strict_data)
     register_all_modules(init_default_scope=True)
     set_num_classes(cfg.model, len(data.class_names))
     with building("The detector"):
@@ -74,7 +83,9 @@ def evaluate(
     load_strict(model, checkpoint.state_dict)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
-        set_validation(cfg, data.completed(Path(folder) / "annotations.json"), scale, batch_size, loader)
+        data = data.copied_to(Path(folder) / "annotations.json")
+        data.write_copy()
+        set_validation(cfg, data, scale, batch_size, loader)
         runner = QuietRunner(
             model=model,
             work_dir=folder,

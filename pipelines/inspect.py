@@ -198,10 +198,12 @@ def _number(value: Tensor) -> float | None:
 def _show_cache(values: dict[str, Any], console: Console) -> None:
     spec, parts, images = values["spec"], values["parts"], values["images"]
     skipped, names, head = images["skipped"], spec["class_names"], values["head"]
+    data = values["data"]
+    source = f"{data['voc']}, split {data['split']}" if "voc" in data else data.get("ann_file", "not recorded")
     about = {
         "cache": f"{values['path']}, format version {values['format_version']}",
         "teacher": values["teacher"].get("checkpoint", "not recorded"),
-        "data": f"{values['data'].get('ann_file', 'not recorded')}, {values['data'].get('img_dir', '')}",
+        "data": f"{source}, {data.get('img_dir', '')}",
         "classes": f"{len(names)}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}",
         "view": f"{', '.join(spec['views'])} at {'x'.join(map(str, spec['scale']))}, {spec['proposals']} proposals",
         "stored": f"tier {spec['tier']}, {spec['dtype']}, {spec['codec']}, {spec['channels']} channels, strides "

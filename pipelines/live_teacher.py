@@ -134,7 +134,14 @@ class OnlineTeacher:
 
 
 def online_teacher(
-    ckpt: Path, config: str | None, *, ann_file: Path | None, img_dir: Path | None, trust: bool
+    ckpt: Path,
+    config: str | None,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+    trust: bool,
 ) -> tuple[OnlineTeacher, DetectionData, DetectionData | None]:
     """Load a teacher, and find the images to train on: those named, or those of the teacher's config.
 
@@ -143,6 +150,8 @@ def online_teacher(
         config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
         ann_file: COCO JSON of the training images.
         img_dir: Their folder.
+        voc: Pascal VOC folder, in place of both.
+        split: Its image set.
         trust: Unpickle the checkpoint even where it holds more than weights.
 
     Returns:
@@ -153,19 +162,19 @@ def online_teacher(
     """
     checkpoint = load_checkpoint(ckpt, trust=trust)
     cfg = teacher_config(checkpoint, config)
-    found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=None, split="", out=None, limit=None)
+    found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=None, limit=None)
     options = CacheOptions(dtype="float32", codec="none")
-    teacher, spec = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
+    teacher, spec, data = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
     weights = digest_tensors(teacher.model.state_dict())
     source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
     online = OnlineTeacher(
         name=f"the teacher {ckpt}",
         spec=spec,
-        identity={"teacher": {"weights": weights}, "data": found.data.digest()},
+        identity={"teacher": {"weights": weights}, "data": data.digest()},
         source={"type": LiveTeacher.__name__, **source},
         refusal=_refusal(teacher, spec),
     )
-    return online, found.data, None if ann_file else named_val(found.val)
+    return online, data, None if ann_file or voc else named_val(found.val)
 
 
 @torch.no_grad()

@@ -46,24 +46,33 @@ def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = Fa
     return for_inference(config_from_file(text, f"the config that the cache {cache.path} records", trust=trust))
 
 
-def recorded_data(cache: TeacherCache, *, ann_file: Path | None, img_dir: Path | None) -> DetectionData:
+def recorded_data(
+    cache: TeacherCache,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+) -> DetectionData:
     """The images and annotations that a cache was made of.
 
     Args:
         cache: The cache.
         ann_file: Where the annotation file moved.
         img_dir: Where the images moved.
+        voc: Where the VOC folder moved.
+        split: Its image set, where it has another name now.
 
     Raises:
         KdpipeError: They are not where the cache says, or not the same.
     """
-    if not isinstance(recorded(cache.metadata, "data", "ann_file"), str):
+    if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc")):
         raise CacheError(f"The cache {cache.path} does not record what it was made of, and cannot be compared with it.")
-    data, _ = cached_data(cache, ann_file=ann_file, img_dir=img_dir)
+    data, _ = cached_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
             f"{data.ann_file} is not what the cache {cache.path} was made of: {lines[0]} (digests of images, classes "
-            "and boxes). Name the annotation file that was cached: --ann-file."
+            "and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
         )
     return data
 
@@ -71,9 +80,12 @@ def recorded_data(cache: TeacherCache, *, ann_file: Path | None, img_dir: Path |
 def remake_command(cache: TeacherCache, part_size: int) -> str:
     """The command that makes what a cache lacks, as far as the cache records it."""
     spec, data = cache.spec, recorded(cache.metadata, "data") or {}
+    named = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
+    if "voc" in data:
+        named = ("--voc", data["voc"], "--split", data["split"])
     words = [
         *("kdpipe", "cache-teacher", "--ckpt", recorded(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
-        *("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"), "--out", cache.path),
+        *(*named, "--out", cache.path),
         *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
         *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
         *(("--limit", data["limit"]) if data.get("limit") else ()),

@@ -11,10 +11,14 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import TeacherCache
-from kdpipe.pipelines.datasets import DetectionData, convert_voc, load_coco
+from kdpipe.pipelines.class_matching import match_classes
+from kdpipe.pipelines.datasets import DetectionData, load_coco, load_voc
 from kdpipe.pipelines.layouts import dataset_paths
 
 __all__ = ["DataSource", "cached_data", "find_data", "named_data", "named_val", "torch_device"]
+
+
+DEFAULT_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,20 @@ class DataSource:
         out: Path of the cache.
         limit: Only the first so many images of the annotation file.
         val: Annotation file and image folder of the validation images that the config names.
+        voc: Pascal VOC folder and split, where they came from one.
     """
 
     data: DetectionData
     out: Path
     limit: int | None
     val: tuple[Path, Path] | None
+    voc: tuple[Path, str] | None = None
 
     def record(self) -> dict[str, Any]:
         """What the cache remembers of it, as JSON values."""
+        voc = {"voc": str(self.voc[0].resolve()), "split": self.voc[1]} if self.voc else {}
         return {
-            "ann_file": str(self.data.ann_file.resolve()),
+            **(voc or {"ann_file": str(self.data.ann_file.resolve())}),
             "img_dir": str(self.data.img_dir.resolve()),
             "limit": self.limit,
             "val": [str(path.resolve()) for path in self.val] if self.val else None,
@@ -49,49 +56,72 @@ def find_data(
     ann_file: Path | None,
     img_dir: Path | None,
     voc: Path | None,
-    split: str,
+    split: str | None,
     out: Path | None,
     limit: int | None,
 ) -> DataSource:
-    """The data set of `cache-teacher`: the one named, or the training images of the teacher's config.
+    """The data set of a teacher: the one named, or the training images of its config.
 
     Raises:
         KdpipeError: Options that exclude each other, or no data set.
     """
-    val = None
+    if voc is not None or ann_file is not None or img_dir is not None:
+        data = named_data(ann_file, img_dir, voc=voc, split=split, limit=limit)
+        named_voc = None if voc is None else (voc, split or DEFAULT_SPLIT)
+        return DataSource(data, out or _cache_name(voc or data.ann_file), limit, None, named_voc)
+    paths = dataset_paths(config, "train")
+    if paths is None:
+        raise KdpipeError(
+            "The teacher's config names no COCO data set. Give --ann-file and --img-dir, or --voc and --split."
+        )
+    if not paths[0].exists():
+        raise KdpipeError(
+            f"The teacher's config names the annotation file {paths[0]}, and there is none. "
+            "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
+        )
+    data = load_coco(*paths, limit)
+    return DataSource(data, out or _cache_name(data.ann_file), limit, dataset_paths(config, "val"))
+
+
+def _cache_name(source: Path) -> Path:
+    """A cache in this folder, named after a VOC folder, or the folder of an annotation file."""
+    source = source.resolve()
+    folder = source if source.is_dir() else source.parent
+    folder = folder.parent if folder.name == "annotations" else folder
+    return Path(f"{folder.name or 'cache'}.zarr")
+
+
+def named_data(
+    ann_file: Path | None,
+    img_dir: Path | None,
+    *,
+    voc: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> DetectionData:
+    """The data set of `--ann-file` and `--img-dir`, or of `--voc` and `--split`.
+
+    Raises:
+        KdpipeError: Options that exclude each other, or are missing; or bad data.
+    """
+    if voc is None and split is not None:
+        raise KdpipeError("--split names an image set of a VOC folder: give the folder, too: --voc.")
     if voc is not None:
         if ann_file is not None or img_dir is not None:
             raise KdpipeError("Give either --voc (with --split), or --ann-file and --img-dir, not both.")
-        out = out or Path(f"{voc.resolve().name}.zarr")
-        ann_file = convert_voc(voc, split, out.with_suffix(".json"))
-        img_dir = voc / "JPEGImages"
-    elif ann_file is None and img_dir is None:
-        paths = dataset_paths(config, "train")
-        if paths is None:
-            raise KdpipeError(
-                "The teacher's config names no COCO data set. Give --ann-file and --img-dir, or --voc and --split."
-            )
-        ann_file, img_dir = paths
-        val = dataset_paths(config, "val")
-        if not ann_file.exists():
-            raise KdpipeError(
-                f"The teacher's config names the annotation file {ann_file}, and there is none. "
-                "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
-            )
-    elif ann_file is None or img_dir is None:
+        return load_voc(voc, split or DEFAULT_SPLIT, limit)
+    if ann_file is None or img_dir is None:
         raise KdpipeError("--ann-file and --img-dir belong together; one of them is missing.")
-    folder = ann_file.resolve().parent
-    folder = folder.parent if folder.name == "annotations" else folder
-    return DataSource(load_coco(ann_file, img_dir, limit), out or Path(f"{folder.name or 'cache'}.zarr"), limit, val)
-
-
-def named_data(ann_file: Path, img_dir: Path) -> DetectionData:
-    """The data set of `--ann-file` and `--img-dir`."""
-    return load_coco(ann_file, img_dir)
+    return load_coco(ann_file, img_dir, limit)
 
 
 def cached_data(
-    cache: TeacherCache, *, ann_file: Path | None, img_dir: Path | None
+    cache: TeacherCache,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
 ) -> tuple[DetectionData, DetectionData | None]:
     """The images that a cache was made of, and the validation images that belong to them, where they are on disk.
 
@@ -99,17 +129,34 @@ def cached_data(
         cache: The cache.
         ann_file: Where the annotation file moved.
         img_dir: Where the images moved.
+        voc: Where the VOC folder moved that it was made of.
+        split: The image set of the VOC folder, where it has another name now.
+
+    Returns:
+        Both with the classes of the cache.
 
     Raises:
-        KdpipeError: They are not where the cache says.
+        KdpipeError: They are not where the cache says, or have other classes.
     """
     source = cache.metadata["data"]
-    ann_file = ann_file or Path(source["ann_file"])
-    img_dir = img_dir or Path(source["img_dir"])
-    for path, option in ((ann_file, "--ann-file"), (img_dir, "--img-dir")):
-        if not path.exists():
-            raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
-    return load_coco(ann_file, img_dir, source["limit"]), named_val(source["val"])
+    if voc is None and ann_file is None and "voc" in source:
+        voc = Path(source["voc"])
+    if voc is not None:
+        if not voc.exists():
+            raise KdpipeError(f"{voc} is not there, which {cache.path} was made of. Say where it moved: --voc.")
+        data = named_data(ann_file, img_dir, voc=voc, split=split or source.get("split"), limit=source["limit"])
+    else:
+        ann_file = ann_file or Path(source["ann_file"])
+        img_dir = img_dir or Path(source["img_dir"])
+        for path, option in ((ann_file, "--ann-file"), (img_dir, "--img-dir")):
+            if not path.exists():
+                raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
+        data = named_data(ann_file, img_dir, split=split, limit=source["limit"])
+    val, whose = named_val(source["val"]), f"the cache {cache.path.name}"
+    return (
+        match_classes(data, cache.spec.class_names, whose),
+        val and match_classes(val, cache.spec.class_names, whose),
+    )
 
 
 def named_val(val: Sequence[Path | str] | None) -> DetectionData | None:

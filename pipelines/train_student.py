@@ -16,11 +16,12 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.source import CachedTeacher, check_serves_student_rois
 from kdpipe.distill.teacher_head import TeacherHeadError
+from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
-from kdpipe.pipelines.datasets import DetectionData, check_classes, load_coco
+from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.live_teacher import OnlineTeacher
-from kdpipe.pipelines.training import TrainingResult, check_work_dir, run_training
+from kdpipe.pipelines.training import COPIES, TrainingResult, check_work_dir, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
 from kdpipe.pipelines.transform_types import check_names, quote_names
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
@@ -28,6 +29,7 @@ from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 __all__ = ["check_data", "train_student"]
 
 _TEACHER_FILE = "cache.json"
+_IMAGES_FILE = f"{COPIES}/images.json"
 _ROIS = {"num": 512, "positive_fraction": 0.25}
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
@@ -40,16 +42,19 @@ DISTILL_DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_data(cache: TeacherCache, data: DetectionData) -> None:
+def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
     """Refuse images and annotations that are not those that the teacher saw.
+
+    Returns:
+        The same data, with the classes of the cache.
 
     Raises:
         KdpipeError: Naming what differs.
     """
-    check_classes(data, cache.spec.class_names, f"the cache {cache.path.name}")
+    data = match_classes(data, cache.spec.class_names, f"the cache {cache.path.name}")
     lines = difference({"data": cache.identity["data"]}, {"data": data.digest()})
     if not lines:
-        return
+        return data
     here = {image.image_id for image in data.images}
     there = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
     raise KdpipeError(
@@ -101,15 +106,15 @@ def train_student(
     check_contract(teacher.spec, losses)
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
-        check_data(cache, train)
+        train = check_data(cache, train)
     if val is not None:
-        check_classes(val, teacher.spec.class_names, _name(teacher))
+        val = match_classes(val, teacher.spec.class_names, _name(teacher))
     _check_resumed(teacher, work_dir, resume)
     skipped = []
     if cache is not None:
         train = _cached_images(cache, train, work_dir, resume, console)
         skipped = [image["image_id"] for image in cache.skipped]
-    train, val = train.completed(work_dir / "train.json"), val and val.completed(work_dir / "val.json")
+    train, val = training_copies(train, val, work_dir, console, strict=recipe.strict_data)
     cfg = detector_config(config, train, val, recipe, skipped)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
@@ -123,7 +128,10 @@ def train_student(
     if methods:
         chosen = _who_chooses(teacher, rois, distill, dense, console) if losses else None
         _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
-    _record(teacher, work_dir)
+    for data in (train, val):
+        if data is not None:
+            data.write_copy()
+    _record(teacher, train, work_dir)
     return run_training(
         cfg,
         recorded,
@@ -140,16 +148,14 @@ def _cached_images(
 ) -> DetectionData:
     """The images of a cache, of which some may be missing still.
 
-    Their annotations are kept in the work directory, so that a training that is resumed has the images that it began
-    with, whatever the cache has got meanwhile.
+    A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
 
     Raises:
         KdpipeError: Nothing is cached yet, or several processes train, which might not see the same.
     """
-    path = work_dir / "cached.json"
+    path = work_dir / _IMAGES_FILE
     if resume and path.exists():
-        return load_coco(path, train.img_dir)
-    path.unlink(missing_ok=True)
+        return train.only(json.loads(path.read_text()))
     if len(cache) + len(cache.skipped) == len(train.images):
         return train
     if not len(cache):
@@ -160,7 +166,7 @@ def _cached_images(
             "one process, or when it is finished."
         )
     console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
-    return train.only(cache.image_ids.tolist()).completed(path)
+    return train.only(cache.image_ids.tolist())
 
 
 def _name(teacher: TeacherCache | OnlineTeacher) -> str:
@@ -182,10 +188,11 @@ def _check_resumed(teacher: TeacherCache | OnlineTeacher, work_dir: Path, resume
         )
 
 
-def _record(teacher: TeacherCache | OnlineTeacher, work_dir: Path) -> None:
-    """Leave in the work directory of which cache or teacher the training is."""
+def _record(teacher: TeacherCache | OnlineTeacher, train: DetectionData, work_dir: Path) -> None:
+    """Leave in the work directory of which cache or teacher the training is, and of which images."""
     if is_first():
         work_dir.mkdir(parents=True, exist_ok=True)
+        (work_dir / _IMAGES_FILE).write_text(json.dumps([image.image_id for image in train.images]))
         (work_dir / _TEACHER_FILE).write_text(json.dumps(_identity(teacher), indent=2) + "\n")
 
 

@@ -19,9 +19,11 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import register_safe_types
+from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
-from kdpipe.pipelines.datasets import DetectionData, check_classes
+from kdpipe.pipelines.data_report import report_data
+from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
@@ -32,7 +34,9 @@ from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.training_config import Recipe, detector_config
 from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
 
-__all__ = ["TrainingResult", "check_work_dir", "run_training", "train_detector"]
+__all__ = ["COPIES", "TrainingResult", "check_work_dir", "run_training", "train_detector", "training_copies"]
+
+COPIES = "kdpipe"  # folder of the work directory that holds what is neither a checkpoint nor a log
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,37 @@ def train_detector(
         KdpipeError: Anything that does not fit, before the first step.
     """
     check_work_dir(work_dir, resume)
-    if val is not None:
-        check_classes(val, train.class_names, f"the training images {train.ann_file}")
-    train, val = train.completed(work_dir / "train.json"), val and val.completed(work_dir / "val.json")
+    train, val = training_copies(
+        train,
+        val and match_classes(val, train.class_names, f"the training images {train.ann_file}"),
+        work_dir,
+        console,
+        strict=recipe.strict_data,
+    )
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = apply_options(cfg, recipe.options)
+    for data in (train, val):
+        if data is not None:
+            data.write_copy()
     return run_training(cfg, copy.deepcopy(cfg), work_dir, name="teacher", resume=resume, console=console)
+
+
+def training_copies(
+    train: DetectionData, val: DetectionData | None, work_dir: Path, console: Console, *, strict: bool
+) -> tuple[DetectionData, DetectionData | None]:
+    """Say what of the data is left out, and where mmdet will read them: from copies in a folder of our own.
+
+    They are not written yet (`DetectionData.write_copy`).
+
+    Raises:
+        DataError: `strict`, and something is left out.
+    """
+    report_data(train, console, trained=True, strict=strict)
+    if val is not None:
+        report_data(val, console, trained=False, strict=strict)
+        val = val.copied_to(work_dir / COPIES / "val.json")
+    return train.copied_to(work_dir / COPIES / "train.json"), val
 
 
 def check_work_dir(work_dir: Path, resume: bool) -> None:

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Recipe:
         amp: Mixed precision.
         workers: Loader workers; None chooses by the number of cores.
         options: `KEY=VALUE` overrides of the config, applied last.
+        strict_data: Refuse data of which some would be left out.
     """
 
     epochs: int
@@ -46,6 +48,7 @@ class Recipe:
     amp: bool = False
     workers: int | None = None
     options: Sequence[str] = ()
+    strict_data: bool = False
 
 
 def world_size() -> int:
@@ -141,15 +144,21 @@ def set_validation(
         "sampler": {"type": "DefaultSampler", "shuffle": False},
         "dataset": {**_coco_dataset(val), "test_mode": True, "pipeline": pipeline},
     }
-    cfg.val_evaluator = {"type": "CocoMetric", "ann_file": str(val.ann_file), "metric": "bbox"}
+    cfg.val_evaluator = {"type": "CocoMetric", "ann_file": str(_copy(val)), "metric": "bbox"}
     cfg.val_cfg = {"type": "ValLoop"}
     cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, {"type": "TestLoop"}
+
+
+def _copy(data: DetectionData) -> Path:
+    """The file that mmdet and pycocotools are handed, never the user's own."""
+    assert data.coco_file is not None, "DetectionData.copied_to says where"
+    return data.coco_file.resolve()
 
 
 def _coco_dataset(data: DetectionData) -> dict[str, Any]:
     return {
         "type": "CocoDataset",
-        "ann_file": str(data.ann_file.resolve()),
+        "ann_file": str(_copy(data)),
         "data_prefix": {"img": f"{data.img_dir.resolve()}/"},
         "metainfo": {"classes": data.class_names},
     }

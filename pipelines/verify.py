@@ -119,6 +119,9 @@ def verify_teacher(
     ap: bool,
     ann_file: Path | None,
     img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+    strict_data: bool = False,
     trust: bool,
     console: Console,
 ) -> None:
@@ -133,6 +136,9 @@ def verify_teacher(
         ap: Compute AP.
         ann_file: Where the annotation file moved.
         img_dir: Where the images moved.
+        voc: Where the VOC folder moved.
+        split: Its image set, where it has another name now.
+        strict_data: Refuse annotations of which some would be left out.
         trust: Unpickle the checkpoint even where it holds more than weights.
         console: Where all is shown.
 
@@ -140,13 +146,15 @@ def verify_teacher(
         KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
     """
     from kdpipe.pipelines.cached_ap import cached_ap
+    from kdpipe.pipelines.data_report import report_data
     from kdpipe.pipelines.evaluate import metrics_table
     from kdpipe.pipelines.live import cached_teacher, compare_live, errors_table
     from kdpipe.pipelines.recorded import recorded_config, recorded_data
     from kdpipe.pipelines.sources import torch_device
 
     cache = open_cache(path)
-    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir)
+    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    report_data(data, console, trained=False, strict=strict_data)
     if ckpt is not None:
         teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
         console.print(errors_table(compare_live(cache, teacher, data, sample, console)))

@@ -1,27 +1,24 @@
-"""Pascal VOC folders, converted to COCO JSON."""
+"""Pascal VOC folders, read as COCO JSON is."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import Element
 
-from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.coco import write_json
+from kdpipe.pipelines.annotations import LeftOut
+from kdpipe.pipelines.coco import CocoFile, check_entries
+from kdpipe.pipelines.coco_entries import AnnotationEntry, CategoryEntry, CocoEntries, ImageEntry
+from kdpipe.pipelines.file_names import IMAGE_SUFFIXES
 from kdpipe.pipelines.images import image_size
+from kdpipe.pipelines.voc_xml import VocError, number_in, parse_xml, text_in
 
-__all__ = ["VOC_CLASSES", "VocError", "convert_voc"]
+__all__ = ["VOC_CLASSES", "read_voc", "split_path"]
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
-
-
-class VocError(KdpipeError):
-    """A Pascal VOC folder is incomplete, or one of its annotations is malformed."""
+_LABELS = ("1", "0", "-1")  # behind the names in a split file of one class
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,13 @@ class _Object:
     difficult: bool
 
 
-def convert_voc(voc_dir: str | Path, split: str, out_json: str | Path) -> Path:
-    """Writes a split of a Pascal VOC folder as COCO JSON, whose images lie in the folder's ``JPEGImages``.
+def split_path(folder: Path, split: str) -> Path:
+    """The file that lists the images of a split."""
+    return folder / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def read_voc(folder: Path, split: str) -> CocoFile:
+    """Reads a split of a Pascal VOC folder, whose images lie in its ``JPEGImages``.
 
     Boxes are those of mmdet's XMLDataset: whole pixels, one subtracted since VOC counts from 1. Boxes without area
     are left out; difficult ones become crowds, which neither training nor AP count. Images get the ids 1, 2, ... in the
@@ -40,64 +42,85 @@ def convert_voc(voc_dir: str | Path, split: str, out_json: str | Path) -> Path:
     folder, so that all splits agree.
 
     Args:
-        voc_dir: holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
+        folder: holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         split: ``train`` for ``ImageSets/Main/train.txt``.
-        out_json: is replaced at once, when complete.
-
-    Returns:
-        `out_json`.
 
     Raises:
         VocError: something is missing or malformed; the file is named.
+        DataError: there is nothing to learn from.
     """
-    voc_dir, out_json = Path(voc_dir), Path(out_json)
-    names = _split(voc_dir, split)
-    annotations = {path.stem: path for path in sorted((voc_dir / "Annotations").glob("*.xml"))}
-    absent = [name for name in names if name not in annotations]
+    lines = _split_lines(folder, split)
+    annotations = {path.stem: path for path in _annotation_files(folder)}
+    names = [_image_name(line, annotations) for line in lines]
+    _check_names(names, annotations, folder, split)
+    roots, found, notes = _parse_all(annotations, set(names))
+    if names != lines:
+        notes += (f"{split_path(folder, split)} has labels, suffixes or folders beside the names, which are not read",)
+    classes = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
+    files = _image_files(folder / "JPEGImages")
+    entries = CocoEntries([], [], [CategoryEntry(index, name) for index, name in enumerate(classes, 1)])
+    flat: list[str] = []
+    for image_id, name in enumerate(names, 1):
+        path, file_name = annotations[name], files.get(name, f"{name}.jpg")
+        height, width = _size(roots[name], path, folder / "JPEGImages" / file_name)
+        entries.images.append(ImageEntry(image_id, file_name, width, height))
+        for item in _objects(roots[name], path):
+            if item.box[2] > 0 and item.box[3] > 0:
+                entries.annotations.append(_annotation(len(entries.annotations) + 1, image_id, item, classes))
+            else:
+                flat.append(f"a {item.name} in {path}")
+    content = check_entries(entries, split_path(folder, split), folder / "JPEGImages")
+    absent = (LeftOut(len(flat), "boxes with xmin >= xmax or ymin >= ymax", flat[0]),) if flat else ()
+    return replace(content, absent=absent, notes=notes)
+
+
+def _split_lines(folder: Path, split: str) -> list[str]:
+    sets = folder / "ImageSets" / "Main"
+    if not sets.is_dir() or not (folder / "Annotations").is_dir():
+        raise VocError(f"{folder} is no Pascal VOC folder: expected Annotations, ImageSets/Main and JPEGImages in it.")
+    path = split_path(folder, split)
+    if not path.is_file():
+        others = ", ".join(sorted(file.stem for file in sets.glob("*.txt"))[:20]) or "none"
+        raise VocError(f"{folder} has no split {split!r}: {path} does not exist. There are: {others}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise VocError(f"split file {path} is not UTF-8: {error}. Save it in that encoding.") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise VocError(f"split file {path} is empty: expected the name of an image in each line.")
+    return lines
+
+
+def _annotation_files(folder: Path) -> list[Path]:
+    """Its XML files, without the hidden ones that file managers leave behind (``._a.xml``)."""
+    files = (folder / "Annotations").iterdir()
+    return sorted(path for path in files if path.suffix.lower() == ".xml" and not path.name.startswith("."))
+
+
+def _image_name(line: str, known: Mapping[str, Path]) -> str:
+    """The image that a line of a split file names, also with a suffix, a folder or a label."""
+    words = line.split()
+    unlabelled = line[: -len(words[-1])].strip() if len(words) > 1 and words[-1] in _LABELS else line
+    for text in (line, unlabelled):
+        name = text.replace("\\", "/").rsplit("/", 1)[-1]
+        stem, _, suffix = name.rpartition(".")
+        for candidate in (name, stem if f".{suffix.lower()}" in (*IMAGE_SUFFIXES, ".xml") else name):
+            if candidate in known:
+                return candidate
+    return unlabelled
+
+
+def _check_names(names: Sequence[str], known: Mapping[str, Path], folder: Path, split: str) -> None:
+    twice = _first_double(names)
+    if twice is not None:
+        raise VocError(f"split file {split_path(folder, split)} names image {twice} twice. Name each image once.")
+    absent = [name for name in names if name not in known]
     if absent:
         raise VocError(
             f"{len(absent)} of the {len(names)} images of split {split} have no annotation in "
-            f"{voc_dir / 'Annotations'}, the first is {absent[0]}.xml. Add them, or take the images out of the split."
+            f"{folder / 'Annotations'}, the first is {absent[0]}.xml. Add them, or take the images out of the split."
         )
-    chosen = set(names)
-    roots: dict[str, Element] = {}
-    found: set[str] = set()
-    for stem, path in annotations.items():
-        root = _parse(path)
-        found.update(_text(item, "name", path) for item in root.iterfind("object"))
-        if stem in chosen:
-            roots[stem] = root
-    classes = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
-    images, boxes = [], []
-    for image_id, name in enumerate(names, 1):
-        path = annotations[name]
-        file_name = _image_file(voc_dir, name)
-        height, width = _size(roots[name], path, voc_dir / "JPEGImages" / file_name)
-        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
-        boxes += [_annotation(each, image_id, classes) for each in _objects(roots[name], path)]
-    content = {
-        "images": images,
-        "annotations": [{"id": index, **box} for index, box in enumerate(boxes, 1)],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(classes, 1)],
-    }
-    return write_json(out_json, content)
-
-
-def _split(voc_dir: Path, split: str) -> list[str]:
-    folder = voc_dir / "ImageSets" / "Main"
-    if not folder.is_dir() or not (voc_dir / "Annotations").is_dir():
-        raise VocError(f"{voc_dir} is no Pascal VOC folder: expected Annotations, ImageSets/Main and JPEGImages in it.")
-    path = folder / f"{split}.txt"
-    if not path.is_file():
-        others = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))[:20]) or "none"
-        raise VocError(f"{voc_dir} has no split {split!r}: {path} does not exist. There are: {others}.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise VocError(f"split file {path} is empty: expected the name of an image in each line.")
-    twice = _first_double(names)
-    if twice is not None:
-        raise VocError(f"split file {path} names image {twice} twice. Name each image once.")
-    return names
 
 
 def _first_double(names: Iterable[str]) -> str | None:
@@ -109,38 +132,29 @@ def _first_double(names: Iterable[str]) -> str | None:
     return None
 
 
-def _parse(path: Path) -> Element:
-    """Parses XML; entities are refused, so that none can be expanded without end."""
-
-    def refuse(*_: Any) -> None:
-        raise VocError(f"annotation {path} declares XML entities, which are not read. Save it without.")
-
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = refuse
-    try:
-        parser.Parse(path.read_bytes(), True)
-    except expat.ExpatError as error:
-        raise VocError(f"annotation {path} is no valid XML: {error}. Correct or remove it.") from error
-    return builder.close()
-
-
-def _text(element: Element, name: str, path: Path) -> str:
-    text = element.findtext(name)
-    if text is None or not text.strip():
-        raise VocError(f"annotation {path}: a <{element.tag}> has no <{name}>. Correct the file.")
-    return text.strip()
-
-
-def _number(element: Element, name: str, path: Path) -> int:
-    text = _text(element, name, path)
-    try:
-        return int(float(text))
-    except (ValueError, OverflowError) as error:
-        raise VocError(f"annotation {path}: <{name}> is {text!r}, expected a number. Correct the file.") from error
+def _parse_all(
+    annotations: Mapping[str, Path], chosen: set[str]
+) -> tuple[dict[str, Element], set[str], tuple[str, ...]]:
+    """The annotations that are chosen, the names of all classes of the folder, and what is said of faulty files."""
+    roots: dict[str, Element] = {}
+    classes: set[str] = set()
+    faulty: list[VocError] = []
+    for stem, path in annotations.items():
+        try:
+            root = parse_xml(path)
+            names = {text_in(item, "name", path) for item in root.iterfind("object")}
+        except VocError as error:
+            if stem in chosen:
+                raise
+            faulty.append(error)
+            continue
+        classes |= names
+        if stem in chosen:
+            roots[stem] = root
+    if not faulty:
+        return roots, classes, ()
+    note = f"faulty annotations outside of the split are skipped: {len(faulty)} (the first: {faulty[0]})"
+    return roots, classes, (note,)
 
 
 def _objects(root: Element, path: Path) -> list[_Object]:
@@ -149,33 +163,30 @@ def _objects(root: Element, path: Path) -> list[_Object]:
         corners = item.find("bndbox")
         if corners is None:
             raise VocError(f"annotation {path}: an <object> has no <bndbox>. Correct the file.")
-        x1, y1, x2, y2 = (_number(corners, name, path) - 1 for name in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = item.find("difficult") is not None and _number(item, "difficult", path) != 0
-        if x2 > x1 and y2 > y1:
-            objects.append(_Object(_text(item, "name", path), (x1, y1, x2 - x1, y2 - y1), difficult))
+        x1, y1, x2, y2 = (number_in(corners, name, path) - 1 for name in ("xmin", "ymin", "xmax", "ymax"))
+        difficult = item.find("difficult") is not None and number_in(item, "difficult", path) != 0
+        objects.append(_Object(text_in(item, "name", path), (x1, y1, x2 - x1, y2 - y1), difficult))
     return objects
 
 
-def _annotation(item: _Object, image_id: int, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "image_id": image_id,
-        "category_id": classes.index(item.name) + 1,
-        "bbox": list(item.box),
-        "area": item.box[2] * item.box[3],
-        "iscrowd": int(item.difficult),
-    }
+def _annotation(index: int, image_id: int, item: _Object, classes: Sequence[str]) -> AnnotationEntry:
+    area = item.box[2] * item.box[3]
+    category = classes.index(item.name) + 1
+    return AnnotationEntry(index, image_id, category, list(item.box), area, int(item.difficult))
 
 
-def _image_file(voc_dir: Path, name: str) -> str:
-    files = (f"{name}{suffix}" for suffix in _SUFFIXES)
-    return next((file for file in files if (voc_dir / "JPEGImages" / file).is_file()), f"{name}.jpg")
+def _image_files(folder: Path) -> dict[str, str]:
+    """Image files by name without suffix; of several, the one whose suffix comes first in `IMAGE_SUFFIXES`."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
+    files.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.suffix.isupper(), path.name))
+    return {path.stem: path.name for path in reversed(files)}
 
 
 def _size(root: Element, path: Path, image: Path) -> tuple[int, int]:
     """``(height, width)`` that the annotation says, or else the image's header."""
     size = root.find("size")
     if size is not None:
-        height, width = (_number(size, name, path) if size.findtext(name) else 0 for name in ("height", "width"))
+        height, width = (number_in(size, name, path) if size.findtext(name) else 0 for name in ("height", "width"))
         if height > 0 and width > 0:
             return height, width
     return image_size(image)

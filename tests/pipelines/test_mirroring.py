@@ -24,7 +24,7 @@ def setting(kit: "Kit", view: str = "identity", tier: str = "pyramid") -> Any:
     data = load_coco(kit.ann, kit.img)
     checkpoint = load_checkpoint(kit.teacher)
     options = CacheOptions(tier=tier, views=(view,), scale=(128, 96), proposals=40)
-    return (*prepare_teacher(checkpoint, teacher_config(checkpoint, None), data, options, torch.device("cpu")), data)
+    return prepare_teacher(checkpoint, teacher_config(checkpoint, None), data, options, torch.device("cpu"))
 
 
 def test_is_said_of_one_view_only(kit: "Kit", work: Path) -> None:

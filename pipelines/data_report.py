@@ -1,0 +1,35 @@
+"""What a command says of its data before it begins: nothing is left out without a line."""
+
+from rich.console import Console
+
+from kdpipe.pipelines.console import plain
+from kdpipe.pipelines.datasets import DataError, DetectionData
+
+__all__ = ["report_data"]
+
+
+def report_data(data: DetectionData, console: Console, *, trained: bool, strict: bool) -> None:
+    """Prints a line per kind of annotations and images that are left out, and how classes were matched.
+
+    Args:
+        data: the data set.
+        console: where it is shown.
+        trained: training is what it is for; otherwise AP, which counts all boxes as pycocotools does.
+        strict: refuse what would be left out.
+
+    Raises:
+        DataError: `strict`, and something is left out.
+    """
+    for note in data.notes:
+        console.print(plain(f"{data.ann_file}: {note}."), markup=False)
+    left_out = [*(f"left out: {kind}" for kind in data.absent)]
+    if trained:
+        left_out += [f"not trained on: {kind}" for kind in data.left_out()]
+    if left_out and strict:
+        raise DataError(
+            f"{data.ann_file}, with --strict-data:\n  "
+            + "\n  ".join(left_out)
+            + "\nCorrect or remove these, or leave --strict-data away to go on without them."
+        )
+    for line in left_out:
+        console.print(plain(f"{data.ann_file}: {line}."), markup=False)
