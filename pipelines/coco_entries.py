@@ -23,6 +23,8 @@ class DataError(KdpipeError):
 # A million of them take no part in garbage collection; fields are of any type, so that whoever checks them can say
 # what was found.
 class ImageEntry(msgspec.Struct, gc=False):
+    """What is read of an image."""
+
     id: Any = None
     file_name: Any = None
     width: Any = None
@@ -30,6 +32,8 @@ class ImageEntry(msgspec.Struct, gc=False):
 
 
 class AnnotationEntry(msgspec.Struct, gc=False):
+    """What is read of an annotation; the mask stays JSON."""
+
     id: Any = None
     image_id: Any = None
     category_id: Any = None
@@ -41,12 +45,16 @@ class AnnotationEntry(msgspec.Struct, gc=False):
 
 
 class CategoryEntry(msgspec.Struct, gc=False):
+    """What is read of a category."""
+
     id: Any = None
     name: Any = None
     supercategory: Any = None
 
 
 class CocoEntries(msgspec.Struct):
+    """What is read of a COCO JSON."""
+
     images: list[ImageEntry]
     annotations: list[AnnotationEntry]
     categories: list[CategoryEntry]
