@@ -51,7 +51,8 @@ class BloodCells:
     def __init__(self, kit: "Kit", folder: Path, bccd: Path) -> None:
         self.kit, self.folder = kit, folder
         self.ann, self.img = bccd / "train.json", bccd / "JPEGImages"
-        self.data: DetectionData = load_coco(self.ann, self.img, IMAGES)
+        self.data: DetectionData = load_coco(self.ann, self.img, IMAGES).copied_to(folder / "train.json")
+        self.data.write_copy()
         self.ckpt = kit.save_detector(folder / "t.pth", kit.config(classes=3), self.data.class_names)
         checkpoint = load_checkpoint(self.ckpt)
         cfg = teacher_config(checkpoint, None)
