@@ -96,13 +96,21 @@ class QuietRunner(Runner):  # type: ignore[misc]
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """As mmengine's; to resume, the checkpoint has to fit the model exactly.
+        """As mmengine's; to resume, the checkpoint has to be a file that fits the model exactly.
 
         Raises:
-            RunnerError: It does not, or is damaged.
+            RunnerError: It does not, or is damaged or absent.
         """
+        if self._resume and not Path(filename).is_file():
+            raise RunnerError(
+                f"Cannot go on from {filename}, which last_checkpoint in {self.work_dir} names: there is no such file. "
+                "Write the path of the newest epoch_N.pth into it, or begin anew in another --work-dir."
+            )
         try:
-            return dict(super().load_checkpoint(filename, map_location, strict or self._resume, **options))
+            checkpoint = dict(super().load_checkpoint(filename, map_location, strict or self._resume, **options))
+            meta = checkpoint.get("meta") or {}
+            # mmengine would execute a text under this name, which it does not write itself
+            return {**checkpoint, "meta": {key: value for key, value in meta.items() if key != "config"}}
         except (RuntimeError, EOFError) as error:
             raise RunnerError(
                 f"Cannot go on from {filename}: {str(error).strip()}\nResume with the config, the cache and the "

@@ -95,8 +95,7 @@ def detector_config(
     cfg.train_dataloader.dataset.filter_cfg = {"filter_empty_gt": True, "min_size": 0}
     cfg.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": recipe.epochs, "val_interval": 1}
     if val is None:
-        for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
-            cfg[key] = None
+        _set_test_view(cfg, train.class_names, recipe.scale)
     else:
         set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
 
@@ -134,9 +133,7 @@ def set_validation(
     cfg: Config, val: DetectionData, scale: tuple[int, int] | None, batch_size: int, loader: Mapping[str, Any]
 ) -> None:
     """Point validation and test of a config at a data set, measured as COCO AP."""
-    pipeline = _pipeline(cfg, "val_dataloader")
-    if scale is not None:
-        pipeline = set_scale(pipeline, scale)
+    pipeline = _test_pipeline(cfg, scale)
     cfg.val_dataloader = {
         "batch_size": batch_size,
         **loader,
@@ -155,6 +152,28 @@ def _copy(data: DetectionData) -> Path:
     return data.coco_file.resolve()
 
 
+def _set_test_view(cfg: Config, class_names: Sequence[str], scale: tuple[int, int] | None) -> None:
+    """Leave out validation, and keep of the test what says how the detector sees images, without any data."""
+    named = cfg.get("val_dataloader") or cfg.get("test_dataloader")
+    view = named and {"pipeline": _test_pipeline(cfg, scale), "metainfo": {"classes": class_names}}
+    for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
+        cfg[key] = None
+    if not view:
+        return
+    cfg.test_dataloader = {
+        "batch_size": 1,
+        "num_workers": 0,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": {"type": "CocoDataset", "test_mode": True, **view},
+    }
+    cfg.test_evaluator, cfg.test_cfg = {"type": "CocoMetric", "metric": "bbox"}, {"type": "TestLoop"}
+
+
+def _test_pipeline(cfg: Config, scale: tuple[int, int] | None) -> list[Any]:
+    pipeline = _pipeline(cfg, "val_dataloader" if cfg.get("val_dataloader") else "test_dataloader")
+    return pipeline if scale is None else set_scale(pipeline, scale)
+
+
 def _coco_dataset(data: DetectionData) -> dict[str, Any]:
     return {
         "type": "CocoDataset",
@@ -165,13 +184,13 @@ def _coco_dataset(data: DetectionData) -> dict[str, Any]:
 
 
 def _pipeline(cfg: Config, loader: str) -> list[Any]:
-    dataset = cfg.get(loader, {}).get("dataset", {})
+    dataset = (cfg.get(loader) or {}).get("dataset", {})
     while "pipeline" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
     if "pipeline" not in dataset:
         raise KdpipeError(
             f"The config has no pipeline at {loader}.dataset.pipeline. Expected an mmdet 3.x detector config; "
-            "start from one of mmdet's own, such as faster-rcnn_r50_fpn_1x_coco."
+            "name or start from one of mmdet's own, such as faster-rcnn_r50_fpn_1x_coco."
         )
     return list(dataset["pipeline"])
 
