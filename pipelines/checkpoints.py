@@ -4,7 +4,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,9 @@ __all__ = ["Checkpoint", "CheckpointError", "class_names", "load_checkpoint", "l
 SafeType = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 _LISTED = 10  # names shown of each kind of disagreement
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "module")  # where trainers put the weights
+# What wrappers put before all names: DistributedDataParallel, torch.compile, MMRazor, and trainers of other projects.
+_PREFIXES = ("module.", "_orig_mod.", "architecture.", "model.")
 _STATISTICS = ("min", "max", "current", "mean")
 
 
@@ -34,7 +37,7 @@ class Checkpoint:
     """What a checkpoint says, on the CPU.
 
     Attributes:
-        state_dict: parameters and buffers by name, without the prefix ``module.``.
+        state_dict: parameters and buffers by name, without the prefix ``module.``; `load_strict` knows others.
         meta: the checkpoint's ``meta``: config text, classes, epoch; empty for a bare state dict.
         path: the file that it came from.
         trusted: whether its config may name anything, and so run code.
@@ -109,8 +112,10 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary with a state_dict."
         )
-    state = content.get("state_dict", content)
-    meta = content.get("meta") if "state_dict" in content else None
+    state = content
+    while inner := [state[name] for name in _CONTAINERS if isinstance(state.get(name), Mapping)]:
+        state = inner[0]
+    meta = content.get("meta") if state is not content else None
     return Checkpoint(_plain_state(state, path), dict(meta) if isinstance(meta, Mapping) else {}, path, trust)
 
 
@@ -170,34 +175,83 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...] | None:
     return None
 
 
-def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], *, ignore_prefixes: Sequence[str] = ()) -> None:
+def load_strict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, path: Path | None = None, ignore_prefixes: Sequence[str] = ()
+) -> None:
     """Loads weights so that none is left over, none keeps its random start, and all shapes agree.
+
+    What wrappers put before all names (``_orig_mod.``, ``architecture.``, ``model.``) is taken off where all then fits.
 
     Args:
         model: is changed in place. After an error its weights are undefined.
         state_dict: as `Checkpoint.state_dict`.
+        path: the file of the checkpoint, for messages.
         ignore_prefixes: names that start so may be left over, e.g. ``roi_head.mask_head.``.
 
     Raises:
         CheckpointError: lists what is missing, unexpected and mis-shaped.
     """
-    wanted = model.state_dict()
-    state = OrderedDict(
-        (name, value)
-        for name, value in state_dict.items()
-        if name in wanted or not name.startswith(tuple(ignore_prefixes))
-    )
-    vars(state)["_metadata"] = getattr(state_dict, "_metadata", OrderedDict())
-    for name, value in wanted.items():  # a counter that no layer reads, absent from old checkpoints
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, value)
+    wanted, ignored = model.state_dict(), tuple(ignore_prefixes)
+
+    def relevant(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+        kept = ((name, value) for name, value in weights.items() if name in wanted or not name.startswith(ignored))
+        return _with_metadata(OrderedDict(kept), _metadata(weights))
+
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # no layer reads them; new since 2018
+    state = relevant(state_dict)
+    for unwrapped in _unwrapped(state_dict):
+        if wanted.keys() - counters <= (found := relevant(unwrapped)).keys() <= wanted.keys():
+            state = found
+            break
+    if path is not None and wanted.keys() - counters <= {name.removeprefix("student.") for name in state}:
+        _refuse_training(state, path)
+    for name in counters:
+        state.setdefault(name, wanted[name])
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(_disagreement(wanted, state) or str(error)) from error
+        raise CheckpointError(_disagreement(wanted, state, path) or str(error)) from error
 
 
-def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def _metadata(state: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Versions of layers, which tell them what names they had."""
+    found: Mapping[str, Any] = getattr(state, "_metadata", {})
+    return found
+
+
+def _with_metadata(state: OrderedDict[str, Tensor], metadata: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
+    vars(state)["_metadata"] = OrderedDict(metadata)
+    return state
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The weights as they are, then without one, two, ... prefixes that all names have in common."""
+    yield state
+    state = _renamed(state, lambda name: name.replace("_orig_mod.", ""))  # torch.compile wraps parts, too
+    yield state
+    while state and (prefix := next((each for each in _PREFIXES if all(name.startswith(each) for name in state)), "")):
+        state = _renamed(state, lambda name, prefix=prefix: name.removeprefix(prefix))
+        yield state
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> Mapping[str, Tensor]:
+    metadata = {rename(f"{name}.").removesuffix("."): value for name, value in _metadata(state).items()}
+    return _with_metadata(OrderedDict((rename(name), value) for name, value in state.items()), metadata)
+
+
+def _refuse_training(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a checkpoint of a student's training, which holds more than the student."""
+    if not any(name.startswith("student.") for name in state):
+        return
+    beside = (path.with_suffix(".student.pth"), path.with_name("student.pth"))
+    plain = next((file for file in beside if file.is_file()), "the student.pth of that training")
+    raise CheckpointError(
+        f"{path} is what a training resumes from: it holds the parts of the distillation beside the student. The bare "
+        f"detector is in {plain}: use that."
+    )
+
+
+def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path | None) -> str:
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     shaped = [
@@ -212,7 +266,7 @@ def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     ]
     if not lines:
         return ""
-    head = f"the checkpoint does not fit the model ({len(wanted)} tensors wanted, {len(found)} found):"
+    head = f"the checkpoint {path or ''} does not fit the model ({len(wanted)} tensors wanted, {len(found)} found):"
     advice = "Give the config that the checkpoint was trained with, or the checkpoint that belongs to the config."
     return "\n".join([head, *lines, advice])
 

@@ -80,7 +80,7 @@ def evaluate(
     set_num_classes(cfg.model, len(data.class_names))
     with building("The detector"):
         model = MODELS.build(cfg.model)
-    load_strict(model, checkpoint.state_dict)
+    load_strict(model, checkpoint.state_dict, path=checkpoint.path)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
         data = data.copied_to(Path(folder) / "annotations.json")

@@ -81,7 +81,7 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
         model = MODELS.build(model_config)
     check_family(model)
     ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
-    load_strict(model, checkpoint.state_dict, ignore_prefixes=ignored)
+    load_strict(model, checkpoint.state_dict, path=checkpoint.path, ignore_prefixes=ignored)
     return Teacher(model.to(device).eval(), device)
 
 

@@ -155,6 +155,72 @@ def test_load_strict_loads_everything() -> None:
     assert same(model.state_dict(), source.state_dict())
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        "_orig_mod.{}",
+        "module.{}",
+        "model.{}",
+        "architecture.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.model.architecture.{}",
+    ],
+)
+@pytest.mark.parametrize("container", ["", "model", "state_dict", "model_state_dict", "module", "model/state_dict"])
+def test_what_wrappers_put_before_names_is_taken_off(tmp_path: Path, rename: str, container: str) -> None:
+    source, model = small_model(), small_model()
+    content: dict[str, Any] = {rename.format(name): value for name, value in source.state_dict().items()}
+    for name in reversed(container.split("/") if container else ()):
+        content = {name: content, "epoch": 3, "meta": {"epoch": 3}}
+    torch.save(content, tmp_path / "a.pth")
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    load_strict(model, checkpoint.state_dict)
+    assert same(model.state_dict(), source.state_dict())
+    assert checkpoint.meta == ({"epoch": 3} if container else {})
+
+
+def test_a_compiled_part_is_loaded_with_the_versions_of_its_layers(tmp_path: Path) -> None:
+    source, model = small_model(), small_model()
+    state = OrderedDict((f"model.{name.replace('.', '._orig_mod.')}", v) for name, v in source.state_dict().items())
+    vars(state)["_metadata"] = OrderedDict({"model.bn._orig_mod": {"version": 2}, "model": {"version": 1}})
+    torch.save(state, tmp_path / "a.pth")
+    seen: list[Any] = []
+    load = model.bn._load_from_state_dict
+
+    def noted(state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        seen.append(metadata)
+        load(state, prefix, metadata, *args)
+
+    model.bn._load_from_state_dict = noted
+    load_strict(model, load_checkpoint(tmp_path / "a.pth").state_dict)
+    assert same(model.state_dict(), source.state_dict())
+    assert [metadata["version"] for metadata in seen] == [2]
+
+
+def test_prefixes_stay_where_not_everything_would_fit() -> None:
+    state = {f"model.{name}": value for name, value in small_model().state_dict().items()}
+    for others in ({"criterion.weight": torch.zeros(1)}, {"model.extra": torch.zeros(1)}):
+        with pytest.raises(CheckpointError, match=r"unexpected: model\.conv\.weight"):
+            load_strict(small_model(), {**state, **others})
+    inner = nn.ModuleDict({"model": small_model()})  # a model may have a part of that name
+    load_strict(inner, state)
+
+
+def test_a_checkpoint_to_resume_from_names_the_one_to_use(tmp_path: Path) -> None:
+    state = {f"student.{name}": value for name, value in small_model().state_dict().items()}
+    state["sgfi.scale"] = torch.zeros(1)
+    for beside, named in (
+        (None, "the student.pth of that training"),
+        ("student.pth", f"{tmp_path}/student.pth"),
+        ("epoch_3.student.pth", f"{tmp_path}/epoch_3.student.pth"),
+    ):
+        if beside:
+            (tmp_path / beside).touch()
+        with pytest.raises(CheckpointError) as error:
+            load_strict(small_model(), state, path=tmp_path / "epoch_3.pth")
+        assert f"The bare detector is in {named}: use that" in str(error.value)
+
+
 def test_load_strict_lists_every_disagreement() -> None:
     state = small_model().state_dict()
     state["head.weight"] = torch.zeros(3, 4)

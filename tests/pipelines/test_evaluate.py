@@ -71,6 +71,14 @@ def test_config_by_file_and_scale(kit: "Kit", work: Path, trained: Path) -> None
     assert "AP50" in kit.run("evaluate", "--ckpt", work / "bare.pth", *options).out
 
 
+def test_what_a_distillation_resumes_from_names_the_student(kit: "Kit", work: Path) -> None:
+    kit.train_student(work / "w", "--methods", "sgfi", *kit.val)
+    for command in (("evaluate",), ("cache-teacher", "--out", work / "c.zarr")):
+        message = kit.refused(*command, "--ckpt", work / "w" / "epoch_1.pth", *kit.data)
+        assert f"{work}/w/epoch_1.student.pth" in message
+    assert not (work / "c.zarr").exists()
+
+
 def test_a_detector_that_finds_nothing_has_ap_zero(kit: "Kit", work: Path) -> None:
     kit.train_student(work / "w", "--methods", "none", *kit.val, "-o", "model.test_cfg.rcnn.score_thr=1.0")
     assert json.loads((work / "w" / "result.json").read_text())["ap"] == 0
