@@ -25,6 +25,7 @@ from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text
+from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData, ImageError, read_image
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
@@ -130,7 +131,7 @@ def cache_teacher(
         "data": data.digest(),
     }
     metadata = {
-        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": cfg.pretty_text},
+        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(cfg.pretty_text)},
         "data": source,
     }
     ranks = ranks or Ranks()

@@ -5,10 +5,10 @@ import re
 __all__ = ["masked"]
 
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s'\"@]+@")
-_NAME = (
-    r"(?:\w+_)?(?:password|passwd|secret|(?:secret|access|api)_key(?:_id)?|apikey|(?:access|api|auth|hf)_token|token)"
+_NAMES = (
+    r"(?:\w+_)?(?:password|passwd|secret|(?:secret|access|api)_key(?:_id)?|apikey|(?:access|api|auth|hf)_token)|token"
 )
-_BY_NAME = re.compile(rf"""(\b{_NAME}['"]?\s*[=:]\s*)(['"]).+?\2""", re.IGNORECASE)
+_BY_NAME = re.compile(rf"""(\b(?:{_NAMES})['"]?\s*[=:]\s*)(['"]).+?\2""", re.IGNORECASE)
 
 
 def masked(text: str) -> str:

@@ -18,6 +18,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.schedule import schedule_shape, wind_forward
 
 __all__ = ["Bfloat16OptimWrapper", "FormattedConfig", "QuietRunner", "RunnerError"]
@@ -27,7 +28,7 @@ _RUNS = itertools.count(1)  # runners of this process
 
 
 class FormattedConfig(Config):  # type: ignore[misc]
-    """A config that will not change any more, formatted once.
+    """A config that will not change any more, formatted once, without credentials.
 
     mmengine asks for the text at every checkpoint, and formatting takes a second.
 
@@ -37,7 +38,7 @@ class FormattedConfig(Config):  # type: ignore[misc]
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.to_dict(), filename=config.filename)
-        self.__dict__["_formatted"] = super().pretty_text
+        self.__dict__["_formatted"] = masked(super().pretty_text)
 
     @property
     def pretty_text(self) -> str:
