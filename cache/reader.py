@@ -78,6 +78,7 @@ class TeacherCache:
         metadata: what else the writer recorded.
         image_ids: [N] int64, of the images that can be read, in the order of the data set.
         skipped: image_id, file_name and reason of each image that could not be read when the cache was made.
+        is_complete: whether every part of the plan was there when the cache was opened.
     """
 
     def __init__(self, path: Path, root: Root, skipped: dict[int, list[dict[str, Any]]]) -> None:
@@ -86,6 +87,7 @@ class TeacherCache:
         self.identity = root.identity
         self.metadata = root.metadata
         self.skipped: list[dict[str, Any]] = [entry for entries in skipped.values() for entry in entries]
+        self.is_complete = len(skipped) == len(root.parts)
         self._starts, self._root = root.part_starts, root.digest
         keep = np.zeros(len(root.image_ids), dtype=bool)
         for number, span in enumerate(root.parts):

@@ -3,6 +3,7 @@
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,13 @@ class CacheWriter:
         if not self.images:
             raise CacheError(f"There are no images to cache at {self.path}: check the annotation file.")
         with explained("Creating the cache", self.path):
-            if not self._is_there() and create_root(
+            if not _is_there(self.path) and create_root(
                 self.path, spec, self.images, self.parts, part_size, identity, metadata
             ):
                 return
             root = read_root(self.path)
             found = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
-            wanted = {**identity, "spec": spec.to_json(), "plan": plan}
-            if lines := difference(found, wanted):
-                raise CacheError(
-                    f"The cache {self.path} was made with something else, and stays as it is:\n  "
-                    + "\n  ".join(lines)
-                    + "\nUse the same options to go on with it, or choose another --out."
-                )
+            _check_same(self.path, found, {**identity, "spec": spec.to_json(), "plan": plan})
             remove_stale(self.path.parent, self.path.name)  # of a process that was creating it, too
             remove_stale(self.path)
             remove_stale(self.path / "parts")
@@ -127,14 +122,50 @@ class CacheWriter:
             record = read_part_record(self.path, index, self.parts[index], self._root)
             return record is not None and not check_sizes(part_folder(self.path, index), record)
 
-    def _is_there(self) -> bool:
-        """Whether there is something at the path that is not an empty folder."""
-        try:
-            mode = self.path.stat().st_mode  # asked once: another process may create it at any moment
-        except FileNotFoundError:
-            if not self.path.is_symlink():
-                return False
-            mode = 0  # a link that leads nowhere
-        if not stat.S_ISDIR(mode):
-            raise CacheError(f"{self.path} is there and is no folder: choose another --out.")
-        return any(self.path.iterdir())
+
+def check_resumable(path: Path, spec: CacheSpec, identity: Mapping[str, Any], part_size: int) -> None:
+    """Refuse a cache at `path` that `CacheWriter` would refuse whatever the data; do so before the data is read.
+
+    Args:
+        path: where the cache is or will be.
+        spec: of the cache to write; its classes are not compared.
+        identity: the part of the cache's identity that is known without the data.
+        part_size: raw bytes per part.
+
+    Raises:
+        CacheError: `path` is something else, is damaged, or was made with something else; the message names what
+            differs.
+    """
+    with explained("Reading the cache", path):
+        if not _is_there(path):
+            return
+        root = read_root(path)
+    known = {name: root.identity.get(name) for name in identity}
+    classes = {"class_names": root.spec.class_names, "category_ids": root.spec.category_ids}
+    _check_same(
+        path,
+        {**known, "spec": root.spec.to_json(), "plan": {"part_size": root.plan["part_size"]}},
+        {**identity, "spec": replace(spec, **classes).to_json(), "plan": {"part_size": part_size}},
+    )
+
+
+def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if lines := difference(found, wanted):
+        raise CacheError(
+            f"The cache {path} was made with something else, and stays as it is:\n  "
+            + "\n  ".join(lines)
+            + "\nUse the same options to go on with it, or choose another --out."
+        )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at a path that is not an empty folder."""
+    try:
+        mode = path.stat().st_mode  # asked once: another process may create it at any moment
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return False
+        mode = 0  # a link that leads nowhere
+    if not stat.S_ISDIR(mode):
+        raise CacheError(f"{path} is there and is no folder: choose another --out.")
+    return any(path.iterdir())

@@ -7,6 +7,8 @@ from kdpipe.cache.schema import CacheSpec
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
 METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg", HEAD_TRANSFER)
+DEFAULT_METHODS = ("sgfi", "ckd", "pred")
+CLASS_AGNOSTIC_METHODS = ("sgfi", "ckd", "cls", "reg")  # where there is one box for all classes
 _TWO_STAGE_ONLY = ("reg", "careg", HEAD_TRANSFER)
 
 # What each loss reads of the teacher.

@@ -1,6 +1,5 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,56 +14,29 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 
-from kdpipe.cache.fingerprint import digest_json, digest_tensors
+from kdpipe.cache.fingerprint import digest_tensors
 from kdpipe.cache.part_writer import PartWriter
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.reader import open_cache
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.writer import CacheWriter
+from kdpipe.cache.writer import CacheWriter, check_resumable
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
-from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData, ImageError, read_image
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
-from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
 from kdpipe.pipelines.ranks import Ranks
-from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
+from kdpipe.pipelines.sources import DataSource
+from kdpipe.pipelines.teacher import Teacher
+from kdpipe.pipelines.teacher_setup import CacheOptions, digest_model, prepare_teacher, with_classes
 
-__all__ = ["CacheOptions", "CachingResult", "cache_teacher", "prepare_teacher"]
+__all__ = ["CachingResult", "cache_teacher"]
 
 _READ_AHEAD = 4
 _MIRRORED = 4  # images on which mirrored targets are compared with true ones
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What is cached of a teacher, and how.
-
-    Attributes:
-        tier: One of `TIERS`.
-        dtype: One of `DTYPES`.
-        codec: One of `CODECS`.
-        proposals: The teacher's best proposals kept per image.
-        views: Some of `VIEWS`.
-        scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
-        part_size: Raw bytes per part, the unit of commit and of resuming.
-        skip_bad_images: Go on past unreadable images, and record them.
-        strict_data: Refuse data of which some would be left out.
-    """
-
-    tier: str = "pyramid"
-    dtype: str = "int8"
-    codec: str = "zstd"
-    proposals: int = 512
-    views: tuple[str, ...] = ("identity",)
-    scale: tuple[int, int] | None = None
-    part_size: int = 1 << 30
-    skip_bad_images: bool = False
-    strict_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,11 +65,10 @@ class CachingResult:
 def cache_teacher(
     checkpoint: Checkpoint,
     cfg: Config,
-    data: DetectionData,
+    source: DataSource,
     out: Path,
     options: CacheOptions,
     *,
-    source: dict[str, Any],
     device: torch.device,
     console: Console,
     ranks: Ranks | None = None,
@@ -109,10 +80,9 @@ def cache_teacher(
     Args:
         checkpoint: The teacher's.
         cfg: Its config, as `teacher_config` gives it.
-        data: Images and annotations.
+        source: Images and annotations, read when all else fits.
         out: Where the cache is or will be.
         options: What is kept.
-        source: Where the data came from, recorded for `train-student`.
         device: Where the teacher runs.
         console: Where progress is shown.
         ranks: The processes that share the work; None does it all in this one.
@@ -124,15 +94,17 @@ def cache_teacher(
         KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, or a full
             disk.
     """
-    teacher, spec, data = prepare_teacher(checkpoint, cfg, data, options, device)
-    report_data(data, console, trained=True, strict=options.strict_data)
-    identity = {
-        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": _digest_model(cfg)},
-        "data": data.digest(),
+    teacher, spec = prepare_teacher(checkpoint, cfg, options, device)
+    identity: dict[str, Any] = {
+        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": digest_model(cfg)}
     }
+    check_resumable(out, spec, identity, options.part_size)
+    spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
+    report_data(data, console, trained=True, strict=options.strict_data)
+    identity["data"] = data.digest()
     metadata = {
         "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(cfg.pretty_text)},
-        "data": source,
+        "data": source.record(),
     }
     ranks = ranks or Ranks()
     fresh = not out.exists()
@@ -157,53 +129,6 @@ def cache_teacher(
         disk_bytes=folder_bytes(out),
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
     )
-
-
-def prepare_teacher(
-    checkpoint: Checkpoint, cfg: Config, data: DetectionData, options: CacheOptions, device: torch.device
-) -> tuple[Teacher, CacheSpec, DetectionData]:
-    """The teacher, ready to answer, what a cache of it will hold, and the data with the teacher's classes.
-
-    Raises:
-        KdpipeError: Checkpoint, config, classes and options do not fit together.
-    """
-    scale = options.scale or _test_scale(cfg)
-    teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
-    known = class_names(checkpoint)
-    if known is not None:
-        data = match_classes(data, known, f"the teacher {checkpoint.path.name}")
-    if teacher.num_classes != len(data.class_names):
-        raise TeacherError(
-            f"The teacher knows {teacher.num_classes} classes and {data.ann_file} has {len(data.class_names)} "
-            f"({', '.join(data.class_names[:8])}). Cache it on a data set with the classes that it was trained on."
-        )
-    spec = teacher.spec(
-        tier=options.tier,
-        dtype=options.dtype,
-        codec=options.codec,
-        class_names=data.class_names,
-        category_ids=data.category_ids,
-        proposals=options.proposals,
-        views=options.views,
-        scale=scale,
-    )
-    return teacher, spec, data
-
-
-def _digest_model(cfg: Config) -> str:
-    """Identity of what a config says of the model beyond its weights, such as how it normalises images."""
-    model = {name: value for name, value in cfg.model.to_dict().items() if name != "train_cfg"}
-    return digest_json(json.dumps(model, sort_keys=True, default=str))
-
-
-def _test_scale(cfg: Config) -> tuple[int, int]:
-    scale, keep_ratio = test_scale(cfg)
-    if not keep_ratio:
-        raise TeacherError(
-            f"The teacher's test pipeline resizes to {scale[0]}x{scale[1]} without keeping the ratio. Give --scale WxH "
-            "to cache it with the ratio kept."
-        )
-    return scale
 
 
 def _fill(

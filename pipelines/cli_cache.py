@@ -56,20 +56,22 @@ def cache_teacher_command(
     Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
     the work.
     """
-    from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher, prepare_teacher
-    from kdpipe.pipelines.checkpoints import load_checkpoint
+    from kdpipe.pipelines.cache_teacher import cache_teacher
+    from kdpipe.pipelines.checkpoints import class_names, load_checkpoint
     from kdpipe.pipelines.data_report import report_data
     from kdpipe.pipelines.dry_run import estimate, print_estimate
     from kdpipe.pipelines.ranks import Ranks
     from kdpipe.pipelines.sources import find_data, torch_device
     from kdpipe.pipelines.teacher import teacher_config
+    from kdpipe.pipelines.teacher_setup import CacheOptions, prepare_teacher, with_classes
 
     console = command_console()
     try:
         with Ranks.launched() as ranks:
             checkpoint = load_checkpoint(ckpt, trust=trust)
             cfg = teacher_config(checkpoint, config)
-            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=out, limit=limit)
+            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, limit=limit)
+            out = out or source.cache_path()
             options = CacheOptions(
                 tier=tier,
                 dtype=dtype,
@@ -82,18 +84,18 @@ def cache_teacher_command(
                 strict_data=strict_data,
             )
             if dry_run:
-                teacher, spec, data = prepare_teacher(checkpoint, cfg, source.data, options, torch_device(device))
+                teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
+                spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
                 report_data(data, console, trained=True, strict=strict_data)
-                found = estimate(teacher, data, data.images, spec)
-                print_estimate(console, found, spec, len(data.images), source.out)
+                costs = estimate(teacher, data, data.images, spec)
+                print_estimate(console, costs, spec, len(data.images), out)
                 return
             result = cache_teacher(
                 checkpoint,
                 cfg,
-                source.data,
-                source.out,
+                source,
+                out,
                 options,
-                source=source.record(),
                 device=torch_device(device),
                 console=console,
                 ranks=ranks,

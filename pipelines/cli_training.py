@@ -1,6 +1,7 @@
 """Commands that train and measure detectors: `train-student`, `train-teacher`, `evaluate`."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
 @click.option(
     "--methods",
-    default="sgfi,ckd,pred",
-    show_default=True,
-    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none.",
+    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
+    "teacher or student gives one box for all classes.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
 @click.option(
@@ -59,7 +59,7 @@ def train_student_command(
     teacher_ckpt: Path | None,
     teacher_config: str | None,
     student: str,
-    methods: str,
+    methods: str | None,
     epochs: int | None,
     schedule: str,
     rois: str | None,
@@ -81,9 +81,11 @@ def train_student_command(
     With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.reader import open_cache
+    from kdpipe.distill.methods import expand_methods
     from kdpipe.pipelines.configs import find_config
     from kdpipe.pipelines.live_teacher import online_teacher
-    from kdpipe.pipelines.sources import cached_data, named_data
+    from kdpipe.pipelines.sources import cached_source, training_data
+    from kdpipe.pipelines.student_choices import choose_methods
     from kdpipe.pipelines.train_student import train_student
     from kdpipe.pipelines.training_config import SCHEDULES
 
@@ -99,27 +101,26 @@ def train_student_command(
         if idle:
             raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
     config = find_config(student)
+    asked = None if methods is None else [name.strip() for name in methods.split(",")] if methods != "none" else []
+    expand_methods(asked or [], "roi_head" not in config.model)  # a wrong name is told before a teacher is loaded
+    source: Any
     if cache_path is not None:
         teacher = open_cache(cache_path, allow_partial=allow_partial)
-        train, val = cached_data(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+        source = cached_source(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     elif teacher_ckpt is not None:
-        teacher, train, val = online_teacher(
+        teacher, source = online_teacher(
             teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, trust=trust
         )
-    if val_ann_file is not None:
-        val = named_data(val_ann_file, val_img_dir or train.img_dir)
-    chosen = [] if methods == "none" else [name.strip() for name in methods.split(",")]
-    work_dir = training.pop("work_dir") or Path("work_dirs") / f"{Path(student).stem}_{methods.replace(',', '-')}"
+    chosen = choose_methods(asked, config, training["options"], teacher.spec, console)
+    named = Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}"
+    work_dir = training.pop("work_dir") or named
     resume = training.pop("resume")
     training["scale"] = training["scale"] or teacher.spec.scale
     recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
-    if val is None:
-        console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
     result = train_student(
         config,
         teacher,
-        train,
-        val,
+        partial(training_data, source, val_ann_file, val_img_dir),
         chosen,
         recipe,
         work_dir,
@@ -151,19 +152,18 @@ def train_teacher_command(
 ) -> None:
     """Train a plain detector, for those who have no teacher for their data yet."""
     from kdpipe.pipelines.configs import find_config
-    from kdpipe.pipelines.sources import named_data
+    from kdpipe.pipelines.sources import DataSource, training_data
     from kdpipe.pipelines.training import train_detector
 
     console = command_console()
     if voc is None and (ann_file is None or img_dir is None):
         raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
     found = find_config(config)
-    train = named_data(ann_file, img_dir, voc=voc, split=split)
-    val = named_data(val_ann_file, val_img_dir or train.img_dir) if val_ann_file else None
+    load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir)
     work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
     resume = training.pop("resume")
     recipe = _recipe(found, epochs=epochs, **training)
-    _report(console, train_detector(found, train, val, recipe, work_dir, resume=resume, console=console))
+    _report(console, train_detector(found, load_data, recipe, work_dir, resume=resume, console=console))
 
 
 @click.command("evaluate")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache.reader import open_cache
-from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
+from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.console import ProgressBar, bytes_text
@@ -24,6 +24,7 @@ from kdpipe.pipelines.evaluate import evaluate
 from kdpipe.pipelines.shapes import draw_shapes
 from kdpipe.pipelines.sources import DataSource
 from kdpipe.pipelines.teacher import teacher_config
+from kdpipe.pipelines.teacher_setup import CacheOptions
 from kdpipe.pipelines.train_student import train_student
 from kdpipe.pipelines.training import TrainingResult, train_detector
 from kdpipe.pipelines.training_config import Recipe
@@ -173,8 +174,7 @@ def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     work_dir = out / "teacher"
     result = train_detector(
         _config(),
-        _data(out, "train"),
-        _data(out, "val"),
+        lambda: (_data(out, "train"), _data(out, "val")),
         _recipe(settings, settings.teacher, settings.teacher_epochs, ()),
         work_dir,
         resume=_has_checkpoint(work_dir),
@@ -186,14 +186,13 @@ def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
 def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     checkpoint = load_checkpoint(out / "teacher" / "teacher.pth")
     train, val = _data(out, "train"), _data(out, "val")
-    source = DataSource(train, out / "shapes.zarr", limit=None, val=(val.ann_file, val.img_dir))
+    source = DataSource(train.ann_file, train.img_dir, val=(val.ann_file, val.img_dir))
     result = cache_teacher(
         checkpoint,
         teacher_config(checkpoint, None),
-        train,
-        source.out,
+        source,
+        out / "shapes.zarr",
         CacheOptions(proposals=settings.proposals, scale=settings.scale, part_size=1 << 26),
-        source=source.record(),
         device=_device(),
         console=console,
     )
@@ -206,8 +205,7 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
     result = train_student(
         _config(),
         open_cache(out / "shapes.zarr"),
-        _data(out, "train"),
-        _data(out, "val"),
+        lambda: (_data(out, "train"), _data(out, "val")),
         methods,
         _recipe(settings, settings.student, settings.student_epochs, distill),
         work_dir,

@@ -1,36 +1,21 @@
-"""Which teachers there are, and what each says of boxes: `docs/families.md` has the table."""
+"""What teachers of each family say of boxes: `docs/families.md` has the table, `family_checks` says who may teach."""
 
 from typing import Any
 
 from mmdet.models.backbones.resnet import Bottleneck
-from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead, StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead
+from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead
 from mmdet.models.roi_heads.mask_heads import FusedSemanticHead
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.roi_heads.shared_heads import ResLayer
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.targets import decode_deltas, encode_boxes
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.targets import HeadOutputs
 
-__all__ = ["TeacherError", "check_family", "is_cascade", "roi_size", "say", "semantic_branch", "shared_style", "stages"]
-
-_EXPECTED = (
-    "Expected a two-stage detector (Faster R-CNN, Mask R-CNN, Cascade R-CNN, Cascade Mask R-CNN, HTC), an RPN with "
-    "anchors, SingleRoIExtractors with RoIAlign, and box heads with shared fully connected layers (Shared2FCBBoxHead) "
-    "or a BBoxHead behind a shared residual stage (C4)."
-)
-_ROI_HEADS = (StandardRoIHead, CascadeRoIHead, HybridTaskCascadeRoIHead)
-
-
-class TeacherError(KdpipeError):
-    """The teacher cannot be built, loaded or cached."""
+__all__ = ["is_cascade", "roi_size", "say", "semantic_branch", "shared_style", "stages"]
 
 
 def is_cascade(roi_head: Any) -> bool:
@@ -86,54 +71,6 @@ def semantic_branch(roi_head: Any) -> tuple[int, ...]:
     return (int(branch.fusion_level), int(ours.output_size[0])) if usual else ()
 
 
-def check_family(model: Any) -> None:
-    """Refuse what is not a two-stage detector with shared-FC box heads.
-
-    Raises:
-        TeacherError: naming what was found and what was expected.
-    """
-    if not isinstance(model, TwoStageDetector):
-        raise TeacherError(f"The teacher is a {type(model).__name__}. {_EXPECTED}")
-    head = model.roi_head
-    if type(head) not in _ROI_HEADS:
-        raise TeacherError(f"The teacher has a {type(head).__name__} in place of a StandardRoIHead. {_EXPECTED}")
-    if not hasattr(model.rpn_head, "prior_generator"):
-        raise TeacherError(f"The teacher's {type(model.rpn_head).__name__} has no anchors. {_EXPECTED}")
-    for extractor, box_head in stages(head):
-        kind_of_head = BBoxHead if head.with_shared_head else ConvFCBBoxHead
-        for part, kind in ((extractor, SingleRoIExtractor), (box_head, kind_of_head)):
-            if not isinstance(part, kind):
-                raise TeacherError(
-                    f"The teacher has a {type(part).__name__} in place of a {kind.__name__}. {_EXPECTED}"
-                )
-        shared = head.with_shared_head or box_head.num_shared_fcs
-        if not shared or not box_head.with_reg:
-            raise TeacherError(
-                f"The teacher's {type(box_head).__name__} has no shared fully connected layer. {_EXPECTED}"
-            )
-    if len(kinds := {_settings(*stage) for stage in stages(head)}) > 1:
-        raise TeacherError(
-            "The stages of the teacher's cascade differ in their RoI extractors, their number of regressions, the "
-            f"means of their box coders or the width of their heads: {sorted(kinds)}. Expected them to differ in the "
-            "standard deviations of their box coders only."
-        )
-
-
-def _settings(extractor: Any, box_head: Any) -> tuple[Any, ...]:
-    """What has to be the same in all stages of a cascade."""
-    align = extractor.roi_layers[0]
-    return (
-        extractor.num_inputs,
-        extractor.finest_scale,
-        tuple(align.output_size),
-        align.sampling_ratio,
-        align.aligned,
-        box_head.reg_class_agnostic,
-        tuple(box_head.bbox_coder.means),
-        box_head.fc_cls.in_features,
-    )
-
-
 def say(
     roi_head: Any, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample, embeddings: list[Tensor]
 ) -> tuple[HeadOutputs, Tensor]:
@@ -153,6 +90,11 @@ def say(
         Of each box, and its RoI features Tensor[R, C, size, size] on the pyramid alone.
     """
     extractor, first = stages(roi_head)[0]
+    classes = 1 if first.reg_class_agnostic else first.num_classes
+    if not len(boxes):  # some of mmdet's layers take no empty batch
+        none, size = boxes.new_zeros, roi_size(roi_head)
+        said = HeadOutputs(none(0, first.fc_cls.in_features), none(0, first.num_classes + 1), none(0, classes, 4))
+        return said, none(0, extractor.out_channels, size, size)
     rois = bbox2roi([boxes])
     if not is_cascade(roi_head):
         result = roi_head._bbox_forward(pyramid, rois)
@@ -160,11 +102,6 @@ def say(
         said = HeadOutputs(embeddings[0], result["cls_score"], deltas)
         return said, _before_shared(roi_head, pyramid, rois) if roi_head.with_shared_head else result["bbox_feats"]
     features = extractor(pyramid[: extractor.num_inputs], rois)
-    classes = 1 if first.reg_class_agnostic else first.num_classes
-    if not len(boxes):
-        nothing = boxes.new_zeros
-        width, scores = first.fc_cls.in_features, first.num_classes + 1
-        return HeadOutputs(nothing(0, width), nothing(0, scores), nothing(0, classes, 4)), features
     semantic = {}
     if isinstance(roi_head, HybridTaskCascadeRoIHead) and roi_head.with_semantic:
         semantic["semantic_feat"] = roi_head.semantic_head(pyramid)[1]

@@ -1,7 +1,7 @@
 """Online distillation: a teacher that looks at every batch while a student trains."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from kdpipe.distill.rois import sample_rois
 from kdpipe.distill.targets import BatchRois, RoiTargets
 from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher
-from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
-from kdpipe.pipelines.checkpoints import load_checkpoint
+from kdpipe.pipelines.checkpoints import class_names, load_checkpoint
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.sources import find_data, named_val
+from kdpipe.pipelines.sources import DataSource, find_data
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
+from kdpipe.pipelines.teacher_setup import CacheOptions, prepare_teacher, with_classes
 
 __all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
 
@@ -120,17 +120,32 @@ class OnlineTeacher:
 
     Attributes:
         name: As messages call it.
-        spec: What it is.
-        identity: Digests of its weights, its config and the data.
-        source: Config of its `LiveTeacher`.
+        spec: What it is; its classes are placeholders before `with_data`.
+        identity: Digests of its weights and, after `with_data`, of the data.
+        options: Of its `LiveTeacher`, beside `spec`.
         refusal: Why it cannot be asked about boxes that the student chose; empty where it can.
+        classes: That its checkpoint names, or None.
     """
 
     name: str
     spec: CacheSpec
     identity: dict[str, Any]
-    source: dict[str, Any]
+    options: dict[str, Any]
     refusal: str
+    classes: tuple[str, ...] | None
+
+    def with_data(self, data: DetectionData) -> tuple["OnlineTeacher", DetectionData]:
+        """The same with the classes and the digest of the images to train on, and these with the teacher's labels.
+
+        Raises:
+            KdpipeError: It knows other classes.
+        """
+        spec, data = with_classes(self.spec, data, self.classes, self.name)
+        return replace(self, spec=spec, identity={**self.identity, "data": data.digest()}), data
+
+    def source(self) -> dict[str, Any]:
+        """Config of its `LiveTeacher`."""
+        return {"type": LiveTeacher.__name__, **self.options, "spec": self.spec.to_json()}
 
 
 def online_teacher(
@@ -142,7 +157,7 @@ def online_teacher(
     voc: Path | None = None,
     split: str | None = None,
     trust: bool,
-) -> tuple[OnlineTeacher, DetectionData, DetectionData | None]:
+) -> tuple[OnlineTeacher, DataSource]:
     """Load a teacher, and find the images to train on: those named, or those of the teacher's config.
 
     Args:
@@ -155,26 +170,25 @@ def online_teacher(
         trust: Unpickle the checkpoint even where it holds more than weights.
 
     Returns:
-        The teacher, the training images, and the validation images that its config names.
+        The teacher, and where the images are; none of them has been read.
 
     Raises:
-        KdpipeError: It cannot be loaded, there is no data, or it knows other classes.
+        KdpipeError: It cannot be loaded, or there is no data.
     """
     checkpoint = load_checkpoint(ckpt, trust=trust)
     cfg = teacher_config(checkpoint, config)
-    found = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, out=None, limit=None)
+    source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     options = CacheOptions(dtype="float32", codec="none")
-    teacher, spec, data = prepare_teacher(checkpoint, cfg, found.data, options, torch.device("cpu"))
-    weights = digest_tensors(teacher.model.state_dict())
-    source = {"ckpt": str(ckpt.resolve()), "spec": spec.to_json(), "config": config, "trust": trust}
+    teacher, spec = prepare_teacher(checkpoint, cfg, options, torch.device("cpu"))
     online = OnlineTeacher(
         name=f"the teacher {ckpt}",
         spec=spec,
-        identity={"teacher": {"weights": weights}, "data": data.digest()},
-        source={"type": LiveTeacher.__name__, **source},
+        identity={"teacher": {"weights": digest_tensors(teacher.model.state_dict())}},
+        options={"ckpt": str(ckpt.resolve()), "config": config, "trust": trust},
         refusal=_refusal(teacher, spec),
+        classes=class_names(checkpoint),
     )
-    return online, data, None if ann_file or voc else named_val(found.val)
+    return online, source
 
 
 @torch.no_grad()

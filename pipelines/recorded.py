@@ -10,9 +10,10 @@ from mmengine.config import Config
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
+from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_file, find_config, for_inference
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.sources import cached_data
+from kdpipe.pipelines.sources import cached_source
 
 __all__ = ["recorded", "recorded_config", "recorded_data", "remake_command"]
 
@@ -68,7 +69,8 @@ def recorded_data(
     """
     if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc")):
         raise CacheError(f"The cache {cache.path} does not record what it was made of, and cannot be compared with it.")
-    data, _ = cached_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    source = cached_source(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.path.name}")
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
             f"{data.ann_file} is not what the cache {cache.path} was made of: {lines[0]} (digests of images, classes "

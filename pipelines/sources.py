@@ -1,7 +1,6 @@
 """Which images and annotations a command works on, when its options say so and when they do not."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import TeacherCache
-from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.datasets import DetectionData, load_coco, load_voc
 from kdpipe.pipelines.layouts import dataset_paths
 
-__all__ = ["DataSource", "cached_data", "find_data", "named_data", "named_val", "torch_device"]
+__all__ = ["DataSource", "cached_source", "find_data", "named_data", "torch_device", "training_data"]
 
 
 DEFAULT_SPLIT = "train"
@@ -23,31 +21,70 @@ DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True)
 class DataSource:
-    """The images to cache, where they came from, and where the cache goes.
+    """Where images and annotations are: in COCO JSON and a folder, or in a Pascal VOC folder. `load` reads them.
 
     Attributes:
-        data: The images.
-        out: Path of the cache.
-        limit: Only the first so many images of the annotation file.
-        val: Annotation file and image folder of the validation images that the config names.
-        voc: Pascal VOC folder and split, where they came from one.
+        ann_file: COCO JSON.
+        img_dir: Folder of its images.
+        voc: Pascal VOC folder.
+        split: Image set of the VOC folder; by default `train`.
+        limit: Only the first so many images.
+        val: Annotation file and image folder of the validation images that belong to them.
+
+    Raises:
+        KdpipeError: Options that exclude each other, or are missing.
     """
 
-    data: DetectionData
-    out: Path
-    limit: int | None
-    val: tuple[Path, Path] | None
-    voc: tuple[Path, str] | None = None
+    ann_file: Path | None = None
+    img_dir: Path | None = None
+    voc: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    val: tuple[Path, Path] | None = None
+
+    def __post_init__(self) -> None:
+        if self.voc is None and self.split is not None:
+            raise KdpipeError("--split names an image set of a VOC folder: give the folder, too: --voc.")
+        if self.voc is not None and (self.ann_file is not None or self.img_dir is not None):
+            raise KdpipeError("Give either --voc (with --split), or --ann-file and --img-dir, not both.")
+        if self.voc is None and (self.ann_file is None or self.img_dir is None):
+            raise KdpipeError("--ann-file and --img-dir belong together; one of them is missing.")
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images."""
+        folder = self.img_dir if self.voc is None else self.voc / "JPEGImages"
+        assert folder is not None
+        return folder
+
+    def load(self) -> DetectionData:
+        """Read and check the annotations.
+
+        Raises:
+            KdpipeError: Bad data.
+        """
+        if self.voc is not None:
+            return load_voc(self.voc, self.split or DEFAULT_SPLIT, self.limit)
+        assert self.ann_file is not None
+        return load_coco(self.ann_file, self.images, self.limit)
 
     def record(self) -> dict[str, Any]:
-        """What the cache remembers of it, as JSON values."""
-        voc = {"voc": str(self.voc[0].resolve()), "split": self.voc[1]} if self.voc else {}
+        """What a cache remembers of it, as JSON values."""
+        assert self.voc or self.ann_file
+        voc = {"voc": str(self.voc.resolve()), "split": self.split or DEFAULT_SPLIT} if self.voc else {}
         return {
-            **(voc or {"ann_file": str(self.data.ann_file.resolve())}),
-            "img_dir": str(self.data.img_dir.resolve()),
+            **(voc or {"ann_file": str(self.ann_file and self.ann_file.resolve())}),
+            "img_dir": str(self.images.resolve()),
             "limit": self.limit,
             "val": [str(path.resolve()) for path in self.val] if self.val else None,
         }
+
+    def cache_path(self) -> Path:
+        """A cache in this folder, named after the VOC folder, or the folder of the annotation file."""
+        source = (self.voc or self.ann_file or Path()).resolve()
+        folder = source if source.is_dir() else source.parent
+        folder = folder.parent if folder.name == "annotations" else folder
+        return Path(f"{folder.name or 'cache'}.zarr")
 
 
 def find_data(
@@ -57,18 +94,15 @@ def find_data(
     img_dir: Path | None,
     voc: Path | None,
     split: str | None,
-    out: Path | None,
-    limit: int | None,
+    limit: int | None = None,
 ) -> DataSource:
     """The data set of a teacher: the one named, or the training images of its config.
 
     Raises:
         KdpipeError: Options that exclude each other, or no data set.
     """
-    if voc is not None or ann_file is not None or img_dir is not None:
-        data = named_data(ann_file, img_dir, voc=voc, split=split, limit=limit)
-        named_voc = None if voc is None else (voc, split or DEFAULT_SPLIT)
-        return DataSource(data, out or _cache_name(voc or data.ann_file), limit, None, named_voc)
+    if voc is not None or ann_file is not None or img_dir is not None or split is not None:
+        return DataSource(ann_file, img_dir, voc, split, limit)
     paths = dataset_paths(config, "train")
     if paths is None:
         raise KdpipeError(
@@ -79,51 +113,29 @@ def find_data(
             f"The teacher's config names the annotation file {paths[0]}, and there is none. "
             "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
         )
-    data = load_coco(*paths, limit)
-    return DataSource(data, out or _cache_name(data.ann_file), limit, dataset_paths(config, "val"))
-
-
-def _cache_name(source: Path) -> Path:
-    """A cache in this folder, named after a VOC folder, or the folder of an annotation file."""
-    source = source.resolve()
-    folder = source if source.is_dir() else source.parent
-    folder = folder.parent if folder.name == "annotations" else folder
-    return Path(f"{folder.name or 'cache'}.zarr")
+    return DataSource(*paths, limit=limit, val=dataset_paths(config, "val"))
 
 
 def named_data(
-    ann_file: Path | None,
-    img_dir: Path | None,
-    *,
-    voc: Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
+    ann_file: Path | None, img_dir: Path | None, *, voc: Path | None = None, split: str | None = None
 ) -> DetectionData:
     """The data set of `--ann-file` and `--img-dir`, or of `--voc` and `--split`.
 
     Raises:
         KdpipeError: Options that exclude each other, or are missing; or bad data.
     """
-    if voc is None and split is not None:
-        raise KdpipeError("--split names an image set of a VOC folder: give the folder, too: --voc.")
-    if voc is not None:
-        if ann_file is not None or img_dir is not None:
-            raise KdpipeError("Give either --voc (with --split), or --ann-file and --img-dir, not both.")
-        return load_voc(voc, split or DEFAULT_SPLIT, limit)
-    if ann_file is None or img_dir is None:
-        raise KdpipeError("--ann-file and --img-dir belong together; one of them is missing.")
-    return load_coco(ann_file, img_dir, limit)
+    return DataSource(ann_file, img_dir, voc, split).load()
 
 
-def cached_data(
+def cached_source(
     cache: TeacherCache,
     *,
     ann_file: Path | None,
     img_dir: Path | None,
     voc: Path | None = None,
     split: str | None = None,
-) -> tuple[DetectionData, DetectionData | None]:
-    """The images that a cache was made of, and the validation images that belong to them, where they are on disk.
+) -> DataSource:
+    """Where the images are that a cache was made of, and the validation images that belong to them.
 
     Args:
         cache: The cache.
@@ -132,38 +144,36 @@ def cached_data(
         voc: Where the VOC folder moved that it was made of.
         split: The image set of the VOC folder, where it has another name now.
 
-    Returns:
-        Both with the classes of the cache.
-
     Raises:
-        KdpipeError: They are not where the cache says, or have other classes.
+        KdpipeError: They are not where the cache says.
     """
     source = cache.metadata["data"]
+    val = source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
     if voc is None and ann_file is None and "voc" in source:
         voc = Path(source["voc"])
     if voc is not None:
-        if not voc.exists():
-            raise KdpipeError(f"{voc} is not there, which {cache.path} was made of. Say where it moved: --voc.")
-        data = named_data(ann_file, img_dir, voc=voc, split=split or source.get("split"), limit=source["limit"])
+        split = split or source.get("split")
+        paths = {"--voc": voc}
     else:
         ann_file = ann_file or Path(source["ann_file"])
         img_dir = img_dir or Path(source["img_dir"])
-        for path, option in ((ann_file, "--ann-file"), (img_dir, "--img-dir")):
-            if not path.exists():
-                raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
-        data = named_data(ann_file, img_dir, split=split, limit=source["limit"])
-    val, whose = named_val(source["val"]), f"the cache {cache.path.name}"
-    return (
-        match_classes(data, cache.spec.class_names, whose),
-        val and match_classes(val, cache.spec.class_names, whose),
-    )
+        paths = {"--ann-file": ann_file, "--img-dir": img_dir}
+    for option, path in paths.items():
+        if not path.exists():
+            raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
+    return DataSource(ann_file, img_dir, voc, split, source["limit"], val)
 
 
-def named_val(val: Sequence[Path | str] | None) -> DetectionData | None:
-    """Validation images from their annotation file and folder, where these are on disk."""
-    if val is None or not all(Path(path).exists() for path in val):
-        return None
-    return load_coco(Path(val[0]), Path(val[1]))
+def training_data(
+    source: DataSource, val_ann_file: Path | None, val_img_dir: Path | None
+) -> tuple[DetectionData, DetectionData | None]:
+    """Training images, and validation images: those named, or those of the source where they are on disk."""
+    train, val = source.load(), source.val
+    if val_ann_file is not None:
+        return train, load_coco(val_ann_file, val_img_dir or source.images)
+    if val is None or not all(path.exists() for path in val):
+        return train, None
+    return train, load_coco(*val)
 
 
 def torch_device(name: str | None) -> torch.device:

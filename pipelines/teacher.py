@@ -20,16 +20,8 @@ from kdpipe.distill.targets import HeadOutputs
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
-from kdpipe.pipelines.families import (
-    TeacherError,
-    check_family,
-    is_cascade,
-    roi_size,
-    say,
-    semantic_branch,
-    shared_style,
-    stages,
-)
+from kdpipe.pipelines.families import is_cascade, roi_size, say, semantic_branch, shared_style, stages
+from kdpipe.pipelines.family_checks import TeacherError, check_classes_of_config, check_family
 from kdpipe.pipelines.layouts import for_inference
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
@@ -68,8 +60,8 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     """
     register_all_modules(init_default_scope=True)
     model_config = config.model.copy()
-    if "test_cfg" in model_config and "rpn" in model_config.test_cfg:
-        rpn = model_config.test_cfg.rpn
+    check_classes_of_config(model_config)
+    if rpn := (model_config.get("test_cfg") or {}).get("rpn"):
         rpn.max_per_img = proposals
         rpn.nms_pre = max(rpn.get("nms_pre", proposals), proposals)
     for branch in _MASK_BRANCHES:
@@ -143,7 +135,7 @@ class Teacher:
             channels=extractor.out_channels,
             strides=tuple(int(stride[0]) for stride in generator.strides),
             roi_levels=extractor.num_inputs,
-            finest_scale=extractor.finest_scale,
+            finest_scale=int(extractor.finest_scale),
             roi_size=roi_size(roi_head),
             roi_sampling_ratio=align.sampling_ratio,
             roi_aligned=align.aligned,

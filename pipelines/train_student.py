@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
-from kdpipe.distill.source import CachedTeacher, check_serves_student_rois
-from kdpipe.distill.teacher_head import TeacherHeadError
+from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.live_teacher import OnlineTeacher
+from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import COPIES, TrainingResult, check_work_dir, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
 from kdpipe.pipelines.transform_types import check_names, quote_names
@@ -30,10 +30,9 @@ __all__ = ["check_data", "train_student"]
 
 _TEACHER_FILE = "cache.json"
 _IMAGES_FILE = f"{COPIES}/images.json"
-_ROIS = {"num": 512, "positive_fraction": 0.25}
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
-    "rois": _ROIS,
+    "rois": ROIS,
     "weights": {},
     "sgfi": {"kernel_size": 1},
     "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5, "branch": "classification"},
@@ -68,8 +67,7 @@ def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
 def train_student(
     config: Config,
     teacher: TeacherCache | OnlineTeacher,
-    train: DetectionData,
-    val: DetectionData | None,
+    load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
     methods: Sequence[str],
     recipe: Recipe,
     work_dir: Path,
@@ -85,8 +83,8 @@ def train_student(
     Args:
         config: mmdet config of the student.
         teacher: The teacher's cache; images that it lacks are left out. Or the teacher, to run beside the student.
-        train: The images that were cached, or any.
-        val: Validation images, or None.
+        load_data: Reads the images that were cached, or any, and the validation images, or None. It is called when all
+            that can be checked without them is right.
         methods: Some of `METHODS`; empty trains without distillation.
         recipe: Schedule and options.
         work_dir: Where logs and checkpoints go.
@@ -106,10 +104,18 @@ def train_student(
     check_contract(teacher.spec, losses)
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
+        _check_cached(cache, work_dir, resume)
+        _check_resumed(cache, work_dir, resume)
+    train, val = load_data()
+    if val is None:
+        console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
+    if cache is not None:
         train = check_data(cache, train)
+    elif isinstance(teacher, OnlineTeacher):
+        teacher, train = teacher.with_data(train)
+        _check_resumed(teacher, work_dir, resume)
     if val is not None:
-        val = match_classes(val, teacher.spec.class_names, _name(teacher))
-    _check_resumed(teacher, work_dir, resume)
+        val = match_classes(val, teacher.spec.class_names, teacher_name(teacher))
     skipped = []
     if cache is not None:
         train = _cached_images(cache, train, work_dir, resume, console)
@@ -126,7 +132,7 @@ def train_student(
         distill.ckd.branch = ckd_branch
     recorded = copy.deepcopy(cfg)
     if methods:
-        chosen = _who_chooses(teacher, rois, distill, dense, console) if losses else None
+        chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
         _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
     for data in (train, val):
         if data is not None:
@@ -143,21 +149,14 @@ def train_student(
     )
 
 
-def _cached_images(
-    cache: TeacherCache, train: DetectionData, work_dir: Path, resume: bool, console: Console
-) -> DetectionData:
-    """The images of a cache, of which some may be missing still.
-
-    A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
+def _check_cached(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
+    """Refuse a cache that is not finished where nothing can be learned from it, or several processes would train.
 
     Raises:
         KdpipeError: Nothing is cached yet, or several processes train, which might not see the same.
     """
-    path = work_dir / _IMAGES_FILE
-    if resume and path.exists():
-        return train.only(json.loads(path.read_text()))
-    if len(cache) + len(cache.skipped) == len(train.images):
-        return train
+    if cache.is_complete or (resume and (work_dir / _IMAGES_FILE).exists()):
+        return
     if not len(cache):
         raise KdpipeError(f"The cache {cache.path} has no finished part yet. Wait for one.")
     if world_size() > 1:
@@ -165,12 +164,22 @@ def _cached_images(
             f"The cache {cache.path} is still being made, and may grow while several processes open it. Train on it in "
             "one process, or when it is finished."
         )
+
+
+def _cached_images(
+    cache: TeacherCache, train: DetectionData, work_dir: Path, resume: bool, console: Console
+) -> DetectionData:
+    """The images of a cache, of which some may be missing still.
+
+    A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
+    """
+    path = work_dir / _IMAGES_FILE
+    if resume and path.exists():
+        return train.only(json.loads(path.read_text()))
+    if cache.is_complete:
+        return train
     console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
     return train.only(cache.image_ids.tolist())
-
-
-def _name(teacher: TeacherCache | OnlineTeacher) -> str:
-    return f"the cache {teacher.path}" if isinstance(teacher, TeacherCache) else teacher.name
 
 
 def _check_resumed(teacher: TeacherCache | OnlineTeacher, work_dir: Path, resume: bool) -> None:
@@ -182,7 +191,7 @@ def _check_resumed(teacher: TeacherCache | OnlineTeacher, work_dir: Path, resume
     path = work_dir / _TEACHER_FILE
     if resume and path.exists() and (lines := difference(json.loads(path.read_text()), _identity(teacher))):
         raise KdpipeError(
-            f"{work_dir} holds a training from something else than {_name(teacher)}:\n  "
+            f"{work_dir} holds a training from something else than {teacher_name(teacher)}:\n  "
             + "\n  ".join(lines)
             + "\nResume with the cache or teacher that it began with, or begin anew in another --work-dir."
         )
@@ -200,43 +209,6 @@ def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
     return {**teacher.identity, "spec": teacher.spec.to_json()}
 
 
-def _who_chooses(
-    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, dense: bool, console: Console
-) -> str:
-    """Whose RoIs are used, said on the console with the reason.
-
-    Raises:
-        ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
-    """
-    chosen, why = asked or "student", "asked for" if asked else f"{_name(teacher)} can be asked about any box"
-    if chosen == "student" and (reason := _why_not(teacher).removesuffix(".")):
-        if asked:
-            raise ContractError(f"{_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
-        chosen, why = "teacher", f"{_name(teacher)} cannot be asked about those of the student: {reason}"
-    for name, value in distill.rois.items():
-        if name not in _ROIS:
-            raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(_ROIS)}.")
-        if chosen == "student" and not dense and value != _ROIS[name]:
-            raise ContractError(
-                f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
-                "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
-            )
-    console.print(f"RoIs: those of the {chosen} ({why}).")
-    return chosen
-
-
-def _why_not(teacher: TeacherCache | OnlineTeacher) -> str:
-    """Why a cache or a teacher cannot say what the teacher says of any box; empty where it can."""
-    if isinstance(teacher, OnlineTeacher):
-        return teacher.refusal
-    try:
-        if len(teacher):
-            check_serves_student_rois(teacher)
-    except TeacherHeadError as error:
-        return str(error)
-    return ""
-
-
 def _distil(
     cfg: Config,
     teacher: TeacherCache | OnlineTeacher,
@@ -248,7 +220,7 @@ def _distil(
 ) -> None:
     """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
     if isinstance(teacher, OnlineTeacher):
-        source = teacher.source
+        source = teacher.source()
         if rois == "teacher":
             source = {**source, "rois": {"needs": list(needs), **distill.rois}}
     else:

@@ -5,7 +5,7 @@ import errno
 import json
 import resource
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -58,8 +58,7 @@ class TrainingResult:
 
 def train_detector(
     config: Config,
-    train: DetectionData,
-    val: DetectionData | None,
+    load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
     recipe: Recipe,
     work_dir: Path,
     *,
@@ -70,8 +69,7 @@ def train_detector(
 
     Args:
         config: mmdet config of the detector; its number of classes follows the data.
-        train: Training images.
-        val: Validation images, or None.
+        load_data: Reads training images, and validation images or None. It is called when the work directory is right.
         recipe: Schedule and options.
         work_dir: Where logs and checkpoints go.
         resume: Go on from the newest checkpoint in `work_dir`.
@@ -81,6 +79,7 @@ def train_detector(
         KdpipeError: Anything that does not fit, before the first step.
     """
     check_work_dir(work_dir, resume)
+    train, val = load_data()
     train, val = training_copies(
         train,
         val and match_classes(val, train.class_names, f"the training images {train.ann_file}"),

@@ -152,11 +152,12 @@ def verify_teacher(
     from kdpipe.pipelines.recorded import recorded_config, recorded_data
     from kdpipe.pipelines.sources import torch_device
 
-    cache = open_cache(path)
-    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
-    report_data(data, console, trained=False, strict=strict_data)
+    cache, teacher = open_cache(path), None
     if ckpt is not None:
         teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
+    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    report_data(data, console, trained=False, strict=strict_data)
+    if teacher is not None:
         console.print(errors_table(compare_live(cache, teacher, data, sample, console)))
     if ap:
         console.print("The teacher's AP, from the cache alone:")

@@ -27,11 +27,13 @@ from rich.console import Console
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, raw_bytes
 from kdpipe.cache.schema import CODECS, DTYPES
 from kdpipe.cache.views import input_size
-from kdpipe.pipelines.cache_teacher import CacheOptions, cache_teacher
+from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image
+from kdpipe.pipelines.sources import DataSource
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
+from kdpipe.pipelines.teacher_setup import CacheOptions
 
 SCALE = (1333, 800)
 
@@ -101,8 +103,8 @@ def against_forward(data: DetectionData, rounds: int) -> None:
             alone.append(answers_alone(teacher, data))
             out = work / f"{number}.zarr"
             options = CacheOptions(scale=SCALE, part_size=64 << 20)  # three images of this size
-            quiet = Console(quiet=True)
-            result = cache_teacher(checkpoint, config, data, out, options, source={}, device=device, console=quiet)
+            source, quiet = DataSource(data.ann_file, data.img_dir, limit=len(data.images)), Console(quiet=True)
+            result = cache_teacher(checkpoint, config, source, out, options, device=device, console=quiet)
             cached.append(result.seconds)
             shutil.rmtree(out)
         print(

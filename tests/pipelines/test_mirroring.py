@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdpipe.pipelines.cache_teacher import CacheOptions, prepare_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import load_coco, read_image
 from kdpipe.pipelines.mirroring import MirrorError, mirror_errors
 from kdpipe.pipelines.teacher import Teacher, teacher_config
+from kdpipe.pipelines.teacher_setup import CacheOptions, prepare_teacher, with_classes
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -24,7 +24,8 @@ def setting(kit: "Kit", view: str = "identity", tier: str = "pyramid") -> Any:
     data = load_coco(kit.ann, kit.img)
     checkpoint = load_checkpoint(kit.teacher)
     options = CacheOptions(tier=tier, views=(view,), scale=(128, 96), proposals=40)
-    return prepare_teacher(checkpoint, teacher_config(checkpoint, None), data, options, torch.device("cpu"))
+    teacher, spec = prepare_teacher(checkpoint, teacher_config(checkpoint, None), options, torch.device("cpu"))
+    return teacher, *with_classes(spec, data, None, "the teacher")
 
 
 def test_is_said_of_one_view_only(kit: "Kit", work: Path) -> None:
