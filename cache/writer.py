@@ -141,11 +141,11 @@ def check_resumable(path: Path, spec: CacheSpec, identity: Mapping[str, Any], pa
             return
         root = read_root(path)
     known = {name: root.identity.get(name) for name in identity}
-    classes = {"class_names": root.spec.class_names, "category_ids": root.spec.category_ids}
+    wanted = replace(spec, class_names=root.spec.class_names, category_ids=root.spec.category_ids)
     _check_same(
         path,
         {**known, "spec": root.spec.to_json(), "plan": {"part_size": root.plan["part_size"]}},
-        {**identity, "spec": replace(spec, **classes).to_json(), "plan": {"part_size": part_size}},
+        {**identity, "spec": wanted.to_json(), "plan": {"part_size": part_size}},
     )
 
 

@@ -20,7 +20,8 @@ from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
 
 __all__ = ["CacheOptions", "digest_model", "prepare_teacher", "with_classes"]
 
-_TRIAL_SIZE = (96, 64)  # width and height of the picture that a teacher is tried on
+TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
+_TRIAL_SIZE = (96, 64)  # its width and height
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,13 @@ def _ask_once(teacher: Teacher, spec: CacheSpec) -> None:
     box = np.array([[8, 8, 48, 40]], dtype=np.float32)
     small = replace(spec, scale=_TRIAL_SIZE, dtype="float32")
     try:
-        answer = teacher.record(noise, box, spec=small, image_id=0, file_name="noise", view=spec.views[0])
+        answer = teacher.record(noise, box, spec=small, image_id=0, file_name=TRIAL, view=spec.views[0])
     except (KdpipeError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever layers its config puts together
         raise TeacherError(
             f"The teacher cannot answer ({type(error).__name__}): {str(error).strip()}\n"
-            "It was tried on a small picture of noise. Do the layers of its config fit each other (channels, levels, "
+            f"It was asked about {TRIAL}. Do the layers of its config fit each other (channels, levels, "
             "strides)? kdpipe --debug shows where it happened."
         ) from error
     encode_record(answer, small)

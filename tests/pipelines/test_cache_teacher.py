@@ -167,7 +167,7 @@ def test_voc_is_the_same_as_coco(kit: "Kit", work: Path) -> None:
     kit.run("cache-teacher", "--ckpt", ckpt, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", "coco.zarr")
     assert kit.tree(work / "drawn.zarr" / "parts") == kit.tree(work / "coco.zarr" / "parts")
     kit.train_student(work / "w", "--methods", "cls", cache=work / "drawn.zarr")
-    message = kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "other")
+    message = kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "other", "--out", "x.zarr")
     assert "There are: val" in message
     assert "not both" in kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--ann-file", ann)
 

@@ -138,7 +138,7 @@ def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkey
     monkeypatch.setattr(sys, "unraisablehook", lambda event: dropped.append(event.exc_type))
     command = ("cache-teacher", *kit.source, *kit.VIEW, "--out", "x.zarr")
     assert kit.run(*command, code=130).err.strip() == "Interrupted."
-    assert dropped == [KeyboardInterrupt]
+    assert set(dropped) == {KeyboardInterrupt}
     assert len(open_cache("x.zarr", allow_partial=True)) == 0
 
 

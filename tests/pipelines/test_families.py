@@ -297,9 +297,12 @@ def test_a_cascade_gets_the_heads_of_a_cascade(kit: "Kit", work: Path) -> None:
 def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
     student = work / "student.py"
     student.write_text(kit.tiny(CASCADE).pretty_text)
-    message = kit.refused(*kit.student_command(work / "w", "--student", student))
+    message = kit.refused(*kit.student_command(work / "w", "--student", student, "--methods", "sgfi,ckd,pred"))
     assert "class-agnostic" in message
     assert "--methods cls,reg" in message
+    ended = kit.train_student(work / "w", "--student", student)  # by default, it does what can be done
+    assert "Methods: sgfi,ckd,cls,reg, with cls and reg in place of pred" in ended.out
+    assert "that of the student is for all classes" in ended.out
 
 
 def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
