@@ -57,11 +57,11 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     counts = annotations.trained_counts().tolist()
     if not any(counts):
         found = [*absent, *annotations.untrained([image.file_name for image in images])]
+        reasons = "; ".join(map(str, found)) or "it has no annotation"
         raise DataError(
-            f"{path} has no usable annotation among {len(entries.annotations)}"
-            + "".join(f"\n  {kind}" for kind in found)
-            + "\nExpected boxes at least one pixel wide and high, with an area, in their image, and not all crowds. "
-            "Check that it is the file of a labelled split."
+            f"{path} has no usable annotation among {len(entries.annotations)}: {reasons}. Expected boxes at least one "
+            "pixel wide and high, with an area, in their image, and not all crowds. Correct them, or check that it is "
+            "the file of a labelled split."
         )
     counted = [
         ImageInfo(image.image_id, image.file_name, image.height, image.width, count)

@@ -153,7 +153,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path: Path, kind: str) ->
     assert data.only([1]).left_out() == ()
     (tmp_path / "a.json").write_text(json.dumps(content_of(strange)))
     with pytest.raises(
-        KdpipeError, match=rf"no usable annotation among 2\n  2 annotations {kind} \(the first: annotation 5"
+        KdpipeError, match=rf"no usable annotation among 2: 2 annotations {kind} \(the first: annotation 5"
     ):
         load_coco(tmp_path / "a.json", tmp_path)
 
