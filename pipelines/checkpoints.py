@@ -227,16 +227,16 @@ def _with_metadata(state: OrderedDict[str, Tensor], metadata: Mapping[str, Any])
 def _unwrapped(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
     """The weights as they are, then without one, two, ... prefixes that all names have in common."""
     yield state
-    state = _renamed(state, lambda name: name.replace("_orig_mod.", ""))  # torch.compile wraps parts, too
+    state = _without(r"_orig_mod\.", state)  # torch.compile wraps parts, too
     yield state
     while state and (prefix := next((each for each in _PREFIXES if all(name.startswith(each) for name in state)), "")):
-        state = _renamed(state, lambda name, prefix=prefix: name.removeprefix(prefix))
+        state = _without(f"^{re.escape(prefix)}", state)
         yield state
 
 
-def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> Mapping[str, Tensor]:
-    metadata = {rename(f"{name}.").removesuffix("."): value for name, value in _metadata(state).items()}
-    return _with_metadata(OrderedDict((rename(name), value) for name, value in state.items()), metadata)
+def _without(pattern: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    metadata = {re.sub(pattern, "", f"{name}.").removesuffix("."): value for name, value in _metadata(state).items()}
+    return _with_metadata(OrderedDict((re.sub(pattern, "", name), value) for name, value in state.items()), metadata)
 
 
 def _refuse_training(state: Mapping[str, Tensor], path: Path) -> None:

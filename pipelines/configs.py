@@ -64,7 +64,10 @@ def config_from_file(content: str | Mapping[str, Any], origin: str, *, trust: bo
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     values = {key: value for key, value in values.items() if key not in _RESERVED}
-    return modernise(Config(copy.deepcopy(values) if trust else restrict(values, origin)))
+    try:
+        return modernise(Config(copy.deepcopy(values) if trust else restrict(values, origin)))
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is nested too deeply to be read. Name the detector's config: --config.") from error
 
 
 def find_config(name_or_path: str | Path) -> Config:

@@ -184,17 +184,15 @@ def test_a_compiled_part_is_loaded_with_the_versions_of_its_layers(tmp_path: Pat
     state = OrderedDict((f"model.{name.replace('.', '._orig_mod.')}", v) for name, v in source.state_dict().items())
     vars(state)["_metadata"] = OrderedDict({"model.bn._orig_mod": {"version": 2}, "model": {"version": 1}})
     torch.save(state, tmp_path / "a.pth")
-    seen: list[Any] = []
-    load = model.bn._load_from_state_dict
+    versions: list[int] = []
 
-    def noted(state: Any, prefix: str, metadata: Any, *args: Any) -> None:
-        seen.append(metadata)
-        load(state, prefix, metadata, *args)
+    def note(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+        versions.append(metadata["version"])
 
-    model.bn._load_from_state_dict = noted
+    model.get_submodule("bn").register_load_state_dict_pre_hook(note)
     load_strict(model, load_checkpoint(tmp_path / "a.pth").state_dict)
     assert same(model.state_dict(), source.state_dict())
-    assert [metadata["version"] for metadata in seen] == [2]
+    assert versions == [2]
 
 
 def test_prefixes_stay_where_not_everything_would_fit() -> None:

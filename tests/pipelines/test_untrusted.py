@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import kdpipe.pipelines.live_teacher  # noqa: F401  registers LiveTeacher
-from kdpipe.pipelines.configs import find_config
+from kdpipe.pipelines.checkpoints import Checkpoint
+from kdpipe.pipelines.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.literals import ConfigError
 from kdpipe.pipelines.untrusted import restrict
 
@@ -24,8 +25,8 @@ HOSTILE: tuple[Any, ...] = (
     *("__import__('os').system('false')", "mmdet.utils.misc.os.system", "", ".", "mmdet.", "ResNet.x", "ResNet "),
     *(["ResNet"], {"type": "ResNet"}, 5, None),
 )
-TYPE_KEYS = ("type", "runner_type", "constructor", "ema_type", "resize_type", "conv_type", "padding_mode")
-TYPE_KEYS += ("_scope_", "default_scope")
+LOOKED_UP = ("type", "runner_type", "constructor", "ema_type", "resize_type", "conv_type", "padding_mode")
+SCOPES = ("_scope_", "default_scope")
 ZOO = [
     *("faster-rcnn_r50_fpn_1x_coco", "faster-rcnn_r50-caffe-c4_1x_coco", "mask-rcnn_r50_fpn_albu-1x_coco"),
     *(
@@ -75,7 +76,7 @@ def type_places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, 
     """Where a config says what to build: the keys that lead there."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in items:
-        if key in TYPE_KEYS:
+        if key in (*LOOKED_UP, *SCOPES):
             yield (*place, key)
         else:
             yield from type_places(item, (*place, key))
@@ -119,7 +120,7 @@ def test_configs_of_the_zoo_pass_and_no_type_in_them_can_be_replaced(name: str, 
     assert len(places) > 30
     for index, place in enumerate(places[:: max(1, len(places) // 40)]):
         hostile = HOSTILE[index % len(HOSTILE)]
-        if place[-1] in ("_scope_", "default_scope") and hostile is None:
+        if place[-1] in SCOPES and hostile is None:
             continue
         with pytest.raises(ConfigError) as error:
             restrict(replaced(config, place, hostile), "a file")
@@ -133,7 +134,7 @@ def test_no_place_is_left_out(hostile: Any, calls: list[object]) -> None:
     places = list(type_places(COMPLETE))
     assert len(places) > 20
     for place in places:
-        if place[-1] in ("_scope_", "default_scope") and hostile is None:
+        if place[-1] in SCOPES and hostile is None:
             continue
         with pytest.raises(ConfigError) as error:
             restrict(replaced(COMPLETE, place, hostile), "a file")
@@ -235,3 +236,25 @@ def test_commands_refuse_a_hostile_config_and_run_nothing(kit: "Kit", work: Path
     assert sorted(path.name for path in work.iterdir()) == ["evil.pth"]
     kit.run(*commands[1], "--trust-checkpoint", code=None)
     assert (work / "ran").exists()  # the payload is real: it runs where the user insists
+
+
+def test_what_a_cache_records_is_refused_as_well(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = kit.config()
+    config.model.roi_head.bbox_head.loss_bbox = {"type": "os.system", "command": f"touch {work}/ran"}
+    monkeypatch.setattr("kdpipe.pipelines.cache_teacher.masked", lambda text: config.pretty_text)
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "predictions", "--out", "c.zarr")
+    for options in (("--ap",), ("--ckpt", kit.teacher)):
+        message = kit.refused("verify", "c.zarr", *options)
+        assert "model.roi_head.bbox_head.loss_bbox.type = 'os.system'" in message
+        assert "c.zarr" in message
+        assert not (work / "ran").exists()
+    kit.run("verify", "c.zarr", "--ap", "--trust-checkpoint", code=None)
+    assert (work / "ran").exists()
+
+
+def test_a_config_that_is_nested_without_end_is_refused() -> None:
+    text = "model = dict(type='FasterRCNN', data_preprocessor=dict())\na = dict()\n" + "a = dict(x=a)\n" * 5000
+    for levels in (330, 5000):
+        short = "\n".join(text.splitlines()[: levels + 2])
+        with pytest.raises(ConfigError, match=r"a\.pth"):
+            config_from_checkpoint(Checkpoint({}, {"cfg": short}, Path("a.pth")))
