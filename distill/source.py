@@ -1,5 +1,6 @@
 """Where a training gets what the teacher says: one interface; the cache is one source, a live teacher another."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -67,7 +68,8 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
         head = frozen_head(cache.head(), spec)
     except CacheError as error:
         raise TeacherHeadError(str(error)) from error
-    for image_id in cache.image_ids[:1].tolist():
+    with_boxes = (image_id for image_id in cache.image_ids.tolist() if cache.index(image_id, spec.views[0]).num_rois)
+    for image_id in itertools.islice(with_boxes, 1):
         known = cache.targets(image_id, spec.views[0], fields=("logits",))
         view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
         boxes = map_boxes(known.boxes, known.matrix)

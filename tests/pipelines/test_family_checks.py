@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # of losses that nobody computes here
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``:UserWarning"),
-    pytest.mark.filterwarnings("ignore:DeprecationWarning. Setting .linear=True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:DeprecationWarning. :UserWarning"),
 ]
 
 CPU = torch.device("cpu")
