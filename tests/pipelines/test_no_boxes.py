@@ -90,14 +90,14 @@ def test_training_with_images_without_a_box(kit: "Kit", work: Path, student: str
     data = ("--ann-file", ann, "--img-dir", kit.img)
     kit.run("cache-teacher", "--ckpt", ckpt, *data, *kit.VIEW, "--out", work / "x.zarr")
     config = kit.config() if student == "two-stage" else kit.dense(student)
-    config.train_dataloader.dataset.filter_cfg = {"filter_empty_gt": False}
     (work / "student.py").write_text(config.pretty_text)
     options = ("--student", work / "student.py", "--rois", rois, "--methods", "ckd,cls", "--batch-size", 1)
+    empty = ("-o", "train_dataloader.dataset.filter_cfg.filter_empty_gt=False")
     queue = ("-o", "distill.ckd.queue_size=64", "-o", "default_hooks.logger.interval=1")
     runs = {"w": ("--cache", work / "x.zarr"), "online": ("--teacher-ckpt", ckpt, *data)}
     for folder, source in runs.items():
         training = ("--scale", "128x96", "--epochs", 1, "--workers", 0, "--work-dir", work / folder)
-        ended = kit.run("train-student", *source, *training, *options, *queue)
+        ended = kit.run("train-student", *source, *training, *options, *queue, *empty)
         assert f"RoIs: those of the {rois} (asked for)" in ended.out
         (file,) = (work / folder).glob("*/vis_data/scalars.json")
         steps = [json.loads(line) for line in file.read_text().splitlines() if '"loss"' in line]
