@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.annotations import Annotations, LeftOut, untrained_kinds
 from kdpipe.pipelines.coco_entries import NO_MASK, AnnotationEntry, CocoEntries, DataError, ImageEntry, read_entries
+from kdpipe.pipelines.file_names import names_on_disk
 from kdpipe.pipelines.images import image_size
 
 __all__ = ["CocoFile", "check_entries", "read_coco"]
@@ -30,6 +32,7 @@ class CocoFile:
         annotations: all boxes of these images and categories.
         absent: the other annotations.
         notes: what was done to the data, for the user.
+        is_federated: each image has some of its classes annotated only, as LVIS has.
     """
 
     class_names: tuple[str, ...]
@@ -39,20 +42,22 @@ class CocoFile:
     annotations: Annotations
     absent: tuple[LeftOut, ...]
     notes: tuple[str, ...] = ()
+    is_federated: bool = False
 
 
 def read_coco(path: Path, img_dir: Path) -> CocoFile:
     """Reads and checks COCO JSON; see `kdpipe.pipelines.datasets.load_coco`."""
     entries = read_entries(path)
     if not img_dir.is_dir():
-        raise DataError(f"image folder {img_dir} does not exist. Give the folder of the images as --img-dir.")
+        state = "is no folder" if img_dir.exists() else "does not exist"
+        raise DataError(f"image folder {img_dir} {state}. Give the folder of the images as --img-dir.")
     return check_entries(entries, path, img_dir)
 
 
 def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     """Checks the entries of a COCO JSON; `path` is where messages say that they are from."""
     names, category_ids = _categories(entries, path)
-    images = _images(entries, path, img_dir)
+    images, notes = _images(entries, path, img_dir)
     annotations, absent = _annotations(entries.annotations, path, images, category_ids)
     counts = annotations.trained_counts().tolist()
     if not any(counts):
@@ -70,7 +75,8 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     roots = {each.supercategory for each in entries.categories if isinstance(each.supercategory, str)} - {
         each.name for each in entries.categories if each.name == each.supercategory
     }
-    return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent)
+    federated = any(entry.neg_category_ids or entry.not_exhaustive_category_ids for entry in entries.images)
+    return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent, notes, federated)
 
 
 def _integer(value: Any) -> int | None:
@@ -101,19 +107,34 @@ def _categories(entries: CocoEntries, path: Path) -> tuple[tuple[str, ...], tupl
     return tuple(names), tuple(ids)
 
 
-def _images(entries: CocoEntries, path: Path, img_dir: Path) -> list[ImageInfo]:
+def _images(entries: CocoEntries, path: Path, img_dir: Path) -> tuple[list[ImageInfo], tuple[str, ...]]:
+    """The images, none counted yet, and what was done to their names."""
     if not entries.images:
         raise DataError(f"{path} has no images: there is nothing to do. Check that it is the file of the right split.")
-    images: dict[int, ImageInfo] = {}
+    ids: set[int] = set()
     for entry in entries.images:
         image_id = _id(entry.id, "id", "an image", path)
-        if image_id in images:
+        if image_id in ids:
             raise DataError(f"{path}: image id {image_id} occurs more than once. Give each image its own id.")
-        name = entry.file_name
-        if not isinstance(name, str) or not name:
-            raise DataError(f"{path}: image {image_id} has file_name {name!r}, expected a path relative to {img_dir}.")
-        images[image_id] = ImageInfo(image_id, name, *_size(entry, img_dir / name), 0)
-    return list(images.values())
+        ids.add(image_id)
+    names, notes = names_on_disk([_file_name(entry, path, img_dir) for entry in entries.images], img_dir)
+    if all(entry.file_name is None for entry in entries.images):
+        notes = (f"file names are those of coco_url (the first: {names[0]})", *notes)
+    images = [
+        ImageInfo(int(entry.id), name, *_size(entry, img_dir / name), 0)
+        for entry, name in zip(entries.images, names, strict=True)
+    ]
+    return images, notes
+
+
+def _file_name(entry: ImageEntry, path: Path, img_dir: Path) -> str:
+    """Its file name, or as of LVIS (mmdet's LVISDataset) the path in its URL."""
+    name = entry.file_name
+    if name is None and isinstance(entry.coco_url, str):
+        name = urlsplit(entry.coco_url).path.lstrip("/")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{path}: image {entry.id} has file_name {name!r}, expected a path relative to {img_dir}.")
+    return name
 
 
 def _size(entry: ImageEntry, image: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.foreign import foreign_file, foreign_folder, foreign_json
 
 __all__ = ["NO_MASK", "AnnotationEntry", "CategoryEntry", "CocoEntries", "DataError", "ImageEntry", "read_entries"]
 
@@ -27,8 +28,11 @@ class ImageEntry(msgspec.Struct, gc=False):
 
     id: Any = None
     file_name: Any = None
+    coco_url: Any = None
     width: Any = None
     height: Any = None
+    neg_category_ids: Any = None
+    not_exhaustive_category_ids: Any = None
 
 
 class AnnotationEntry(msgspec.Struct, gc=False):
@@ -66,9 +70,7 @@ def read_entries(path: Path) -> CocoEntries:
     Raises:
         DataError: there is no such file, it is no JSON, or no COCO JSON.
     """
-    if not path.is_file():
-        raise DataError(f"annotation file {path} does not exist. Give the COCO JSON of the data set as --ann-file.")
-    data = path.read_bytes()
+    data = _bytes(path)
     encoding = json.detect_encoding(data)
     collects = gc.isenabled()
     gc.disable()  # it would look through millions of new lists again and again
@@ -81,17 +83,38 @@ def read_entries(path: Path) -> CocoEntries:
             gc.enable()
 
 
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError(f"annotation file {path} is a folder. {foreign_folder(path)}")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"annotation file {path} does not exist. Give the COCO JSON of the data set as --ann-file."
+        ) from error
+    except OSError as error:
+        raise DataError(f"annotation file {path} cannot be read: {error.strerror}.") from error
+    if not data.strip():
+        raise DataError(f"annotation file {path} is empty. Download or export it again.")
+    return data
+
+
 def _decode_leniently(path: Path, data: bytes) -> CocoEntries:
     """As Python's json reads it, which knows NaN and Infinity; several times slower, and says what is wrong."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"annotation file {path} is not valid JSON: {error}. Download or export it again.") from error
+        known = foreign_file(path, data)
+        raise DataError(
+            f"annotation file {path} is no COCO JSON. {known}"
+            if known
+            else f"annotation file {path} is not valid JSON: {error}. Download or export it again."
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise DataError(
             f"{path} is not a COCO detection file: expected lists named images, annotations and categories, "
-            f"found {found[:200] or 'nothing'}."
+            f"found {found[:200] or 'nothing'}. {foreign_json(content) or 'Export the data set as COCO.'}"
         )
     for key in _LISTS:
         for entry in content[key]:

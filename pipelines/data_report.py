@@ -22,6 +22,14 @@ def report_data(data: DetectionData, console: Console, *, trained: bool, strict:
     """
     for note in data.notes:
         console.print(plain(f"{data.ann_file}: {note}."), markup=False)
+    if data.is_federated and not trained:
+        console.print(
+            plain(
+                f"{data.ann_file}: this looks like LVIS (it has neg_category_ids). What is measured is COCO AP, "
+                "which takes every image as annotated in full; LVIS AP is another measure."
+            ),
+            markup=False,
+        )
     left_out = [*(f"left out: {kind}" for kind in data.absent)]
     if trained:
         left_out += [f"not trained on: {kind}" for kind in data.left_out()]

@@ -35,6 +35,7 @@ class DetectionData:
         absent: annotations that are left out of everything.
         notes: what was done to the data, for the user.
         roots: names of categories that other categories are kinds of.
+        is_federated: each image has some of its classes annotated only, as LVIS has.
         coco_file: the COCO JSON that mmdet and pycocotools read, which `write_copy` writes; None until `copied_to`.
     """
 
@@ -47,6 +48,7 @@ class DetectionData:
     absent: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
     roots: frozenset[str] = frozenset()
+    is_federated: bool = False
     coco_file: Path | None = None
 
     @cached_property
@@ -157,6 +159,7 @@ def _limited(content: CocoFile, ann_file: Path, img_dir: Path, limit: int | None
         content.absent,
         content.notes,
         roots=content.roots,
+        is_federated=content.is_federated,
     )
     return data if limit is None else data.only([image.image_id for image in content.images[:limit]])
 

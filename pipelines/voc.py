@@ -63,7 +63,7 @@ def read_voc(folder: Path, split: str) -> CocoFile:
     for image_id, name in enumerate(names, 1):
         path, file_name = annotations[name], files.get(name, f"{name}.jpg")
         height, width = _size(roots[name], path, folder / "JPEGImages" / file_name)
-        entries.images.append(ImageEntry(image_id, file_name, width, height))
+        entries.images.append(ImageEntry(image_id, file_name, width=width, height=height))
         for item in _objects(roots[name], path):
             if item.box[2] > 0 and item.box[3] > 0:
                 entries.annotations.append(_annotation(len(entries.annotations) + 1, image_id, item, classes))
@@ -71,11 +71,14 @@ def read_voc(folder: Path, split: str) -> CocoFile:
                 flat.append(f"a {item.name} in {path}")
     content = check_entries(entries, split_path(folder, split), folder / "JPEGImages")
     absent = (LeftOut(len(flat), "boxes with xmin >= xmax or ymin >= ymax", flat[0]),) if flat else ()
-    return replace(content, absent=absent, notes=notes)
+    return replace(content, absent=absent, notes=(*notes, *content.notes))
 
 
 def _split_lines(folder: Path, split: str) -> list[str]:
     sets = folder / "ImageSets" / "Main"
+    if not folder.is_dir():
+        state = "is no folder" if folder.exists() else "does not exist"
+        raise VocError(f"Pascal VOC folder {folder} {state}. Expected one with Annotations, ImageSets and JPEGImages.")
     if not sets.is_dir() or not (folder / "Annotations").is_dir():
         raise VocError(f"{folder} is no Pascal VOC folder: expected Annotations, ImageSets/Main and JPEGImages in it.")
     path = split_path(folder, split)
