@@ -6,6 +6,7 @@ and what reaches out of the file is left aside.
 """
 
 import copy
+import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,8 @@ _DATA_KEYS = ("label_map_file",)  # of pipelines: read as JSON
 _NOT_PLAIN = re.compile(r"[()/\\]|[A-Za-z_]\w*\.[A-Za-z_]")  # a call, a path, a dotted name
 _OUTSIDE_KEYS = ("backend_args", "file_client_args", "teacher_ckpt")
 _OUTSIDE_SECTIONS = ("custom_imports", "load_from", "resume_from")
+# Modules of kdpipe that register what a recorded config may name; some of them import this one.
+_REGISTERING = ("kdpipe.distill.detector", "kdpipe.pipelines.training", "kdpipe.pipelines.transforms")
 _SHOWN = 3
 
 
@@ -62,8 +65,8 @@ def restrict(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         ConfigError: It names something that is not known as harmless; nothing of it was imported or built.
     """
     register_all_modules(init_default_scope=False)
-    import kdpipe.distill.detector
-    import kdpipe.pipelines.transforms  # noqa: F401  these two register what kdpipe's own configs name
+    for module in _REGISTERING:
+        importlib.import_module(module)
 
     _refuse(list(_type_faults(config, "")), origin)
     dropped: list[str] = []

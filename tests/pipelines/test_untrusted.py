@@ -3,14 +3,19 @@
 import copy
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mmdet.registry
+import mmengine.registry
 import pytest
 import torch
+from mmengine.registry import Registry
 
-import kdpipe.pipelines.live_teacher  # noqa: F401  registers LiveTeacher
+import kdpipe.pipelines.live_teacher
+import kdpipe.pipelines.training  # noqa: F401  these two register what is refused, and what is not
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.literals import ConfigError
@@ -140,6 +145,21 @@ def test_no_place_is_left_out(hostile: Any, calls: list[object]) -> None:
             restrict(replaced(COMPLETE, place, hostile), "a file")
         assert f"{text(place)} = {hostile!r}" in str(error.value)
     assert calls == []
+
+
+def test_what_kdpipe_registers_is_known_before_it_is_used() -> None:
+    """A training with --amp records its optimiser, which `cache-teacher` has no need to load."""
+    registries = {id(each): each for each in vars(mmengine.registry).values() if isinstance(each, Registry)}
+    registries |= {id(each): each for each in vars(mmdet.registry).values() if isinstance(each, Registry)}
+    known = {name: part for registry in registries.values() for name, part in registry.module_dict.items()}
+    own = [name for name, part in known.items() if part.__module__.startswith("kdpipe.") and name != "LiveTeacher"]
+    assert {"Bfloat16OptimWrapper", "DistilledDetector", "EpochSampler", "AddTeacherTargets"} <= set(own)
+    code = (
+        "import sys, kdpipe.pipelines\nfrom kdpipe.pipelines.untrusted import restrict\n"
+        "restrict({str(n): {'type': name} for n, name in enumerate(sys.argv[1:])}, 'a file')"
+    )
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *own], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
 @pytest.mark.parametrize(
