@@ -16,7 +16,7 @@ from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise, test_scale
 from kdpipe.pipelines.literals import ConfigError, parse_literal_config, parse_value
 from kdpipe.pipelines.plain_config import plain_config
-from kdpipe.pipelines.untrusted import restrict
+from kdpipe.pipelines.untrusted import restrict, trusted
 
 __all__ = [
     "ConfigError",
@@ -54,7 +54,7 @@ def config_from_file(content: str | Mapping[str, Any], origin: str, *, trust: bo
     Args:
         content: its text, or its values.
         origin: where it came from, as messages call it.
-        trust: let it name anything; else as `restrict` does.
+        trust: let it name anything, as `trusted` does; else as `restrict` does.
 
     Raises:
         ConfigError: it is more than plain values, or names what is not known as harmless.
@@ -65,7 +65,7 @@ def config_from_file(content: str | Mapping[str, Any], origin: str, *, trust: bo
         raise ConfigError(f"{origin}: {error}") from error
     values = {key: value for key, value in values.items() if key not in _RESERVED}
     try:
-        return modernise(Config(copy.deepcopy(values) if trust else restrict(values, origin)))
+        return modernise(Config(trusted(values, origin) if trust else restrict(values, origin)))
     except RecursionError as error:
         raise ConfigError(f"{origin} is nested too deeply to be read. Name the detector's config: --config.") from error
 

@@ -16,13 +16,14 @@ import mmengine.registry
 from mmdet.utils import register_all_modules
 from mmengine.model import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS, Registry
+from mmengine.utils import import_modules_from_strings
 
 from kdpipe.pipelines.config_types import resolve_type
 from kdpipe.pipelines.console import command_console, plain
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.literals import ConfigError
 
-__all__ = ["restrict"]
+__all__ = ["restrict", "trusted"]
 
 # Keys whose text is looked up as the text of `type` is: `RandomResize(resize_type=...)` builds what it names.
 _TYPE_KEYS = ("type", "runner_type", "constructor", "ema_type", "resize_type", "conv_type", "padding_mode")
@@ -74,10 +75,31 @@ def restrict(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     _refuse(list(_text_faults(kept, "", built=False)), origin)
     if dropped:
         command_console().print(
-            f"Left out of {plain(origin)}, since it reaches out of the file: {plain(masked(', '.join(dropped)))}",
+            f"Left out of {plain(origin)}, since it reaches out of the file: {plain(masked(_summary(dropped)))}",
             markup=False,
         )
     return kept
+
+
+def _summary(places: Sequence[str]) -> str:
+    """Places in a config, of each key the first one."""
+    by_key: dict[str, list[str]] = {}
+    for place in places:
+        by_key.setdefault(re.sub(r"\[\d+\]$", "", place.partition(" ")[0]).rpartition(".")[2], []).append(place)
+    return ", ".join(
+        f"{first:.200}" + (f" and {len(others)} more" if others else "") for first, *others in by_key.values()
+    )
+
+
+def trusted(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """A copy of a config that may run code, the modules that it asks for imported; a missing one is said."""
+    asked = config.get("custom_imports")
+    if isinstance(asked, Mapping):
+        try:
+            import_modules_from_strings(**asked)
+        except ImportError as error:
+            command_console().print(f"{plain(origin)}: custom_imports: {plain(error)}", markup=False)
+    return copy.deepcopy(dict(config))
 
 
 def _refuse(faults: Sequence[str], origin: str) -> None:

@@ -19,7 +19,7 @@ import kdpipe.pipelines.training  # noqa: F401  these two register what is refus
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.literals import ConfigError
-from kdpipe.pipelines.untrusted import restrict
+from kdpipe.pipelines.untrusted import restrict, trusted
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -229,9 +229,16 @@ def test_what_reaches_out_of_the_file_is_left_out_and_said(capsys: pytest.Captur
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("Left out of the config of a file")
     assert "secret" not in line
-    for place in ("custom_imports", "load_from", "model.backbone.init_cfg", "model.neck.init_cfg[1]", "teacher_ckpt"):
-        assert place in line
-    for place in ("override", "shared_head.pretrained", "test_pipeline[0].backend_args", "file_client_args"):
+    for place in (
+        "custom_imports",
+        "load_from",
+        "model.backbone.init_cfg (https://***@host/a.pth) and 2 more",
+        "model.bbox_head.init_cfg.override",
+        "model.shared_head.pretrained (torchvision://resnet50)",
+        "model.teacher_ckpt",
+        "test_pipeline[0].backend_args",
+        "val_pipeline[0].file_client_args",
+    ):
         assert place in line
     restrict(kept, "the config of a file")
     assert capsys.readouterr().out == ""
@@ -278,3 +285,20 @@ def test_a_config_that_is_nested_without_end_is_refused() -> None:
         short = "\n".join(text.splitlines()[: levels + 2])
         with pytest.raises(ConfigError, match=r"a\.pth"):
             config_from_checkpoint(Checkpoint({}, {"cfg": short}, Path("a.pth")))
+
+
+def test_a_trusted_config_gets_its_modules_and_a_missing_one_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "made_for_this_test.py").write_text("")
+    monkeypatch.syspath_prepend(str(work))
+    config = {"custom_imports": {"imports": ["made_for_this_test"]}, "model": {"type": "made_for_this_test.Detector"}}
+    with pytest.raises(ConfigError, match="made_for_this_test"):
+        restrict(config, "a file")
+    assert "made_for_this_test" not in sys.modules
+    assert trusted(config, "a file") == config
+    assert sys.modules.pop("made_for_this_test")
+    assert capsys.readouterr().out == ""
+    config["custom_imports"] = {"imports": ["not_there_at_all"]}
+    assert trusted(config, "a file") == config
+    assert "not_there_at_all" in capsys.readouterr().out
