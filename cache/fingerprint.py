@@ -51,6 +51,11 @@ def digest_tensors(state: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def digest_file(content: bytes) -> int:
+    """Short identity of a file's bytes: 8 bytes of blake2b as a signed integer, and never 0, which stands for none."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+
+
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Lines for people that name each entry in which two (nested) mappings differ.
 

@@ -15,10 +15,10 @@ from kdpipe.pipelines.annotations import Annotations, LeftOut
 from kdpipe.pipelines.coco import CocoFile, read_coco
 from kdpipe.pipelines.coco_copy import write_coco
 from kdpipe.pipelines.coco_entries import DataError
-from kdpipe.pipelines.images import ImageError, image_problem, read_image
+from kdpipe.pipelines.images import ImageError, read_image
 from kdpipe.pipelines.voc import read_voc, split_path
 
-__all__ = ["DataError", "DetectionData", "ImageError", "check_images", "load_coco", "load_voc", "read_image"]
+__all__ = ["DataError", "DetectionData", "ImageError", "load_coco", "load_voc", "read_image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +162,3 @@ def _limited(content: CocoFile, ann_file: Path, img_dir: Path, limit: int | None
         is_federated=content.is_federated,
     )
     return data if limit is None else data.only([image.image_id for image in content.images[:limit]])
-
-
-def check_images(data: DetectionData, image_ids: Sequence[int] | None = None) -> dict[int, str]:
-    """Decodes images, all by default, and says by image id what is wrong with those that are not as annotated."""
-    wanted = None if image_ids is None else set(image_ids)
-    problems = {
-        image.image_id: image_problem(data.img_dir / image.file_name, image.width, image.height)
-        for image in data.images
-        if wanted is None or image.image_id in wanted
-    }
-    return {image_id: problem for image_id, problem in problems.items() if problem is not None}
