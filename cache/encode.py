@@ -17,7 +17,7 @@ _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the st
 
 def index_columns(spec: CacheSpec) -> list[str]:
     """Names of the columns of a part's index: one row per image and view, int64."""
-    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals"]
+    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals", "file_digest"]
     columns += ["row_start", "row_stop", "element_start", "name_start", "name_stop"]
     for level in range(len(spec.strides) if "features" in spec.fields else 0):
         columns += [f"level{level}_height", f"level{level}_width"]
@@ -83,6 +83,7 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
         "input_height": record.input_size[0],
         "input_width": record.input_size[1],
         "num_proposals": record.num_proposals,
+        "file_digest": record.file_digest,
     }
     features = scale_of_levels = None
     if "features" in spec.fields:

@@ -67,6 +67,7 @@ class PartReader:
             num_proposals=entry["num_proposals"],
             num_rois=entry["row_stop"] - entry["row_start"],
             level_shapes=tuple(shapes),
+            file_digest=entry["file_digest"],
         )
 
     def read(

@@ -9,7 +9,7 @@ import numpy as np
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.fingerprint import digest_json
 from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.views import input_size
+from kdpipe.cache.views import ViewError, input_size
 
 # mmdet pads a network input to a multiple of this.
 SIZE_DIVISOR = 32
@@ -123,6 +123,10 @@ def _bytes_per_image(
 
 def _pyramid_bytes(size: tuple[int, int], spec: CacheSpec) -> int:
     """Raw bytes of one image's pyramid in one view, given its original (height, width)."""
-    cells = sum(h * w for h, w in level_shapes(input_size(size, spec.scale), spec.strides))
+    try:
+        shapes = level_shapes(input_size(size, spec.scale), spec.strides)
+    except ViewError:
+        return 0  # nothing is left of it: it can only be skipped
+    cells = sum(h * w for h, w in shapes)
     scale = 4 * spec.channels * len(spec.strides) if spec.dtype == "int8" else 0
     return cells * spec.channels * np.dtype(spec.dtype).itemsize + scale

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdpipe.cache.errors import CacheError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TIERS = ("predictions", "embeddings", "roi", "pyramid")
 DTYPES = ("int8", "float16", "float32")
 CODECS = ("zstd", "lz4", "none")
@@ -202,12 +202,17 @@ def check_version(version: object) -> None:
     """Refuse a format version that this kdpipe cannot read.
 
     Raises:
-        CacheError: the version is newer, or is no version at all.
+        CacheError: the version is newer or older, or is no version at all.
     """
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheError(
             f"The cache has format version {version}, and this kdpipe reads version {FORMAT_VERSION}: "
             "install a newer kdpipe (pip install -U kdpipe)."
+        )
+    if isinstance(version, int) and 0 < version < FORMAT_VERSION:
+        raise CacheError(
+            f"The cache has format version {version}, and this kdpipe reads version {FORMAT_VERSION}, which keeps a "
+            "digest of each image file: move the cache away and cache the teacher again."
         )
     if version != FORMAT_VERSION:
         raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")

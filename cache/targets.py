@@ -37,6 +37,7 @@ class TeacherRecord:
         embeddings: [R, D], input of the classifier layer.
         roi_features: [R, C, S, S].
         features: one tensor [C, h_l, w_l] per stored level.
+        file_digest: `digest_file` of the image file; 0 where it is not known.
     """
 
     image_id: int
@@ -51,6 +52,7 @@ class TeacherRecord:
     embeddings: Tensor | None = None
     roi_features: Tensor | None = None
     features: Sequence[Tensor] | None = None
+    file_digest: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class TargetIndex:
     Attributes:
         level_shapes: (height, width) of each stored pyramid level in cells; empty in tiers without features.
         num_rois: number of boxes, proposals and ground truth.
+        file_digest: `digest_file` of the image file that the teacher saw; 0 where it was not known.
     """
 
     image_id: int
@@ -70,6 +73,7 @@ class TargetIndex:
     num_proposals: int
     num_rois: int
     level_shapes: tuple[tuple[int, int], ...]
+    file_digest: int
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from mmengine.config import Config
 from rich.console import Console
@@ -25,9 +23,11 @@ from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.data_report import report_data
-from kdpipe.pipelines.datasets import DetectionData, ImageError, read_image
+from kdpipe.pipelines.datasets import DetectionData, ImageError
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
+from kdpipe.pipelines.images import Picture, load_picture
 from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
+from kdpipe.pipelines.picture_checks import usable_images
 from kdpipe.pipelines.ranks import Ranks
 from kdpipe.pipelines.sources import DataSource
 from kdpipe.pipelines.teacher import Teacher
@@ -101,6 +101,8 @@ def cache_teacher(
     check_resumable(out, spec, identity, options.part_size)
     spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
     report_data(data, console, trained=True, strict=options.strict_data)
+    if options.strict_data or not options.skip_bad_images:  # otherwise bad images are found, and recorded, when read
+        usable_images(data, console, scale=spec.scale)
     identity["data"] = data.digest()
     metadata = {
         "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(cfg.pretty_text)},
@@ -165,8 +167,11 @@ def _fill(
             for index in ranks.share(pending, left, show):
                 with ExitStack() as stack:
                     part = stack.enter_context(writer.part(index))
-                    for info, image in _read_ahead([data.images[i] for i in writer.parts[index]], data.img_dir):
+                    images = [data.images[i] for i in writer.parts[index]]
+                    for info, image in _read_ahead(images, data.img_dir, spec.scale):
                         if not isinstance(image, ImageError):
+                            if image.note and options.skip_bad_images:
+                                ranks.say(f"used as it is: {image.note}")
                             _add(part, teacher, data, spec, info, image)
                             ranks.count("bytes", sum(raw_bytes([info], spec).values()))
                         elif options.skip_bad_images:
@@ -186,27 +191,27 @@ def _add(
     data: DetectionData,
     spec: CacheSpec,
     info: ImageInfo,
-    image: npt.NDArray[np.uint8],
+    image: Picture,
 ) -> None:
     """Ask the teacher about an image in all views, and add the answers to a part."""
-    truth = data.gt_boxes(info.image_id)
+    truth, known = data.gt_boxes(info.image_id), {"image_id": info.image_id, "file_name": info.file_name}
     for view in spec.views:
-        part.add(teacher.record(image, truth, spec=spec, image_id=info.image_id, file_name=info.file_name, view=view))
+        part.add(teacher.record(image.pixels, truth, spec=spec, view=view, file_digest=image.digest, **known))
 
 
 def _read_ahead(
-    images: Sequence[ImageInfo], folder: Path
-) -> Iterator[tuple[ImageInfo, npt.NDArray[np.uint8] | ImageError]]:
+    images: Sequence[ImageInfo], folder: Path, scale: tuple[int, int]
+) -> Iterator[tuple[ImageInfo, Picture | ImageError]]:
     """Decode images on a thread, a few ahead of the teacher; an unreadable one is given as its error."""
 
-    def read(info: ImageInfo) -> npt.NDArray[np.uint8] | ImageError:
+    def read(info: ImageInfo) -> Picture | ImageError:
         try:
-            return read_image(folder / info.file_name, (info.height, info.width))
+            return load_picture(folder / info.file_name, (info.height, info.width), scale)
         except ImageError as error:
             return error
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-read") as pool:
-        ahead: list[Future[npt.NDArray[np.uint8] | ImageError]] = [pool.submit(read, x) for x in images[:_READ_AHEAD]]
+        ahead: list[Future[Picture | ImageError]] = [pool.submit(read, x) for x in images[:_READ_AHEAD]]
         for i, info in enumerate(images):
             if i + _READ_AHEAD < len(images):
                 ahead.append(pool.submit(read, images[i + _READ_AHEAD]))

@@ -13,6 +13,7 @@ __all__ = [
     "Choices",
     "Scale",
     "data_options",
+    "skip_option",
     "training_options",
     "trust_option",
     "val_options",
@@ -99,6 +100,11 @@ training_options = _options(
     click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
     click.option("--workers", type=click.IntRange(0), help="Loader processes. Default: half the cores, at most 4."),
     click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
+)
+skip_option = click.option(
+    "--skip-bad-images",
+    is_flag=True,
+    help="Leave out images that cannot be read or are not as annotated. Decodes each once.",
 )
 trust_option = click.option(
     "--trust-checkpoint",

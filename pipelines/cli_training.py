@@ -8,7 +8,15 @@ from typing import Any
 import click
 from rich.console import Console
 
-from kdpipe.pipelines.cli_options import PATH, Scale, data_options, training_options, trust_option, val_options
+from kdpipe.pipelines.cli_options import (
+    PATH,
+    Scale,
+    data_options,
+    skip_option,
+    training_options,
+    trust_option,
+    val_options,
+)
 from kdpipe.pipelines.console import command_console
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
@@ -53,6 +61,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @training_options
 @data_options
 @val_options
+@skip_option
 @trust_option
 def train_student_command(
     cache_path: Path | None,
@@ -139,6 +148,7 @@ def train_student_command(
 @training_options
 @data_options
 @val_options
+@skip_option
 def train_teacher_command(
     config: str,
     epochs: int,
@@ -172,6 +182,7 @@ def train_teacher_command(
 @data_options
 @click.option("--scale", type=Scale(), help="Network input. Default: the config's test scale.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@skip_option
 @trust_option
 def evaluate_command(
     ckpt: Path,
@@ -183,6 +194,7 @@ def evaluate_command(
     strict_data: bool,
     scale: tuple[int, int] | None,
     batch_size: int,
+    skip_bad_images: bool,
     trust: bool,
 ) -> None:
     """Print the COCO AP of a checkpoint."""
@@ -200,6 +212,7 @@ def evaluate_command(
         batch_size=batch_size,
         trust=trust,
         strict_data=strict_data,
+        skip_bad_images=skip_bad_images,
         console=console,
     )
     console.print(metrics_table(metrics))

@@ -12,12 +12,14 @@ from rich.table import Table
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
+from kdpipe.pipelines.checked_dataset import CheckedDataset
 from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.data_report import report_data
-from kdpipe.pipelines.layouts import dataset_paths
+from kdpipe.pipelines.layouts import dataset_paths, kept_ratio_scale
+from kdpipe.pipelines.picture_checks import usable_images
 from kdpipe.pipelines.progress import AP_NAMES, ProgressHook, coco_metrics
 from kdpipe.pipelines.runner import QuietRunner
 from kdpipe.pipelines.sources import named_data
@@ -41,6 +43,7 @@ def evaluate(
     trust: bool,
     strict_data: bool = False,
     console: Console,
+    skip_bad_images: bool = False,
 ) -> dict[str, float]:
     """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
 
@@ -56,6 +59,7 @@ def evaluate(
         trust: Unpickle the checkpoint even where it holds more than weights.
         strict_data: Refuse annotations of which some would be left out.
         console: Where progress is shown.
+        skip_bad_images: Measure without images that cannot be read or are not as annotated.
 
     Returns:
         mmdet's metric names without prefix (`bbox_mAP`, ...) -> value.
@@ -76,6 +80,8 @@ def evaluate(
     if (known := class_names(checkpoint)) is not None:
         data = match_classes(data, known, f"the checkpoint {ckpt.name}")
     report_data(data, console, trained=False, strict=strict_data)
+    skip = skip_bad_images and not strict_data
+    data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), skip=skip)
     register_all_modules(init_default_scope=True)
     set_num_classes(cfg.model, len(data.class_names))
     with building("The detector"):
@@ -86,6 +92,7 @@ def evaluate(
         data = data.copied_to(Path(folder) / "annotations.json")
         data.write_copy()
         set_validation(cfg, data, scale, batch_size, loader)
+        cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
         runner = QuietRunner(
             model=model,
             work_dir=folder,

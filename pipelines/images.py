@@ -15,7 +15,16 @@ from kdpipe.cache.views import ViewError, input_size
 from kdpipe.pipelines.image_headers import read_header
 from kdpipe.pipelines.truncation import IncompleteError, lost_share
 
-__all__ = ["ImageError", "Picture", "check_picture", "image_problem", "image_size", "load_picture", "read_image"]
+__all__ = [
+    "ImageError",
+    "Picture",
+    "check_picture",
+    "image_digest",
+    "image_problem",
+    "image_size",
+    "load_picture",
+    "read_image",
+]
 
 # What is wrong is said once, in our words.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -78,7 +87,7 @@ def read_image(path: str | Path, expected: tuple[int, int] | None = None) -> npt
 
 
 def check_picture(path: str | Path, expected: tuple[int, int], scale: tuple[int, int] | None = None) -> str:
-    """Checks a file by its header and its end, in a fraction of a millisecond; reads all of it where these leave doubts.
+    """Checks a file by its header and its end, well under a millisecond; reads all of it where these leave doubts.
 
     Args:
         path: the file.
@@ -110,6 +119,15 @@ def image_problem(path: str | Path, width: int, height: int) -> str | None:
     except ImageError as error:
         return str(error)
     return None
+
+
+def image_digest(path: str | Path) -> int:
+    """Digest of a file's bytes, as the index of a cache keeps it.
+
+    Raises:
+        ImageError: the file is missing, empty or cannot be read.
+    """
+    return digest_file(_bytes(Path(path)))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -148,6 +148,17 @@ def test_scale(config: Config) -> tuple[tuple[int, int], bool]:
     raise ConfigError("the config's test pipeline has no Resize to one (width, height). Give --scale WxH.")
 
 
+def kept_ratio_scale(config: Config, scale: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The scale given, or that of the test-time view; None where there is none that keeps the ratio."""
+    if scale is not None:
+        return scale
+    try:
+        found, keep_ratio = test_scale(config)
+    except ConfigError:
+        return None
+    return found if keep_ratio else None
+
+
 test_scale.__test__ = False  # type: ignore[attr-defined]  # no test, whatever its name
 
 

@@ -13,8 +13,9 @@ from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.console import ProgressBar, plain
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.images import ImageError, check_picture, load_picture
+from kdpipe.pipelines.launch import is_first
 
-__all__ = ["usable_images"]
+__all__ = ["training_images", "usable_images"]
 
 _THREADS = 8  # a network disk answers many at a time
 _BATCH = 256
@@ -67,6 +68,29 @@ def usable_images(
         raise ImageError(f"All {count} images of {data.ann_file} are bad, the first: {first}")
     console.print(plain(f"{_count(count, data)} bad and left out, the first: {first}"), markup=False)
     return data.only([image.image_id for image in data.images if image not in found.problems])
+
+
+def training_images(
+    train: DetectionData,
+    val: DetectionData | None,
+    console: Console,
+    *,
+    scale: tuple[int, int] | None,
+    skip: bool,
+) -> tuple[DetectionData, DetectionData | None]:
+    """Training and validation images, checked by `usable_images`.
+
+    Of several processes the first checks, and speaks for all; where bad images are left out, each finds the same.
+
+    Raises:
+        ImageError: As `usable_images` does.
+    """
+    if not (skip or is_first()):
+        return train, val
+    train = usable_images(train, console, scale=scale, skip=skip)
+    if val is not None:
+        val = usable_images(val, console, scale=scale, skip=skip)
+    return train, val
 
 
 def _decode(path: Path, expected: tuple[int, int], scale: tuple[int, int] | None) -> str:

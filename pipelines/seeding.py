@@ -16,9 +16,9 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 
-from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.reader import open_cache
-from kdpipe.pipelines.images import ImageError, image_problem
+from kdpipe.cache.reader import TeacherCache, open_cache
+from kdpipe.pipelines.checked_dataset import read_item
+from kdpipe.pipelines.images import ImageError, image_digest
 
 __all__ = ["EpochSampler", "SeedStepHook", "SeededDataset", "seed_everything"]
 
@@ -56,17 +56,19 @@ class SeededDataset:
     Args:
         dataset: Config of the mmdet data set.
         seed: Seed of the run.
-        only_in: Path of a cache; images that it does not hold are left out.
+        only_in: Path of a cache; images that it does not hold are left out, and each is compared with the one that the
+            teacher saw when a process first reads it.
     """
 
     def __init__(self, dataset: dict[str, Any], seed: int, only_in: str | None = None) -> None:
         self.dataset = DATASETS.build(dataset)
         self.dataset.full_init()
         self.seed = seed
-        if only_in is not None:
-            cache = open_cache(only_in, allow_partial=True)
-            known = [i for i in range(len(self.dataset)) if self.dataset.get_data_info(i)["img_id"] in cache]
+        self.cache = None if only_in is None else open_cache(only_in, allow_partial=True)
+        if self.cache is not None:
+            known = [i for i in range(len(self.dataset)) if self.dataset.get_data_info(i)["img_id"] in self.cache]
             self.dataset.get_subset_(known)
+        self._compared = np.zeros(len(self.dataset), dtype=bool)
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -83,19 +85,23 @@ class SeededDataset:
         """The image, augmented.
 
         Raises:
-            KdpipeError: It cannot be read, or what belongs to it; the file is named.
+            KdpipeError: It cannot be read, or what belongs to it, or it is not what the teacher saw; the file is named.
         """
+        place = index % len(self)
+        if self.cache is not None and not self._compared[place]:
+            self._compare(self.cache, place)
+            self._compared[place] = True
         with _own_randomness(self.seed, index):
-            try:
-                return self.dataset[index % len(self)]
-            except KdpipeError:
-                raise
-            except Exception as error:  # of mmdet's pipeline, which does not always say which image it was
-                info = self.get_data_info(index)
-                problem = image_problem(info["img_path"], info["width"], info["height"])
-                if problem is None:
-                    raise
-                raise ImageError(problem) from error
+            return read_item(self.dataset, place)
+
+    def _compare(self, cache: TeacherCache, place: int) -> None:
+        info = self.dataset.get_data_info(place)
+        known = cache.index(info["img_id"], cache.spec.views[0]).file_digest
+        if known and image_digest(info["img_path"]) != known:
+            raise ImageError(
+                f"image {info['img_path']} is another picture than the one that the teacher saw: its name and size are "
+                "the same, and its bytes are not. Put back the picture that was cached, or cache the teacher again."
+            )
 
 
 @DATA_SAMPLERS.register_module()

@@ -161,6 +161,7 @@ class Teacher:
         image_id: int,
         file_name: str,
         view: str,
+        file_digest: int = 0,
     ) -> TeacherRecord:
         """Everything the teacher says of one image in one view.
 
@@ -171,6 +172,7 @@ class Teacher:
             image_id: COCO image id.
             file_name: The image's name in the data set.
             view: One of `spec.views`.
+            file_digest: Of the image file, as `load_picture` gives it; 0 where it is not known.
         """
         original = (image.shape[0], image.shape[1])
         size = input_size(original, spec.scale)
@@ -193,6 +195,7 @@ class Teacher:
             embeddings=said.embeddings if "embeddings" in spec.fields else None,
             roi_features=roi_features if "roi_features" in spec.fields else None,
             features=tuple(level[0] for level in pyramid) if "features" in spec.fields else None,
+            file_digest=file_digest,
         )
 
     def proposals(self, pyramid: tuple[Tensor, ...], sample: DetDataSample) -> Tensor:

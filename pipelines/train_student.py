@@ -116,12 +116,12 @@ def train_student(
         _check_resumed(teacher, work_dir, resume)
     if val is not None:
         val = match_classes(val, teacher.spec.class_names, teacher_name(teacher))
-    skipped = []
     if cache is not None:
         train = _cached_images(cache, train, work_dir, resume, console)
-        skipped = [image["image_id"] for image in cache.skipped]
-    train, val = training_copies(train, val, work_dir, console, strict=recipe.strict_data)
-    cfg = detector_config(config, train, val, recipe, skipped)
+        if skipped := {image["image_id"] for image in cache.skipped}:
+            train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
+    train, val = training_copies(train, val, config, recipe, work_dir, console)
+    cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
     cfg = apply_options(cfg, quote_names(recipe.options))

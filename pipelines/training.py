@@ -18,6 +18,7 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
+from kdpipe.pipelines.checked_dataset import CheckedDataset
 from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
@@ -25,7 +26,9 @@ from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
+from kdpipe.pipelines.layouts import kept_ratio_scale
 from kdpipe.pipelines.parcel import pack_batch
+from kdpipe.pipelines.picture_checks import training_images
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.progress import ProgressHook, coco_metrics
 from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
@@ -80,13 +83,8 @@ def train_detector(
     """
     check_work_dir(work_dir, resume)
     train, val = load_data()
-    train, val = training_copies(
-        train,
-        val and match_classes(val, train.class_names, f"the training images {train.ann_file}"),
-        work_dir,
-        console,
-        strict=recipe.strict_data,
-    )
+    val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
+    train, val = training_copies(train, val, config, recipe, work_dir, console)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = apply_options(cfg, recipe.options)
@@ -97,18 +95,27 @@ def train_detector(
 
 
 def training_copies(
-    train: DetectionData, val: DetectionData | None, work_dir: Path, console: Console, *, strict: bool
+    train: DetectionData,
+    val: DetectionData | None,
+    config: Config,
+    recipe: Recipe,
+    work_dir: Path,
+    console: Console,
 ) -> tuple[DetectionData, DetectionData | None]:
     """Say what of the data is left out, and where mmdet will read them: from copies in a folder of our own.
 
-    They are not written yet (`DetectionData.write_copy`).
+    They are not written yet (`DetectionData.write_copy`). All images are checked.
 
     Raises:
-        DataError: `strict`, and something is left out.
+        DataError: The recipe is strict, and something is left out.
+        ImageError: There are bad images.
     """
-    report_data(train, console, trained=True, strict=strict)
+    report_data(train, console, trained=True, strict=recipe.strict_data)
     if val is not None:
-        report_data(val, console, trained=False, strict=strict)
+        report_data(val, console, trained=False, strict=recipe.strict_data)
+    scale, skip = kept_ratio_scale(config, recipe.scale), recipe.skip_bad_images and not recipe.strict_data
+    train, val = training_images(train, val, console, scale=scale, skip=skip)
+    if val is not None:
         val = val.copied_to(work_dir / COPIES / "val.json")
     return train.copied_to(work_dir / COPIES / "train.json"), val
 
@@ -249,6 +256,8 @@ def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
     }
     cfg.train_dataloader.sampler.type = EpochSampler.__name__
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
+    if cfg.val_dataloader is not None:
+        cfg.val_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.val_dataloader.dataset}
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         if loader is not None:
             loader.worker_init_fn = {"type": init_worker.__name__}

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Recipe:
         workers: Loader workers; None chooses by the number of cores.
         options: `KEY=VALUE` overrides of the config, applied last.
         strict_data: Refuse data of which some would be left out.
+        skip_bad_images: Leave out images that cannot be read or are not as annotated.
     """
 
     epochs: int
@@ -49,6 +50,7 @@ class Recipe:
     workers: int | None = None
     options: Sequence[str] = ()
     strict_data: bool = False
+    skip_bad_images: bool = False
 
 
 def world_size() -> int:
@@ -61,7 +63,6 @@ def detector_config(
     train: DetectionData,
     val: DetectionData | None,
     recipe: Recipe,
-    left_out: Collection[int] = (),
 ) -> Config:
     """A runnable training config for a plain detector.
 
@@ -72,7 +73,6 @@ def detector_config(
         train: Training images.
         val: Validation images, or None.
         recipe: Schedule and options.
-        left_out: Ids of training images that will not be trained on.
 
     Raises:
         KdpipeError: There is nothing to train on, or the config's pipelines cannot be used.
@@ -100,7 +100,7 @@ def detector_config(
         set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
 
     # mmdet leaves out images without annotations
-    images = sum(image.num_gt > 0 and image.image_id not in left_out for image in train.images)
+    images = sum(image.num_gt > 0 for image in train.images)
     if not images:
         raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
     cfg.param_scheduler = None  # that of kdpipe, made when the number of steps is known (run_training)
