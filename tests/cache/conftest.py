@@ -71,6 +71,7 @@ class Kit:
             embeddings=torch.randn(count, spec.embedding_dim, generator=g),
             roi_features=torch.randn(shape, generator=g) if "roi_features" in spec.fields else None,
             features=[torch.randn(spec.channels, h, w, generator=g) for h, w in level_shapes(size, spec.strides)],
+            file_digest=image.image_id - 2**63,
         )
 
     @classmethod

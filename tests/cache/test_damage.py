@@ -111,9 +111,18 @@ def test_paths_that_are_no_cache(tmp_path: Path) -> None:
 def test_a_newer_format(cache_path: Path) -> None:
     file = cache_path / "zarr.json"
     content = json.loads(file.read_text())
-    content["attributes"]["kdpipe"]["spec"] = {"version": 2, "something": "new"}
+    content["attributes"]["kdpipe"]["spec"] = {"version": 3, "something": "new"}
     file.write_text(json.dumps(content))
-    with pytest.raises(CacheError, match="format version 2, and this kdpipe reads version 1: install a newer"):
+    with pytest.raises(CacheError, match="format version 3, and this kdpipe reads version 2: install a newer"):
+        open_cache(cache_path)
+
+
+def test_an_older_format(cache_path: Path) -> None:
+    file = cache_path / "zarr.json"
+    content = json.loads(file.read_text())
+    content["attributes"]["kdpipe"]["spec"]["version"] = 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match=r"version 1, and this kdpipe reads version 2.* cache the teacher again"):
         open_cache(cache_path)
 
 

@@ -1,7 +1,7 @@
-"""The bytes of format version 1, pinned; and plain zarr-python, which opens it as docs/format.md says.
+"""The bytes of format version 2, pinned; and plain zarr-python, which opens it as docs/format.md says.
 
 A failure here says that caches that people have can no longer be finished or read as they are: that takes a new format
-version, and a file of its own beside `format_v1.json`, which holds what `digests` gives for each tier, type and codec.
+version, and a file of its own beside `format_v2.json`, which holds what `digests` gives for each tier, type and codec.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from kdpipe.cache.views import input_size
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
 
-GOLDEN = Path(__file__).with_name("format_v1.json")
+GOLDEN = Path(__file__).with_name("format_v2.json")
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 IMAGES = [ImageInfo(7, "a.jpg", 32, 48, 1), ImageInfo(-3, "ordner/ä.jpg", 48, 32, 0)]
 PIPELINES = ("zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs.ZarrsCodecPipeline")
@@ -57,6 +57,7 @@ def record(image: ImageInfo, view: str, spec: CacheSpec) -> TeacherRecord:
         embeddings=whole_numbers(count, spec.embedding_dim, start=5),
         roi_features=whole_numbers(count, spec.channels, 7, 7),
         features=[whole_numbers(spec.channels, h, w, start=h) for h, w in level_shapes(size, spec.strides)],
+        file_digest=-image.image_id,
     )
 
 
@@ -105,7 +106,7 @@ def without_blosc(data: bytes, codec: str) -> bytes:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tier", ["pyramid", "roi"])
-def test_the_bytes_of_version_1(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> None:
+def test_the_bytes_of_version_2(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> None:
     found = digests(make(tmp_path / "x.zarr", kit, tier, dtype, codec), codec)
     assert found == json.loads(GOLDEN.read_text())[f"{tier} {dtype} {codec}"]
 

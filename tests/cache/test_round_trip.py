@@ -139,12 +139,14 @@ def test_head_metadata_and_lookup(cache_path: Path, kit: "type[Kit]") -> None:
     assert record.features is not None
     assert index.num_rois == len(record.boxes)
     assert index.level_shapes == tuple(tuple(x.shape[1:]) for x in record.features)
-    assert (index.file_name, index.original_size, index.input_size, index.num_proposals) == (
+    assert (index.file_name, index.original_size, index.input_size, index.num_proposals, index.file_digest) == (
         image.file_name,
         record.original_size,
         record.input_size,
         record.num_proposals,
+        record.file_digest,
     )
+    assert index.file_digest < 0
 
 
 def test_results_are_writable_and_independent(cache_path: Path) -> None:

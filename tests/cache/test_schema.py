@@ -75,6 +75,7 @@ def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any]
     ("changes", "message"),
     [
         ({"version": FORMAT_VERSION + 1}, "install a newer kdpipe"),
+        ({"version": FORMAT_VERSION - 1}, "cache the teacher again"),
         ({"version": "1"}, "found '1'"),
         ({"channels": "6"}, r"'channels' .* should be int"),
         ({"channels": True}, r"'channels' .* should be int"),

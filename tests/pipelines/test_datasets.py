@@ -6,16 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from PIL import Image
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.datasets import check_images, load_coco, load_voc, read_image
-from kdpipe.pipelines.images import ImageError, image_size
+from kdpipe.pipelines.datasets import load_coco, load_voc
 
 GOOD: dict[str, Any] = {
     "images": [
@@ -301,67 +298,3 @@ def test_bad_voc_splits(tmp_path: Path, split: str, text: str, message: str) -> 
         load_voc(root, split)
     with pytest.raises(KdpipeError, match="no Pascal VOC folder"):
         load_voc(tmp_path, split)
-
-
-def noise(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "turned"])
-def test_pixels_are_those_of_mmdet(tmp_path: Path, suffix: str, mode: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    exif = Image.Exif()
-    if mode == "turned":
-        exif[0x0112] = 6
-    image = Image.fromarray(noise(20, 30)).convert("L" if mode == "L" else "RGB")
-    options: dict[str, Any] = {} if suffix == ".bmp" else {"exif": exif}
-    image.save(path, **options)
-    wanted = LoadImageFromFile().transform({"img_path": str(path)})["img"]
-    found = read_image(path, wanted.shape[:2])
-    np.testing.assert_array_equal(found, wanted)
-    assert found.dtype == np.uint8
-    assert image_size(path) == wanted.shape[:2]
-
-
-def test_bccd_pixels_and_sizes(bccd: Path) -> None:
-    data = load_coco(bccd / "val.json", bccd / "JPEGImages", limit=5)
-    assert check_images(data) == {}
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
-@pytest.mark.parametrize("cut", [3, 200, 1500])
-def test_truncated_images_are_found(tmp_path: Path, suffix: str, cut: int) -> None:
-    cv2.imwrite(str(tmp_path / f"whole{suffix}"), noise(64, 64))
-    path = tmp_path / f"cut{suffix}"
-    path.write_bytes((tmp_path / f"whole{suffix}").read_bytes()[:-cut])
-    with pytest.raises(ImageError, match=rf"cut\{suffix}.*(truncated|decoded)"):
-        read_image(path, (64, 64))
-
-
-def test_bytes_behind_the_end_do_no_harm(tmp_path: Path) -> None:
-    cv2.imwrite(str(tmp_path / "a.jpg"), noise(20, 30))
-    wanted = read_image(tmp_path / "a.jpg")
-    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"comment")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), wanted)
-
-
-def test_bad_images_are_named(tmp_path: Path) -> None:
-    Image.fromarray(noise(40, 61)).save(tmp_path / "a.png")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/b.png").write_text("<html>")
-    (tmp_path / "empty.png").write_bytes(b"")
-    data = load_coco(write(tmp_path, GOOD), tmp_path)
-    problems = check_images(data)
-    assert list(problems) == [7, 3, 5]
-    assert "61 x 40 pixels" in problems[7]
-    assert "60 x 40" in problems[7]
-    assert "truncated or damaged" in problems[3]
-    assert "does not exist" in problems[5]
-    assert list(check_images(data, [3])) == [3]
-    with pytest.raises(ImageError, match="is empty"):
-        read_image(tmp_path / "empty.png")
-    with pytest.raises(ImageError, match="cannot be read"):
-        read_image(tmp_path)
-    with pytest.raises(ImageError, match="size of image"):
-        image_size(tmp_path / "sub/b.png")
