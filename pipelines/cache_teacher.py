@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,9 @@ def _add(
     image: Picture,
 ) -> None:
     """Ask the teacher about an image in all views, and add the answers to a part."""
-    truth, known = data.gt_boxes(info.image_id), {"image_id": info.image_id, "file_name": info.file_name}
+    ask = partial(teacher.record, image.pixels, data.gt_boxes(info.image_id), spec=spec)
     for view in spec.views:
-        part.add(teacher.record(image.pixels, truth, spec=spec, view=view, file_digest=image.digest, **known))
+        part.add(ask(image_id=info.image_id, file_name=info.file_name, view=view, file_digest=image.digest))
 
 
 def _read_ahead(

@@ -62,10 +62,11 @@ def read_item(dataset: Any, index: int) -> Any:
             f"({type(error).__name__}: {error}). Correct the pipeline, or take the image out of the annotations; "
             "kdpipe --debug shows where it happened."
         ) from error
-    sample = item.get("data_samples") if isinstance(item, dict) else None
-    if hasattr(sample, "ori_shape"):
+    shape = getattr(item.get("data_samples"), "ori_shape", None) if isinstance(item, dict) else None
+    if shape is not None:
         info = dataset.get_data_info(index)
-        sizes = tuple(sample.ori_shape), (info["height"], info["width"])
-        if sizes[0] != sizes[1] and (problem := image_problem(info["img_path"], info["width"], info["height"])):
+        if tuple(shape) != (info["height"], info["width"]) and (
+            problem := image_problem(info["img_path"], info["width"], info["height"])
+        ):
             raise ImageError(problem)  # its header said otherwise
     return item

@@ -172,9 +172,10 @@ def _check_size(
             f"annotations say {expected[1]} x {expected[0]}: its boxes would be misplaced. Correct width and height in "
             "the annotation file, or put the image in place that was annotated."
         )
+    if scale is None:
+        return
     try:
-        if scale is not None:
-            input_size(found, scale)
+        input_size(found, scale)
     except ViewError as error:
         raise ImageError(
             f"image {path} is {found[1]} x {found[0]} pixels: resized into {scale[0]} x {scale[1]}, nothing is left of "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kdpipe.pipelines.image_headers import JPEG_END, PNG_END
 
@@ -47,7 +47,7 @@ def lost_share(data: bytes) -> float | None:
         if PNG_END not in data:  # OpenCV 5 does not decode it, whatever is missing
             raise IncompleteError("its end is missing")
         return None
-    with contextlib.suppress(Image.UnidentifiedImageError), _explained(), Image.open(io.BytesIO(data)) as image:
+    with contextlib.suppress(UnidentifiedImageError), _explained(), Image.open(io.BytesIO(data)) as image:
         image.load()
     return None  # a format that Pillow does not know is OpenCV's to judge
 
@@ -94,7 +94,7 @@ def _explained() -> Iterator[None]:
     """What Pillow raises on bytes that it cannot decode, as one error."""
     try:
         yield
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise
     except (OSError, ValueError, SyntaxError, TypeError, LookupError, struct.error) as error:
         raise IncompleteError(str(error)) from error

@@ -35,8 +35,7 @@ def noise(height: int, width: int) -> npt.NDArray[np.uint8]:
 
 def photo(height: int, width: int) -> npt.NDArray[np.uint8]:
     """As smooth as a photograph."""
-    smooth: npt.NDArray[np.uint8] = cv2.GaussianBlur(noise(height, width), (9, 9), 3)
-    return smooth
+    return cv2.GaussianBlur(noise(height, width), (9, 9), 3).astype(np.uint8)
 
 
 def jpeg(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
@@ -74,7 +73,10 @@ def test_grey_images_have_three_channels(tmp_path: Path, suffix: str) -> None:
 
 
 def put(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
 
 
 def half(path: Path) -> None:
