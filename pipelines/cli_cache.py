@@ -6,7 +6,17 @@ from pathlib import Path
 import click
 
 from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
-from kdpipe.pipelines.cli_options import PATH, Bytes, Choices, Scale, data_options, trust_option
+from kdpipe.pipelines.cli_options import (
+    COUNT,
+    IMAGE_ID,
+    PATH,
+    PROPOSALS,
+    Bytes,
+    Choices,
+    Scale,
+    data_options,
+    trust_option,
+)
 from kdpipe.pipelines.console import bytes_text, command_console
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
@@ -20,11 +30,11 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option("--proposals", type=click.IntRange(1), default=512, show_default=True, help="Best boxes kept per image.")
+@click.option("--proposals", type=PROPOSALS, default=512, show_default=True, help="Best boxes kept per image.")
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
 @click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
+@click.option("--limit", type=COUNT, help="Only the first N images.")
 @click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
 @click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
@@ -115,7 +125,7 @@ def cache_teacher_command(
 @click.option("--repair", is_flag=True, help="Remove what is bad, so that cache-teacher makes it anew.")
 @click.option("--ckpt", type=PATH, help="The teacher: compare with what it says of some images.")
 @click.option("--config", help="Its config: a zoo name, or a file. Default: the one that the cache records.")
-@click.option("--sample", type=click.IntRange(1), default=16, show_default=True, help="How many images, with --ckpt.")
+@click.option("--sample", type=COUNT, default=16, show_default=True, help="How many images, with --ckpt.")
 @click.option("--device", help="Where the teacher runs. Default: cuda where there is one, else cpu.")
 @click.option("--ap", is_flag=True, help="Compute the teacher's AP from the cache alone.")
 @data_options
@@ -161,7 +171,7 @@ def verify_command(
 
 @click.command("inspect")
 @click.argument("cache_path", metavar="CACHE", type=PATH)
-@click.option("--image", type=int, help="Show what is kept of the image with this id.")
+@click.option("--image", type=IMAGE_ID, help="Show what is kept of the image with this id.")
 @click.option("--view", type=click.Choice(VIEWS), help="In this view. Default: the first of the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect_command(cache_path: Path, image: int | None, view: str | None, as_json: bool) -> None:

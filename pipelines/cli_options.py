@@ -1,5 +1,6 @@
 """Types and options that several commands share."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,15 @@ from typing import Any
 import click
 
 __all__ = [
+    "BATCH",
+    "COUNT",
+    "EPOCHS",
+    "IMAGE_ID",
     "PATH",
+    "PROPOSALS",
     "Bytes",
     "Choices",
+    "FiniteRange",
     "Scale",
     "data_options",
     "skip_option",
@@ -20,6 +27,25 @@ __all__ = [
 ]
 
 PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1, 10**9)
+IMAGE_ID = click.IntRange(-(1 << 63), (1 << 63) - 1)  # what a cache can hold
+PROPOSALS = click.IntRange(1, 100_000)
+EPOCHS = click.IntRange(1, 100_000)
+BATCH = click.IntRange(1, 100_000)
+SEED = click.IntRange(0, (1 << 32) - 1)  # numpy's
+WORKERS = click.IntRange(0, 1_000)
+_SIDES = range(16, 20_001)  # of a network input, pixels
+_LARGEST = 1 << 50  # of sizes, bytes
+
+
+class FiniteRange(click.FloatRange):
+    """As click's, in which NaN lies within any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 class Scale(click.ParamType):  # type: ignore[type-arg]
@@ -33,6 +59,12 @@ class Scale(click.ParamType):  # type: ignore[type-arg]
         match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", value)
         if match is None:
             self.fail(f"{value!r} is no size; expected WIDTHxHEIGHT in pixels, such as 1333x800.", param, ctx)
+        if any(len(side) > 9 or int(side) not in _SIDES for side in match.groups()):
+            self.fail(
+                f"{value!r} is no size of pictures; expected sides of {_SIDES.start} to {_SIDES.stop - 1} pixels.",
+                param,
+                ctx,
+            )
         return int(match[1]), int(match[2])
 
 
@@ -45,10 +77,13 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", value, re.IGNORECASE)
-        if match is None or float(match[1]) <= 0:
+        if match is None:
             self.fail(f"{value!r} is no size; expected such as 512MiB or 1GiB.", param, ctx)
         power = "kmgt".find(match[2][0].lower()) + 1 if match[2] else 0
-        return int(float(match[1]) * 1024**power)
+        size = float(match[1]) * 1024**power
+        if not 1 <= size <= _LARGEST:
+            self.fail(f"{value!r} is no size; expected from 1 byte to 1024TiB, such as 512MiB or 1GiB.", param, ctx)
+        return int(size)
 
 
 class Choices(click.ParamType):  # type: ignore[type-arg]
@@ -91,14 +126,14 @@ val_options = _options(
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
 )
 training_options = _options(
-    click.option("--batch-size", type=click.IntRange(1), help="Images per step and process. Default: the config's."),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--batch-size", type=BATCH, help="Images per step and process. Default: the config's."),
+    click.option("--lr", type=FiniteRange(0, 1000, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
+    click.option("--seed", type=SEED, default=0, show_default=True),
     click.option("--scale", type=Scale(), help="Network input, ratio kept."),
     click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
     click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
-    click.option("--workers", type=click.IntRange(0), help="Loader processes. Default: half the cores, at most 4."),
+    click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4."),
     click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
 )
 skip_option = click.option(

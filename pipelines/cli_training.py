@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 
 from kdpipe.pipelines.cli_options import (
+    BATCH,
+    EPOCHS,
     PATH,
     Scale,
     data_options,
@@ -34,7 +36,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
     help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
     "teacher or student gives one box for all classes.",
 )
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. Default: the schedule's.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: the schedule's.")
 @click.option(
     "--schedule",
     type=click.Choice(["1x", "2x-ms"]),
@@ -144,7 +146,7 @@ def train_student_command(
 
 @click.command("train-teacher")
 @click.option("--config", required=True, help="mmdet config: a zoo name, or a file.")
-@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True, help="Passes over the images.")
+@click.option("--epochs", type=EPOCHS, default=12, show_default=True, help="Passes over the images.")
 @training_options
 @data_options
 @val_options
@@ -181,7 +183,7 @@ def train_teacher_command(
 @click.option("--config", help="Its config: a zoo name, or a file. Default: the checkpoint's own.")
 @data_options
 @click.option("--scale", type=Scale(), help="Network input. Default: the config's test scale.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=BATCH, default=1, show_default=True)
 @skip_option
 @trust_option
 def evaluate_command(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from rich.console import Console
 
 from kdpipe.distill.methods import loss_name
 from kdpipe.pipelines.runner import RunnerError
@@ -45,9 +46,13 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
 
     Looks once, after 100 steps or the first epoch; a weight of 0 is taken as meant. A dense student has 1,000 steps,
     and a training that is shorter than these ends with a warning.
+
+    Args:
+        console: Where the warning is shown; it is in the log, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._steps, self._patience = 0, _PATIENCE
         self._silent: set[str] | None = None
         self._counts: dict[str, int] = {}
@@ -74,7 +79,9 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         if self._silent and self._steps < self._patience:
-            runner.logger.warning(self._report())
+            report = self._report()
+            self._console.print(f"Warning: {report}", markup=False, highlight=False)
+            runner.logger.warning(report)
 
     def _report(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())

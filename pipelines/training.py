@@ -186,7 +186,7 @@ def run_training(
     runner.register_hook(progress)
     runner.register_hook(SameBuffersHook())
     runner.register_hook(FiniteHook())
-    runner.register_hook(UsefulLossesHook())
+    runner.register_hook(UsefulLossesHook(console))
     runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
     first_step = runner.iter
     try:

@@ -64,8 +64,9 @@ def test_the_students_own_loss_and_a_plain_training(kit: "Kit", work: Path, monk
 
 def test_weights_that_are_not_finite_are_not_saved(kit: "Kit", work: Path) -> None:
     """A finite loss whose gradient is too large, at the last step of an epoch."""
-    options = ("--methods", "cls", "--batch-size", 8, "--lr", 3e38, "-o", "optim_wrapper.clip_grad=None")
-    message = kit.refused(*kit.student_command(work / "w", *options, "-o", "param_scheduler=[]"))
+    options = ("--methods", "cls", "--batch-size", 8, "-o", "optim_wrapper.clip_grad=None")
+    rate = ("-o", "param_scheduler=[]", "-o", "optim_wrapper.optimizer.lr=3e38")
+    message = kit.refused(*kit.student_command(work / "w", *options, *rate))
     assert "are not finite any more" in message
     assert not list((work / "w").glob("*.pth"))
 
@@ -82,6 +83,20 @@ def test_a_loss_that_contributes_nothing(kit: "Kit", work: Path, monkeypatch: py
     assert "8 exact" in message or "mirrored" in message
     assert not (work / "w" / "student.pth").exists()
     kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.weights.sgfi=0")
+
+
+def test_a_short_training_in_which_nothing_is_learned_says_so(kit: "Kit", work: Path) -> None:
+    """The boxes of an untrained dense student may meet no object: a warning on the console, and the student is kept."""
+    config = kit.dense("fcos")
+    config.model.bbox_head.init_cfg.override.bias = -8.0  # boxes that are points
+    (work / "student.py").write_text(config.pretty_text)
+    ended = kit.train_student(work / "w", "--student", work / "student.py", "--methods", "sgfi,cls")
+    _, line = " ".join(ended.out.split()).split("Warning: ")
+    assert line.startswith("loss_sgfi was 0 in every step so far: nothing is learned from it")
+    assert "0 positive" in line
+    assert (work / "w" / "student.pth").exists()
+    ended = kit.train_student(work / "v", "--student", work / "student.py", "--methods", "cls")
+    assert "Warning" not in ended.out
 
 
 def test_shares_of_the_gradient_are_in_the_log(kit: "Kit", work: Path) -> None:
