@@ -32,7 +32,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]
         self.config_text = config_text
 
     def before_train(self, runner: Any) -> None:
-        if runner.epoch:  # resumed: the process may have ended between the two files
+        # resumed: the process may have ended between the two files, or some epochs behind the last checkpoint
+        if runner.epoch and runner.epoch >= _epoch(Path(runner.work_dir, f"{self.name}.pth")):
             self._write(runner, runner.epoch)
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -70,6 +71,11 @@ def _measured_weights(runner: Any) -> dict[str, torch.Tensor]:
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
+
+
+def _epoch(path: Path) -> int:
+    """Epoch of a checkpoint of the bare detector; 0 where there is none."""
+    return int(torch.load(path, map_location="cpu", weights_only=True)["meta"]["epoch"]) if path.exists() else 0
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:

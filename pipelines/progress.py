@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from rich.console import Console
 
 from kdpipe.pipelines.console import ProgressBar, stop
@@ -30,6 +30,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
     Attributes:
         step_times: Seconds of each step but the first of each pass.
+        trained: Whether there was a step.
         metrics: COCO metrics of the last evaluation, as `coco_metrics` gives them; None before the first.
     """
 
@@ -40,12 +41,16 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self.name = name
         self.progress: ProgressBar | None = None
         self.step_times: list[float] = []
+        self.trained = False
         self.metrics: dict[str, float] | None = None
         self._epoch_losses: list[torch.Tensor] = []
         self._last = 0.0
 
     def before_train(self, runner: Any) -> None:
         stop.between_steps = True
+        if runner.epoch:
+            left = "nothing is left to train" if runner.epoch == runner.max_epochs else "the others follow"
+            self.console.print(f"{self.name}: {runner.epoch} of {runner.max_epochs} epochs are done; {left}")
         self._start(runner.max_iters, runner.iter)
 
     def _start(self, total: int, done: int) -> None:
@@ -72,6 +77,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._tick(batch_idx)
+        self.trained = True
         if outputs and "loss" in outputs:
             self._epoch_losses.append(outputs["loss"].detach())
         self._advance(runner.iter + 1)
@@ -95,6 +101,11 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         self.close()
+        if runner.train_loop.stop_training:
+            self.console.print(
+                f"{self.name}: stopped early, after epoch {runner.epoch} of {runner.max_epochs}"
+                + "".join(f"; {_stopped_by(hook)}" for hook in runner.hooks if isinstance(hook, EarlyStoppingHook))
+            )
 
     def before_test(self, runner: Any) -> None:
         self._start(len(runner.test_dataloader), 0)
@@ -111,3 +122,13 @@ class ProgressHook(Hook):  # type: ignore[misc]
         stop.between_steps = False
         if self.progress is not None:
             self.progress.close()
+
+
+def _stopped_by(hook: EarlyStoppingHook) -> str:
+    """Why a hook stopped the training, of what it keeps."""
+    if hook.wait_count >= hook.patience:
+        return (
+            f"EarlyStoppingHook: {hook.monitor} has not got better by {abs(hook.min_delta)} in {hook.wait_count} "
+            f"validations (best {hook.best_score:.3f})"
+        )
+    return f"EarlyStoppingHook: {hook.monitor} met its threshold, {hook.stopping_threshold}, or is not finite"

@@ -1,8 +1,7 @@
 """`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
 
 import copy
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,17 @@ from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.live_teacher import OnlineTeacher
+from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
-from kdpipe.pipelines.training import COPIES, TrainingResult, check_work_dir, run_training, training_copies
+from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
 from kdpipe.pipelines.transform_types import check_names, quote_names
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
+from kdpipe.pipelines.work_dir import WorkDir
 
 __all__ = ["check_data", "train_student"]
 
-_TEACHER_FILE = "cache.json"
-_IMAGES_FILE = f"{COPIES}/images.json"
 # What `-o distill.…` can change.
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROIS,
@@ -98,14 +96,16 @@ def train_student(
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
     """
-    check_work_dir(work_dir, resume)
+    work = WorkDir(work_dir)
+    work.check(resume)
+    begun = (work.record() or {}) if resume else {}
     dense = "roi_head" not in config.model
     losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
-        _check_cached(cache, work_dir, resume)
-        _check_resumed(cache, work_dir, resume)
+        _check_cached(cache, begun)
+        _check_teacher(cache, begun, work_dir)
     train, val = load_data()
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
@@ -113,14 +113,16 @@ def train_student(
         train = check_data(cache, train)
     elif isinstance(teacher, OnlineTeacher):
         teacher, train = teacher.with_data(train)
-        _check_resumed(teacher, work_dir, resume)
+        _check_teacher(teacher, begun, work_dir)
     if val is not None:
         val = match_classes(val, teacher.spec.class_names, teacher_name(teacher))
+    images = None
     if cache is not None:
-        train = _cached_images(cache, train, work_dir, resume, console)
+        images = _cached_images(cache, train, begun, console)
+        train = train if images is None else train.only(images)
         if skipped := {image["image_id"] for image in cache.skipped}:
             train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
-    train, val = training_copies(train, val, config, recipe, work_dir, console)
+    train, val = training_copies(train, val, config, recipe, work, console)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
@@ -131,31 +133,43 @@ def train_student(
     if ckd_branch is not None:
         distill.ckd.branch = ckd_branch
     recorded = copy.deepcopy(cfg)
+    chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
+    record = training_record(
+        "student",
+        recorded,
+        world_size(),
+        train,
+        val,
+        teacher=_identity(teacher),
+        images=images,
+        distillation={
+            **{key: value for key, value in distill.items() if key != "share_interval"},
+            "methods": methods,
+            "rois": {**distill.rois, "of": chosen},
+            "missing_view": missing_view,
+        },
+    )
     if methods:
-        chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
         _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
-    for data in (train, val):
-        if data is not None:
-            data.write_copy()
-    _record(teacher, train, work_dir)
     return run_training(
         cfg,
         recorded,
-        work_dir,
-        name="student",
+        [train] if val is None else [train, val],
+        work,
+        record,
         resume=resume,
         console=console,
         only_in=None if cache is None else cache.path,
     )
 
 
-def _check_cached(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
+def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:
     """Refuse a cache that is not finished where nothing can be learned from it, or several processes would train.
 
     Raises:
         KdpipeError: Nothing is cached yet, or several processes train, which might not see the same.
     """
-    if cache.is_complete or (resume and (work_dir / _IMAGES_FILE).exists()):
+    if cache.is_complete or begun.get("images") is not None:
         return
     if not len(cache):
         raise KdpipeError(f"The cache {cache.path} has no finished part yet. Wait for one.")
@@ -167,42 +181,37 @@ def _check_cached(cache: TeacherCache, work_dir: Path, resume: bool) -> None:
 
 
 def _cached_images(
-    cache: TeacherCache, train: DetectionData, work_dir: Path, resume: bool, console: Console
-) -> DetectionData:
-    """The images of a cache, of which some may be missing still.
+    cache: TeacherCache, train: DetectionData, begun: Mapping[str, Any], console: Console
+) -> list[int] | None:
+    """Ids of the images of a cache, of which some may be missing still; None where all are there.
 
     A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
+
+    Raises:
+        KdpipeError: The cache lacks images that the training began with.
     """
-    path = work_dir / _IMAGES_FILE
-    if resume and path.exists():
-        return train.only(json.loads(path.read_text()))
+    known: list[int] | None = begun.get("images")
+    if known is not None:
+        if lost := len(set(known) - {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}):
+            raise KdpipeError(
+                f"The cache {cache.path} lacks {lost} of the {len(known)} images that the training began with. Make "
+                "them again with cache-teacher, or begin anew in another --work-dir."
+            )
+        return known
     if cache.is_complete:
-        return train
+        return None
     console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
-    return train.only(cache.image_ids.tolist())
+    return list(cache.image_ids.tolist())
 
 
-def _check_resumed(teacher: TeacherCache | OnlineTeacher, work_dir: Path, resume: bool) -> None:
-    """Refuse to go on with another cache or teacher than a training began with.
+def _check_teacher(teacher: TeacherCache | OnlineTeacher, begun: Mapping[str, Any], work_dir: Path) -> None:
+    """Refuse to go on with another cache or teacher than a training began with, as soon as that is known.
 
     Raises:
         KdpipeError: Naming what differs.
     """
-    path = work_dir / _TEACHER_FILE
-    if resume and path.exists() and (lines := difference(json.loads(path.read_text()), _identity(teacher))):
-        raise KdpipeError(
-            f"{work_dir} holds a training from something else than {teacher_name(teacher)}:\n  "
-            + "\n  ".join(lines)
-            + "\nResume with the cache or teacher that it began with, or begin anew in another --work-dir."
-        )
-
-
-def _record(teacher: TeacherCache | OnlineTeacher, train: DetectionData, work_dir: Path) -> None:
-    """Leave in the work directory of which cache or teacher the training is, and of which images."""
-    if is_first():
-        work_dir.mkdir(parents=True, exist_ok=True)
-        (work_dir / _IMAGES_FILE).write_text(json.dumps([image.image_id for image in train.images]))
-        (work_dir / _TEACHER_FILE).write_text(json.dumps(_identity(teacher), indent=2) + "\n")
+    if "teacher" in begun:
+        check_resumed({"teacher": begun["teacher"]}, {"teacher": plain_values(_identity(teacher))}, str(work_dir))
 
 
 def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:

@@ -1,19 +1,16 @@
 """From a runnable config to a finished training: what `train-teacher` and `train-student` share."""
 
 import copy
-import errno
-import json
 import resource
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 
 import torch
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.dist import is_main_process
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
@@ -26,20 +23,23 @@ from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
+from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.layouts import kept_ratio_scale
 from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.picture_checks import training_images
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
-from kdpipe.pipelines.progress import ProgressHook, coco_metrics
+from kdpipe.pipelines.progress import ProgressHook
+from kdpipe.pipelines.recipe import check_resumed, check_saving, training_record
 from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
-from kdpipe.pipelines.training_config import Recipe, detector_config
+from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
+from kdpipe.pipelines.training_faults import training_faults
+from kdpipe.pipelines.work_dir import WorkDir
+from kdpipe.pipelines.work_dir_hook import WorkDirHook
 from kdpipe.pipelines.worker import end_workers, init_worker, preload_workers
 
-__all__ = ["COPIES", "TrainingResult", "check_work_dir", "run_training", "train_detector", "training_copies"]
-
-COPIES = "kdpipe"  # folder of the work directory that holds what is neither a checkpoint nor a log
+__all__ = ["TrainingResult", "run_training", "train_detector", "training_copies"]
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ def train_detector(
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
     """
-    check_work_dir(work_dir, resume)
+    work = WorkDir(work_dir)
+    work.check(resume)
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
-    train, val = training_copies(train, val, config, recipe, work_dir, console)
+    train, val = training_copies(train, val, config, recipe, work, console)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = apply_options(cfg, recipe.options)
-    for data in (train, val):
-        if data is not None:
-            data.write_copy()
-    return run_training(cfg, copy.deepcopy(cfg), work_dir, name="teacher", resume=resume, console=console)
+    record = training_record("teacher", cfg, world_size(), train, val)
+    data = [train] if val is None else [train, val]
+    return run_training(cfg, copy.deepcopy(cfg), data, work, record, resume=resume, console=console)
 
 
 def training_copies(
@@ -99,7 +99,7 @@ def training_copies(
     val: DetectionData | None,
     config: Config,
     recipe: Recipe,
-    work_dir: Path,
+    work: WorkDir,
     console: Console,
 ) -> tuple[DetectionData, DetectionData | None]:
     """Say what of the data is left out, and where mmdet will read them: from copies in a folder of our own.
@@ -116,31 +116,17 @@ def training_copies(
     scale, skip = kept_ratio_scale(config, recipe.scale), recipe.skip_bad_images and not recipe.strict_data
     train, val = training_images(train, val, console, scale=scale, skip=skip)
     if val is not None:
-        val = val.copied_to(work_dir / COPIES / "val.json")
-    return train.copied_to(work_dir / COPIES / "train.json"), val
-
-
-def check_work_dir(work_dir: Path, resume: bool) -> None:
-    """Refuse to begin where there is a training already, and to resume where there is none.
-
-    Raises:
-        KdpipeError: `resume` without a checkpoint, or a work directory that already holds a training.
-    """
-    has_checkpoint = (work_dir / "last_checkpoint").exists()
-    if resume and not has_checkpoint:
-        raise KdpipeError(f"Nothing to resume: {work_dir} has no checkpoint. Leave --resume away to start.")
-    if has_checkpoint and not resume:
-        raise KdpipeError(
-            f"{work_dir} already holds a training. Add --resume to go on with it, or choose another --work-dir."
-        )
+        val = val.copied_to(work.folder / "val.json")
+    return train.copied_to(work.folder / "train.json"), val
 
 
 def run_training(
     cfg: Config,
     recorded: Config,
-    work_dir: Path,
+    data: Sequence[DetectionData],
+    work: WorkDir,
+    record: Mapping[str, Any],
     *,
-    name: str,
     resume: bool,
     console: Console,
     only_in: Path | None = None,
@@ -150,28 +136,62 @@ def run_training(
     Args:
         cfg: The config that runs.
         recorded: The plain detector's config, which checkpoints carry.
-        work_dir: Where logs and checkpoints go.
-        name: `student` or `teacher`; names the plain checkpoint.
-        resume: Go on from the newest checkpoint in `work_dir`.
+        data: The data sets that the config reads, whose copies are written.
+        work: Where logs and checkpoints go.
+        record: What the training is begun with, as `training_record` gives it.
+        resume: Go on from the newest checkpoint in the work directory.
         console: Where progress is shown.
         only_in: Train on the images that this cache holds, and leave out the others.
 
     Raises:
-        KdpipeError: The config cannot be built, the checkpoint to resume from does not fit, or data cannot be read.
+        KdpipeError: The config cannot be built, the training that is resumed or its checkpoint does not fit, or data
+            cannot be read.
     """
+    check_saving(cfg)
     register_all_modules(init_default_scope=True)
     register_safe_types()
     preload_workers()
-    cfg.work_dir = str(work_dir)
-    cfg.resume = resume
-    if resume:
-        cfg.load_from = None  # mmengine would resume from there
+    cfg.work_dir = str(work.path)
+    cfg.experiment_name = record["training"]
+    _choose_start(cfg, work, record, resume, console)
     _make_reproducible(cfg, only_in)
     if not torch.cuda.is_available():  # by itself, mmengine names a GPU to each process
         unused = cfg.get("find_unused_parameters", False)
         wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
         cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
-    cfg.experiment_name = name
+    with work.opened(record, resume=resume, console=console):
+        if is_first():
+            for each in data:
+                each.write_copy()
+        return _train(cfg, recorded, work, record, console)
+
+
+def _choose_start(cfg: Config, work: WorkDir, record: Mapping[str, Any], resume: bool, console: Console) -> None:
+    """Let the Runner start from the checkpoint that is resumed, if the training that left it was the same.
+
+    Raises:
+        KdpipeError: It was another one; what differs is named.
+    """
+    if resume:
+        cfg.load_from = str(work.newest())  # that of the options is what the training began with
+        begun = work.record()
+    elif cfg.get("resume"):
+        if not cfg.get("load_from"):
+            raise KdpipeError("-o resume=True needs the checkpoint: -o load_from=FILE. Or use --resume.")
+        begun = WorkDir(Path(cfg.load_from).parent).record()
+        console.print(f"Going on from {cfg.load_from}, in {work.path}.")
+    else:
+        return
+    cfg.resume = True
+    if begun is None:
+        console.print(f"What the training of {cfg.load_from} was begun with is not recorded: it is not compared.")
+        return
+    for line in check_resumed(begun, record, f"{Path(cfg.load_from).parent}"):
+        console.print(line)
+
+
+def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, Any], console: Console) -> TrainingResult:
+    name = record["training"]
     # pycocotools prints as it reads, and its tables; they are in the log, too
     with silent_stdout(), building("The training"):
         runner = QuietRunner.from_cfg(FormattedConfig(cfg))
@@ -183,57 +203,36 @@ def run_training(
     recorded = FormattedConfig(recorded)
     runner.cfg = recorded
     progress = ProgressHook(console, name)
-    runner.register_hook(progress)
-    runner.register_hook(SameBuffersHook())
-    runner.register_hook(FiniteHook())
-    runner.register_hook(UsefulLossesHook(console))
-    runner.register_hook(PlainCheckpointHook(name, recorded.pretty_text))
-    first_step = runner.iter
+    for hook in (
+        progress,
+        SameBuffersHook(),
+        FiniteHook(),
+        UsefulLossesHook(console),
+        PlainCheckpointHook(name, recorded.pretty_text),
+        WorkDirHook(work, record, progress),
+    ):
+        runner.register_hook(hook)
     try:
-        with silent_stdout():
+        with silent_stdout(), training_faults(runner, work.path):
             runner.train()
-    except URLError as error:
-        raise KdpipeError(
-            f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
-            f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise KdpipeError(
-            f"The device has too little memory: {str(error).splitlines()[0]}\n"
-            "Make steps smaller (--batch-size, --scale, --amp), and go on with --resume where an epoch was finished."
-        ) from error
-    except RuntimeError as error:
-        if runner.iter > first_step:
-            raise
-        raise KdpipeError(
-            f"The first training step failed: {str(error).strip()}\nDo the layers of the config fit each other "
-            "(channels of backbone, neck and heads, levels, strides)? kdpipe --debug shows where it happened."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise KdpipeError(
-            f"The disk or quota of {work_dir} is full ({error.strerror}). What was saved before is intact: free space "
-            "and go on with --resume, or begin anew where nothing was saved yet."
-        ) from error
     finally:
         progress.close()
         end_workers(loop.dataloader for loop in (runner._train_loop, runner._val_loop) if loop is not None)
-    metrics = progress.metrics
-    if metrics is None:  # not measured, or resumed where nothing was left to do
-        scalars = {key: value.current() for key, value in runner.message_hub.log_scalars.items() if "coco/" in key}
-        metrics = coco_metrics(scalars) if scalars else {}
-    result = TrainingResult(
-        checkpoint=work_dir / f"{name}.pth",
-        ap=metrics.get("bbox_mAP"),
-        metrics=metrics,
-        seconds_per_step=statistics.median(progress.step_times) if progress.step_times else float("nan"),
-    )
-    if is_main_process():
-        seconds = result.seconds_per_step if progress.step_times else None
-        values = {"ap": result.ap, "metrics": metrics, "seconds_per_step": seconds, "peak_memory": _peak_memory()}
-        (work_dir / "result.json").write_text(json.dumps(values, indent=2) + "\n")
-    return result
+    return _keep_result(runner, progress, work, name)
+
+
+def _keep_result(runner: QuietRunner, progress: ProgressHook, work: WorkDir, name: str) -> TrainingResult:
+    """Write `result.json`; pace and memory of a training that had nothing left to do are those that it had."""
+    metrics = progress.metrics or {}
+    seconds = statistics.median(progress.step_times) if progress.step_times else None
+    if is_first():
+        costs = {"seconds_per_step": seconds, "peak_memory": _peak_memory()}
+        if not progress.trained:
+            costs |= work.read("result.json") or {}
+        values = {"epoch": runner.epoch, "ap": metrics.get("bbox_mAP"), "metrics": metrics}
+        work.write("result.json", costs | values)
+    pace = float("nan") if seconds is None else seconds
+    return TrainingResult(work.path / f"{name}.pth", metrics.get("bbox_mAP"), metrics, pace)
 
 
 def _peak_memory() -> int:

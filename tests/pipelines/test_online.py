@@ -45,10 +45,11 @@ def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch
     kit.run(*online(kit, work / "w", *options, "--resume"))
     one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    recorded = json.loads((work / "w" / "cache.json").read_text())
+    recorded = json.loads((work / "w" / "kdpipe" / "recipe.json").read_text())["teacher"]
     assert recorded["spec"]["dtype"] == "float32"
     message = kit.refused(*kit.student_command(work / "w", *options, "--resume"))
-    assert "holds a training from something else than the cache" in message
+    assert "holds a training from something else:" in message
+    assert "\n  teacher." in message
 
 
 def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
