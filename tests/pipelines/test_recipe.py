@@ -71,11 +71,8 @@ def test_what_must_not_change_is_named(change: tuple[str, Any], named: str) -> N
 
 
 def test_what_else_decides_is_compared() -> None:
-    for name, values in {
-        "methods": (["cls"], ["sgfi"]),
-        "rois": ("student", "teacher"),
-        "teacher": ({"a": 1}, {}),
-    }.items():
+    others: dict[str, Any] = {"methods": (["cls"], ["sgfi"]), "rois": ("student", "teacher"), "teacher": ({"a": 1}, {})}
+    for name, values in others.items():
         with pytest.raises(KdpipeError, match=name):
             check_resumed(record(**{name: values[0]}), record(**{name: values[1]}), "w")
     other: Any = SimpleNamespace(digest=lambda: "xyz")
