@@ -3,17 +3,19 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checked_dataset import CheckedDataset
-from kdpipe.pipelines.checkpoints import class_names, load_checkpoint, load_strict
+from kdpipe.pipelines.checkpoints import Checkpoint, class_names, load_checkpoint, load_strict
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
@@ -76,17 +78,16 @@ def evaluate(
         if paths is None or not paths[0].exists():
             raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
         ann_file, img_dir = paths
+    known = class_names(checkpoint)
+    model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
     data = named_data(ann_file, img_dir, voc=voc, split=split)
-    if (known := class_names(checkpoint)) is not None:
+    if known is not None:
         data = match_classes(data, known, f"the checkpoint {ckpt.name}")
     report_data(data, console, trained=False, strict=strict_data)
     skip = skip_bad_images and not strict_data
     data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), skip=skip)
-    register_all_modules(init_default_scope=True)
-    set_num_classes(cfg.model, len(data.class_names))
-    with building("The detector"):
-        model = MODELS.build(cfg.model)
-    load_strict(model, checkpoint.state_dict, path=checkpoint.path)
+    if model is None:
+        model = _detector(cfg, checkpoint, len(data.class_names))
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
         data = data.copied_to(Path(folder) / "annotations.json")
@@ -109,6 +110,20 @@ def evaluate(
         finally:
             progress.close()
     return coco_metrics(metrics)
+
+
+def _detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
+    """The detector with its weights.
+
+    Raises:
+        KdpipeError: It cannot be built, or the weights are not its.
+    """
+    register_all_modules(init_default_scope=True)
+    set_num_classes(cfg.model, num_classes)
+    with building("The detector"):
+        model = MODELS.build(cfg.model)
+    load_strict(model, checkpoint.state_dict, path=checkpoint.path)
+    return model
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:

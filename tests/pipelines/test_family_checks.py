@@ -226,6 +226,9 @@ def test_refusals_come_before_the_data_is_read(kit: "Kit", work: Path) -> None:
         assert "The teacher is a RetinaNet. Expected" in kit.refused(*command, option, dense)
         assert "missing" in kit.refused(*command, option, kit.teacher, *wrong_config(command[0]))
     assert not (work / "x.zarr").exists()
+    assert "missing" in kit.refused("evaluate", "--ckpt", kit.teacher, *data, *wrong_config("evaluate"))
+    verify = ("verify", kit.cache, "--ckpt", dense, "--ann-file", huge(work))
+    assert "is not the teacher that" in kit.refused(*verify) or "missing" in kit.refused(*verify)
     # a cache that is there: of other options, of another teacher, or something else
     here = ("cache-teacher", *data, "--ckpt", kit.teacher, "--out", kit.cache)
     assert 'spec.dtype: found "int8", wanted "float16"' in kit.refused(*here, *kit.VIEW, "--dtype", "float16")
