@@ -25,6 +25,7 @@ from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData, ImageError
+from kdpipe.pipelines.decoding import Decoding
 from kdpipe.pipelines.dry_run import check_space, folder_bytes
 from kdpipe.pipelines.images import Picture, load_picture
 from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
@@ -97,7 +98,11 @@ def cache_teacher(
     """
     teacher, spec = prepare_teacher(checkpoint, cfg, options, device)
     identity: dict[str, Any] = {
-        "teacher": {"weights": digest_tensors(teacher.model.state_dict()), "config": digest_model(cfg)}
+        "teacher": {
+            "weights": digest_tensors(teacher.model.state_dict()),
+            "config": digest_model(cfg),
+            **teacher.pixels.identity(),
+        }
     }
     check_resumable(out, spec, identity, options.part_size)
     spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
@@ -169,7 +174,7 @@ def _fill(
                 with ExitStack() as stack:
                     part = stack.enter_context(writer.part(index))
                     images = [data.images[i] for i in writer.parts[index]]
-                    for info, image in _read_ahead(images, data.img_dir, spec.scale):
+                    for info, image in _read_ahead(images, data.img_dir, spec.scale, teacher.pixels.decoding):
                         if not isinstance(image, ImageError):
                             if image.note and options.skip_bad_images:
                                 ranks.say(f"used as it is: {image.note}")
@@ -201,13 +206,13 @@ def _add(
 
 
 def _read_ahead(
-    images: Sequence[ImageInfo], folder: Path, scale: tuple[int, int]
+    images: Sequence[ImageInfo], folder: Path, scale: tuple[int, int], decoding: Decoding
 ) -> Iterator[tuple[ImageInfo, Picture | ImageError]]:
     """Decode images on a thread, a few ahead of the teacher; an unreadable one is given as its error."""
 
     def read(info: ImageInfo) -> Picture | ImageError:
         try:
-            return load_picture(folder / info.file_name, (info.height, info.width), scale)
+            return load_picture(folder / info.file_name, (info.height, info.width), scale, decoding)
         except ImageError as error:
             return error
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.building import missing_package
 from kdpipe.pipelines.checkpoints import Checkpoint
-from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise, test_scale
+from kdpipe.pipelines.layouts import dataset_paths, dictionaries, for_inference, modernise
 from kdpipe.pipelines.literals import ConfigError, parse_literal_config, parse_value
 from kdpipe.pipelines.plain_config import plain_config
 from kdpipe.pipelines.untrusted import restrict, trusted
@@ -29,7 +29,6 @@ __all__ = [
     "modernise",
     "parse_literal_config",
     "set_num_classes",
-    "test_scale",
     "zoo",
 ]
 

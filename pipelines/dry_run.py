@@ -64,7 +64,7 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     seconds = 0.0
     for info in images[step // 2 :: step][:_SAMPLES]:
         try:
-            image = read_image(data.img_dir / info.file_name, (info.height, info.width))
+            image = read_image(data.img_dir / info.file_name, (info.height, info.width), teacher.pixels.decoding)
         except ImageError:
             continue  # the run itself will stop there, or skip it
         ask = partial(

@@ -92,6 +92,8 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
         data = data.copied_to(Path(folder) / "annotations.json")
         data.write_copy()
+        if cfg.get("test_dataloader"):  # what teachers are cached with; the one for validation may be another
+            cfg.val_dataloader = cfg.test_dataloader
         set_validation(cfg, data, scale, batch_size, loader)
         cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
         runner = QuietRunner(

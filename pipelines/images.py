@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.fingerprint import digest_file
 from kdpipe.cache.views import ViewError, input_size
+from kdpipe.pipelines.decoding import DEFAULT, Decoding
 from kdpipe.pipelines.image_headers import read_header
 from kdpipe.pipelines.truncation import IncompleteError, lost_share
 
@@ -41,7 +42,7 @@ class Picture:
     """An image file that was read.
 
     Attributes:
-        pixels: ``[H, W, 3]`` uint8, BGR, as mmdet's LoadImageFromFile gives them by default.
+        pixels: ``[H, W, 3]`` uint8, BGR, as mmdet's LoadImageFromFile gives them.
         digest: of the file's bytes, as the index of a cache keeps it.
         note: what is not as it should be, and does not keep it from being used; mostly empty.
     """
@@ -52,7 +53,10 @@ class Picture:
 
 
 def load_picture(
-    path: str | Path, expected: tuple[int, int] | None = None, scale: tuple[int, int] | None = None
+    path: str | Path,
+    expected: tuple[int, int] | None = None,
+    scale: tuple[int, int] | None = None,
+    decoding: Decoding = DEFAULT,
 ) -> Picture:
     """Reads an image file once, and checks it.
 
@@ -60,6 +64,7 @@ def load_picture(
         path: the file.
         expected: ``(height, width)`` in pixels that the annotation says, EXIF orientation applied.
         scale: ``(width, height)`` of the resizing behind it, which keeps the ratio and must leave a pixel.
+        decoding: options of mmdet's LoadImageFromFile; by default mmdet's.
 
     Raises:
         ImageError: names the file and what is wrong with it.
@@ -74,16 +79,18 @@ def load_picture(
         raise ImageError(
             f"image {path} ({len(data):,} bytes) is truncated: {100 * lost:.0f} % of its pixels are lost. Replace it."
         )
-    pixels = _decode(path, data)
+    pixels = _decode(path, data, decoding)
     height, width = pixels.shape[:2]
     _check_size(path, (height, width), expected, scale)
     note = "" if lost is None else f"image {path} lacks its last bytes ({100 * lost:.1f} % of its pixels are lost)"
     return Picture(pixels, digest_file(data), note)
 
 
-def read_image(path: str | Path, expected: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+def read_image(
+    path: str | Path, expected: tuple[int, int] | None = None, decoding: Decoding = DEFAULT
+) -> npt.NDArray[np.uint8]:
     """The pixels alone of `load_picture`."""
-    return load_picture(path, expected).pixels
+    return load_picture(path, expected, decoding=decoding).pixels
 
 
 def check_picture(path: str | Path, expected: tuple[int, int], scale: tuple[int, int] | None = None) -> str:
@@ -148,12 +155,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return height, width
 
 
-def _decode(path: Path, data: bytes) -> npt.NDArray[np.uint8]:
+def _decode(path: Path, data: bytes, decoding: Decoding) -> npt.NDArray[np.uint8]:
     reason = ""
     try:
-        image: npt.NDArray[np.uint8] | None = mmcv.imfrombytes(data, flag="color", backend="cv2")
+        image: npt.NDArray[np.uint8] | None = mmcv.imfrombytes(
+            data, flag=decoding.color_type, backend=decoding.imdecode_backend
+        )
     except cv2.error as error:
         image, reason = None, f" ({error.err})"
+    except (OSError, ValueError, SyntaxError) as error:  # of Pillow
+        image, reason = None, f" ({error})"
     if image is None:
         raise ImageError(
             f"image {path} ({len(data):,} bytes) cannot be decoded{reason}: it is truncated, damaged or no image. "

@@ -9,13 +9,14 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.literals import ConfigError
 
-__all__ = ["dataset_paths", "dictionaries", "for_inference", "modernise", "test_scale"]
+__all__ = ["dataset_paths", "dictionaries", "for_inference", "kept_ratio_scale", "modernise", "test_steps"]
 
 _TRAINING_ONLY = (
     *("train_pipeline", "train_pipeline_stage1", "train_pipeline_stage2", "albu_train_transforms", "load_pipeline"),
     *("custom_hooks", "optim_wrapper", "param_scheduler", "auto_scale_lr", "train_cfg", "load_from", "resume"),
     *("optimizer", "optimizer_config", "lr_config", "resume_from", "workflow"),
 )
+_OLD_FORMATTING = ("ImageToTensor", "Collect", "DefaultFormatBundle")  # of mmdet 2.x
 _WRAPPERS = ("RepeatDataset", "ClassBalancedDataset", "MultiImageMixDataset", "ConcatDataset")
 
 
@@ -23,7 +24,7 @@ def modernise(config: Config) -> Config:
     """What mmdet 3.3 needs to build the model, and to see images as it did in training.
 
     A config of mmdet 2.x loses ``pretrained`` and gets a ``data_preprocessor`` from the Normalize and Pad of its test
-    pipeline; names that changed since 2.0 are replaced. Its ``data`` stays as it is: `test_scale` and `dataset_paths`
+    pipeline; names that changed since 2.0 are replaced. Its ``data`` stays as it is: `test_steps` and `dataset_paths`
     read both layouts. A config of mmdet 3.x is returned as a copy.
 
     Raises:
@@ -128,38 +129,60 @@ def for_inference(config: Config) -> Config:
     return config
 
 
-def test_scale(config: Config) -> tuple[tuple[int, int], bool]:
-    """Size of the test-time view.
+def test_steps(config: Config) -> list[Any]:
+    """The steps of the test pipeline as mmdet 3.x writes them; none where the config has no pipeline.
 
-    Returns:
-        ``(width, height)`` in pixels as mmdet's Resize takes it, and whether the ratio is kept.
+    Of a pipeline of mmdet 2.x, Normalize and Pad are left out, which `modernise` has put into the preprocessor, and
+    what only formats.
 
     Raises:
-        ConfigError: the test pipeline does not resize to one size.
+        ConfigError: A pipeline of mmdet 2.x has several views, or pads otherwise than to a multiple of a size.
     """
-    for step in _steps(_test_pipeline(config)):
-        scale = step.get("scale", step.get("img_scale"))
-        if isinstance(scale, list) and len(scale) == 1:
-            scale = scale[0]
-        if isinstance(scale, list | tuple) and len(scale) == 2 and all(isinstance(side, int) for side in scale):
-            inner = next((each for each in step.get("transforms", ()) if each.get("type") == "Resize"), None)
-            default = inner is not None or "img_scale" in step  # mmdet 2.x keeps the ratio by default, mmcv 2 does not
-            return (int(scale[0]), int(scale[1])), bool((inner or step).get("keep_ratio", default))
-    raise ConfigError("the config's test pipeline has no Resize to one (width, height). Give --scale WxH.")
+    pipeline = list(_test_pipeline(config))
+    if not any("img_scale" in step or step.get("type") in _OLD_FORMATTING for step in _steps(pipeline)):
+        return pipeline
+    return [modern for step in pipeline for modern in _modern_steps(step)]
+
+
+test_steps.__test__ = False  # type: ignore[attr-defined]  # no test, whatever its name
 
 
 def kept_ratio_scale(config: Config, scale: tuple[int, int] | None) -> tuple[int, int] | None:
     """The scale given, or that of the test-time view; None where there is none that keeps the ratio."""
     if scale is not None:
         return scale
-    try:
-        found, keep_ratio = test_scale(config)
-    except ConfigError:
-        return None
-    return found if keep_ratio else None
+    for step in test_steps(config):
+        size = step.get("scale")
+        if step.get("keep_ratio") and isinstance(size, list | tuple) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None
 
 
-test_scale.__test__ = False  # type: ignore[attr-defined]  # no test, whatever its name
+def _modern_steps(step: Mapping[str, Any], scale: Any = None) -> Iterator[Mapping[str, Any]]:
+    """A step of mmdet 2.x as mmdet 3.x writes it."""
+    kind, scale = step.get("type"), step.get("img_scale", scale)
+    if kind == "MultiScaleFlipAug":
+        several = isinstance(scale, list) and len(scale) != 1
+        if several or step.get("flip"):
+            raise ConfigError(
+                "the config's test pipeline has several views of an image (MultiScaleFlipAug). Give it one."
+            )
+        for inner in step.get("transforms") or ():
+            yield from _modern_steps(inner, scale)
+    elif kind == "Resize":
+        kept = {key: value for key, value in step.items() if key != "img_scale"}
+        size = scale[0] if isinstance(scale, list) and len(scale) == 1 else scale
+        yield {"keep_ratio": True, **kept, **({} if size is None else {"scale": tuple(size)})}
+    elif kind == "Pad":
+        zeros = step.get("pad_val", 0) == 0 and not set(step) - {"type", "size_divisor", "pad_val"}
+        if not zeros or not step.get("size_divisor"):
+            raise ConfigError(
+                f"the config's test pipeline pads images with {dict(step)}; expected a size_divisor alone."
+            )
+    elif kind == "RandomFlip" and not step.get("flip_ratio"):
+        pass  # MultiScaleFlipAug says whether to flip
+    elif kind not in (*_OLD_FORMATTING, "Normalize"):
+        yield step
 
 
 def _test_pipeline(config: Config) -> Sequence[Any]:

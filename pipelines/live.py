@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.fingerprint import digest_tensors
+from kdpipe.cache.fingerprint import difference, digest_tensors
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.cache.targets import TeacherRecord, TeacherTargets
 from kdpipe.pipelines.checkpoints import load_checkpoint
@@ -86,6 +86,14 @@ def cached_teacher(
             f"{ckpt} is not the teacher that {cache.path} was made of: its weights have the digest {found}, those of "
             f"the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
         )
+    seen = {"pixels": recorded(cache.identity, "teacher", "pixels") or {}}
+    if lines := difference(seen, {"pixels": {}, **teacher.pixels.identity()}):
+        raise CacheError(
+            f"The teacher's test pipeline is not the one that {cache.path} was made with:\n  "
+            + "\n  ".join(lines)
+            + "\n"
+            "Name the config that was cached (--config), or cache the teacher again."
+        )
     return teacher
 
 
@@ -117,7 +125,7 @@ def compare_live(
         for done, image_id in enumerate(cache.image_ids[places].tolist(), 1):
             for view in cache.spec.views:
                 cached = cache.targets(image_id, view)
-                image = read_image(data.img_dir / cached.file_name, cached.original_size)
+                image = read_image(data.img_dir / cached.file_name, cached.original_size, teacher.pixels.decoding)
                 live = teacher.record(
                     image,
                     cached.boxes.numpy(),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from kdpipe.cache.fingerprint import digest_tensors
@@ -58,15 +59,19 @@ class LiveTeacher:
 
     def view(self, image: Tensor) -> TeacherView:
         """What it sees of an image, Tensor[3, h, w], BGR, 0 to 255."""
-        pyramid, _ = self.teacher.see(image)
+        pyramid, _ = self._see(image)
         levels = tuple(level[0] for level in pyramid[: self.spec.head_levels])
         return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
+
+    def _see(self, image: Tensor) -> tuple[tuple[Tensor, ...], DetDataSample]:
+        """As `Teacher.see`, behind the steps of the teacher's pipeline that follow its resizing."""
+        return self.teacher.see(self.teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
 
     def _at_proposals(
         self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
     ) -> RoiTargets:
         """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
-        pyramid, seen = self.teacher.see(image)
+        pyramid, seen = self._see(image)
         proposals = self.teacher.proposals(pyramid, seen)
         gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
         sample = sample_rois(
@@ -180,10 +185,11 @@ def online_teacher(
     source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, options, torch.device("cpu"))
+    teacher.pixels.check_live()
     online = OnlineTeacher(
         name=f"the teacher {ckpt}",
         spec=spec,
-        identity={"teacher": {"weights": digest_tensors(teacher.model.state_dict())}},
+        identity={"teacher": {"weights": digest_tensors(teacher.model.state_dict()), **teacher.pixels.identity()}},
         options={"ckpt": str(ckpt.resolve()), "config": config, "trust": trust},
         refusal=_refusal(teacher, spec),
         classes=class_names(checkpoint),
@@ -200,7 +206,7 @@ def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
     boxes = torch.cat([corner, corner + 16 + torch.rand(8, 2, generator=g) * 48], dim=1)
     every = torch.ones(8, dtype=torch.bool)
     rois = BatchRois(torch.cat([torch.zeros(8, 1), boxes], dim=1), every.long(), every)
-    pyramid, sample = teacher.see(image)
+    pyramid, sample = teacher.see(teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
     wanted, _ = teacher.say(pyramid, boxes, sample)
     try:
         head = frozen_head(teacher.head_state(), spec)

@@ -76,7 +76,7 @@ def mirror_errors(teacher: Teacher, data: DetectionData, spec: CacheSpec, sample
     places = np.unique(np.linspace(0, len(data.images) - 1, min(sample, len(data.images))).round().astype(int))
     for info in (data.images[place] for place in places):
         try:
-            image = read_image(data.img_dir / info.file_name, (info.height, info.width))
+            image = read_image(data.img_dir / info.file_name, (info.height, info.width), teacher.pixels.decoding)
         except ImageError:
             continue  # said before, where it was skipped
         truth, about = data.gt_boxes(info.image_id), {"image_id": info.image_id, "file_name": info.file_name}

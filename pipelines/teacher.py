@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import mmcv
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord
-from kdpipe.cache.views import input_size, map_boxes, view_matrix
+from kdpipe.cache.views import map_boxes, view_matrix
 from kdpipe.distill.targets import HeadOutputs
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checkpoints import Checkpoint, load_strict
@@ -23,6 +22,7 @@ from kdpipe.pipelines.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.families import is_cascade, roi_size, say, semantic_branch, shared_style, stages
 from kdpipe.pipelines.family_checks import TeacherError, check_classes_of_config, check_family
 from kdpipe.pipelines.layouts import for_inference
+from kdpipe.pipelines.pixel_pipeline import PixelPipeline, teacher_pixels
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
 
@@ -56,9 +56,10 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
 
     Raises:
         TeacherError: the model is of a family that cannot teach.
-        KdpipeError: weights are missing, unexpected or mis-shaped.
+        KdpipeError: weights are missing, unexpected or mis-shaped; or its test pipeline cannot be applied.
     """
     register_all_modules(init_default_scope=True)
+    pixels = teacher_pixels(config)
     model_config = config.model.copy()
     check_classes_of_config(model_config)
     if rpn := (model_config.get("test_cfg") or {}).get("rpn"):
@@ -74,7 +75,7 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     check_family(model)
     ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
     load_strict(model, checkpoint.state_dict, path=checkpoint.path, ignore_prefixes=ignored)
-    return Teacher(model.to(device).eval(), device)
+    return Teacher(model.to(device).eval(), device, pixels)
 
 
 class Teacher:
@@ -85,11 +86,13 @@ class Teacher:
     Args:
         model: The detector, in eval mode and on its device.
         device: Where it runs.
+        pixels: What it is shown of an image; by default as mmdet's own configs have it.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, pixels: PixelPipeline | None = None) -> None:
         self.model = model
         self.device = device
+        self.pixels = pixels or PixelPipeline()
         self._embeddings: list[Tensor] = []
         _, box_head = stages(model.roi_head)[-1]
         box_head.fc_cls.register_forward_pre_hook(self._keep_embeddings)
@@ -166,7 +169,7 @@ class Teacher:
         """Everything the teacher says of one image in one view.
 
         Args:
-            image: `[h, w, 3]` uint8, BGR, as `read_image` gives it.
+            image: `[h, w, 3]` uint8, BGR, as `read_image` gives it with the teacher's `pixels.decoding`.
             gt_boxes: `[G, 4]` (x1, y1, x2, y2) in original pixels.
             spec: What is asked for.
             image_id: COCO image id.
@@ -175,9 +178,9 @@ class Teacher:
             file_digest: Of the image file, as `load_picture` gives it; 0 where it is not known.
         """
         original = (image.shape[0], image.shape[1])
-        size = input_size(original, spec.scale)
+        pyramid, sample = self.pyramid(image, spec.scale, view == "hflip")
+        size = sample.img_shape
         matrix = view_matrix(original, size, view == "hflip")
-        pyramid, sample = self.pyramid(image, size, view == "hflip")
         proposals = self.proposals(pyramid, sample)
         truth = map_boxes(torch.from_numpy(gt_boxes).reshape(-1, 4), matrix).to(proposals)
         boxes = torch.cat([proposals, truth])  # [R, 4]
@@ -208,29 +211,28 @@ class Teacher:
         return say(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
 
     def pyramid(
-        self, image: npt.NDArray[np.uint8], size: tuple[int, int], flip: bool
+        self, image: npt.NDArray[np.uint8], scale: tuple[int, int], flip: bool
     ) -> tuple[tuple[Tensor, ...], DetDataSample]:
-        """FPN features of one image, padded as the teacher's preprocessor does it.
+        """FPN features of one image, padded as the teacher's pipeline and preprocessor do it.
 
         Args:
             image: `[h, w, 3]` uint8, BGR.
-            size: `(h, w)` of the network input.
+            scale: `(w, h)` that the image is fitted into.
             flip: Mirror the resized image.
 
         Returns:
-            Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them.
+            Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them; boxes are kept in the resized
+            image, outside of which is padding.
         """
-        resized = mmcv.imresize(image, (size[1], size[0]), interpolation="bilinear", backend="cv2")
-        if flip:
-            resized = mmcv.imflip(resized, "horizontal")
-        pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        return self.see(pixels, ori_shape=image.shape[:2], flip=flip)
+        shown, size = self.pixels.view(image, scale, flip)
+        tensor = torch.from_numpy(np.ascontiguousarray(shown.transpose(2, 0, 1)))
+        return self.see(tensor, img_shape=size, ori_shape=image.shape[:2], flip=flip)
 
     def see(self, pixels: Tensor, **known: Any) -> tuple[tuple[Tensor, ...], DetDataSample]:
         """FPN features of one network input, normalised and padded as the teacher's preprocessor does it.
 
         Args:
-            pixels: Tensor[3, h, w], BGR, 0 to 255.
+            pixels: Tensor[3, h, w], as the teacher's pipeline gives it.
             known: What is known of the image beside its shape, by mmdet's names.
 
         Returns:

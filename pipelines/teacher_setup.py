@@ -15,7 +15,6 @@ from kdpipe.cache.schema import CacheSpec
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
 
 __all__ = ["CacheOptions", "digest_model", "prepare_teacher", "with_classes"]
@@ -61,8 +60,9 @@ def prepare_teacher(
     Raises:
         KdpipeError: Checkpoint, config and options do not fit together.
     """
-    scale = options.scale or _test_scale(cfg)
     teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
+    scale = options.scale or teacher.pixels.own_scale()
+    teacher.pixels.check_scale(scale)
     known = class_names(checkpoint)
     if known is not None and len(known) != teacher.num_classes:
         raise TeacherError(
@@ -134,13 +134,3 @@ def digest_model(cfg: Config) -> str:
     """Identity of what a config says of the model beyond its weights, such as how it normalises images."""
     model = {name: value for name, value in cfg.model.to_dict().items() if name != "train_cfg"}
     return digest_json(json.dumps(model, sort_keys=True, default=str))
-
-
-def _test_scale(cfg: Config) -> tuple[int, int]:
-    scale, keep_ratio = test_scale(cfg)
-    if not keep_ratio:
-        raise TeacherError(
-            f"The teacher's test pipeline resizes to {scale[0]}x{scale[1]} without keeping the ratio. Give --scale WxH "
-            "to cache it with the ratio kept."
-        )
-    return scale

@@ -18,6 +18,8 @@ from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.live_teacher import OnlineTeacher
+from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
+from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
@@ -234,7 +236,11 @@ def _distil(
             source = {**source, "rois": {"needs": list(needs), **distill.rois}}
     else:
         source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
+    dataset, pixels = cfg.train_dataloader.dataset, recorded(teacher.identity, "teacher", "pixels") or {}
+    if rois is not None and isinstance(teacher, OnlineTeacher):
+        check_seen_alike(dataset.pipeline, pixels)
     if rois is not None and isinstance(teacher, TeacherCache):
+        check_read_alike(dataset.pipeline, pixels)
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
@@ -244,7 +250,6 @@ def _distil(
             "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
         }
-        dataset = cfg.train_dataloader.dataset
         dataset.pipeline = with_teacher_targets(dataset.pipeline, transform, check_names(distill.transforms))
     cfg.model = {
         "type": DistilledDetector.__name__,

@@ -34,7 +34,6 @@ from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.datasets import load_coco
 from kdpipe.pipelines.images import read_image
-from kdpipe.pipelines.layouts import test_scale
 from kdpipe.pipelines.teacher import load_teacher, teacher_config
 
 SIZE = (800, 1333)
@@ -192,8 +191,9 @@ def sampling_table(teacher_ckpt: Path, student_ckpt: Path, ann_file: Path, img_d
     for ckpt in (teacher_ckpt, student_ckpt):
         checkpoint = load_checkpoint(ckpt)
         cfg = teacher_config(checkpoint, None)
-        detectors.append((load_teacher(checkpoint, cfg, proposals=100, device=torch.device("cpu")), test_scale(cfg)[0]))
-    (teacher, scale), (student, _) = detectors
+        detectors.append(load_teacher(checkpoint, cfg, proposals=100, device=torch.device("cpu")))
+    teacher, student = detectors
+    scale = teacher.pixels.own_scale()
     extractor = teacher.model.roi_head.bbox_roi_extractor
     inputs = extractor.num_inputs
     sgfi = SGFI(student.model.roi_head.bbox_roi_extractor.out_channels, extractor.out_channels)
@@ -202,7 +202,7 @@ def sampling_table(teacher_ckpt: Path, student_ckpt: Path, ann_file: Path, img_d
     for info in data.images:
         image = read_image(img_dir / info.file_name, (info.height, info.width))
         size = input_size((info.height, info.width), scale)
-        theirs, ours = (x.pyramid(image, size, False)[0] for x in (teacher, student))
+        theirs, ours = (x.pyramid(image, scale, False)[0] for x in (teacher, student))
         truth = map_boxes(
             torch.from_numpy(data.gt_boxes(info.image_id)), view_matrix((info.height, info.width), size, False)
         )

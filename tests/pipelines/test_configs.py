@@ -7,10 +7,10 @@ import mmdet
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from kdpipe.pipelines import configs
 from kdpipe.pipelines.checkpoints import Checkpoint
 from kdpipe.pipelines.configs import (
     ConfigError,
@@ -23,6 +23,8 @@ from kdpipe.pipelines.configs import (
     parse_literal_config,
     set_num_classes,
 )
+from kdpipe.pipelines.families import TeacherError
+from kdpipe.pipelines.pixel_pipeline import teacher_pixels
 
 OLD = """
 img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
@@ -238,12 +240,14 @@ def test_old_config_that_does_not_normalise() -> None:
         modernise(config)
 
 
-def test_test_scale_of_both_layouts() -> None:
-    assert configs.test_scale(old_config()) == ((1333, 800), True)
-    assert configs.test_scale(find_config("faster-rcnn_r50_fpn_1x_coco")) == ((1333, 800), True)
-    assert configs.test_scale(find_config("ssd300_coco")) == ((300, 300), False)
-    with pytest.raises(ConfigError, match="--scale"):
-        configs.test_scale(Config({"test_pipeline": [{"type": "LoadImageFromFile"}]}))
+def test_scale_of_the_test_pipeline_in_both_layouts() -> None:
+    register_all_modules(init_default_scope=True)
+    assert teacher_pixels(old_config()).own_scale() == (1333, 800)
+    assert teacher_pixels(find_config("faster-rcnn_r50_fpn_1x_coco")).own_scale() == (1333, 800)
+    with pytest.raises(TeacherError, match=r"300x300 without keeping the ratio\. Give --scale"):
+        teacher_pixels(find_config("ssd300_coco")).own_scale()
+    with pytest.raises(TeacherError, match="0 resizing transforms"):
+        teacher_pixels(Config({"test_pipeline": [{"type": "LoadImageFromFile"}]}))
 
 
 def test_dataset_paths_of_both_layouts() -> None:
@@ -265,7 +269,7 @@ def test_for_inference_drops_training_and_keeps_the_data() -> None:
     modern = for_inference(find_config("faster-rcnn_r50_fpn_1x_coco"))
     assert "RandomFlip" not in modern.pretty_text
     assert "torchvision://" not in modern.pretty_text
-    assert configs.test_scale(modern) == ((1333, 800), True)
+    assert teacher_pixels(modern).own_scale() == (1333, 800)
 
 
 def test_options() -> None:
