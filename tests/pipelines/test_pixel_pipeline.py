@@ -1,5 +1,6 @@
 """A teacher sees the pixels that its test pipeline makes, wherever it looks at an image; what cannot be is refused."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,17 +253,17 @@ def test_all_commands_show_the_teacher_the_same(kit: "Kit", work: Path, monkeypa
     flip["prob"] = 0.0
     (work / "student.py").write_text(student.pretty_text)
 
-    shown: dict[str, Tensor] = {}
+    shown: dict[str, tuple[int, ...]] = {}  # digest of a network input -> its shape
     look = TwoStageDetector.extract_feat
 
     def record(self: Any, inputs: Tensor) -> Any:
         if self.neck.out_channels == 16:  # the teacher
-            shown.update({str(image.sum().item()): image for image in inputs})
+            shown.update({sha256(image.numpy().tobytes()).hexdigest(): tuple(image.shape) for image in inputs})
         return look(self, inputs)
 
     monkeypatch.setattr(TwoStageDetector, "extract_feat", record)
 
-    def images(*command: object) -> dict[str, Tensor]:
+    def images(*command: object) -> dict[str, tuple[int, ...]]:
         shown.clear()
         kit.run(*command)
         return dict(shown)
@@ -270,7 +271,7 @@ def test_all_commands_show_the_teacher_the_same(kit: "Kit", work: Path, monkeypa
     data = ("--ckpt", ckpt, *kit.data)
     wanted = images("evaluate", *data, "--batch-size", 1)
     assert len(wanted) == 8
-    assert {tuple(image.shape) for image in wanted.values()} == {(3, 128, 128)}
+    assert set(wanted.values()) == {(3, 128, 128)}
     training = ("--student", "student.py", "--methods", "cls", "--epochs", 1, "--batch-size", 4, "--workers", 0)
     commands: list[tuple[object, ...]] = [
         ("cache-teacher", *data, "--proposals", 40, "--out", "x.zarr"),
@@ -278,10 +279,7 @@ def test_all_commands_show_the_teacher_the_same(kit: "Kit", work: Path, monkeypa
         ("train-student", "--teacher-ckpt", ckpt, *kit.data, *training, "--work-dir", "w"),
     ]
     for command in commands:
-        found = images(*command)
-        assert wanted.keys() <= found.keys(), command[0]
-        for key, image in wanted.items():
-            assert torch.equal(found[key], image), command[0]
+        assert wanted.keys() <= images(*command).keys(), command[0]
 
     plain = kit.save_detector(work / "plain.pth", kit.config())
     message = kit.refused("cache-teacher", "--ckpt", plain, *kit.data, "--proposals", 40, "--out", "x.zarr")
