@@ -17,7 +17,7 @@ from torch import Tensor
 from kdpipe.cache.views import input_size
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.decoding import Decoding
-from kdpipe.pipelines.families import TeacherError
+from kdpipe.pipelines.family_checks import TeacherError
 from kdpipe.pipelines.layouts import test_steps
 from kdpipe.pipelines.reading import RESIZE_DEFAULTS, decoding_of
 from kdpipe.pipelines.transform_types import RESIZES, step_name, transform_class
@@ -75,7 +75,7 @@ class PixelPipeline:
         Raises:
             TeacherError: It resizes otherwise.
         """
-        scale = self._resize.get("scale")
+        scale: Any = self._resize.get("scale")
         is_pair = isinstance(scale, list | tuple) and len(scale) == 2 and all(isinstance(side, int) for side in scale)
         if transform_class(self._resize) is not mmdet_transforms.Resize or not is_pair:
             raise TeacherError(
@@ -199,11 +199,11 @@ def _is_random(step: Mapping[str, Any]) -> bool:
     """Whether a step does not do the same to each image, or leaves other than three channels."""
     kind = transform_class(step)
     if kind is mmcv_transforms.RandomGrayscale:
-        return step.get("prob") != 1 or not step.get("keep_channels")
-    if kind in _WITH_STRENGTH and step.get("level") is None:
-        strongest, weakest = step.get("max_mag"), step.get("min_mag")
-        return step.get("prob", 1) != 1 or strongest is None or strongest != weakest
-    return step.get("prob", 1) != 1
+        return not (step.get("prob") == 1 and step.get("keep_channels"))
+    strength_varies = kind in _WITH_STRENGTH and step.get("level") is None
+    if strength_varies and not ("max_mag" in step and step["max_mag"] == step.get("min_mag")):
+        return True
+    return bool(step.get("prob", 1) != 1)
 
 
 def _text(step: Any) -> str:

@@ -23,7 +23,7 @@ from kdpipe.pipelines.configs import (
     parse_literal_config,
     set_num_classes,
 )
-from kdpipe.pipelines.families import TeacherError
+from kdpipe.pipelines.family_checks import TeacherError
 from kdpipe.pipelines.pixel_pipeline import teacher_pixels
 
 OLD = """

@@ -278,7 +278,7 @@ def test_names_of_the_option_need_no_quotes() -> None:
 
 @pytest.mark.parametrize("last", [PACK, {"type": "mmdet.PackDetInputs"}, {"type": mmdet_transforms.PackDetInputs}])
 def test_the_pack_at_the_end_keeps_what_targets_need(last: Any) -> None:
-    before = copy.deepcopy([*READ, {**last, "meta_keys": ("img_id", "mine")}])
+    before: list[Any] = copy.deepcopy([*READ, {**last, "meta_keys": ("img_id", "mine")}])
     pack, add = with_teacher_targets(before, ADD)[-2:]
     assert pack["meta_keys"][:2] == ("img_id", "mine")
     assert {"homography_matrix", "img_path", "ori_shape", "img_shape"} < set(pack["meta_keys"])
