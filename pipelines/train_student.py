@@ -19,8 +19,8 @@ from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
-from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
+from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
