@@ -39,13 +39,14 @@ _OTHER_NAMES = re.compile(
     |RandomBrightnessContrast|ShiftScaleRotate  # mmdet's configs
     |Collect|DefaultFormatBundle|ToDataContainer|LoadImageFromWebcam|Translate|Shear|BrightnessTransform  # mmdet 2.x
     |ContrastTransform|EqualizeTransform|CustomDataset|(Distributed)?GroupSampler|InfiniteGroupBatchSampler
-    |(EpochBased|IterBased)Runner|(Text|Tensorboard|Wandb|Mlflow)LoggerHook|MMDetWandbHook|(Dist)?EvalHook
+    |(EpochBased|IterBased)Runner|(Text|Tensorboard|Wandb|Mlflow|Neptune|Pavi)LoggerHook|MMDetWandbHook|(Dist)?EvalHook
     |(Exp|Linear)MomentumEMAHook|SyncRandomSizeHook|(GradientCumulative)?(Fp16)?OptimizerHook
     |(Default|LayerDecay)OptimizerConstructor|MOTChallengeMetrics""",
     re.VERBOSE,
 )
 # Registered, but they open, import or evaluate what their arguments name, and no detector needs them.
 _REACHING_TYPES = ("LiveTeacher", "CameraMotionCompensation", "RFSearchHook")
+_BUILT_KEYS = ("model", "tta_model", "data_preprocessor", "train_cfg", "test_cfg")  # and every pipeline
 _DATA_KEYS = ("label_map_file",)  # of pipelines: read as JSON
 _NOT_PLAIN = re.compile(r"[()/\\]|[A-Za-z_]\w*\.[A-Za-z_]")  # a call, a path, a dotted name
 _OUTSIDE_KEYS = ("backend_args", "file_client_args", "teacher_ckpt")
@@ -134,17 +135,18 @@ def _type_fault(kind: Any) -> str:
         return "a type has to be a text"
     if _OTHER_NAMES.fullmatch(kind):
         return ""
+    package, dot, _ = kind.partition(".")
+    if package in ("mmpretrain", "mmcls"):
+        return f"the package {package} is not loaded for a config that came with a file"
     registries = [
         each
         for module in (mmengine.registry, mmdet.registry)
         for each in vars(module).values()
         if isinstance(each, Registry)
     ]
-    found = [each for each in (resolve_type(kind, registry) for registry in registries) if each is not None]
-    package = kind.partition(".")[0]
-    if package in ("mmpretrain", "mmcls"):
-        return f"the package {package} is not loaded for a config that came with a file"
-    if not found or ("." in kind and package not in _PACKAGES):
+    known = not dot or package in _PACKAGES
+    found = [each for each in (resolve_type(kind, registry) for registry in registries if known) if each is not None]
+    if not found:
         return "no such name is registered"
     reaching = [registry.module_dict.get(name) for registry in registries for name in _REACHING_TYPES]
     if any(each is other for each in found for other in reaching):
@@ -182,7 +184,7 @@ def _weights(key: Any, item: Any) -> str:
 def _text_faults(value: Any, place: str, built: bool) -> Iterator[str]:
     """Texts in models and pipelines that could be a path, a call or a module, a line each."""
     for key, item, here in _items(value, place):
-        inside = built or key in ("model", "tta_model", "data_preprocessor") or str(key).endswith("pipeline")
+        inside = built or key in _BUILT_KEYS or str(key).endswith("pipeline")
         if key in (*_TYPE_KEYS, *_DATA_KEYS):
             continue
         if inside and isinstance(item, str) and _NOT_PLAIN.search(item):

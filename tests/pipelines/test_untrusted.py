@@ -191,6 +191,12 @@ def test_registered_types_cannot_be_used_to_reach_out(model: dict[str, Any], pla
     assert f"\n  {place} = " in str(error.value)
 
 
+def test_sections_that_are_moved_into_the_model_are_no_way_around() -> None:
+    """mmdet before 2.7 had train_cfg and test_cfg outside of the model."""
+    with pytest.raises(ConfigError, match=r"test_cfg\.rcnn\.mode = 'os\.system'"):
+        restrict({"model": {"type": "FasterRCNN"}, "test_cfg": {"rcnn": {"mode": "os.system"}}}, "a file")
+
+
 def test_what_reaches_out_of_the_file_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     weights = {"type": "Pretrained", "checkpoint": "https://me:secret@host/a.pth"}
     config = {
