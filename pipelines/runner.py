@@ -97,16 +97,11 @@ class QuietRunner(Runner):  # type: ignore[misc]
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """As mmengine's; to resume, the checkpoint has to be a file that fits the model exactly.
+        """As mmengine's; to resume, the checkpoint has to fit the model exactly.
 
         Raises:
-            RunnerError: It does not, or is damaged or absent.
+            RunnerError: It does not, or is damaged.
         """
-        if self._resume and not Path(filename).is_file():
-            raise RunnerError(
-                f"Cannot go on from {filename}, which last_checkpoint in {self.work_dir} names: there is no such file. "
-                "Write the path of the newest epoch_N.pth into it, or begin anew in another --work-dir."
-            )
         try:
             checkpoint = dict(super().load_checkpoint(filename, map_location, strict or self._resume, **options))
             meta = checkpoint.get("meta") or {}

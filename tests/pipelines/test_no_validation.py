@@ -53,4 +53,4 @@ def test_resuming_executes_no_text_of_the_checkpoint(kit: "Kit", work: Path, tra
     assert torch.load(folder / "teacher.pth")["meta"]["epoch"] == 2
     assert not (work / "ran").exists()
     (folder / "last_checkpoint").write_text("https://host.invalid/epoch_9.pth")
-    assert "https://host.invalid/epoch_9.pth" in kit.refused(*training(kit, folder), "--resume", "--epochs", 3)
+    assert "epoch_9.pth" in kit.refused(*training(kit, folder), "--resume", "--epochs", 3)
