@@ -40,7 +40,7 @@ def missing_package(error: BaseException | None) -> str:
     """The package that an error, or one that led to it, is missing; empty where none is."""
     while error is not None:
         names = re.findall(r"'?(\w+) is not installed|'(\w+)\.\w+ is not in the .* registry", str(error))
-        found = [name for pair in names for name in pair if name]
+        found: list[str] = [name for pair in names for name in pair if name]
         if isinstance(error, ModuleNotFoundError) and error.name:
             found.insert(0, error.name)
         for name in found:

@@ -4,11 +4,11 @@ import re
 
 __all__ = ["masked"]
 
-_IN_ADDRESS = re.compile(r"(?<=://)[^/\s'\"@]+@")
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s'\"\\@]+@")
 _NAMES = (
     r"(?:\w+_)?(?:password|passwd|secret|(?:secret|access|api)_key(?:_id)?|apikey|(?:access|api|auth|hf)_token)|token"
 )
-_BY_NAME = re.compile(rf"""(\b(?:{_NAMES})['"]?\s*[=:]\s*)(['"]).+?\2""", re.IGNORECASE)
+_BY_NAME = re.compile(rf"""(\b(?:{_NAMES})['"]?\s*[=:]\s*)(['"])(?:\\.|(?!\2)[^\\\n])+\2""", re.IGNORECASE)
 
 
 def masked(text: str) -> str:

@@ -1,5 +1,6 @@
 """What a training is begun with: recorded in its work directory, and compared when it is resumed."""
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.fingerprint import difference
+from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.datasets import DetectionData
 
 __all__ = ["check_resumed", "check_saving", "plain_values", "training_record"]
@@ -31,7 +33,7 @@ def training_record(
     val: DetectionData | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What a training is begun with, as JSON values.
+    """What a training is begun with, as JSON values, without credentials.
 
     Args:
         name: `student` or `teacher`.
@@ -45,7 +47,7 @@ def training_record(
     config["train_dataloader"] = plain_values(cfg.train_dataloader, _LOADER)
     optimizer = config["optim_wrapper"].get("optimizer", {})
     hooks = [hook for hook in cfg.get("custom_hooks") or [] if hook.get("type") != "EarlyStoppingHook"]
-    return {
+    values = {
         "kdpipe": version("kdpipe"),
         "training": name,
         "epochs": cfg.train_cfg.get("max_epochs"),
@@ -57,6 +59,8 @@ def training_record(
         "config": config | {"custom_hooks": plain_values(hooks)},
         **{key: plain_values(value) for key, value in more.items()},
     }
+    record: dict[str, Any] = json.loads(masked(json.dumps(values)))
+    return record
 
 
 def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: str) -> list[str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         ),
         ("WANDB_API_KEY = 'x'", "WANDB_API_KEY = '***'"),
         ("access_key_id='x', hf_token='y', token='z'", "access_key_id='***', hf_token='***', token='***'"),
+        (r"password='a\'b', x='y'", "password='***', x='y'"),
+        (r'{"password": "a\"b\\", "x": "y"}', '{"password": "***", "x": "y"}'),
         ("git@host and me@host", "git@host and me@host"),
         (
             "tokenizer_name='bert-base-uncased', mask_token='[MASK]'",
@@ -41,6 +43,7 @@ def test_credentials_are_masked_and_nothing_else(text: str, wanted: str) -> None
 def test_no_file_of_a_cache_or_a_training_holds_a_password(kit: "Kit", work: Path) -> None:
     config = kit.config(channels=8, fc=24)
     config.visualizer.vis_backends = [{"type": "WandbVisBackend", "init_kwargs": {"api_key": "sesame1"}}]
+    config.model.train_cfg.secret_key = "sesame4"  # no part of a model has one, and none minds
     config.storage = {"data_root": "s3://sesame2:sesame3@bucket"}
     (work / "mine.py").write_text(config.pretty_text)
     view = ("--scale", "96x72", "--proposals", 8, "--targets", "predictions")
