@@ -59,7 +59,6 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
         KdpipeError: weights are missing, unexpected or mis-shaped; or its test pipeline cannot be applied.
     """
     register_all_modules(init_default_scope=True)
-    pixels = teacher_pixels(config)
     model_config = config.model.copy()
     check_classes_of_config(model_config)
     if rpn := (model_config.get("test_cfg") or {}).get("rpn"):
@@ -73,6 +72,7 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     with building("The teacher"):
         model = MODELS.build(model_config)
     check_family(model)
+    pixels = teacher_pixels(config)
     ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
     load_strict(model, checkpoint.state_dict, path=checkpoint.path, ignore_prefixes=ignored)
     return Teacher(model.to(device).eval(), device, pixels)
