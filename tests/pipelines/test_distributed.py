@@ -71,6 +71,41 @@ def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
     assert all(0 < line["share_sgfi"] < 1 for line in lines if line["kd_positive"])
 
 
+BUFFERS = """
+import os
+from types import SimpleNamespace
+import torch
+from mmengine.hooks import EMAHook
+from kdpipe.pipelines.plain_checkpoints import SameBuffersHook
+
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(rank)
+model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1))
+ema = EMAHook(momentum=0.5)
+runner = SimpleNamespace(model=model, hooks=[ema], iter=0)
+ema.before_run(runner)
+for _ in range(3):
+    model(torch.randn(2, 3, 4, 4) + rank)
+    ema.after_train_iter(runner, 0)
+SameBuffersHook().after_train_epoch(runner)
+torch.save({"model": model.state_dict(), "ema": ema.ema_model.state_dict()}, f"rank{rank}.pt")
+"""
+
+
+def test_processes_agree_on_statistics_before_they_are_measured(work: Path) -> None:
+    (work / "buffers.py").write_text(BUFFERS)
+    done = two_processes(work, run=("buffers.py",))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
+        mine, others = (rank["model"][name] for rank in ranks)
+        assert torch.equal(mine, others)
+        assert torch.equal(mine, ranks[1]["ema"][f"module.{name}"])
+    assert abs(ranks[1]["model"]["0.running_mean"]).max() < 0.2  # of the first process, whose images have mean 0
+    assert not torch.equal(ranks[0]["model"]["1.weight"], ranks[1]["model"]["1.weight"])
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path) -> None:
     recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w")
@@ -135,9 +170,8 @@ def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, op
     assert sum((a == 0) != (b == 0) for a, b in pairs) >= 1, pairs
     states = [rank["state"] for rank in ranks]
     assert 0 < int(states[0]["ckd.queue.count"]) <= 4096
-    names = [name for name in states[0] if "running_" not in name]  # statistics of BatchNorm are those of a process
-    assert {name.split(".")[0] for name in names} == {"student", "sgfi", "ckd"}
-    different = [name for name in names if not torch.equal(states[0][name], states[1][name])]
+    assert {name.split(".")[0] for name in states[0]} == {"student", "sgfi", "ckd"}
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert different == []
     started = torch.load(work / "w" / "epoch_1.student.pth", weights_only=True)["state_dict"]
     ended = torch.load(work / "w" / "student.pth", weights_only=True)["state_dict"]
