@@ -145,13 +145,19 @@ def verify_command(
     strict_data: bool,
     trust: bool,
 ) -> None:
-    """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not."""
+    """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not.
+
+    Where its images are at hand, they are compared with those that the teacher saw.
+    """
+    from kdpipe.pipelines.picture_comparison import verify_pictures
     from kdpipe.pipelines.verify import verify_files, verify_teacher
 
     console = command_console()
     good = verify_files(cache_path, repair=repair, console=console)
+    if good:
+        good = verify_pictures(cache_path, img_dir=img_dir, voc=voc, console=console)
     if good and (ckpt is not None or ap):
-        verify_teacher(
+        good = verify_teacher(
             cache_path,
             ckpt,
             config=config,

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.fingerprint import difference, digest_tensors
 from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.schema import CacheSpec
 from kdpipe.cache.targets import TeacherRecord, TeacherTargets
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.console import ProgressBar
@@ -21,7 +22,11 @@ from kdpipe.pipelines.datasets import DetectionData, read_image
 from kdpipe.pipelines.recorded import recorded, recorded_config
 from kdpipe.pipelines.teacher import Teacher, load_teacher
 
-__all__ = ["FieldError", "cached_teacher", "compare_live", "errors_table"]
+__all__ = ["FieldError", "cached_teacher", "compare_live", "errors_table", "unexplained"]
+
+# Mean error relative to the mean magnitude, beyond rounding: what other kernels and TensorFloat-32 change between the
+# machine of the cache and this one. Of proposals the last few may also be others.
+_MACHINES, _PROPOSALS = 0.01, 0.05
 
 
 @dataclass
@@ -33,15 +38,24 @@ class FieldError:
         total: Of all errors.
         magnitude: Sum of the magnitudes of what the teacher says.
         count: Of values.
+        rounding: Sum of the most that rounding to the storage type changes a value.
     """
 
     largest: float = 0.0
     total: float = 0.0
     magnitude: float = 0.0
     count: int = 0
+    rounding: float = 0.0
 
-    def add(self, cached: Tensor, live: Tensor) -> None:
-        """Take in values of one image; both have the same shape."""
+    def add(self, cached: Tensor, live: Tensor, dtype: str, scale: Tensor | None = None) -> None:
+        """Take in values of one image.
+
+        Args:
+            cached: As floats.
+            live: Of the same shape.
+            dtype: What the cached ones are stored as.
+            scale: Of int8, of a shape that fits `cached`.
+        """
         if cached.numel() == 0:
             return
         live = live.detach().cpu().float()
@@ -50,6 +64,8 @@ class FieldError:
         self.total += float(error.sum(dtype=torch.float64))
         self.magnitude += float(live.abs().sum(dtype=torch.float64))
         self.count += cached.numel()
+        half = live.abs() * torch.finfo(getattr(torch, dtype)).eps / 2 if scale is None else scale.expand_as(live) / 2
+        self.rounding += float(half.sum(dtype=torch.float64))
 
     @property
     def mean(self) -> float:
@@ -134,26 +150,47 @@ def compare_live(
                     file_name=cached.file_name,
                     view=view,
                 )
-                _compare(cached, live, errors)
+                _compare(cached, live, cache.spec, errors)
             progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
     return errors
 
 
-def _compare(cached: TeacherTargets, live: TeacherRecord, errors: Mapping[str, FieldError]) -> None:
+def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, errors: Mapping[str, FieldError]) -> None:
     """Take in one image; the rows of `live` behind its proposals are those of the cached boxes."""
     proposals, count = live.boxes[: live.num_proposals].cpu(), cached.num_proposals
     if count and len(proposals):
         distance = (cached.boxes[:count, None] - proposals[None]).abs().amax(-1)  # [cached, live]
-        errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)])
+        errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)], "float32")
     for field in ("logits", "deltas", "embeddings", "roi_features"):
         said = getattr(live, field)
         if field in errors and said is not None:
             values = cached.rois() if field == "roi_features" else getattr(cached, field)
-            errors[field].add(values, said[live.num_proposals :])
+            scale = cached.roi_scale if field == "roi_features" else None
+            errors[field].add(values, said[live.num_proposals :], spec.field_dtype(field), _per_cell(scale))
     if "features" in errors:
-        for values, level in zip(cached.pyramid(), live.features or (), strict=True):
+        for number, (values, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
             assert values is not None
-            errors["features"].add(values, level)
+            scale = None if cached.scale is None else cached.scale[number]
+            errors["features"].add(values, level, spec.dtype, _per_cell(scale))
+
+
+def _per_cell(scale: Tensor | None) -> Tensor | None:
+    """A scale per channel, Tensor[..., C], beside the cells of the channel."""
+    return None if scale is None else scale[..., None, None]
+
+
+def unexplained(errors: Mapping[str, FieldError]) -> list[str]:
+    """Lines on the fields whose errors neither rounding to the storage type nor another machine explains."""
+    lines = []
+    for field, error in errors.items():
+        rounding = error.rounding / error.magnitude if error.magnitude else 0.0
+        limit = rounding + (_PROPOSALS if field == "boxes" else _MACHINES)
+        if error.relative > limit:
+            lines.append(
+                f"{field} of the cache are not what the teacher says: their mean error is {100 * error.relative:.3g} % "
+                f"of the mean magnitude, expected at most {100 * limit:.3g} % (rounding, and other machines)."
+            )
+    return lines
 
 
 def errors_table(errors: Mapping[str, FieldError]) -> Table:

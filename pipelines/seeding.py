@@ -7,6 +7,7 @@ run therefore continues exactly as the undisturbed one would have, whatever the 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 
-from kdpipe.cache.reader import TeacherCache, open_cache
+from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines.checked_dataset import read_item
-from kdpipe.pipelines.images import ImageError, image_digest
+from kdpipe.pipelines.picture_comparison import compare_picture
 
 __all__ = ["EpochSampler", "SeedStepHook", "SeededDataset", "seed_everything"]
 
@@ -89,19 +90,11 @@ class SeededDataset:
         """
         place = index % len(self)
         if self.cache is not None and not self._compared[place]:
-            self._compare(self.cache, place)
+            info = self.dataset.get_data_info(place)
+            compare_picture(self.cache, info["img_id"], Path(info["img_path"]))
             self._compared[place] = True
         with _own_randomness(self.seed, index):
             return read_item(self.dataset, place)
-
-    def _compare(self, cache: TeacherCache, place: int) -> None:
-        info = self.dataset.get_data_info(place)
-        known = cache.index(info["img_id"], cache.spec.views[0]).file_digest
-        if known and image_digest(info["img_path"]) != known:
-            raise ImageError(
-                f"image {info['img_path']} is another picture than the one that the teacher saw: its name and size are "
-                "the same, and its bytes are not. Put back the picture that was cached, or cache the teacher again."
-            )
 
 
 @DATA_SAMPLERS.register_module()

@@ -124,7 +124,7 @@ def verify_teacher(
     strict_data: bool = False,
     trust: bool,
     console: Console,
-) -> None:
+) -> bool:
     """Compare a sound cache with its live teacher, and compute the teacher's AP from the cache; print both.
 
     Args:
@@ -142,13 +142,16 @@ def verify_teacher(
         trust: Unpickle the checkpoint even where it holds more than weights.
         console: Where all is shown.
 
+    Returns:
+        Whether the cache says what the teacher says, as far as its storage types can.
+
     Raises:
         KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
     """
     from kdpipe.pipelines.cached_ap import cached_ap
     from kdpipe.pipelines.data_report import report_data
     from kdpipe.pipelines.evaluate import metrics_table
-    from kdpipe.pipelines.live import cached_teacher, compare_live, errors_table
+    from kdpipe.pipelines.live import cached_teacher, compare_live, errors_table, unexplained
     from kdpipe.pipelines.recorded import recorded_config, recorded_data
     from kdpipe.pipelines.sources import torch_device
 
@@ -157,8 +160,14 @@ def verify_teacher(
         teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
     data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     report_data(data, console, trained=False, strict=strict_data)
+    wrong: list[str] = []
     if teacher is not None:
-        console.print(errors_table(compare_live(cache, teacher, data, sample, console)))
+        errors = compare_live(cache, teacher, data, sample, console)
+        console.print(errors_table(errors))
+        wrong = unexplained(errors)
+        for line in wrong:
+            console.print(line, markup=False)
     if ap:
         console.print("The teacher's AP, from the cache alone:")
         console.print(metrics_table(cached_ap(cache, recorded_config(cache, config, trust=trust), data, console)))
+    return not wrong
