@@ -12,6 +12,8 @@ import mmdet.registry
 import mmengine.registry
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.registry import Registry
 
 import kdpipe.pipelines.live_teacher
@@ -145,6 +147,26 @@ def test_no_place_is_left_out(hostile: Any, calls: list[object]) -> None:
             restrict(replaced(COMPLETE, place, hostile), "a file")
         assert f"{text(place)} = {hostile!r}" in str(error.value)
     assert calls == []
+
+
+@given(
+    section=st.sampled_from(["model", "visualizer", "custom_hooks", "anything"]),
+    way=st.lists(st.text("abc_", min_size=1, max_size=3) | st.integers(0, 2), max_size=9),
+    sequence=st.sampled_from([list, tuple]),
+    key=st.sampled_from(LOOKED_UP),
+    hostile=st.sampled_from([each for each in HOSTILE if isinstance(each, str)])
+    | st.from_regex(r"\A\w{1,9}(\.\w{1,9}){1,5}\Z"),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_hostile_type_is_found_at_any_depth(
+    section: str, way: list[Any], sequence: Any, key: str, hostile: str
+) -> None:
+    value: Any = {"before": 1, key: hostile, "after": {"type": "ResNet"}}
+    for step in reversed(way):
+        value = {"type": "ResNet", step: value} if isinstance(step, str) else sequence([*range(step), value])
+    with pytest.raises(ConfigError) as error:
+        restrict({"default_scope": "mmdet", section: value}, "a file")
+    assert f"{text((section, *way, key))} = {hostile!r}" in str(error.value)
 
 
 def test_what_kdpipe_registers_is_known_before_it_is_used() -> None:
