@@ -35,7 +35,7 @@ def decoding_of(step: Any, whose: str) -> Decoding:
     """
     if transform_class(step) is not mmcv_transforms.LoadImageFromFile:
         raise KdpipeError(f"{whose} reads images with {step_name(step)}; expected LoadImageFromFile.")
-    decoding = Decoding(**{option.name: step.get(option.name, option.default) for option in fields(Decoding)})
+    decoding = Decoding(**{option.name: step.get(option.name) or option.default for option in fields(Decoding)})
     if decoding.color_type not in _COLOR_TYPES or decoding.imdecode_backend not in _BACKENDS:
         raise KdpipeError(
             f"{whose} reads images with LoadImageFromFile({decoding}); expected as color_type "

@@ -152,7 +152,7 @@ def moving_transforms(pipeline: Any, let_through: Collection[str] = ()) -> list[
     found = []
     for step in transforms_in(pipeline):
         kind, name = transform_class(step), step_name(step)
-        if {name, type_name(kind)} & set(let_through):
+        if {name, name.rpartition(".")[2], type_name(kind)} & set(let_through):
             continue
         if kind not in LISTED and kind not in WRAPPERS:
             found.append(name)

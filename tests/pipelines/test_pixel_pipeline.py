@@ -21,6 +21,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.images import read_image
 from kdpipe.pipelines.pixel_pipeline import PixelPipeline, teacher_pixels
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
+from kdpipe.pipelines.transforms import set_scale
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -185,6 +186,22 @@ def test_scales_that_do_not_fit() -> None:
     ):
         with pytest.raises(KdpipeError, match="Give --scale"):
             PixelPipeline([READ, resize, PACK]).own_scale()
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [
+        {**RESIZE, "interpolation": "nearest"},
+        {"type": "Resize", "scale": (50, 50), "interpolation": "area"},
+        {"type": "mmdet.FixScaleResize", "scale": (50, 50), "backend": "pillow"},
+        {"type": "ResizeShortestEdge", "scale": 70, "max_size": 90},
+        {"type": "RandomChoiceResize", "scales": [(50, 50), (60, 60)], "keep_ratio": True},
+    ],
+)
+def test_another_scale_is_the_same_for_evaluation_and_cache(resize: dict[str, Any], picture: Path) -> None:
+    steps = [READ, resize, {"type": "Equalize"}, PACK]
+    shown, _ = PixelPipeline(steps).view(read_image(picture), (80, 64), flip=False)
+    assert torch.equal(tensor(shown), mmdets(set_scale(steps, (80, 64)), picture))
 
 
 def old(*transforms: Any, **view: Any) -> Config:

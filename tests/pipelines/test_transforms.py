@@ -253,14 +253,15 @@ class MyFlip(mmdet_transforms.RandomFlip):  # type: ignore[misc]
     """Not what its parent is."""
 
 
-@pytest.mark.parametrize("kind", ["MyJitter", "mmdet.MyJitter", MyJitter, MyFlip])
+@pytest.mark.parametrize("kind", ["MyJitter", "mmdet.MyJitter", "of.me.MyJitter", MyJitter, MyFlip])
 def test_a_transform_of_the_user_passes_if_they_answer_for_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRANSFORMS.module_dict, "MyJitter", MyJitter)
-    name = getattr(kind, "__name__", kind)
+    name = getattr(kind, "__name__", kind).rpartition(".")[2]
     pipeline = [*READ, {"type": "RandomApply", "transforms": [{"type": kind, "scale": 2}]}, PACK]
     with pytest.raises(KdpipeError, match=name):
         with_teacher_targets(pipeline, ADD)
-    assert with_teacher_targets(pipeline, ADD, [name])[-1] is ADD
+    for names in ([name], ["Other", getattr(kind, "__name__", kind)]):
+        assert with_teacher_targets(pipeline, ADD, names)[-1] is ADD
     pipeline.insert(2, {"type": "mmdet.RandomShift"})
     with pytest.raises(KdpipeError, match=r"uses mmdet\.RandomShift\."):
         with_teacher_targets(pipeline, ADD, [name])
