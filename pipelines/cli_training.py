@@ -20,6 +20,7 @@ from kdpipe.pipelines.cli_options import (
     val_options,
 )
 from kdpipe.pipelines.console import command_console
+from kdpipe.pipelines.launch import trained_together
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 
@@ -65,6 +66,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @val_options
 @skip_option
 @trust_option
+@trained_together
 def train_student_command(
     cache_path: Path | None,
     teacher_ckpt: Path | None,
@@ -151,6 +153,7 @@ def train_student_command(
 @data_options
 @val_options
 @skip_option
+@trained_together
 def train_teacher_command(
     config: str,
     epochs: int,

@@ -2,26 +2,24 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, Store  # type: ignore[attr-defined]
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.launch import ToldError
+from kdpipe.pipelines.heartbeat import Heartbeat
+from kdpipe.pipelines.launch import Launch, ToldError, find_launch
+from kdpipe.pipelines.rendezvous import meet
 
 __all__ = ["Ranks"]
 
-_BEAT_SECONDS = 1.0
 # A process that gave no sign of life for so long counts as dead. Where it was only cut off, no harm is done: of two
 # that write one part, the second drops its own.
 _DEAD_SECONDS = 30.0
 # How long the first process, which may host the store, waits for the others after an error.
 _FAREWELL_SECONDS = 10.0
-_START_SECONDS = 300.0
 _POLL_SECONDS = 0.1
 
 
@@ -33,27 +31,23 @@ class Ranks:
     next `check`, and the context ends with `ToldError` in all but the first that failed: the user sees one message.
 
     Args:
-        rank: Number of this process; the first, 0, speaks for the run.
-        size: Number of processes.
+        launch: The place of this process among them; by default it is the only one.
 
     Raises:
-        KdpipeError: The other processes cannot be reached, or did not come.
+        LaunchError: The other processes cannot be reached, or did not come.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
-        # torchrun hosts the store itself, so that it outlives every process
-        self._hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._store: Store = HashStore() if self.size == 1 else self._connect()
+    def __init__(self, launch: Launch | None = None) -> None:
+        launch = launch or Launch()
+        self.rank, self.size = launch.rank, launch.size
+        self._launch = launch
+        self._store: Store = HashStore()  # of this process alone
         self._heard = 0
-        self._stopped = self._lost = False
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="kdpipe-beat", daemon=True)
 
     @classmethod
     def launched(cls) -> "Ranks":
         """Those that torchrun or Slurm started; this process alone where there is neither."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(find_launch(os.environ))
 
     @property
     def first(self) -> bool:
@@ -63,17 +57,9 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         if self.size == 1:
             return self
-        self._thread.start()
-        come, start = self._store.add("come", 1), time.monotonic()
-        while come < self.size:  # so that none fails before all can hear of it
-            if time.monotonic() - start > _START_SECONDS:
-                raise KdpipeError(
-                    f"{come} of the {self.size} processes of this run came within {_START_SECONDS:.0f} s. Look at what "
-                    "the others printed, and start again."
-                )
-            self.check()
-            time.sleep(_POLL_SECONDS)
-            come = self._store.add("come", 0)
+        self._store = meet(self._launch)  # so that none fails before all can hear of it
+        self._heart = Heartbeat(self._store, self.rank, self.size)
+        self._heart.start()
         return self
 
     def __exit__(
@@ -81,8 +67,7 @@ class Ranks:
     ) -> None:
         if self.size == 1:
             return
-        self._leaving.set()
-        self._thread.join()
+        self._heart.end()
         try:
             told = self._leave(error)
         except DistError as unreachable:
@@ -90,7 +75,7 @@ class Ranks:
                 error = unreachable
             told = False
         if isinstance(error, DistError):
-            if not self._stopped and self.rank == 1:  # the first of those that can lose their host
+            if not self._heart.is_stopped and self.rank == 1:  # the first of those that can lose their host
                 raise KdpipeError(
                     "The first process of this run is gone. What is cached is valid; the same command goes on from "
                     "there."
@@ -106,9 +91,11 @@ class Ranks:
             KeyboardInterrupt: Another process failed or was interrupted.
             DistError: The store is gone.
         """
-        if self._stopped:
+        if self.size == 1:
+            return
+        if self._heart.is_stopped:
             raise KeyboardInterrupt
-        if self._lost:
+        if self._heart.is_lost:
             raise DistError("the store is gone")
 
     def agreed(self, look: Callable[[], list[int]]) -> list[int]:
@@ -149,37 +136,6 @@ class Ranks:
             self._heard += 1
             yield self._store.get(key).decode()
 
-    def _connect(self) -> Store:
-        try:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        except KeyError as error:
-            raise KdpipeError(
-                f"WORLD_SIZE is {self.size}, and {error} is not set. Start several processes with torchrun or srun."
-            ) from None
-        try:
-            store = TCPStore(
-                host,
-                port,
-                is_master=self.first and not self._hosted,
-                timeout=timedelta(seconds=_START_SECONDS),
-                wait_for_workers=False,
-            )
-        except DistError as error:
-            raise KdpipeError(
-                f"Process {self.rank} cannot reach the others at MASTER_ADDR {host}, MASTER_PORT {port}: "
-                f"{str(error).splitlines()[0]}. Is the port taken? Set MASTER_PORT to another one."
-            ) from error
-        return PrefixStore(f"kdpipe {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-    def _beat(self) -> None:
-        """The thread: shows that this process lives, and looks whether to go on."""
-        try:
-            while not self._leaving.wait(_BEAT_SECONDS):
-                self._store.add(f"beat {self.rank}", 1)
-                self._stopped = self._store.check(["stop"])
-        except DistError:
-            self._lost = True
-
     def _leave(self, error: BaseException | None) -> bool:
         """Tell the others how this process ends; returns whether another one has told the user."""
         failed = isinstance(error, Exception) and not isinstance(error, DistError)
@@ -187,7 +143,7 @@ class Ranks:
         if error is not None:
             self._store.set("stop", "")
         self._store.set(f"left {self.rank}", "")
-        if error is not None and self.first and not self._hosted:
+        if error is not None and self.first and not self._launch.is_hosted:
             until = time.monotonic() + _FAREWELL_SECONDS
             self._wait_for_others(lambda: None, until)
         return told and error is not None
@@ -197,7 +153,7 @@ class Ranks:
         seen = dict.fromkeys(range(1, self.size), (-1, 0.0))
         while seen and time.monotonic() < until:
             for rank, (beats, when) in list(seen.items()):
-                now, found = time.monotonic(), self._store.add(f"beat {rank}", 0)
+                now, found = time.monotonic(), self._heart.beats(rank)
                 if found != beats:
                     seen[rank] = found, now
                 if self._store.check([f"left {rank}"]) or (found == beats and now - when > _DEAD_SECONDS):

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.schedule import schedule_shape, wind_forward
+from kdpipe.pipelines.training_ranks import join_process_group
 
 __all__ = ["Bfloat16OptimWrapper", "FormattedConfig", "QuietRunner", "RunnerError"]
 
@@ -72,10 +73,10 @@ class QuietRunner(Runner):  # type: ignore[misc]
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """As mmengine's, but the start method of processes stays what it is: loaders name theirs.
 
-        Without GPUs, processes are joined here, since mmengine would choose a GPU for each.
+        Several processes are joined here: in mmengine they wait for each other without a word, and hear no signal.
         """
-        if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
+        if self.distributed and not torch.distributed.is_initialized():
+            join_process_group(env_cfg.get("dist_cfg", {}))
         processes = {"mp_start_method": multiprocessing.get_start_method(), "opencv_num_threads": 0}
         super().setup_env({**env_cfg, "mp_cfg": processes})
 
