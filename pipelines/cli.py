@@ -14,8 +14,8 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli_cache import cache_teacher_command, inspect_command, verify_command
 from kdpipe.pipelines.cli_options import PATH
 from kdpipe.pipelines.cli_training import evaluate_command, train_student_command, train_teacher_command
-from kdpipe.pipelines.console import command_console, error_text, stop
-from kdpipe.pipelines.launch import ToldError, adopt_slurm, is_first
+from kdpipe.pipelines.console import command_console, error_text, robust_output, stop
+from kdpipe.pipelines.launch import ToldError, is_first
 
 __all__ = ["main"]
 
@@ -29,6 +29,12 @@ def cli(debug: bool) -> None:
     """Distil object detectors offline: cache the teacher once, then train any number of students from the cache."""
     if not debug:
         warnings.simplefilter("ignore")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise KdpipeError(
+            f"The current folder cannot be used ({error.strerror}): it was deleted or moved. Change to another one (cd)."
+        ) from error
 
 
 @cli.command("doctor")
@@ -36,7 +42,7 @@ def doctor_command() -> None:
     """Show versions, devices and mmcv's ops, and what is wrong with them."""
     from kdpipe.pipelines.doctor import run_doctor
 
-    sys.exit(run_doctor(command_console()))
+    sys.exit(run_doctor(command_console(shared=False)))
 
 
 @cli.command("demo")
@@ -74,11 +80,14 @@ def main(args: list[str] | None = None) -> None:
     stop.forget()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _terminate)
-    debug = "--debug" in args
     # torch is not loaded yet; it would print its C++ stack where the connection to another process ends
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with robust_output():
+        _run(args, debug="--debug" in args)
+
+
+def _run(args: list[str], *, debug: bool) -> None:
     try:
-        adopt_slurm(os.environ)
         cli.main(args, prog_name="kdpipe", standalone_mode=False)
     except click.ClickException as error:
         if is_first():
@@ -90,19 +99,31 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except ToldError:
         sys.exit(EXIT_ERROR)
-    except (KdpipeError, OSError) as error:
-        if debug:
-            raise
-        click.echo(f"Error: {error_text(error)}", err=True)
-        sys.exit(EXIT_ERROR)
+    except BrokenPipeError:
+        raise  # nobody reads any more, and there is nobody to tell
     except Exception as error:
         if debug:
             raise
-        click.echo(
-            f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where.",
-            err=True,
+        told = _user_message(error)
+        if told is None:
+            told = f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where."
+            click.echo(told, err=True)
+            sys.exit(EXIT_INTERNAL)
+        click.echo(f"Error: {told}", err=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to say of an error that is the input's or the machine's; None for a fault of kdpipe."""
+    if isinstance(error, KdpipeError | OSError):
+        return error_text(error)
+    text = (error_text(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            f"There is too little memory ({text or 'of this machine'}). Use a smaller --scale or --batch-size, fewer "
+            "--workers, or a machine or device (--device) with more of it."
         )
-        sys.exit(EXIT_INTERNAL)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the commands print: one style of progress, and sizes that people can read."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdpipe.pipelines.launch import is_first
 
-__all__ = ["ProgressBar", "bytes_text", "command_console", "error_text", "plain", "silent_stdout", "stop"]
+__all__ = ["ProgressBar", "bytes_text", "command_console", "error_text", "plain", "robust_output", "silent_stdout", "stop"]
 
 _LINE_SECONDS = 30.0
 
@@ -123,9 +124,33 @@ class ProgressBar:
         self._bar.stop()
 
 
-def command_console() -> Console:
-    """Standard output of the first process; silence in the others of a distributed run."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not is_first())
+def command_console(*, shared: bool = True) -> Console:
+    """Standard output.
+
+    Args:
+        shared: Several processes do this together: only the first speaks.
+    """
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=shared and not is_first())
+
+
+@contextlib.contextmanager
+def robust_output() -> Iterator[None]:
+    """Let output fail quietly where nobody reads it (`| head`), and never for a character that it cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # was closed before this process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would try again, and complain, in the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        sys.exit(1)
 
 
 def bytes_text(size: float) -> str:

@@ -19,7 +19,7 @@ from rich.text import Text
 from kdpipe.pipelines.console import bytes_text
 from kdpipe.pipelines.openmmlab import extension_names, extension_state
 
-__all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_doctor"]
+__all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_doctor", "shared_memory"]
 
 MMCV_FOR_MMDET = SpecifierSet(">=2.0.0rc4,<2.2")  # what mmdet 3.3.0 accepts
 BRIDGE_REMEDY = "pip uninstall -y mmcv mmcv-lite && pip install mmcv-lite==2.1.0"
@@ -50,6 +50,7 @@ class Environment:
         asked: Compiled functions that mmcv asks for; `bridged` are those that kdpipe brings.
         cores, memory: Of this machine; memory in bytes, 0 where unknown.
         gpus: (name, bytes of memory) of each CUDA device that torch can use.
+        shared_memory: Bytes of /dev/shm, None where there is none.
         has_nvidia_driver: Whether there is a driver, usable by torch or not.
     """
 
@@ -65,6 +66,7 @@ class Environment:
     memory: int
     gpus: tuple[tuple[str, int], ...]
     has_nvidia_driver: bool
+    shared_memory: int | None = None
 
 
 def inspect_environment() -> Environment:
@@ -88,7 +90,17 @@ def inspect_environment() -> Environment:
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
         gpus=() if "torch" in failures else _gpus(),
         has_nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
+        shared_memory=shared_memory(),
     )
+
+
+def shared_memory() -> int | None:
+    """Bytes of /dev/shm; None where there is none."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return found.f_frsize * found.f_blocks
 
 
 def _versions(names: Iterable[str]) -> dict[str, str]:
@@ -194,6 +206,11 @@ def _check_imports(environment: Environment) -> list[Check]:
 def _check_devices(environment: Environment) -> list[Check]:
     memory = f", {bytes_text(environment.memory)} of memory" if environment.memory else ""
     checks = [Check("CPU", "ok", f"{environment.cores} cores{memory}")]
+    if environment.shared_memory is not None:
+        checks.append(Check("/dev/shm", "ok", f"{bytes_text(environment.shared_memory)} of shared memory"))
+    else:
+        remedy = "mount one (docker run --shm-size 1g), or train with --workers 0"
+        checks.append(Check("/dev/shm", "problem", "missing: loader workers cannot be started", remedy))
     for index, (name, size) in enumerate(environment.gpus):
         checks.append(Check(f"cuda:{index}", "ok", f"{name}, {bytes_text(size)}"))
     if not environment.gpus:

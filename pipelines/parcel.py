@@ -6,6 +6,7 @@ worker; a batch of cached targets is a hundred tensors.
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import FUNCTIONS
 from torch import Tensor
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.console import bytes_text
 
 __all__ = ["pack_batch"]
 
@@ -57,13 +61,35 @@ class _Parcel:
         packer = _Packer(file)
         packer.dump(value)
         self._text = file.getvalue()
-        self._memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(packer.size))
+        self._memory = torch.empty(0, dtype=torch.uint8).set_(_shared_storage(packer.size))
         for start, tensor in packer.tensors:
             end = start + tensor.numel() * tensor.element_size()
             self._memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpack, (self._memory, self._text)
+
+
+def _shared_storage(size: int) -> torch.UntypedStorage:
+    """Memory that another process can map; not in /dev/shm, which containers make small.
+
+    Raises:
+        KdpipeError: There is not so much; as an error here, where torch's would be a bus error at the first write.
+    """
+    if not size or not hasattr(os, "memfd_create"):  # Linux only
+        return torch.UntypedStorage._new_shared(size)
+    try:
+        file = os.memfd_create("kdpipe-batch")
+        try:
+            os.posix_fallocate(file, 0, size)
+            return torch.UntypedStorage._new_shared_fd_cpu(file, size)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise KdpipeError(
+            f"A loader worker found no memory for a batch of {bytes_text(size)} ({error.strerror}). Use a smaller "
+            "--batch-size or fewer --workers, and go on with --resume where an epoch was finished."
+        ) from error
 
 
 def _unpack(memory: Tensor, text: bytes) -> Any:

@@ -128,36 +128,37 @@ def _host(launch: Launch) -> Store:
         ) from error
 
 
+class _Search(threading.Thread):
+    """Looks for the store until it answers; beside the main thread, since neither names nor torch hear signals.
+
+    Attributes:
+        store: What was found.
+        reason: Why there is nothing yet.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(name="kdpipe-connect", daemon=True)
+        self._launch = launch
+        self.store: Store | None = None
+        self.reason = "no answer yet"
+
+    def run(self) -> None:
+        """Look again and again."""
+        place = self._launch.host, self._launch.port
+        while self.store is None:
+            try:
+                socket.create_connection(place, timeout=_LOOK_SECONDS).close()
+                self.reason = "what listens there does not answer"  # something else; torch waits for it without an end
+                self.store = TCPStore(*place, is_master=False, wait_for_workers=False)
+            except (OSError, UnicodeError, DistError) as error:
+                self.reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+                time.sleep(_POLL_SECONDS)
+
+
 def _reach(launch: Launch, patience: _Patience) -> Store:
     keeper = "torchrun" if launch.is_hosted else "the first process"
-    what = f"{keeper} (this is number {launch.rank} of {launch.size}, from 0"
-    while True:
-        while reason := _closed(launch):
-            patience.wait(f"{what}; {reason})")
-        # Something else that listens there may never answer, and torch waits for it without an end.
-        found: list[Store] = []
-        failed: list[DistError] = []
-        thread = threading.Thread(target=_open, args=(launch, found, failed), name="kdpipe-connect", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            patience.wait(f"{what}; what listens there does not answer)")
-            thread.join(_POLL_SECONDS)
-        if found:
-            return found[0]
-        patience.wait(f"{what}; {str(failed[0]).splitlines()[0] if failed else 'no connection'})")
-
-
-def _open(launch: Launch, found: list[Store], failed: list[DistError]) -> None:
-    try:
-        found.append(TCPStore(launch.host, launch.port, is_master=False, wait_for_workers=False))
-    except DistError as error:
-        failed.append(error)
-
-
-def _closed(launch: Launch) -> str:
-    """Why nothing can be reached at the meeting place yet; empty where something listens."""
-    try:
-        socket.create_connection((launch.host, launch.port), timeout=_LOOK_SECONDS).close()
-    except (OSError, UnicodeError) as error:
-        return str(getattr(error, "strerror", None) or error)
-    return ""
+    search = _Search(launch)
+    search.start()
+    while search.store is None:
+        patience.wait(f"{keeper} (this is number {launch.rank} of {launch.size}, from 0; {search.reason})")
+    return search.store

@@ -1,6 +1,7 @@
 """mmengine's Runner behind a quiet console, which goes on rightly and leaves no half a file."""
 
 import copy
+import io
 import itertools
 import logging
 import multiprocessing
@@ -65,6 +66,8 @@ class QuietRunner(Runner):  # type: ignore[misc]
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler) and isinstance(handler.stream, io.TextIOWrapper):
+                handler.stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
                 handler.setStream(sys.stderr)

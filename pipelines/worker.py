@@ -1,8 +1,10 @@
 """Loader workers: what they need, imported once in the fork server, what each does first, and how they end."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +12,42 @@ from typing import Any
 import cv2
 from mmengine.registry import FUNCTIONS
 
+from kdpipe.cache.errors import KdpipeError
+
 __all__ = ["end_workers", "init_worker", "preload_workers"]
 
 _JOIN_SECONDS = 10.0
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108
+# The name of a socket has at most 107 bytes, of which multiprocessing adds `/pymp-01234567/listener-01234567`.
+_MAX_FOLDER = 107 - 32
 
 
 def preload_workers() -> None:
-    """Let the fork server import this module, so that starting a worker costs a fork, not an import."""
+    """Let the fork server import this module, so that starting a worker costs a fork, not an import.
+
+    Raises:
+        KdpipeError: There is no folder for the sockets through which workers are asked.
+    """
+    _choose_socket_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+
+
+def _choose_socket_folder() -> None:
+    """Where TMPDIR is too long for the name of a socket, multiprocessing gets a folder of its own in another place."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _MAX_FOLDER:
+        return
+    usable = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
+    if not usable:
+        raise KdpipeError(
+            f"The folder for temporary files {tempfile.gettempdir()} (TMPDIR) has a name of more than {_MAX_FOLDER} "
+            f"bytes, too long for sockets, and {' and '.join(_SHORT_FOLDERS)} cannot be written. Set TMPDIR to a folder "
+            "with a shorter name."
+        )
+    chosen, tempfile.tempdir = tempfile.tempdir, usable[0]
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and removed in the end
+    finally:
+        tempfile.tempdir = chosen
 
 
 @FUNCTIONS.register_module()  # type: ignore[untyped-decorator]
