@@ -14,8 +14,8 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli_cache import cache_teacher_command, inspect_command, verify_command
 from kdpipe.pipelines.cli_options import PATH
 from kdpipe.pipelines.cli_training import evaluate_command, train_student_command, train_teacher_command
-from kdpipe.pipelines.console import command_console, error_text, robust_output, stop
-from kdpipe.pipelines.launch import ToldError, is_first
+from kdpipe.pipelines.console import command_console, error_text, nobody_reads, robust_output, stop
+from kdpipe.pipelines.launch import ToldError, find_launch, is_first
 
 __all__ = ["main"]
 
@@ -33,7 +33,7 @@ def cli(debug: bool) -> None:
         Path.cwd()
     except OSError as error:
         raise KdpipeError(
-            f"The current folder cannot be used ({error.strerror}): it was deleted or moved. Change to another one (cd)."
+            f"The current folder cannot be used ({error.strerror}): it was deleted or moved. Go to another one (cd)."
         ) from error
 
 
@@ -50,6 +50,12 @@ def doctor_command() -> None:
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
 def demo_command(out: Path, fresh: bool) -> None:
     """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
+    launch = find_launch(os.environ)
+    if launch.size > 1:
+        raise KdpipeError(
+            f"The demo runs in one process, and this is one of {launch.size}. Start it without torchrun and srun; "
+            f"where it is alone, unset {' and '.join(launch.variables)}."
+        )
     from kdpipe.pipelines.demo import run_demo
 
     run_demo(out, fresh=fresh, console=command_console())
@@ -99,10 +105,8 @@ def _run(args: list[str], *, debug: bool) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except ToldError:
         sys.exit(EXIT_ERROR)
-    except BrokenPipeError:
-        raise  # nobody reads any more, and there is nobody to tell
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and nobody_reads()):
             raise
         told = _user_message(error)
         if told is None:

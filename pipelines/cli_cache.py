@@ -152,7 +152,7 @@ def verify_command(
     from kdpipe.pipelines.picture_comparison import verify_pictures
     from kdpipe.pipelines.verify import verify_files, verify_teacher
 
-    console = command_console()
+    console = command_console(shared=False)
     good = verify_files(cache_path, repair=repair, console=console)
     if good:
         good = verify_pictures(cache_path, img_dir=img_dir, voc=voc, console=console)
@@ -184,4 +184,4 @@ def inspect_command(cache_path: Path, image: int | None, view: str | None, as_js
     """Show what a cache is, what it holds, how large it is, and which losses it serves."""
     from kdpipe.pipelines.inspect import inspect_cache
 
-    inspect_cache(cache_path, image, view, as_json=as_json, console=command_console())
+    inspect_cache(cache_path, image, view, as_json=as_json, console=command_console(shared=False))

@@ -205,7 +205,7 @@ def evaluate_command(
     """Print the COCO AP of a checkpoint."""
     from kdpipe.pipelines.evaluate import evaluate, metrics_table
 
-    console = command_console()
+    console = command_console(shared=False)
     metrics = evaluate(
         ckpt,
         config=config,

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -17,7 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdpipe.pipelines.launch import is_first
 
-__all__ = ["ProgressBar", "bytes_text", "command_console", "error_text", "plain", "robust_output", "silent_stdout", "stop"]
+__all__ = [
+    "ProgressBar",
+    "bytes_text",
+    "command_console",
+    "error_text",
+    "nobody_reads",
+    "plain",
+    "robust_output",
+    "silent_stdout",
+    "stop",
+]
 
 _LINE_SECONDS = 30.0
 
@@ -151,6 +162,16 @@ def robust_output() -> Iterator[None]:
         # Python would try again, and complain, in the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.exit(1)
+
+
+def nobody_reads() -> bool:
+    """Whether what reads standard output has ended."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def bytes_text(size: float) -> str:

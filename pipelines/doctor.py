@@ -66,7 +66,7 @@ class Environment:
     memory: int
     gpus: tuple[tuple[str, int], ...]
     has_nvidia_driver: bool
-    shared_memory: int | None = None
+    shared_memory: int | None
 
 
 def inspect_environment() -> Environment:

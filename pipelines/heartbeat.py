@@ -16,12 +16,13 @@ class Heartbeat:
 
     Attributes:
         is_stopped: The key `stop` was set.
+        is_told: By a process that told the user why (it counted in `failed` before).
         is_lost: The store is gone.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self.is_stopped = self.is_lost = False
+        self.is_stopped = self.is_told = self.is_lost = False
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="kdpipe-beat", daemon=True)
 
@@ -57,6 +58,8 @@ class Heartbeat:
         try:
             while not self._leaving.wait(_BEAT_SECONDS):
                 self._store.add(f"beat {self._rank}", 1)
-                self.is_stopped = self._store.check(["stop"])
+                stopped = self._store.check(["stop"])
+                self.is_told = stopped and self._store.add("failed", 0) > 0
+                self.is_stopped = stopped
         except DistError:
             self.is_lost = True

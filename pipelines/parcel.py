@@ -70,19 +70,20 @@ class _Parcel:
         return _unpack, (self._memory, self._text)
 
 
-def _shared_storage(size: int) -> torch.UntypedStorage:
-    """Memory that another process can map; not in /dev/shm, which containers make small.
+def _shared_storage(size: int) -> Any:
+    """A torch storage that another process can map; not in /dev/shm, which containers make small.
 
     Raises:
         KdpipeError: There is not so much; as an error here, where torch's would be a bus error at the first write.
     """
+    storage: Any = torch.UntypedStorage
     if not size or not hasattr(os, "memfd_create"):  # Linux only
-        return torch.UntypedStorage._new_shared(size)
+        return storage._new_shared(size)
     try:
         file = os.memfd_create("kdpipe-batch")
         try:
             os.posix_fallocate(file, 0, size)
-            return torch.UntypedStorage._new_shared_fd_cpu(file, size)
+            return storage._new_shared_fd_cpu(file, size)
         finally:
             os.close(file)
     except OSError as error:

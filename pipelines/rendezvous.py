@@ -4,7 +4,6 @@ import contextlib
 import socket
 import threading
 import time
-from datetime import timedelta
 
 import click
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]

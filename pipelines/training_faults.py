@@ -1,6 +1,7 @@
 """What can go wrong while a training runs, told as what to do about it."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,16 @@ from urllib.error import URLError
 import torch
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.console import bytes_text
+from kdpipe.pipelines.doctor import shared_memory
+from kdpipe.pipelines.training_ranks import lost_others
 
 __all__ = ["training_faults"]
+
+_GO_ON = "What was saved is good: go on with --resume, or begin anew where no epoch was finished yet."
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+_SHARED_MEMORY = re.compile(r"Bus error|shared memory|unable to (?:write to|open|mmap|resize) file </torch_")
+_NO_MEMORY = "can't allocate memory"
 
 
 @contextmanager
@@ -30,13 +39,10 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
             f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
             f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise KdpipeError(
-            f"The device has too little memory: {str(error).splitlines()[0]}\n"
-            "Make steps smaller (--batch-size, --scale, --amp), and go on with --resume where an epoch was finished."
-        ) from error
     except RuntimeError as error:
-        if runner.iter > first_step:
+        if told := _machine_fault(error):
+            raise KdpipeError(told) from error
+        if runner.iter > first_step or lost_others(error):
             raise
         raise KdpipeError(
             f"The first training step failed: {str(error).strip()}\nDo the layers of the config fit each other "
@@ -49,3 +55,26 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
             f"The disk or quota of {work_dir} is full ({error.strerror}). What was saved before is intact: free space "
             "and go on with --resume, or begin anew where nothing was saved yet."
         ) from error
+
+
+def _machine_fault(error: RuntimeError) -> str:
+    """What to say of an error for which the machine is too small; empty for any other."""
+    text = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in text:
+        return (
+            f"The device has too little memory: {text.splitlines()[0]}\n"
+            "Make steps smaller (--batch-size, --scale, --amp), and go on with --resume where an epoch was finished."
+        )
+    if _SHARED_MEMORY.search(text):
+        size = shared_memory()
+        there = "there is no /dev/shm" if size is None else f"/dev/shm has {bytes_text(size)}"
+        return (
+            f"The shared memory through which loader workers hand over images is too small: {there}. Make it larger "
+            f"(docker run --shm-size 8g), or read images in the training process (--workers 0). {_GO_ON}"
+        )
+    if found := _DEAD_WORKER.search(text):
+        return (
+            f"A loader worker (process {found[1]}) was killed, most likely because the machine's memory ran out. Use "
+            f"fewer --workers (0 reads images in the training process) or a smaller --batch-size. {_GO_ON}"
+        )
+    return ""

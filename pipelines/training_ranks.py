@@ -1,10 +1,9 @@
 """Processes that train together: none can go on without the others, and one of them tells the user why."""
 
-import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -24,9 +23,9 @@ __all__ = ["TrainingRanks", "join_process_group", "lost_others"]
 
 # A process that gave no sign of life for so long counts as dead; it only decides what is said.
 _DEAD_SECONDS = 5.0
-# How long the first process, which may keep the store, waits for the others in the end.
-_FAREWELL_SECONDS = 10.0
-_INTERRUPTED_SECONDS = 3.0
+# How long the first process, which may keep the store, waits for the others in the end. After an error they may wait
+# for it in the middle of a step until it is gone; but they have heard of it.
+_FAREWELL_SECONDS, _ERROR_SECONDS = 10.0, 3.0
 _POLL_SECONDS = 0.1
 _LOST = re.compile(
     r"gloo|nccl|c10d|connection (closed|reset|refused|was lost)|broken pipe|socket closed|timed out waiting",
@@ -91,7 +90,7 @@ class TrainingRanks:
         if error is not None:
             self._store.set("stop", "")
         self._store.set(f"left {self.launch.rank}", "")
-        with self._kept():
+        try:
             if error is None:
                 torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
                 return
@@ -99,6 +98,9 @@ class TrainingRanks:
                 self._say_who_is_gone(error, lost)
             if told or (not failed and self._store.add("failed", 0)):
                 raise ToldError("Another process of this run failed.") from error
+        finally:
+            if self.launch.rank == 0 and not self.launch.is_hosted:
+                self._linger(_FAREWELL_SECONDS if error is None else _ERROR_SECONDS)
 
     def _say_who_is_gone(self, error: BaseException, lost: bool) -> None:
         """Where this process was interrupted or lost the others: whether one of them is gone."""
@@ -121,6 +123,8 @@ class TrainingRanks:
         ) from error
 
     def _say_first_is_gone(self, error: BaseException) -> None:
+        if self._heart.is_told:
+            raise ToldError("Another process of this run failed.") from error
         if self._heart.is_stopped or isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         if self.launch.rank > 1:  # the second speaks
@@ -130,22 +134,13 @@ class TrainingRanks:
             f"machine ended. {_GO_ON}"
         ) from error
 
-    @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Keep the store, where it ends with this process, until the others have left."""
-        seconds = _FAREWELL_SECONDS
-        try:
-            yield
-        except KeyboardInterrupt:
-            seconds = _INTERRUPTED_SECONDS  # the others may wait for this process in the middle of a step
-            raise
-        finally:
-            if self.launch.rank == 0 and not self.launch.is_hosted:
-                assert self._store is not None
-                names = [f"left {rank}" for rank in range(1, self.launch.size)]
-                until = time.monotonic() + seconds
-                while time.monotonic() < until and not self._store.check(names):
-                    time.sleep(_POLL_SECONDS)
+    def _linger(self, seconds: float) -> None:
+        """Keep the store until the others have left."""
+        assert self._store is not None
+        names = [f"left {rank}" for rank in range(1, self.launch.size)]
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._store.check(names):
+            time.sleep(_POLL_SECONDS)
 
 
 def lost_others(error: BaseException) -> bool:
@@ -166,10 +161,10 @@ def join_process_group(settings: Mapping[str, Any]) -> None:
     """
     launch = find_launch(os.environ)
     store = PrefixStore("training", meet(launch) if _met is None else connect(launch))
-    place = {"store": store, "rank": launch.rank, "world_size": launch.size}
+    place: dict[str, Any] = {"store": store, "rank": launch.rank, "world_size": launch.size}
     if torch.cuda.is_available():
         init_dist("pytorch", **settings, **place)
         return
     # by itself, mmengine would choose a GPU for each
-    timeout = {"timeout": timedelta(seconds=settings["timeout"])} if "timeout" in settings else {}
+    timeout: dict[str, Any] = {"timeout": timedelta(seconds=settings["timeout"])} if "timeout" in settings else {}
     torch.distributed.init_process_group("gloo", **timeout, **place)

@@ -17,7 +17,7 @@ from kdpipe.cache.errors import KdpipeError
 __all__ = ["end_workers", "init_worker", "preload_workers"]
 
 _JOIN_SECONDS = 10.0
-_SHORT_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")
 # The name of a socket has at most 107 bytes, of which multiprocessing adds `/pymp-01234567/listener-01234567`.
 _MAX_FOLDER = 107 - 32
 
@@ -40,8 +40,8 @@ def _choose_socket_folder() -> None:
     if not usable:
         raise KdpipeError(
             f"The folder for temporary files {tempfile.gettempdir()} (TMPDIR) has a name of more than {_MAX_FOLDER} "
-            f"bytes, too long for sockets, and {' and '.join(_SHORT_FOLDERS)} cannot be written. Set TMPDIR to a folder "
-            "with a shorter name."
+            f"bytes, too long for sockets, and {' and '.join(_SHORT_FOLDERS)} cannot be written. Set TMPDIR to a "
+            "folder with a shorter name."
         )
     chosen, tempfile.tempdir = tempfile.tempdir, usable[0]
     try:

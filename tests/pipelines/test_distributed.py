@@ -15,13 +15,15 @@ from kdpipe.pipelines.checkpoints import register_safe_types
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
 
+SCRIPT = Path(sys.executable).with_name("kdpipe")
+
 
 def two_processes(
-    work: Path, *args: object, run: tuple[str, ...] = ("-m", "kdpipe.pipelines.cli")
+    work: Path, *args: object, run: tuple[object, ...] = ("--no-python", SCRIPT)
 ) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, *run, *map(str, args)],
+        [*command, *map(str, (*run, *args))],
         cwd=work,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,

@@ -34,6 +34,7 @@ HEALTHY = Environment(
     memory=8 << 30,
     gpus=(),
     has_nvidia_driver=False,
+    shared_memory=64 << 20,
 )
 
 
@@ -93,6 +94,7 @@ def test_compiled_ops_are_native() -> None:
             "torch and torchvision of one release together",
         ),
         ({"failures": {"mmdet": "AssertionError: no"}}, "import mmdet", "AssertionError: no", "mmdet"),
+        ({"shared_memory": None}, "/dev/shm", "missing", "--shm-size"),
         ({"has_nvidia_driver": True}, "CUDA", "torch finds no device", "pytorch.org"),
     ],
 )

@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.reader import open_cache
-from kdpipe.pipelines.launch import adopt_slurm
 from kdpipe.pipelines.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ if rank in slow.split(","):
     Teacher.record = slowly
 main(args)
 """
+SCRIPT = Path(sys.executable).with_name("kdpipe")
 MODULES = ("kdpipe.pipelines.cli", "kdpipe.pipelines.cache_teacher", "kdpipe.pipelines.ranks", "mmdet.models")
 
 
@@ -198,7 +197,7 @@ def test_two_commands_at_once_do_no_harm(kit: "Kit", work: Path, forks: "Forks")
 def torchrun(work: Path, size: int, *args: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     return subprocess.Popen(
-        [*command, "-m", "kdpipe.pipelines.cli", *map(str, args)],
+        [*command, "--no-python", SCRIPT, *map(str, args)],
         cwd=work,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         stdout=subprocess.PIPE,
@@ -270,45 +269,6 @@ def test_torchrun_with_a_bad_image(kit: "Kit", work: Path) -> None:
     assert str(bad) in err
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ({}, {}),
-        ({"RANK": "1", "SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, {}),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {}),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, {}),  # salloc
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, {}),  # the script of sbatch
-        (
-            {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODELIST": "n7"},
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n7", "MASTER_PORT": "29500"},
-        ),
-        (
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9", "SLURM_NODELIST": "[]"},
-            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
-        ),
-    ],
-)
-def test_what_slurm_says(given: dict[str, str], wanted: dict[str, str]) -> None:
-    environment = dict(given)
-    adopt_slurm(environment)
-    assert environment == {**given, **wanted}
-
-
-def test_the_first_of_several_nodes(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0"}
-    given["SLURM_NODELIST"] = "node[3-4]"
-    monkeypatch.setenv("PATH", str(work))
-    with pytest.raises(KdpipeError, match="Set MASTER_ADDR"):
-        adopt_slurm(dict(given))
-    (work / "scontrol").write_text('#!/bin/sh\necho "$1 $2 $3" > asked\necho node3\necho node4\n')
-    (work / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{work}:/bin:/usr/bin")
-    environment: dict[str, Any] = dict(given)
-    adopt_slurm(environment)
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node3", "23456")
-    assert (work / "asked").read_text() == "show hostnames node[3-4]\n"
-
-
 def test_one_process_alone() -> None:
     with Ranks() as ranks:
         assert ranks.first
@@ -324,6 +284,7 @@ def test_one_process_alone() -> None:
 def test_what_cannot_be_reached(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     assert "Start several processes with torchrun or srun" in kit.refused("cache-teacher", *kit.source)
     with socket.socket() as taken:
@@ -333,8 +294,10 @@ def test_what_cannot_be_reached(kit: "Kit", work: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         assert "Set MASTER_PORT to another one" in kit.refused("cache-teacher", *kit.source)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr("kdpipe.pipelines.ranks._START_SECONDS", 0.2)
-    assert "1 of the 2 processes of this run came" in kit.refused("cache-teacher", *kit.source)
+    monkeypatch.setattr("kdpipe.pipelines.rendezvous._START_SECONDS", 0.2)
+    message = kit.refused("cache-teacher", *kit.source)
+    assert "2 processes (1 came)" in message
+    assert "unset RANK and WORLD_SIZE" in message
 
 
 def test_the_annotations_of_voc_may_be_converted_by_all_at_once(kit: "Kit", work: Path, forks: "Forks") -> None:
