@@ -32,7 +32,13 @@ from kdpipe.pipelines.training_config import Recipe
 __all__ = ["DemoSettings", "Width", "run_demo"]
 
 _CONFIG = "faster-rcnn_r50_fpn_1x_coco"
-_FOLDERS = ("shapes", "teacher", "shapes.zarr", "student", "distilled")
+_FOLDERS = {  # that the steps make
+    "data set": "shapes",
+    "teacher": "teacher",
+    "cache": "shapes.zarr",
+    "student": "student",
+    "distilled student": "distilled",
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings
         settings: Size of the demo; by default what two cores do in ten minutes.
 
     Raises:
-        KdpipeError: `out` holds something else, or the demo of other settings.
+        KdpipeError: `out` holds something else, or the demo of other settings; or a folder of a step is there that
+            this demo did not make.
     """
     settings = settings or DemoSettings()
     steps: dict[str, Callable[[], Outcome]] = {
@@ -123,6 +130,7 @@ def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings
         console.print(f"{number}/{len(steps)} {name}{': done before' if known.finished else ''}")
         if known.finished:
             continue
+        outcomes[name] = journal.begin(name, outcomes)
         start = time.perf_counter()
         outcome = Outcome(finished=False)
         try:

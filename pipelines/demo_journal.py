@@ -1,8 +1,9 @@
 """What the steps of a demo came to, kept beside what they made, so that a demo can go on where it was stopped."""
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ class Journal:
     Args:
         folder: Of the demo.
         settings: JSON values that its steps depend on; a demo of others is not continued.
-        made: Names of what the steps make in the folder.
+        made: By step, the name of what it makes in the folder.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], made: Sequence[str]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], made: Mapping[str, str]) -> None:
         self.folder, self.made = folder, made
         self._identity = digest_json(dict(settings))
 
@@ -72,18 +73,49 @@ class Journal:
             )
         return outcomes
 
+    def begin(self, step: str, outcomes: Mapping[str, Outcome]) -> Outcome:
+        """Keep that a step is begun, whose folder is the demo's from then on.
+
+        Returns:
+            Its outcome so far.
+
+        Raises:
+            KdpipeError: Its folder is there, and the demo did not make it.
+        """
+        place = self.folder / self.made[step]
+        if step not in outcomes and place.exists():
+            raise KdpipeError(
+                f"{place} is there, and this demo did not make it: move it away, or choose another --out."
+            )
+        outcome = outcomes.get(step, Outcome(finished=False))
+        self.write({**outcomes, step: outcome})
+        return outcome
+
     def write(self, outcomes: Mapping[str, Outcome]) -> None:
         """Keep the outcomes by step."""
         self._write(self._identity, outcomes)
 
     def clear(self) -> None:
-        """Delete what a demo made; a folder without a journal holds none and is left alone."""
-        if not (self.folder / _NAME).exists():
+        """Delete what a demo made; a folder without a journal holds none and is left alone.
+
+        Raises:
+            KdpipeError: What is there has the journal's name and is none.
+        """
+        path = self.folder / _NAME
+        if not path.exists():
             return
-        self._write("half deleted", {})
-        for name in self.made:
-            if (self.folder / name).exists():
-                shutil.rmtree(self.folder / name)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not re.match(r'\s*\{\s*"identity"', text):
+            raise KdpipeError(f"{path} is not the journal of a demo, and stays as it is: choose another --out.")
+        try:
+            begun = json.loads(text)["steps"].keys() & self.made.keys()
+        except (ValueError, KeyError, AttributeError):  # damaged
+            begun = self.made.keys()
+        outcomes = {step: Outcome(finished=False) for step in begun}
+        self._write("half deleted", outcomes)
+        for step in begun:
+            if (self.folder / self.made[step]).exists():
+                shutil.rmtree(self.folder / self.made[step])
         self.write({})
 
     def _write(self, identity: str, outcomes: Mapping[str, Outcome]) -> None:

@@ -125,6 +125,9 @@ class QuietRunner(Runner):  # type: ignore[misc]
         """
         wanted = copy.deepcopy(_peaks(self.optim_wrapper)), copy.deepcopy(schedule_shape(self.param_schedulers or []))
         super().resume(filename, *args, **options)
+        for name, known in list(self.message_hub.runtime_info.items()):
+            if name.startswith("best_ckpt"):  # which mmengine removes for a better one: that of this directory only
+                self.message_hub.update_info(name, known and str(Path(self.work_dir, Path(known).name)))
         steps = len(self.train_dataloader)
         if self.epoch > self.max_epochs:
             raise RunnerError(

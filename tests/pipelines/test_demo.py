@@ -109,6 +109,37 @@ def test_fresh_starts_anew_and_deletes_nothing_else(tmp_path: Path, steps: list[
     assert list((tmp_path / "teacher").iterdir()) == []
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(
+    tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "_teacher", stop)
+        run(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.txt").write_text("mine")
+    with pytest.raises(KdpipeError, match="student is there, and this demo did not make it"):
+        run(tmp_path, fresh=fresh)
+    assert (tmp_path / "student" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"scenes": []}', "", "mine"])
+def test_a_journal_of_something_else_is_left_alone(tmp_path: Path, steps: list[str], text: str) -> None:
+    (tmp_path / "demo.json").write_text(text)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "mine.txt").write_text("mine")
+    with pytest.raises(KdpipeError, match="is not the journal of a demo"):
+        run(tmp_path, fresh=True)
+    with pytest.raises(KdpipeError, match="cannot be read"):
+        run(tmp_path)
+    assert (tmp_path / "demo.json").read_text() == text
+    assert (tmp_path / "teacher" / "mine.txt").read_text() == "mine"
+    assert steps == []
+
+
 def test_half_deleted_is_not_continued(tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -177,9 +208,7 @@ def test_training_resumes_where_there_is_a_checkpoint(
 def test_both_students_differ_in_the_methods_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes: dict[Sequence[str], Any] = {}
 
-    def train(
-        config: Any, cache: Any, train: Any, val: Any, methods: Sequence[str], recipe: Any, *_: Any, **more: Any
-    ) -> Any:
+    def train(config: Any, cache: Any, data: Any, methods: Sequence[str], recipe: Any, *_: Any, **more: Any) -> Any:
         recipes[tuple(methods)] = recipe
         return TrainingResult(tmp_path, 0.5, {}, 0.1)
 
