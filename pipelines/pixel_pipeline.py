@@ -208,6 +208,8 @@ def _is_random(step: Mapping[str, Any]) -> bool:
 
 def _text(step: Any) -> str:
     """A step as a call, for people and to compare."""
+    if not isinstance(step, Mapping):
+        return step_name(step)
     options = sorted((key, value) for key, value in step.items() if key not in ("type", "_scope_"))
     name = getattr(transform_class(step), "__name__", step_name(step))
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options)})"

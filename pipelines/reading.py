@@ -35,17 +35,17 @@ def decoding_of(step: Any, whose: str) -> Decoding:
     """
     if transform_class(step) is not mmcv_transforms.LoadImageFromFile:
         raise KdpipeError(f"{whose} reads images with {step_name(step)}; expected LoadImageFromFile.")
-    decoding = Decoding(**{option.name: step.get(option.name) or option.default for option in fields(Decoding)})
+    decoding = Decoding(**{option.name: str(step.get(option.name) or option.default) for option in fields(Decoding)})
     if decoding.color_type not in _COLOR_TYPES or decoding.imdecode_backend not in _BACKENDS:
         raise KdpipeError(
             f"{whose} reads images with LoadImageFromFile({decoding}); expected as color_type "
             f"{' or '.join(_COLOR_TYPES)}, and as imdecode_backend {' or '.join(_BACKENDS)}. Change it in the config."
         )
     for name in ("backend_args", "file_client_args"):
-        if (step.get(name) or {}).get("backend", "local") not in ("local", "disk"):
+        options = step.get(name) or {}
+        if not isinstance(options, Mapping) or options.get("backend", "local") not in ("local", "disk"):
             raise KdpipeError(
-                f"{whose} reads images with {name}={dict(step[name])}; expected files of a folder. Take it out of the "
-                "config."
+                f"{whose} reads images with {name}={options}; expected files of a folder. Take it out of the config."
             )
     return decoding
 

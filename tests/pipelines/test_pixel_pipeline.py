@@ -62,6 +62,10 @@ REFUSED: list[tuple[list[Any], str]] = [
     ([{**READ, "color_type": "unchanged"}, RESIZE, PACK], "color_type='unchanged'"),
     ([{**READ, "imdecode_backend": "turbojpeg"}, RESIZE, PACK], "turbojpeg"),
     ([{**READ, "backend_args": {"backend": "petrel"}}, RESIZE, PACK], "petrel"),
+    ([{**READ, "file_client_args": "petrel"}, RESIZE, PACK], "petrel"),
+    ([READ, RESIZE, np.ascontiguousarray, PACK], "ascontiguousarray"),
+    ([read_image, RESIZE, PACK], "read_image"),
+    ([READ, {"type": "TestTimeAug", "transforms": [[RESIZE], [PACK]]}], "TestTimeAug"),
     ([READ, RESIZE, RESIZE, PACK], "2 resizing transforms"),
     ([READ, PACK], "0 resizing transforms"),
     *(
