@@ -17,6 +17,7 @@ from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
@@ -236,11 +237,12 @@ def _distil(
             source = {**source, "rois": {"needs": list(needs), **distill.rois}}
     else:
         source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
-    dataset, pixels = cfg.train_dataloader.dataset, recorded(teacher.identity, "teacher", "pixels") or {}
+    pixels = recorded(teacher.identity, "teacher", "pixels") or {}
+    later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
     if rois is not None and isinstance(teacher, OnlineTeacher):
-        check_seen_alike(dataset.pipeline, pixels)
+        parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
+        check_seen_alike([part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts], pixels)
     if rois is not None and isinstance(teacher, TeacherCache):
-        check_read_alike(dataset.pipeline, pixels)
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
@@ -250,7 +252,10 @@ def _distil(
             "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
         }
-        dataset.pipeline = with_teacher_targets(dataset.pipeline, transform, check_names(distill.transforms))
+        names = check_names(distill.transforms)
+        for part, key in [(cfg.train_dataloader.dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
+            check_read_alike(part[key], pixels)
+            part[key] = with_teacher_targets(part[key], transform, names)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,

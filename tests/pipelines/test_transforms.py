@@ -1,6 +1,7 @@
 """Which transforms a student's pipeline may have, and that those record where pixels went."""
 
 import copy
+import json
 import random
 import re
 from pathlib import Path
@@ -324,3 +325,18 @@ def test_a_training_runs_through_a_transform_of_the_user(
     assert not (work / "w").exists()
     kit.run(*command, "-o", "distill.transforms=[mmdet.MyJitter]")
     assert passed
+
+
+def test_a_pipeline_that_a_hook_switches_to_has_targets_too(kit: "Kit", work: Path) -> None:
+    config = kit.config(channels=8, fc=24)
+    later = [step for step in config.train_dataloader.dataset.pipeline if step["type"] != "RandomFlip"]
+    hook = {"type": "PipelineSwitchHook", "switch_epoch": 1, "switch_pipeline": later}
+    config.custom_hooks = [hook]
+    (work / "student.py").write_text(config.pretty_text)
+    config.custom_hooks = [{**hook, "switch_pipeline": [*later[:2], {"type": "mmdet.Expand"}, *later[2:]]}]
+    (work / "moving.py").write_text(config.pretty_text)
+    options = ("--methods", "cls", "--epochs", 2)
+    assert "mmdet.Expand" in kit.refused(*kit.student_command(work / "w", "--student", "moving.py", *options))
+    kit.train_student(work / "w", "--student", "student.py", *options)
+    lines = [json.loads(line) for line in next((work / "w").rglob("scalars.json")).read_text().splitlines()]
+    assert {line["epoch"] for line in lines if "loss_kd_cls" in line} == {1, 2}
