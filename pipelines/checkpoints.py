@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
 
-__all__ = ["Checkpoint", "CheckpointError", "class_names", "load_checkpoint", "load_strict", "register_safe_types"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "class_names",
+    "load_checkpoint",
+    "load_strict",
+    "refused_type",
+    "register_safe_types",
+]
 
 SafeType = Callable[..., Any] | tuple[Callable[..., Any], str]
 
@@ -127,10 +135,9 @@ def _read(path: Path, trust: bool) -> Any:
         with _allowing_safe_types():
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # unpickling may raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused and isinstance(error, pickle.UnpicklingError):
+        if refused := refused_type(error):
             raise CheckpointError(
-                f"checkpoint {path} was refused: it holds {refused[1]}, which is not a type known as harmless, and "
+                f"checkpoint {path} was refused: it holds {refused}, which is not a type known as harmless, and "
                 "loading it could run code of whoever made the file. Nothing of it has run. If you trust where the "
                 "file comes from, give --trust-checkpoint."
             ) from error
@@ -139,6 +146,12 @@ def _read(path: Path, trust: bool) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a PyTorch checkpoint: it is truncated, "
             f"corrupt, or of another format ({type(error).__name__}: {reason}). Download or save it again."
         ) from error
+
+
+def refused_type(error: Exception) -> str:
+    """What a file holds because of which torch refused to unpickle it; empty where reading it failed otherwise."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found[1] if found else ""
 
 
 def _plain_state(state: Any, path: Path) -> dict[str, Tensor]:

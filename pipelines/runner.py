@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.checkpoints import refused_type
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.schedule import schedule_shape, wind_forward
 from kdpipe.pipelines.training_ranks import join_process_group
@@ -104,14 +106,20 @@ class QuietRunner(Runner):  # type: ignore[misc]
         """As mmengine's; to resume, the checkpoint has to fit the model exactly.
 
         Raises:
-            RunnerError: It does not, or is damaged.
+            RunnerError: It does not, or is damaged, or holds more than weights and figures.
         """
         try:
             checkpoint = dict(super().load_checkpoint(filename, map_location, strict or self._resume, **options))
             meta = checkpoint.get("meta") or {}
             # mmengine would execute a text under this name, which it does not write itself
             return {**checkpoint, "meta": {key: value for key, value in meta.items() if key != "config"}}
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            if refused := refused_type(error):
+                raise RunnerError(
+                    f"checkpoint {filename} was refused: it holds {refused}, which is not a type known as harmless. "
+                    "Loading it could run code of whoever made the file; nothing of it has run. Give a checkpoint that "
+                    "kdpipe or mmengine wrote."
+                ) from error
             raise RunnerError(
                 f"Cannot go on from {filename}: {str(error).strip()}\nResume with the config, the cache and the "
                 "--methods that the training began with, or begin anew in another --work-dir."
