@@ -13,6 +13,7 @@ from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.pipelines.configs import apply_options
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
+from kdpipe.pipelines.student_check import model_options
 
 __all__ = ["ROIS", "choose_methods", "teacher_name", "who_chooses_rois"]
 
@@ -35,7 +36,7 @@ def choose_methods(
         return asked
     if "roi_head" not in config.model:
         return DEFAULT_METHODS
-    model = apply_options(config, [option for option in options if option.startswith("model.")]).model
+    model = apply_options(config, model_options(options)).model
     agnostic = {
         "the teacher": spec.class_agnostic,
         "the student": any(head.get("reg_class_agnostic") for head in dictionaries(model.roi_head.get("bbox_head"))),

@@ -22,6 +22,7 @@ from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
+from kdpipe.pipelines.student_check import check_student
 from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
@@ -109,6 +110,8 @@ def train_student(
     if cache is not None:
         _check_cached(cache, begun)
         _check_teacher(cache, begun, work_dir)
+    if methods:
+        check_student(config, recipe.options, teacher.spec.num_classes)
     train, val = load_data()
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")

@@ -245,7 +245,10 @@ def wrong_config(command: str) -> tuple[str, str]:
 
 def test_a_student_is_refused_before_the_data_is_read(kit: "Kit", work: Path) -> None:
     data = ("--ann-file", huge(work))
+    (work / "vfnet.py").write_text(kit.config("vfnet_r50_fpn_1x_coco", channels=32).pretty_text)
     for options, reason in (
+        (("--student", work / "vfnet.py", "--methods", "cls"), "VFNetHead"),
+        (("-o", "model.backbone.colour=red"), "unexpected keyword argument 'colour'"),
         (("--methods", "sgfy"), "Unknown method 'sgfy'"),
         (("--resume",), "Nothing to resume"),
         (("--student", "nowhere"), "neither a file nor a config"),
