@@ -159,7 +159,14 @@ def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something at a path that is not an empty folder."""
+    """Whether there is something at a path that is not an empty folder.
+
+    Raises:
+        CacheError: it is no folder, or lies in another cache.
+    """
+    for place in path.resolve().parents:
+        if (place / "zarr.json").exists():
+            raise CacheError(f"{path} lies in the cache {place}: choose another --out.")
     try:
         mode = path.stat().st_mode  # asked once: another process may create it at any moment
     except FileNotFoundError:

@@ -173,6 +173,14 @@ def test_what_is_no_cache_is_left_alone(tmp_path: Path, kit: "type[Kit]", kind: 
     assert kit.tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["new", "parts/new", "parts", "parts/00000"])
+def test_no_cache_in_a_cache(cache_path: Path, kit: "type[Kit]", place: str) -> None:
+    before = sorted(cache_path.rglob("*"))
+    with pytest.raises(CacheError, match="lies in the cache"):
+        kit.writer(cache_path / place, kit.spec(), kit.images())
+    assert sorted(cache_path.rglob("*")) == before
+
+
 def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path, kit: "type[Kit]") -> None:
     (tmp_path / "x.zarr").mkdir()
     kit.make(tmp_path / "x.zarr", count=2)
