@@ -15,6 +15,7 @@ from kdpipe.cache.check import check_metadata
 from kdpipe.cache.codecs import Block
 from kdpipe.cache.encode import index_columns
 from kdpipe.cache.errors import CacheError
+from kdpipe.cache.gone import gone_error, unreadable_error
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.targets import TargetIndex
 
@@ -180,16 +181,16 @@ class PartReader:
         """What to say of an error: it names the array and the images that it was read for."""
         whose = f", needed for image {', '.join(map(str, image_ids))}," if image_ids else ""
         what = f"The array {name!r} of part {self._number}{whose}"
+        cache = self._folder.parents[1]
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and (gone := gone_error(cache, self._number)):
+            return gone
         if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
             reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
             return CacheError(
-                f"{what} is damaged ({reason}). Run `kdpipe verify {self._folder.parents[1]} --repair`, then `kdpipe "
-                "cache-teacher` with the same options: it makes this part anew."
+                f"{what} is damaged ({reason}). Run `kdpipe verify {cache} --repair`, then `kdpipe cache-teacher` with "
+                "the same options: it makes this part anew."
             )
-        return CacheError(
-            f"{what} cannot be read ({error.strerror}: {error.filename or self._folder / name}). Check that the "
-            "disk or network is sound and that this user may read the cache."
-        )
+        return unreadable_error(error, what, self._folder / name)
 
 
 def _runs(numbers: Iterable[int]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from kdpipe.cache.array_reader import Readers, read_array
 from kdpipe.cache.check import check_digests, part_folder, read_part_record, read_skipped, require_group
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.files import explained
+from kdpipe.cache.gone import gone_error, unreadable_error
 from kdpipe.cache.part_reader import PartReader
 from kdpipe.cache.root import Root, read_root
 from kdpipe.cache.schema import CacheSpec
@@ -116,6 +117,8 @@ class TeacherCache:
             CacheError: they were never stored, or are damaged.
         """
         folder = self.path / "head"
+        if gone := gone_error(self.path):
+            raise gone
         remedy = f"run `kdpipe verify {self.path} --repair`, then `kdpipe cache-teacher` with the same options"
         record = require_group(folder, "The teacher's head in the cache", remedy)
         wrong = check_digests(folder, record)
@@ -253,9 +256,13 @@ class _Process:
                 return self._parts[number]
             folder = part_folder(self._path, number)
             span = range(int(self._starts[number]), int(self._starts[number + 1]))
-            record = read_part_record(self._path, number, span, self._root)
+            try:
+                record = read_part_record(self._path, number, span, self._root)
+            except OSError as error:
+                what = f"Part {number} of the cache {self._path}"
+                raise unreadable_error(error, what, folder / "zarr.json") from error
             if record is None:
-                raise CacheError(
+                raise gone_error(self._path, number) or CacheError(
                     f"Part {number} is no longer whole ({folder / 'zarr.json'}): run `kdpipe cache-teacher` with the "
                     "same options again, it makes this part anew."
                 )
