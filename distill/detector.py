@@ -121,6 +121,10 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     def init_weights(self) -> None:
         """As mmengine's, after which the heads are the teacher's again."""
         super().init_weights()
+        self.keep_transferred_heads()
+
+    def keep_transferred_heads(self) -> None:
+        """Put the teacher's heads back, where they are transferred and other weights have been loaded."""
         if self._transfer is not None:
             self._transfer.copy()
 

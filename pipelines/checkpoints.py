@@ -25,6 +25,7 @@ __all__ = [
     "load_strict",
     "refused_type",
     "register_safe_types",
+    "unwrapped",
 ]
 
 SafeType = Callable[..., Any] | tuple[Callable[..., Any], str]
@@ -212,8 +213,8 @@ def load_strict(
 
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # no layer reads them; new since 2018
     state = relevant(state_dict)
-    for unwrapped in _unwrapped(state_dict):
-        if wanted.keys() - counters <= (found := relevant(unwrapped)).keys() <= wanted.keys():
+    for choice in unwrapped(state_dict):
+        if wanted.keys() - counters <= (found := relevant(choice)).keys() <= wanted.keys():
             state = found
             break
     if path is not None and wanted.keys() - counters <= {name.removeprefix("student.") for name in state}:
@@ -237,7 +238,7 @@ def _with_metadata(state: OrderedDict[str, Tensor], metadata: Mapping[str, Any])
     return state
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+def unwrapped(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
     """The weights as they are, then without one, two, ... prefixes that all names have in common."""
     yield state
     state = _without(r"_orig_mod\.", state)  # torch.compile wraps parts, too

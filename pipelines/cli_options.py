@@ -126,9 +126,17 @@ val_options = _options(
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
 )
 training_options = _options(
+    click.option(
+        "--recipe",
+        "source",
+        type=click.Choice(["paper", "config"]),
+        default="paper",
+        show_default=True,
+        help="Optimiser, schedule and epochs: those of the paper, or all of the config's.",
+    ),
     click.option("--batch-size", type=BATCH, help="Images per step and process. Default: the config's."),
     click.option("--lr", type=FiniteRange(0, 1000, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
-    click.option("--seed", type=SEED, default=0, show_default=True),
+    click.option("--seed", type=SEED, help="Of all random numbers. Default: the config's, or 0."),
     click.option("--scale", type=Scale(), help="Network input, ratio kept."),
     click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),

@@ -37,7 +37,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
     help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
     "teacher or student gives one box for all classes.",
 )
-@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: the schedule's.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: those of --schedule or --recipe.")
 @click.option(
     "--schedule",
     type=click.Choice(["1x", "2x-ms"]),
@@ -129,7 +129,8 @@ def train_student_command(
     work_dir = training.pop("work_dir") or named
     resume = training.pop("resume")
     training["scale"] = training["scale"] or teacher.spec.scale
-    recipe = _recipe(config, epochs=epochs or SCHEDULES[schedule], multi_scale=schedule == "2x-ms", **training)
+    multi_scale = schedule == "2x-ms"
+    recipe = _recipe(config, epochs=epochs, default_epochs=SCHEDULES[schedule], multi_scale=multi_scale, **training)
     result = train_student(
         config,
         teacher,
@@ -148,7 +149,7 @@ def train_student_command(
 
 @click.command("train-teacher")
 @click.option("--config", required=True, help="mmdet config: a zoo name, or a file.")
-@click.option("--epochs", type=EPOCHS, default=12, show_default=True, help="Passes over the images.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: 12, or the --recipe's.")
 @training_options
 @data_options
 @val_options
@@ -156,7 +157,7 @@ def train_student_command(
 @trained_together
 def train_teacher_command(
     config: str,
-    epochs: int,
+    epochs: int | None,
     ann_file: Path | None,
     img_dir: Path | None,
     voc: Path | None,
@@ -177,7 +178,7 @@ def train_teacher_command(
     load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir)
     work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
     resume = training.pop("resume")
-    recipe = _recipe(found, epochs=epochs, **training)
+    recipe = _recipe(found, epochs=epochs, default_epochs=12, **training)
     _report(console, train_detector(found, load_data, recipe, work_dir, resume=resume, console=console))
 
 
@@ -223,12 +224,21 @@ def evaluate_command(
     console.print(metrics_table(metrics))
 
 
-def _recipe(config: Any, **values: Any) -> Any:
+def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **values: Any) -> Any:
+    from kdpipe.pipelines.configs import apply_known_options
+    from kdpipe.pipelines.optimisers import check_own_recipe, own_epochs
     from kdpipe.pipelines.training_config import Recipe
 
+    config = apply_known_options(config, values["options"])
     if values["batch_size"] is None:
-        values["batch_size"] = config.get("train_dataloader", {}).get("batch_size", 2)
-    return Recipe(**values)
+        values["batch_size"] = (config.get("train_dataloader") or {}).get("batch_size", 2)
+    if values["seed"] is None:
+        values["seed"] = (config.get("randomness") or {}).get("seed") or 0
+    if values["source"] == "config":
+        check_own_recipe(config, values["epochs"], values["lr"], values["amp"], multi_scale)
+        default_epochs = own_epochs(config)
+    values["epochs"] = values["epochs"] or default_epochs
+    return Recipe(multi_scale=multi_scale, **values)
 
 
 def _report(console: Console, result: Any) -> None:

@@ -5,6 +5,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kdpipe.pipelines.untrusted import restrict, trusted
 
 __all__ = [
     "ConfigError",
+    "apply_known_options",
     "apply_options",
     "config_from_checkpoint",
     "config_from_file",
@@ -162,6 +164,14 @@ def apply_options(config: Config, options: Sequence[str]) -> Config:
             target[_place(target, last, names, option)] = parse_value(text)
         else:
             target[last] = parse_value(text)
+    return config
+
+
+def apply_known_options(config: Config, options: Sequence[str]) -> Config:
+    """As `apply_options`, with those options only whose keys lead somewhere in the config as it is."""
+    for option in options:
+        with suppress(ConfigError):  # of keys that a training adds; whoever adds them applies all options again
+            config = apply_options(config, [option])
     return config
 
 

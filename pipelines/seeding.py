@@ -5,7 +5,7 @@ run therefore continues exactly as the undisturbed one would have, whatever the 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.registry import DATASETS
-from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
+from torch.utils.data import Sampler
 
 from kdpipe.cache.reader import open_cache
 from kdpipe.pipelines.checked_dataset import read_item
@@ -57,18 +57,14 @@ class SeededDataset:
     Args:
         dataset: Config of the mmdet data set.
         seed: Seed of the run.
-        only_in: Path of a cache; images that it does not hold are left out, and each is compared with the one that the
-            teacher saw when a process first reads it.
+        cache: Path of a cache; each image is compared with the one that the teacher saw when a process first reads it.
     """
 
-    def __init__(self, dataset: dict[str, Any], seed: int, only_in: str | None = None) -> None:
+    def __init__(self, dataset: dict[str, Any], seed: int, cache: str | None = None) -> None:
         self.dataset = DATASETS.build(dataset)
         self.dataset.full_init()
         self.seed = seed
-        self.cache = None if only_in is None else open_cache(only_in, allow_partial=True)
-        if self.cache is not None:
-            known = [i for i in range(len(self.dataset)) if self.dataset.get_data_info(i)["img_id"] in self.cache]
-            self.dataset.get_subset_(known)
+        self.cache = None if cache is None else open_cache(cache, allow_partial=True)
         self._compared = np.zeros(len(self.dataset), dtype=bool)
 
     @property
@@ -81,6 +77,29 @@ class SeededDataset:
     def get_data_info(self, index: int) -> dict[str, Any]:
         """Annotation record of an item, without reading its image."""
         return dict(self.dataset.get_data_info(index % len(self)))
+
+    def get_cat_ids(self, index: int) -> list[int]:
+        """Labels of the objects of an item, for samplers that choose by class."""
+        return list(self.dataset.get_cat_ids(index % len(self)))
+
+    def update_skip_type_keys(self, names: Sequence[str]) -> None:
+        """Leave steps out of a data set that mixes images, as mmdet's hook for YOLOX wants it."""
+        self.dataset.update_skip_type_keys(names)
+
+    @property
+    def pipeline(self) -> Any:
+        """The transforms of the data set, inside those that repeat it; mmdet's `PipelineSwitchHook` replaces them."""
+        return self._with_pipeline().pipeline
+
+    @pipeline.setter
+    def pipeline(self, transforms: Any) -> None:
+        self._with_pipeline().pipeline = transforms
+
+    def _with_pipeline(self) -> Any:
+        dataset = self.dataset
+        while not hasattr(dataset, "pipeline"):
+            dataset = dataset.dataset
+        return dataset
 
     def __getitem__(self, index: int) -> Any:
         """The image, augmented.
@@ -98,12 +117,31 @@ class SeededDataset:
 
 
 @DATA_SAMPLERS.register_module()
-class EpochSampler(DefaultSampler):  # type: ignore[misc]
-    """mmengine's default sampler, with the epoch carried in the index (see `SeededDataset`)."""
+class EpochSampler(Sampler[int]):
+    """A sampler of mmdet's or mmengine's, with the epoch carried in the index (see `SeededDataset`).
+
+    Args:
+        dataset: That is sampled.
+        sampler: Config of the sampler.
+        seed: Of its order.
+    """
+
+    def __init__(self, dataset: Any, sampler: dict[str, Any], seed: int | None = None) -> None:
+        self.dataset = dataset
+        self.sampler = DATA_SAMPLERS.build(sampler, default_args={"dataset": dataset, "seed": seed})
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
         offset = self.epoch * len(self.dataset)
-        return (offset + index for index in super().__iter__())
+        return (offset + index for index in self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of that epoch."""
+        self.epoch = epoch
+        self.sampler.set_epoch(epoch)
 
 
 @HOOKS.register_module()
@@ -114,6 +152,10 @@ class SeedStepHook(Hook):  # type: ignore[misc]
     """
 
     priority = "VERY_HIGH"
+
+    def before_run(self, runner: Any) -> None:
+        """Let a student start from the same weights, whatever is built beside it: they are drawn next."""
+        seed_everything(runner.seed)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(runner.seed, runner.iter, runner.rank)

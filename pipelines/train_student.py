@@ -15,17 +15,19 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
-from kdpipe.pipelines.configs import apply_options, set_num_classes
+from kdpipe.pipelines.configs import apply_known_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
+from kdpipe.pipelines.replaced import report_replaced
 from kdpipe.pipelines.student_check import check_student
 from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
-from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
+from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
+from kdpipe.pipelines.training_data import innermost
 from kdpipe.pipelines.transform_types import check_names, quote_names
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 from kdpipe.pipelines.work_dir import WorkDir
@@ -129,15 +131,17 @@ def train_student(
         if skipped := {image["image_id"] for image in cache.skipped}:
             train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
     train, val = training_copies(train, val, config, recipe, work, console)
+    config = apply_known_options(config, recipe.options)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg.distill = ConfigDict(DISTILL_DEFAULTS)
-    cfg = apply_options(cfg, quote_names(recipe.options))
+    cfg = with_overrides(cfg, quote_names(recipe.options), recipe.source)
     distill = cfg.pop("distill")
     if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
         raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
     if ckd_branch is not None:
         distill.ckd.branch = ckd_branch
+    report_replaced(config, cfg, console)
     recorded = copy.deepcopy(cfg)
     chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
     record = training_record(
@@ -165,7 +169,7 @@ def train_student(
         record,
         resume=resume,
         console=console,
-        only_in=None if cache is None else cache.path,
+        cache=None if cache is None else cache.path,
     )
 
 
@@ -256,7 +260,8 @@ def _distil(
             "allow_partial": True,  # it was the caller's to refuse
         }
         names = check_names(distill.transforms)
-        for part, key in [(cfg.train_dataloader.dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
+        dataset = innermost(cfg.train_dataloader.dataset)
+        for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
             check_read_alike(part[key], pixels)
             part[key] = with_teacher_targets(part[key], transform, names)
     cfg.model = {

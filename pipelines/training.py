@@ -18,7 +18,7 @@ from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checked_dataset import CheckedDataset
 from kdpipe.pipelines.checkpoints import register_safe_types
 from kdpipe.pipelines.class_matching import match_classes
-from kdpipe.pipelines.configs import apply_options, set_num_classes
+from kdpipe.pipelines.configs import apply_known_options, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData
@@ -30,10 +30,12 @@ from kdpipe.pipelines.picture_checks import training_images
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.progress import ProgressHook
 from kdpipe.pipelines.recipe import check_resumed, check_saving, training_record
+from kdpipe.pipelines.replaced import report_replaced
 from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
-from kdpipe.pipelines.training_config import Recipe, detector_config, world_size
+from kdpipe.pipelines.start_weights import StartWeightsHook, check_start_weights
+from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
 from kdpipe.pipelines.training_faults import training_faults
 from kdpipe.pipelines.work_dir import WorkDir
 from kdpipe.pipelines.work_dir_hook import WorkDirHook
@@ -86,9 +88,11 @@ def train_detector(
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
     train, val = training_copies(train, val, config, recipe, work, console)
+    config = apply_known_options(config, recipe.options)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
-    cfg = apply_options(cfg, recipe.options)
+    cfg = with_overrides(cfg, recipe.options, recipe.source)
+    report_replaced(config, cfg, console)
     record = training_record("teacher", cfg, world_size(), train, val)
     data = [train] if val is None else [train, val]
     return run_training(cfg, copy.deepcopy(cfg), data, work, record, resume=resume, console=console)
@@ -129,7 +133,7 @@ def run_training(
     *,
     resume: bool,
     console: Console,
-    only_in: Path | None = None,
+    cache: Path | None = None,
 ) -> TrainingResult:
     """Train by mmengine's Runner.
 
@@ -141,7 +145,7 @@ def run_training(
         record: What the training is begun with, as `training_record` gives it.
         resume: Go on from the newest checkpoint in the work directory.
         console: Where progress is shown.
-        only_in: Train on the images that this cache holds, and leave out the others.
+        cache: Compare each image with the one that this cache was made from.
 
     Raises:
         KdpipeError: The config cannot be built, the training that is resumed or its checkpoint does not fit, or data
@@ -154,7 +158,10 @@ def run_training(
     cfg.work_dir = str(work.path)
     cfg.experiment_name = record["training"]
     _choose_start(cfg, work, record, resume, console)
-    _make_reproducible(cfg, only_in)
+    if not cfg.get("resume"):
+        check_start_weights(recorded, console)
+        cfg.load_from = None  # our hook loads it, where mmengine would miss the student in a distillation
+    _make_reproducible(cfg, cache)
     if not torch.cuda.is_available():  # by itself, mmengine names a GPU to each process
         unused = cfg.get("find_unused_parameters", False)
         wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
@@ -212,6 +219,8 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
         WorkDirHook(work, record, progress),
     ):
         runner.register_hook(hook)
+    if not cfg.get("resume"):
+        runner.register_hook(StartWeightsHook(recorded.get("load_from")))
     try:
         with silent_stdout(), training_faults(runner, work.path):
             runner.train()
@@ -242,7 +251,7 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
+def _make_reproducible(cfg: Config, cache: Path | None = None) -> None:
     """Add what makes every random choice a function of seed, epoch and image, and what ends loader workers with us.
 
     Not part of the recorded config, which stock mmdet reads without kdpipe.
@@ -251,9 +260,9 @@ def _make_reproducible(cfg: Config, only_in: Path | None) -> None:
         "type": SeededDataset.__name__,
         "dataset": cfg.train_dataloader.dataset,
         "seed": cfg.randomness.seed,
-        "only_in": only_in and str(only_in.resolve()),
+        "cache": cache and str(cache.resolve()),
     }
-    cfg.train_dataloader.sampler.type = EpochSampler.__name__
+    cfg.train_dataloader.sampler = {"type": EpochSampler.__name__, "sampler": cfg.train_dataloader.sampler}
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
     if cfg.val_dataloader is not None:
         cfg.val_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.val_dataloader.dataset}

@@ -13,6 +13,7 @@ import torch
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.console import bytes_text
 from kdpipe.pipelines.doctor import shared_memory
+from kdpipe.pipelines.start_weights import pretrained_options
 from kdpipe.pipelines.training_ranks import lost_others
 
 __all__ = ["training_faults"]
@@ -37,7 +38,8 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
     except URLError as error:
         raise KdpipeError(
             f"The pretrained weights that the config names could not be downloaded ({error.reason}). Put them into "
-            f"{torch.hub.get_dir()}/checkpoints, or start from scratch: -o model.backbone.init_cfg=None"
+            f"{torch.hub.get_dir()}/checkpoints, or start from scratch: "
+            + " ".join(f"-o {option}" for option in pretrained_options(runner.cfg.model))
         ) from error
     except RuntimeError as error:
         if told := _machine_fault(error):
