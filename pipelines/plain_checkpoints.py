@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ def _measured_weights(runner: Any) -> dict[str, torch.Tensor]:
 
 
 def _epoch(path: Path) -> int:
-    """Epoch of a checkpoint of the bare detector; 0 where there is none."""
-    return int(torch.load(path, map_location="cpu", weights_only=True)["meta"]["epoch"]) if path.exists() else 0
+    """Epoch of a checkpoint of the bare detector; 0 where there is none that can be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]["epoch"])
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+        return 0
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:

@@ -46,7 +46,7 @@ def training_record(
     config = {section: plain_values(cfg.get(section)) for section in _SECTIONS}
     config["train_dataloader"] = plain_values(cfg.train_dataloader, _LOADER)
     optimizer = config["optim_wrapper"].get("optimizer", {})
-    hooks = [hook for hook in cfg.get("custom_hooks") or [] if hook.get("type") != "EarlyStoppingHook"]
+    hooks = [hook for hook in cfg.get("custom_hooks") or [] if not str(hook.get("type")).endswith("EarlyStoppingHook")]
     values = {
         "kdpipe": version("kdpipe"),
         "training": name,
@@ -72,7 +72,7 @@ def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: st
     Raises:
         KdpipeError: Something else is different; old and new values are named.
     """
-    allowed = ("kdpipe", *_SCHEDULE, "validation")
+    allowed = ("kdpipe", "saved", *_SCHEDULE, "validation")
     lines = difference(*({key: value for key, value in each.items() if key not in allowed} for each in (found, wanted)))
     if lines:
         more = f"\n  and {len(lines) - _LINES} more" if len(lines) > _LINES else ""

@@ -1,6 +1,7 @@
 """mmengine's Runner behind a quiet console, which goes on rightly and leaves no half a file."""
 
 import copy
+import errno
 import io
 import itertools
 import logging
@@ -113,12 +114,20 @@ class QuietRunner(Runner):  # type: ignore[misc]
             meta = checkpoint.get("meta") or {}
             # mmengine would execute a text under this name, which it does not write itself
             return {**checkpoint, "meta": {key: value for key, value in meta.items() if key != "config"}}
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's, of a file that is cut short
+                raise
             if refused := refused_type(error):
                 raise RunnerError(
                     f"checkpoint {filename} was refused: it holds {refused}, which is not a type known as harmless. "
                     "Loading it could run code of whoever made the file; nothing of it has run. Give a checkpoint that "
                     "kdpipe or mmengine wrote."
+                ) from error
+            if "state_dict" not in str(error):  # not of the model, which names it
+                raise RunnerError(
+                    f"{filename} is damaged ({str(error).strip() or type(error).__name__}). Restore it; or write the "
+                    f"name of an earlier one into {Path(filename).parent / 'last_checkpoint'}, such as epoch_3.pth, "
+                    "and go on from there."
                 ) from error
             raise RunnerError(
                 f"Cannot go on from {filename}: {str(error).strip()}\nResume with the config, the cache and the "

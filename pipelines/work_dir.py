@@ -85,11 +85,10 @@ class WorkDir:
         if not self.path.exists():
             return []
         found = {path.name for path in self.path.iterdir() if any(fnmatchcase(path.name, name) for name in _OWN)}
-        if self.record() is not None:
-            if "last_checkpoint" in found:
-                return []
-            found -= {_FOLDER, "epoch_1.pth"}  # of a training that ended before the file that names its checkpoint
-        return sorted(found)
+        record = self.record()
+        if record is None:
+            return sorted(found)
+        return [] if record.get("saved") else sorted(found - {_FOLDER})
 
     def _check_place(self) -> None:
         for place in (self.path, *self.path.resolve().parents):
@@ -148,7 +147,7 @@ class WorkDir:
         with self._locked(console):
             self._check_content(resume)
             if not resume:
-                self.write_record(record)
+                self.write_record(record, saved=False)
             try:
                 yield
             except BaseException:
@@ -156,9 +155,14 @@ class WorkDir:
                     self._leave_as_it_was(new, logs)
                 raise
 
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Keep what the training is begun, or gone on, with."""
-        self.write(f"{_FOLDER}/{_RECORD}", record)
+    def write_record(self, record: Mapping[str, Any], *, saved: bool) -> None:
+        """Keep what the training is begun, or gone on, with.
+
+        Args:
+            record: That.
+            saved: From now on there may be checkpoints; before, those that are there are not of this training.
+        """
+        self.write(f"{_FOLDER}/{_RECORD}", {**record, "saved": saved})
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write JSON values to a file of the directory in one atomic act."""

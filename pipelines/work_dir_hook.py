@@ -40,8 +40,9 @@ class WorkDirHook(Hook):  # type: ignore[misc]
         if known[0] is not None and _place(known[0]) == (runner.epoch, self.record["validation"]):
             self.progress.metrics = known[0]["metrics"]
             for hook, state in zip(_early_stopping(runner), known[0]["early_stopping"], strict=False):
-                hook.best_score, hook.wait_count = state
-                loop.stop_training = known[0]["stopped"]
+                hook.best_score, hook.wait_count, settings = state
+                if settings == _settings(hook):  # with others, such as more patience, it goes on
+                    loop.stop_training = known[0]["stopped"]
             return
         loop._decide_current_val_interval()
         due = runner.epoch % loop.val_interval == 0 or runner.epoch == runner.max_epochs
@@ -49,17 +50,18 @@ class WorkDirHook(Hook):  # type: ignore[misc]
             runner.val_loop.run()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._begin()
+        if self.end_of_epoch(runner.train_dataloader, batch_idx):
+            self._begin(saved=True)
+        elif not self.work.begun:
+            self._begin(saved=runner.epoch > 0)
 
     def after_train(self, runner: Any) -> None:
-        self._begin()
+        self._begin(saved=True)
 
-    def _begin(self) -> None:
-        if self.work.begun:
-            return
+    def _begin(self, saved: bool) -> None:
         self.work.begun = True
         if is_main_process():
-            self.work.write_record(self.record)
+            self.work.write_record(self.record, saved=saved)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if not is_main_process():
@@ -68,7 +70,7 @@ class WorkDirHook(Hook):  # type: ignore[misc]
             "epoch": runner.epoch,
             "validation": self.record["validation"],
             "metrics": self.progress.metrics,
-            "early_stopping": [[hook.best_score, hook.wait_count] for hook in _early_stopping(runner)],
+            "early_stopping": [[hook.best_score, hook.wait_count, _settings(hook)] for hook in _early_stopping(runner)],
             "stopped": bool(runner.train_loop.stop_training),
         }
         self.work.write(_VALIDATION, content)
@@ -76,6 +78,10 @@ class WorkDirHook(Hook):  # type: ignore[misc]
 
 def _early_stopping(runner: Any) -> list[EarlyStoppingHook]:
     return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
+
+
+def _settings(hook: EarlyStoppingHook) -> list[Any]:
+    return [hook.monitor, hook.rule, hook.patience, hook.min_delta, hook.stopping_threshold]
 
 
 def _place(content: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +98,23 @@ def test_what_is_refused_changes_nothing(trained: Path, kit: "Kit", work: Path) 
         assert kit.tree(work / "w") == before
 
 
-def test_files_lost_between_the_last_checkpoint_and_the_end(trained: Path, kit: "Kit", work: Path) -> None:
+def older(path: Path, old: Path) -> None:
+    shutil.copy(old, path)
+
+
+def damaged(path: Path, _: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize("lost", [older, damaged])
+def test_files_lost_between_the_last_checkpoint_and_the_end(
+    trained: Path, kit: "Kit", work: Path, lost: Callable[[Path, Path], None]
+) -> None:
     shutil.copytree(trained, work / "w")
     result = json.loads((work / "w" / "result.json").read_text())
-    for name in ("student.pth", "epoch_2.student.pth", "kdpipe/validation.json"):
+    for name in ("epoch_2.student.pth", "kdpipe/validation.json"):
         (work / "w" / name).unlink()
-    shutil.copy(trained / "epoch_1.student.pth", work / "w" / "student.pth")
+    lost(work / "w" / "student.pth", trained / "epoch_1.student.pth")
     ended = kit.run(*command(kit, work / "w", "--epochs", 2, *kit.val, "--resume"))
     assert "2 of 2 epochs are done; nothing is left to train" in ended.out
     assert json.loads((work / "w" / "result.json").read_text()) == result
@@ -110,6 +122,19 @@ def test_files_lost_between_the_last_checkpoint_and_the_end(trained: Path, kit: 
         one, two = load(trained / name), load(work / "w" / name)
         assert one["meta"] == two["meta"] | {"cfg": one["meta"]["cfg"]}
         assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+
+
+def test_a_damaged_checkpoint(trained: Path, kit: "Kit", work: Path) -> None:
+    shutil.copytree(trained, work / "w")
+    run = command(kit, work / "w", "--epochs", 2, *kit.val, "--resume")
+    damaged(work / "w" / "epoch_2.pth", trained)
+    message = kit.refused(*run)
+    assert "epoch_2.pth is damaged" in message
+    assert "last_checkpoint" in message
+    (work / "w" / "last_checkpoint").write_text("epoch_1.pth")
+    kit.run(*run)
+    one, two = (load(folder / "epoch_2.pth")["state_dict"] for folder in (trained, work / "w"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_checkpoint_from_elsewhere(trained: Path, kit: "Kit", work: Path) -> None:
@@ -152,8 +177,11 @@ def test_a_training_that_stops_early(kit: "Kit", work: Path) -> None:
     assert json.loads((work / "w" / "result.json").read_text())["epoch"] == 2
     assert said in kit.run(*run, "--resume").out  # it has stopped, and does not forget
     assert load(work / "w" / "student.pth")["meta"]["epoch"] == 2
-    kit.run(*command(kit, work / "w", "--epochs", 3, *kit.val, "--resume"))
+    with_hooks(kit, work, {**hook, "patience": 2})
+    kit.run(*run, "--resume")
     assert load(work / "w" / "student.pth")["meta"]["epoch"] == 3
+    kit.run(*command(kit, work / "w", "--epochs", 4, *kit.val, "--resume"))
+    assert load(work / "w" / "student.pth")["meta"]["epoch"] == 4
 
 
 def test_the_users_files_are_kept(kit: "Kit", work: Path) -> None:

@@ -21,7 +21,7 @@ OWN = [
 ]
 
 
-def begin(path: Path, *, resume: bool = False, steps: int = 1) -> None:
+def begin(path: Path, *, resume: bool = False, steps: int = 1, saved: bool = False) -> None:
     """What a training does to its directory."""
     work = WorkDir(path)
     work.check(resume)
@@ -30,6 +30,7 @@ def begin(path: Path, *, resume: bool = False, steps: int = 1) -> None:
         if not steps:
             raise KdpipeError("refused by something else")
         work.begun = True
+        work.write_record(RECORD, saved=saved)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -56,7 +57,7 @@ def test_other_files_stay_as_they_are(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     begin(tmp_path)
     assert (tmp_path / name).read_text() == "mine"
-    begin(tmp_path)  # it was stopped before its first checkpoint
+    begin(tmp_path, saved=True)  # the one before was stopped before its first checkpoint
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
     with pytest.raises(KdpipeError, match="Add --resume"):
         begin(tmp_path)
@@ -69,6 +70,13 @@ def test_a_file_that_came_before_the_first_checkpoint_is_not_ours(tmp_path: Path
     (tmp_path / "student.pth").write_text("mine")
     with pytest.raises(KdpipeError, match=r"holds student\.pth"):
         begin(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["epoch_1.pth", "epoch_1.pth.partial", "student.pth", "student.partial"])
+def test_what_a_training_left_that_was_killed_is_ours(tmp_path: Path, left: str) -> None:
+    begin(tmp_path, saved=True)
+    (tmp_path / left).touch()
+    begin(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["x.zarr", "x.zarr/parts", "x.zarr/new/w", "x.zarr/zarr.json", "link"])
@@ -91,12 +99,14 @@ def test_a_run_that_is_refused_leaves_nothing(kit: "Kit", tmp_path: Path) -> Non
     with pytest.raises(KdpipeError, match="something else"):
         begin(tmp_path, steps=0)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "20250101_000000"}
-    begin(tmp_path)
+    begin(tmp_path, saved=True)
+    (tmp_path / "kdpipe" / "lock").unlink()
     before = kit.tree(tmp_path)
     (tmp_path / "last_checkpoint").touch()
     with pytest.raises(KdpipeError, match="something else"):
         begin(tmp_path, resume=True, steps=0)
     (tmp_path / "last_checkpoint").unlink()
+    (tmp_path / "kdpipe" / "lock").unlink()
     assert kit.tree(tmp_path) == before
 
 
@@ -104,6 +114,7 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
     work = WorkDir(tmp_path)
     with work.opened(RECORD, resume=False, console=CONSOLE):
         work.begun = True
+        work.write_record(RECORD, saved=True)
         (tmp_path / "last_checkpoint").touch()
         for resume in (False, True):
             with pytest.raises(KdpipeError, match=r"Another training is running in .*: process \d+ on \S+ since 20"):
@@ -120,6 +131,7 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
 def test_other_processes_of_a_run_do_not_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkDir(tmp_path).opened(RECORD, resume=False, console=CONSOLE):
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         other = WorkDir(tmp_path)
         other.check(resume=False)
         with other.opened(RECORD, resume=False, console=CONSOLE):
