@@ -131,7 +131,9 @@ def transforms_in(pipeline: Any) -> Iterator[Any]:
             yield from transforms_in(step)
             continue
         yield step
-        if not isinstance(step, Mapping):
+        if (
+            not isinstance(step, Mapping) or transform_class(step) is mmdet_transforms.Albu
+        ):  # whose are another library's
             continue
         if "resize_type" in step:
             yield {"type": step["resize_type"]}

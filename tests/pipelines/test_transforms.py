@@ -268,6 +268,16 @@ def test_a_transform_of_the_user_passes_if_they_answer_for_it(kind: Any, monkeyp
         with_teacher_targets(pipeline, ADD, [name])
 
 
+def test_what_is_let_through_may_hold_transforms_of_its_own() -> None:
+    albu = {"type": "Albu", "transforms": [{"type": "OneOf", "transforms": [{"type": "Blur"}, {"type": "RGBShift"}]}]}
+    with pytest.raises(KdpipeError, match=r"uses Albu\. "):
+        with_teacher_targets([*READ, albu, PACK], ADD)
+    assert with_teacher_targets([*READ, albu, PACK], ADD, ["Albu"])[-1] is ADD
+    mapped = {"type": "KeyMapper", "transforms": [{"type": "Expand"}], "mapping": {"img": "img"}}
+    with pytest.raises(KdpipeError, match=r"uses Expand\. "):
+        with_teacher_targets([*READ, mapped, PACK], ADD, ["KeyMapper"])
+
+
 def test_names_of_the_option_need_no_quotes() -> None:
     options = ["a.b=[c]", "distill.transforms=[MyJitter, 'other',mine.Third]", "distill.transforms=[]"]
     wanted = ["a.b=[c]", "distill.transforms=['MyJitter', 'other','mine.Third']", "distill.transforms=[]"]
