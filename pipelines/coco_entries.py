@@ -1,8 +1,8 @@
 """Entries of a COCO JSON, decoded from its bytes; what is in their fields is not checked yet."""
 
-import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,19 @@ import msgspec
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.foreign import foreign_file, foreign_folder, foreign_json
 
-__all__ = ["NO_MASK", "AnnotationEntry", "CategoryEntry", "CocoEntries", "DataError", "ImageEntry", "read_entries"]
+__all__ = [
+    "NO_MASK",
+    "AnnotationEntry",
+    "CategoryEntry",
+    "CocoEntries",
+    "DataError",
+    "ImageEntry",
+    "annotation_chunks",
+    "read_entries",
+]
 
 NO_MASK = msgspec.Raw()
+_CHUNK = 20_000
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -56,11 +66,18 @@ class CategoryEntry(msgspec.Struct, gc=False):
     supercategory: Any = None
 
 
-class CocoEntries(msgspec.Struct):
-    """What is read of a COCO JSON."""
+class _File(msgspec.Struct):
+    images: list[ImageEntry]
+    annotations: list[msgspec.Raw]
+    categories: list[CategoryEntry]
+
+
+@dataclass(frozen=True)
+class CocoEntries:
+    """What is read of a COCO JSON; `annotation_chunks` gives the annotations, some of which may be JSON still."""
 
     images: list[ImageEntry]
-    annotations: list[AnnotationEntry]
+    annotations: list[Any]  # of msgspec.Raw or of AnnotationEntry
     categories: list[CategoryEntry]
 
 
@@ -72,15 +89,33 @@ def read_entries(path: Path) -> CocoEntries:
     """
     data = _bytes(path)
     encoding = json.detect_encoding(data)
-    collects = gc.isenabled()
-    gc.disable()  # it would look through millions of new lists again and again
     try:
-        return msgspec.json.decode(data if encoding == "utf-8" else data.decode(encoding), type=CocoEntries)
+        file = msgspec.json.decode(data if encoding == "utf-8" else data.decode(encoding), type=_File)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return _decode_leniently(path, data)
-    finally:
-        if collects:
-            gc.enable()
+    return CocoEntries(file.images, file.annotations, file.categories)
+
+
+def annotation_chunks(entries: CocoEntries, path: Path) -> Iterator[list[AnnotationEntry]]:
+    """The annotations in the order of the file, some at a time; decoded all at once, they are five times the file.
+
+    They can be had once: what is read is let go.
+
+    Raises:
+        DataError: one is not an object.
+    """
+    decode = msgspec.json.Decoder(AnnotationEntry).decode
+    for start in range(0, len(entries.annotations), _CHUNK):
+        chunk = entries.annotations[start : start + _CHUNK]
+        if isinstance(chunk[0], AnnotationEntry):
+            yield chunk
+            continue
+        try:
+            yield list(map(decode, chunk))
+        except msgspec.DecodeError:  # no object, or with a number that Python's json reads as infinity
+            objects = [_object(json.loads(bytes(entry)), "annotations", path) for entry in chunk]
+            yield [AnnotationEntry(**_fields(entry, AnnotationEntry)) for entry in objects]
+    entries.annotations.clear()
 
 
 def _bytes(path: Path) -> bytes:
@@ -118,15 +153,18 @@ def _decode_leniently(path: Path, data: bytes) -> CocoEntries:
         )
     for key in _LISTS:
         for entry in content[key]:
-            if not isinstance(entry, dict):
-                raise DataError(
-                    f"{path}: an entry of {key} is {str(entry)[:80]!r}, expected an object with named fields."
-                )
+            _object(entry, key, path)
     return CocoEntries(
         [ImageEntry(**_fields(entry, ImageEntry)) for entry in content["images"]],
         [AnnotationEntry(**_fields(entry, AnnotationEntry)) for entry in content["annotations"]],
         [CategoryEntry(**_fields(entry, CategoryEntry)) for entry in content["categories"]],
     )
+
+
+def _object(entry: Any, key: str, path: Path) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise DataError(f"{path}: an entry of {key} is {str(entry)[:80]!r}, expected an object with named fields.")
+    return entry
 
 
 def _fields(entry: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def names_on_disk(names: Sequence[str], img_dir: Path) -> tuple[list[str], tuple
         if folder not in folders:
             folders[folder] = _listed(img_dir / (folder + slash))
         files, by_key = folders[folder]
-        if file not in files and (other := by_key.get(_key(file))) is not None:
+        if files and file not in files and (other := by_key.get(_key(file))) is not None:
             recased.append(name)
             written = folder + slash + other
         found.append(written)

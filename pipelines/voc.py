@@ -58,17 +58,19 @@ def read_voc(folder: Path, split: str) -> CocoFile:
         notes += (f"{split_path(folder, split)} has labels, suffixes or folders beside the names, which are not read",)
     classes = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
     files = _image_files(folder / "JPEGImages")
-    entries = CocoEntries([], [], [CategoryEntry(index, name) for index, name in enumerate(classes, 1)])
+    images: list[ImageEntry] = []
+    boxes: list[AnnotationEntry] = []
     flat: list[str] = []
     for image_id, name in enumerate(names, 1):
         path, file_name = annotations[name], files.get(name, f"{name}.jpg")
         height, width = _size(roots[name], path, folder / "JPEGImages" / file_name)
-        entries.images.append(ImageEntry(image_id, file_name, width=width, height=height))
+        images.append(ImageEntry(image_id, file_name, width=width, height=height))
         for item in _objects(roots[name], path):
             if item.box[2] > 0 and item.box[3] > 0:
-                entries.annotations.append(_annotation(len(entries.annotations) + 1, image_id, item, classes))
+                boxes.append(_annotation(len(boxes) + 1, image_id, item, classes))
             else:
                 flat.append(f"a {item.name} in {path}")
+    entries = CocoEntries(images, boxes, [CategoryEntry(index, name) for index, name in enumerate(classes, 1)])
     content = check_entries(entries, split_path(folder, split), folder / "JPEGImages")
     absent = (LeftOut(len(flat), "boxes with xmin >= xmax or ymin >= ymax", flat[0]),) if flat else ()
     return replace(content, absent=absent, notes=(*notes, *content.notes))
