@@ -70,8 +70,6 @@ def who_chooses_rois(
             raise ContractError(f"{teacher_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
         chosen, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
-        if name not in ROIS:
-            raise ContractError(f"Unknown option distill.rois.{name}. There are: {', '.join(ROIS)}.")
         if chosen == "student" and not dense and value != ROIS[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "

@@ -12,11 +12,12 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.fingerprint import difference
 from kdpipe.cache.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
 from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_known_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.distill_options import distill_options, other_options
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
@@ -24,25 +25,15 @@ from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.replaced import report_replaced
 from kdpipe.pipelines.student_check import check_student
-from kdpipe.pipelines.student_choices import ROIS, teacher_name, who_chooses_rois
+from kdpipe.pipelines.student_choices import teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
 from kdpipe.pipelines.training_data import innermost
-from kdpipe.pipelines.transform_types import check_names, quote_names
+from kdpipe.pipelines.transform_types import check_names
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 from kdpipe.pipelines.work_dir import WorkDir
 
 __all__ = ["check_data", "train_student"]
-
-# What `-o distill.…` can change.
-DISTILL_DEFAULTS: dict[str, Any] = {
-    "rois": ROIS,
-    "weights": {},
-    "sgfi": {"kernel_size": 1},
-    "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5, "branch": "classification"},
-    "share_interval": 50,
-    "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`
-}
 
 
 def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
@@ -108,6 +99,7 @@ def train_student(
     dense = "roi_head" not in config.model
     losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
+    distill = distill_options(recipe.options, losses, ckd_branch)
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
         _check_cached(cache, begun)
@@ -134,13 +126,7 @@ def train_student(
     config = apply_known_options(config, recipe.options)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
-    cfg.distill = ConfigDict(DISTILL_DEFAULTS)
-    cfg = with_overrides(cfg, quote_names(recipe.options), recipe.source)
-    distill = cfg.pop("distill")
-    if unknown := sorted(set(distill) - set(DISTILL_DEFAULTS)):
-        raise ContractError(f"Unknown option distill.{unknown[0]}. There are: {', '.join(DISTILL_DEFAULTS)}.")
-    if ckd_branch is not None:
-        distill.ckd.branch = ckd_branch
+    cfg = with_overrides(cfg, other_options(recipe.options), recipe.source)
     report_replaced(config, cfg, console)
     recorded = copy.deepcopy(cfg)
     chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None

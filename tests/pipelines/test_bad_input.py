@@ -270,7 +270,7 @@ def test_checkpoint_to_resume_from_is_cut_short(kit: "Kit", work: Path) -> None:
         ("model.rpn_head.in_channels=7", "Do the layers of the config fit each other"),
         ("distill.colour=red", "Unknown option distill.colour"),
         ("distill.ckd.colour=red", "colour"),
-        ("distill.ckd.queue_size=many", "cannot be built"),
+        ("distill.ckd.queue_size=many", "'many'; expected a whole number"),
         ("distill.rois.colour=red", "colour"),
         ("distill.missing_view=skip", "Unknown option distill.missing_view"),
         ("distill.weights.reg=2", "none of the losses"),
