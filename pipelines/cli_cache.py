@@ -150,9 +150,11 @@ def verify_command(
     Where its images are at hand, they are compared with those that the teacher saw.
     """
     from kdpipe.pipelines.picture_comparison import verify_pictures
-    from kdpipe.pipelines.verify import verify_files, verify_teacher
+    from kdpipe.pipelines.verify import check_ckpt, verify_files, verify_teacher
 
     console = command_console(shared=False)
+    if ckpt is not None:
+        check_ckpt(ckpt, config, device, trust=trust)
     good = verify_files(cache_path, repair=repair, console=console)
     if good:
         good = verify_pictures(cache_path, img_dir=img_dir, voc=voc, console=console)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mmcv.ops import RoIAlign
 from mmdet.models.backbones.resnet import Bottleneck
 from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead
 from mmdet.models.roi_heads.mask_heads import FusedSemanticHead
@@ -64,6 +65,8 @@ def semantic_branch(roi_head: Any) -> tuple[int, ...]:
     ours, theirs = extractor.roi_layers[0], boxes.roi_layers[0]
     usual = (
         type(branch) is FusedSemanticHead
+        and isinstance(ours, RoIAlign)
+        and ours.pool_mode == "avg"
         and "bbox" in roi_head.semantic_fusion
         and list(extractor.featmap_strides) == [2 ** (branch.fusion_level + 2)]
         and (ours.sampling_ratio, ours.aligned) == (theirs.sampling_ratio, theirs.aligned)

@@ -56,6 +56,11 @@ def check_classes_of_config(model: Mapping[str, Any]) -> None:
             raise _refusal(f"is a {detector.__name__}, which has no {name}")
     if head is not None and head not in _ROI_HEADS:
         raise _refusal(f"has a {head.__name__} in place of a StandardRoIHead (it is a {detector.__name__})")
+    if not (model.get("test_cfg") or {}).get("rpn"):
+        raise TeacherError(
+            f"The teacher's config says nothing of how its {detector.__name__} makes proposals: expected "
+            "model.test_cfg.rpn, as in mmdet's own configs."
+        )
 
 
 def check_family(model: Any) -> None:
@@ -69,6 +74,8 @@ def check_family(model: Any) -> None:
     head = model.roi_head
     if type(head) not in _ROI_HEADS:
         raise _refusal(f"has a {type(head).__name__} in place of a StandardRoIHead")
+    if not head.with_bbox:
+        raise _refusal(f"has a {type(head).__name__} without a box head")
     if not hasattr(model.rpn_head, "prior_generator"):
         raise _refusal(f"has a {type(model.rpn_head).__name__} as its RPN, which has no anchors")
     strides = [tuple(stride) for stride in model.rpn_head.prior_generator.strides]

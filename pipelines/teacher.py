@@ -63,7 +63,8 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     check_classes_of_config(model_config)
     if rpn := (model_config.get("test_cfg") or {}).get("rpn"):
         rpn.max_per_img = proposals
-        rpn.nms_pre = max(rpn.get("nms_pre", proposals), proposals)
+        if 0 < (rpn.get("nms_pre") or 0) < proposals:  # otherwise it has no limit, or a higher one
+            rpn.nms_pre = proposals
     for branch in _MASK_BRANCHES:
         model_config.get("roi_head", {}).pop(branch, None)
     model_config.pop("init_cfg", None)
@@ -71,7 +72,7 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
         model_config.backbone.pop("init_cfg", None)
     with building("The teacher"):
         model = MODELS.build(model_config)
-    check_family(model)
+        check_family(model)
     pixels = teacher_pixels(config)
     ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
     load_strict(model, checkpoint.state_dict, path=checkpoint.path, ignore_prefixes=ignored)

@@ -12,7 +12,7 @@ from kdpipe.cache.root import read_root
 from kdpipe.cache.verify import Fault, Verification, remove_faults, verify_cache
 from kdpipe.pipelines.console import ProgressBar, bytes_text, plain
 
-__all__ = ["verify_files", "verify_teacher"]
+__all__ = ["check_ckpt", "verify_files", "verify_teacher"]
 
 _SHOWN_IDS = 10
 
@@ -107,6 +107,28 @@ def _advise(path: Path, found: Verification, faults: tuple[Fault, ...], repaired
         f"{plain(command)}",
         markup=False,
     )
+
+
+def check_ckpt(ckpt: Path, config: str | None, device: str | None, *, trust: bool) -> None:
+    """Refuse what cannot be read of a teacher before all of a cache is read; `verify_teacher` compares the two.
+
+    Args:
+        ckpt: The teacher's checkpoint.
+        config: Its config, if one is named.
+        device: Where it is to run.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+
+    Raises:
+        KdpipeError: One of these is not there, or cannot be read.
+    """
+    from kdpipe.pipelines.checkpoints import load_checkpoint
+    from kdpipe.pipelines.configs import find_config
+    from kdpipe.pipelines.sources import torch_device
+
+    load_checkpoint(ckpt, trust=trust)
+    torch_device(device)
+    if config is not None:
+        find_config(config)
 
 
 def verify_teacher(

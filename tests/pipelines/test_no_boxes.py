@@ -73,6 +73,8 @@ def test_images_without_a_box_are_cached_with_no_rows(kit: "Kit", work: Path, ti
     ended = kit.run("verify", work / "x.zarr", "--ckpt", ckpt, "--ap")
     assert "no faults" in ended.out
     assert "nan" not in ended.out
+    live = kit.run("evaluate", "--ckpt", ckpt, *data, "--scale", "128x96").out
+    assert live.splitlines()[-4:] == ended.out.splitlines()[-4:], "the same AP"
     shown = kit.run("inspect", work / "x.zarr", "--image", cache.image_ids[0])
     assert "0 proposals, 0 annotated" in shown.out
     as_json: dict[str, Any] = json.loads(

@@ -119,3 +119,15 @@ def test_what_cannot_be_verified(kit: "Kit", work: Path) -> None:
     message = kit.refused("verify", work / "x.zarr", "--repair")
     assert "is damaged" in message
     assert "--repair cannot put right" in message
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_the_cache_is_read(kit: "Kit", work: Path) -> None:
+    for options, reason in (
+        (("--ckpt", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("--ckpt", kit.ann), "cannot be read as a PyTorch checkpoint"),
+        (("--ckpt", kit.teacher, "--config", "nowhere"), "neither a file nor a config"),
+        (("--ckpt", kit.teacher, "--device", "toaster"), "--device toaster"),
+    ):
+        ended = kit.run("verify", kit.cache, *options, code=1)
+        assert reason in ended.err
+        assert "no faults" not in ended.out
