@@ -131,9 +131,9 @@ def transforms_in(pipeline: Any) -> Iterator[Any]:
             yield from transforms_in(step)
             continue
         yield step
-        if (
-            not isinstance(step, Mapping) or transform_class(step) is mmdet_transforms.Albu
-        ):  # whose are another library's
+        if not isinstance(step, Mapping):
+            continue
+        if transform_class(step) is mmdet_transforms.Albu:  # what it holds are names of another library
             continue
         if "resize_type" in step:
             yield {"type": step["resize_type"]}
