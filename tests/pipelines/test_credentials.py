@@ -42,9 +42,8 @@ def test_credentials_are_masked_and_nothing_else(text: str, wanted: str) -> None
 
 def test_no_file_of_a_cache_or_a_training_holds_a_password(kit: "Kit", work: Path) -> None:
     config = kit.config(channels=8, fc=24)
-    config.visualizer.vis_backends = [{"type": "WandbVisBackend", "init_kwargs": {"api_key": "sesame1"}}]
     config.model.train_cfg.secret_key = "sesame4"  # no part of a model has one, and none minds
-    config.storage = {"data_root": "s3://sesame2:sesame3@bucket"}
+    config.storage = {"data_root": "s3://sesame2:sesame3@bucket", "api_key": "sesame1"}
     (work / "mine.py").write_text(config.pretty_text)
     view = ("--scale", "96x72", "--proposals", 8, "--targets", "predictions")
     student = kit.save_detector(work / "mine.pth", config)
