@@ -108,7 +108,7 @@ def cache_teacher(
     spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
     report_data(data, console, trained=True, strict=options.strict_data)
     if options.strict_data or not options.skip_bad_images:  # otherwise bad images are found, and recorded, when read
-        usable_images(data, console, scale=spec.scale)
+        usable_images(data, console, scale=spec.scale, decoding=teacher.pixels.decoding)
     identity["data"] = data.digest()
     metadata = {
         "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(cfg.pretty_text)},

@@ -17,6 +17,11 @@ class Decoding:
     color_type: str = "color"
     imdecode_backend: str = "cv2"
 
+    @property
+    def turns(self) -> bool:
+        """Whether the EXIF orientation is applied."""
+        return self.color_type in ("color", "grayscale")
+
     def __str__(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self).items())
 

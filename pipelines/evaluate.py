@@ -20,9 +20,10 @@ from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.console import silent_stdout
 from kdpipe.pipelines.data_report import report_data
-from kdpipe.pipelines.layouts import dataset_paths, kept_ratio_scale
+from kdpipe.pipelines.layouts import dataset_paths, kept_ratio_scale, test_steps
 from kdpipe.pipelines.picture_checks import usable_images
 from kdpipe.pipelines.progress import AP_NAMES, ProgressHook, coco_metrics
+from kdpipe.pipelines.reading import pipeline_decoding
 from kdpipe.pipelines.runner import QuietRunner
 from kdpipe.pipelines.sources import named_data
 from kdpipe.pipelines.training_config import set_validation
@@ -85,7 +86,8 @@ def evaluate(
         data = match_classes(data, known, f"the checkpoint {ckpt.name}")
     report_data(data, console, trained=False, strict=strict_data)
     skip = skip_bad_images and not strict_data
-    data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), skip=skip)
+    decoding = pipeline_decoding(test_steps(cfg))
+    data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), decoding=decoding, skip=skip)
     if model is None:
         model = _detector(cfg, checkpoint, len(data.class_names))
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}

@@ -23,7 +23,7 @@ class Header:
     """What is known of an image before it is decoded.
 
     Attributes:
-        size: ``(height, width)`` in pixels as OpenCV decodes it, EXIF orientation applied.
+        size: ``(height, width)`` in pixels as OpenCV decodes it.
         whole: whether the file ends where its format says that it ends; otherwise it may be truncated.
     """
 
@@ -31,11 +31,15 @@ class Header:
     whole: bool
 
 
-def read_header(path: Path) -> Header | None:
+def read_header(path: Path, turn: bool = True) -> Header | None:
     """The header of an image; None where only decoding can tell its size, and where it is no image.
 
     OpenCV turns JPEG, PNG, WebP and TIFF by their EXIF orientation, and older versions not all of them: where it is
     another format than JPEG that lies on its side, OpenCV itself has to be asked.
+
+    Args:
+        path: the file.
+        turn: apply the EXIF orientation.
 
     Raises:
         OSError: the file cannot be read.
@@ -54,7 +58,7 @@ def read_header(path: Path) -> Header | None:
         if turned and kind not in _JPEG:
             return None
         width, height = image.size
-        return Header((width, height) if turned else (height, width), _ends(kind, image, file))
+        return Header((width, height) if turned and turn else (height, width), _ends(kind, image, file))
 
 
 def _orientation(image: Any) -> object:

@@ -62,7 +62,7 @@ def load_picture(
 
     Args:
         path: the file.
-        expected: ``(height, width)`` in pixels that the annotation says, EXIF orientation applied.
+        expected: ``(height, width)`` in pixels that the annotation says, of the image as it is decoded.
         scale: ``(width, height)`` of the resizing behind it, which keeps the ratio and must leave a pixel.
         decoding: options of mmdet's LoadImageFromFile; by default mmdet's.
 
@@ -81,7 +81,7 @@ def load_picture(
         )
     pixels = _decode(path, data, decoding)
     height, width = pixels.shape[:2]
-    _check_size(path, (height, width), expected, scale)
+    _check_size(path, (height, width), expected, scale, decoding)
     note = "" if lost is None else f"image {path} lacks its last bytes ({100 * lost:.1f} % of its pixels are lost)"
     return Picture(pixels, digest_file(data), note)
 
@@ -93,13 +93,19 @@ def read_image(
     return load_picture(path, expected, decoding=decoding).pixels
 
 
-def check_picture(path: str | Path, expected: tuple[int, int], scale: tuple[int, int] | None = None) -> str:
+def check_picture(
+    path: str | Path,
+    expected: tuple[int, int],
+    scale: tuple[int, int] | None = None,
+    decoding: Decoding = DEFAULT,
+) -> str:
     """Checks a file by its header and its end, well under a millisecond; reads all of it where these leave doubts.
 
     Args:
         path: the file.
         expected: as `load_picture` takes it.
         scale: as `load_picture` takes it.
+        decoding: as `load_picture` takes it.
 
     Returns:
         The note of `Picture`.
@@ -110,12 +116,12 @@ def check_picture(path: str | Path, expected: tuple[int, int], scale: tuple[int,
     path = Path(path)
     _check_file(path)
     try:
-        header = read_header(path)
+        header = read_header(path, decoding.turns)
     except OSError as error:
         raise _unreadable(path, error) from error
     if header is None or not header.whole:
-        return load_picture(path, expected, scale).note
-    _check_size(path, header.size, expected, scale)
+        return load_picture(path, expected, scale, decoding).note
+    _check_size(path, header.size, expected, scale, decoding)
     return ""
 
 
@@ -174,13 +180,18 @@ def _decode(path: Path, data: bytes, decoding: Decoding) -> npt.NDArray[np.uint8
 
 
 def _check_size(
-    path: Path, found: tuple[int, int], expected: tuple[int, int] | None, scale: tuple[int, int] | None
+    path: Path,
+    found: tuple[int, int],
+    expected: tuple[int, int] | None,
+    scale: tuple[int, int] | None,
+    decoding: Decoding,
 ) -> None:
     """Both sizes are ``(height, width)``."""
     if expected is not None and found != tuple(expected):
         raise ImageError(
-            f"image {path} is {found[1]} x {found[0]} pixels (its EXIF orientation applied), but the "
-            f"annotations say {expected[1]} x {expected[0]}: its boxes would be misplaced. Correct width and height in "
+            f"image {path} is {found[1]} x {found[0]} pixels (its EXIF orientation "
+            f"{'applied' if decoding.turns else 'ignored, as the config says'}), but the annotations say "
+            f"{expected[1]} x {expected[0]}: its boxes would be misplaced. Correct width and height in "
             "the annotation file, or put the image in place that was annotated."
         )
     if scale is None:

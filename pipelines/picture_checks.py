@@ -12,10 +12,10 @@ from rich.console import Console
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.console import ProgressBar, plain
 from kdpipe.pipelines.datasets import DetectionData
+from kdpipe.pipelines.decoding import DEFAULT, Decoding
 from kdpipe.pipelines.images import ImageError, check_picture, load_picture
-from kdpipe.pipelines.launch import is_first
 
-__all__ = ["training_images", "usable_images"]
+__all__ = ["usable_images"]
 
 _THREADS = 8  # a network disk answers many at a time
 _BATCH = 256
@@ -35,7 +35,12 @@ class _Checks:
 
 
 def usable_images(
-    data: DetectionData, console: Console, *, scale: tuple[int, int] | None = None, skip: bool = False
+    data: DetectionData,
+    console: Console,
+    *,
+    scale: tuple[int, int] | None = None,
+    decoding: Decoding = DEFAULT,
+    skip: bool = False,
 ) -> DetectionData:
     """Check that all images exist, are images, are whole, and have the size that is annotated.
 
@@ -46,6 +51,7 @@ def usable_images(
         data: The data set.
         console: Where progress and notes are shown.
         scale: `(w, h)` that they will be resized into, ratio kept, where that is known.
+        decoding: How they will be decoded.
         skip: Leave bad images out, and say so.
 
     Returns:
@@ -55,7 +61,11 @@ def usable_images(
         ImageError: There is a bad image; where they may be left out, there are only bad ones.
     """
     check = _decode if skip else check_picture
-    found = _check_all(data.images, lambda x: check(data.img_dir / x.file_name, (x.height, x.width), scale), console)
+
+    def check_image(image: ImageInfo) -> str:
+        return check(data.img_dir / image.file_name, (image.height, image.width), scale, decoding)
+
+    found = _check_all(data.images, check_image, console)
     if found.notes:
         console.print(plain(f"{_count(len(found.notes), data)} used as they are: {found.notes[0]}."), markup=False)
     if not found.problems:
@@ -70,31 +80,8 @@ def usable_images(
     return data.only([image.image_id for image in data.images if image not in found.problems])
 
 
-def training_images(
-    train: DetectionData,
-    val: DetectionData | None,
-    console: Console,
-    *,
-    scale: tuple[int, int] | None,
-    skip: bool,
-) -> tuple[DetectionData, DetectionData | None]:
-    """Training and validation images, checked by `usable_images`.
-
-    Of several processes the first checks, and speaks for all; where bad images are left out, each finds the same.
-
-    Raises:
-        ImageError: As `usable_images` does.
-    """
-    if not (skip or is_first()):
-        return train, val
-    train = usable_images(train, console, scale=scale, skip=skip)
-    if val is not None:
-        val = usable_images(val, console, scale=scale, skip=skip)
-    return train, val
-
-
-def _decode(path: Path, expected: tuple[int, int], scale: tuple[int, int] | None) -> str:
-    return load_picture(path, expected, scale).note
+def _decode(path: Path, expected: tuple[int, int], scale: tuple[int, int] | None, decoding: Decoding) -> str:
+    return load_picture(path, expected, scale, decoding).note
 
 
 def _check_all(images: Sequence[ImageInfo], check: Callable[[ImageInfo], str], console: Console) -> _Checks:

@@ -11,7 +11,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.decoding import Decoding
 from kdpipe.pipelines.transform_types import RESIZES, step_name, transform_class, transforms_in
 
-__all__ = ["RESIZE_DEFAULTS", "check_read_alike", "check_seen_alike", "decoding_of"]
+__all__ = ["RESIZE_DEFAULTS", "check_read_alike", "check_seen_alike", "decoding_of", "pipeline_decoding"]
 
 _COLOR_TYPES = ("color", "color_ignore_orientation")
 RESIZE_DEFAULTS = {"interpolation": "bilinear", "backend": "cv2"}  # of mmdet's resizing transforms
@@ -48,6 +48,15 @@ def decoding_of(step: Any, whose: str) -> Decoding:
                 f"{whose} reads images with {name}={options}; expected files of a folder. Take it out of the config."
             )
     return decoding
+
+
+def pipeline_decoding(pipeline: Sequence[Any]) -> Decoding:
+    """How a pipeline decodes picture files; as mmdet does by default where it does not say, or reads otherwise."""
+    for step in transforms_in(pipeline):
+        if transform_class(step) is mmcv_transforms.LoadImageFromFile:
+            backend = step.get("imdecode_backend")
+            return Decoding(step.get("color_type", "color"), backend if backend in _BACKENDS else "cv2")
+    return Decoding()
 
 
 def check_read_alike(pipeline: Sequence[Any], teacher: Mapping[str, Any]) -> None:

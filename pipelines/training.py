@@ -24,11 +24,12 @@ from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.launch import is_first
-from kdpipe.pipelines.layouts import kept_ratio_scale
+from kdpipe.pipelines.layouts import kept_ratio_scale, test_steps
 from kdpipe.pipelines.parcel import pack_batch
-from kdpipe.pipelines.picture_checks import training_images
+from kdpipe.pipelines.picture_checks import usable_images
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.progress import ProgressHook
+from kdpipe.pipelines.reading import pipeline_decoding
 from kdpipe.pipelines.recipe import check_resumed, check_saving, training_record
 from kdpipe.pipelines.replaced import report_replaced
 from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
@@ -36,6 +37,7 @@ from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.start_weights import StartWeightsHook, check_start_weights
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
+from kdpipe.pipelines.training_data import pipeline_of
 from kdpipe.pipelines.training_faults import training_faults
 from kdpipe.pipelines.work_dir import WorkDir
 from kdpipe.pipelines.work_dir_hook import WorkDirHook
@@ -118,8 +120,12 @@ def training_copies(
     if val is not None:
         report_data(val, console, trained=False, strict=recipe.strict_data)
     scale, skip = kept_ratio_scale(config, recipe.scale), recipe.skip_bad_images and not recipe.strict_data
-    train, val = training_images(train, val, console, scale=scale, skip=skip)
+    dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
+    reading = pipeline_decoding(pipeline_of(dataset, "train_dataloader.dataset.pipeline"))
+    train = usable_images(train, console, scale=scale, decoding=reading, skip=skip)
     if val is not None:
+        reading = pipeline_decoding(test_steps(config))
+        val = usable_images(val, console, scale=scale, decoding=reading, skip=skip)
         val = val.copied_to(work.folder / "val.json")
     return train.copied_to(work.folder / "train.json"), val
 

@@ -24,6 +24,7 @@ from kdpipe.pipelines.images import (
     load_picture,
     read_image,
 )
+from kdpipe.pipelines.reading import pipeline_decoding
 from kdpipe.pipelines.truncation import lost_share
 
 SUFFIXES = (".jpg", ".png", ".bmp", ".webp", ".tif")
@@ -63,6 +64,20 @@ def test_pixels_and_sizes_are_those_of_mmdet(tmp_path: Path, suffix: str, orient
     assert found.note == check_picture(path, wanted.shape[:2]) == ""
     assert image_size(path) == wanted.shape[:2]
     assert found.digest == image_digest(path) == digest_file(path.read_bytes())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("backend", ["cv2", "pillow"])
+@pytest.mark.parametrize("color_type", ["color", "color_ignore_orientation"])
+def test_the_size_follows_what_a_config_says_of_orientation(
+    tmp_path: Path, suffix: str, backend: str, color_type: str
+) -> None:
+    path = turned(tmp_path / f"a{suffix}", 6)
+    step = {"type": "LoadImageFromFile", "color_type": color_type, "imdecode_backend": backend}
+    wanted = LoadImageFromFile(color_type=color_type, imdecode_backend=backend).transform({"img_path": str(path)})
+    assert check_picture(path, wanted["img"].shape[:2], decoding=pipeline_decoding([step])) == ""
+    with pytest.raises(ImageError, match=r"EXIF orientation (applied|ignored)"):
+        check_picture(path, wanted["img"].shape[1::-1], decoding=pipeline_decoding([step]))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -134,6 +134,15 @@ def test_number_of_workers_changes_nothing(trained: "tuple[Path, Ended]", kit: "
     assert same(resumable(trained[0] / "epoch_2.pth"), resumable(work / "w" / "epoch_2.pth"))
 
 
+def test_a_worker_names_the_picture_that_was_replaced(kit: "Kit", work: Path) -> None:
+    shutil.copytree(kit.img, work / "images")
+    first, second = sorted((work / "images").iterdir())[:2]
+    shutil.copy(second, first)
+    message = kit.refused(*kit.student_command(work / "w", "--img-dir", work / "images", workers=2))
+    assert f"image {first} is another picture than the one that the teacher saw" in message
+    assert len(message.splitlines()) == 1
+
+
 def test_another_seed_gives_another_student(trained: "tuple[Path, Ended]", kit: "Kit", work: Path) -> None:
     kit.train_student(work / "w", "--seed", 1)
     first, other = (torch.load(x / "epoch_1.student.pth", weights_only=True) for x in (trained[0], work / "w"))
