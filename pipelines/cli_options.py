@@ -124,6 +124,7 @@ data_options = _options(
 val_options = _options(
     click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
+    click.option("--val-split", help="Image set of the VOC folder to measure AP on, in place of both."),
 )
 training_options = _options(
     click.option(

@@ -85,6 +85,7 @@ def train_student_command(
     split: str | None,
     val_ann_file: Path | None,
     val_img_dir: Path | None,
+    val_split: str | None,
     trust: bool,
     **training: Any,
 ) -> None:
@@ -134,7 +135,7 @@ def train_student_command(
     result = train_student(
         config,
         teacher,
-        partial(training_data, source, val_ann_file, val_img_dir),
+        partial(training_data, source, val_ann_file, val_img_dir, val_split),
         chosen,
         recipe,
         work_dir,
@@ -164,6 +165,7 @@ def train_teacher_command(
     split: str | None,
     val_ann_file: Path | None,
     val_img_dir: Path | None,
+    val_split: str | None,
     **training: Any,
 ) -> None:
     """Train a plain detector, for those who have no teacher for their data yet."""
@@ -175,7 +177,7 @@ def train_teacher_command(
     if voc is None and (ann_file is None or img_dir is None):
         raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
     found = find_config(config)
-    load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir)
+    load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir, val_split)
     work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
     resume = training.pop("resume")
     recipe = _recipe(found, epochs=epochs, default_epochs=12, **training)

@@ -15,10 +15,13 @@ from kdpipe.pipelines.annotations import Annotations, LeftOut
 from kdpipe.pipelines.coco import CocoFile, read_coco
 from kdpipe.pipelines.coco_copy import write_coco
 from kdpipe.pipelines.coco_entries import DataError
+from kdpipe.pipelines.console import bytes_text, command_console, plain
 from kdpipe.pipelines.images import ImageError, read_image
 from kdpipe.pipelines.voc import read_voc, split_path
 
 __all__ = ["DataError", "DetectionData", "ImageError", "load_coco", "load_voc", "read_image"]
+
+_LARGE = 64 << 20  # bytes of an annotation file that takes seconds to read
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,8 @@ def load_coco(ann_file: str | Path, img_dir: str | Path, limit: int | None = Non
         ImageError: the size of an image is unknown, and its file does not give it either.
     """
     ann_file, img_dir = Path(ann_file), Path(img_dir)
+    if ann_file.is_file() and (size := ann_file.stat().st_size) >= _LARGE:
+        command_console().print(plain(f"Reading {ann_file} ({bytes_text(size)})."), markup=False)
     return _limited(read_coco(ann_file, img_dir), ann_file, img_dir, limit)
 
 

@@ -74,6 +74,8 @@ def evaluate(
     cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
     if cfg is None:
         raise KdpipeError(f"{ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
+    if voc is not None and split is None:
+        raise KdpipeError("--voc needs --split here: which image set is AP measured on?")
     if ann_file is None and img_dir is None and voc is None:
         paths = dataset_paths(cfg, "val")
         if paths is None or not paths[0].exists():

@@ -165,10 +165,18 @@ def cached_source(
 
 
 def training_data(
-    source: DataSource, val_ann_file: Path | None, val_img_dir: Path | None
+    source: DataSource, val_ann_file: Path | None, val_img_dir: Path | None, val_split: str | None
 ) -> tuple[DetectionData, DetectionData | None]:
-    """Training images, and validation images: those named, or those of the source where they are on disk."""
+    """Training images, and validation images: those named, or those of the source where they are on disk.
+
+    Raises:
+        KdpipeError: Options that exclude each other; or bad data.
+    """
+    if val_split is not None and (source.voc is None or val_ann_file is not None or val_img_dir is not None):
+        raise KdpipeError("--val-split names an image set of the VOC folder (--voc), in place of --val-ann-file.")
     train, val = source.load(), source.val
+    if val_split is not None and source.voc is not None:
+        return train, load_voc(source.voc, val_split)
     if val_ann_file is not None:
         return train, load_coco(val_ann_file, val_img_dir or source.images)
     if val is None or not all(path.exists() for path in val):

@@ -203,3 +203,40 @@ def test_commands_measure_what_stock_pycocotools_measures(
     ended = kit.run("train-teacher", *training)
     assert json.loads(Path("result.json").read_text())["ap"] == pytest.approx(wanted[0], abs=6e-4)
     assert kit.tree(work)["val.json"] == before["val.json"]
+
+
+def test_a_large_file_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content_of([usable])))
+    load_coco(tmp_path / "a.json", tmp_path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("kdpipe.pipelines.datasets._LARGE", 100)
+    load_coco(tmp_path / "a.json", tmp_path)
+    assert capsys.readouterr().out.startswith(f"Reading {tmp_path}/a.json (")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 9])
+def test_annotations_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Masks in some chunks only, ids of every kind, and a bad entry is named by its place in the file."""
+    for module in ("coco_entries", "coco_copy"):
+        monkeypatch.setattr(f"kdpipe.pipelines.{module}._CHUNK", 2)
+    boxes = [
+        {**usable, "id": [7, "x", 2**80][number % 3], "image_id": 3, "area": number + 1} for number in range(count)
+    ]
+    if count > 4:
+        boxes[4]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
+    content = content_of([*boxes, usable])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = load_coco(tmp_path / "a.json", tmp_path)
+    assert data.annotations.ids.tolist() == [box["id"] for box in content["annotations"]]
+    copied = json.loads(data.copied_to(tmp_path / "b.json").write_copy().read_bytes())
+    wanted = [{**box, "id": number} for number, box in enumerate(content["annotations"], 1)]
+    assert copied["annotations"] == wanted
+    for bad, message in (
+        (5, "an entry of annotations is '5'"),
+        ({"bbox": []}, f"annotation at position {count + 1} has"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(content_of([*content["annotations"], bad])))  # type: ignore[list-item]
+        with pytest.raises(KdpipeError, match=message):
+            load_coco(tmp_path / "a.json", tmp_path)

@@ -166,10 +166,27 @@ def test_voc_is_the_same_as_coco(kit: "Kit", work: Path) -> None:
     kit.run("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "val", *kit.VIEW)
     kit.run("cache-teacher", "--ckpt", ckpt, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", "coco.zarr")
     assert kit.tree(work / "drawn.zarr" / "parts") == kit.tree(work / "coco.zarr" / "parts")
-    kit.train_student(work / "w", "--methods", "cls", cache=work / "drawn.zarr")
-    message = kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "other", "--out", "x.zarr")
+    assert sorted(path.name for path in work.glob("*.json")) == ["coco.json"]  # nothing is left beside the cache
+    before = kit.tree(work)
+    message = kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "other", *kit.VIEW)
     assert "There are: val" in message
     assert "not both" in kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--ann-file", ann)
+    assert kit.tree(work) == before
+    kit.train_student(work / "w", "--methods", "cls", "--val-split", "val", cache=work / "drawn.zarr")
+    assert json.loads((work / "w" / "result.json").read_text())["ap"] is not None
+    tables = [kit.run("verify", work / f"{name}.zarr", "--ap").out.split("┃")[-1] for name in ("drawn", "coco")]
+    assert tables[0] == tables[1]
+    assert f"{voc}, split val" in kit.run("inspect", work / "drawn.zarr").out
+
+    voc.rename(work / "moved")
+    training = kit.student_command(work / "w2", "--methods", "cls", cache=work / "drawn.zarr")
+    message = kit.refused(*training)
+    assert "drawn is not there" in message
+    assert "--voc" in message
+    kit.run(*training, "--voc", work / "moved")
+    measured = ("evaluate", "--ckpt", work / "w" / "student.pth", "--voc", work / "moved")
+    assert "needs --split" in kit.refused(*measured)
+    assert "AP50" in kit.run(*measured, "--split", "val").out
 
 
 def test_limit_and_parts(kit: "Kit", work: Path) -> None:
