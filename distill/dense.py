@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead
-from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.pairing import pair_boxes
 from kdpipe.distill.rois import sample_rois
+from kdpipe.distill.student_structure import dense_problem
 from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.two_stage import StudentError, check_batch_augments
 
@@ -141,18 +141,13 @@ class DenseStudent:
 
 
 def _check_head(detector: Any, head: Any) -> None:
-    kind = type(head)
-    known = isinstance(head, BaseDenseHead) and kind.loss is BaseDenseHead.loss
-    known &= any(kind.forward is x.forward and kind.forward_single is x.forward_single for x in _FORWARD if known)
-    convs = [getattr(head, name, None) for name in ("cls_convs", "reg_convs")]
-    plain = all(isinstance(x, nn.ModuleList) and len(x) and not isinstance(x[-1], nn.ModuleList) for x in convs)
-    coder = getattr(head, "bbox_coder", None)
-    if not getattr(detector, "with_neck", False) or not known or not plain:
+    if reason := dense_problem(detector, _FORWARD):
         raise StudentError(
-            f"The student is a {type(detector).__name__} with the head {kind.__name__}. Expected a two-stage detector, "
-            "or a single-stage one with a pyramid and the head of RetinaNet, FCOS, ATSS, GFL or PAA, with convolutions "
-            "in both branches."
+            f"The student, of type {type(detector).__name__}, cannot be distilled: {reason}. Expected a two-stage "
+            "detector, or a single-stage one with a pyramid and the head of RetinaNet, FCOS, ATSS, GFL or PAA, with "
+            "convolutions in both branches."
         )
+    kind, coder = type(head), getattr(head, "bbox_coder", None)
     if not isinstance(coder, DeltaXYWHBBoxCoder | DistancePointBBoxCoder):
         raise StudentError(
             f"The student's {kind.__name__} encodes boxes by {type(coder).__name__}. Expected DeltaXYWHBBoxCoder or "

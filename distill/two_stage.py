@@ -9,6 +9,7 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.student_structure import two_stage_problem
 from kdpipe.distill.targets import BatchRois, HeadOutputs
 
 
@@ -86,23 +87,18 @@ class TwoStageStudent:
     """
 
     def __init__(self, detector: Any, stage: int = 0) -> None:
-        roi_head: Any = getattr(detector, "roi_head", None)
+        if reason := two_stage_problem(detector):
+            raise StudentError(
+                f"The student, of type {type(detector).__name__}, cannot be distilled: {reason}. Expected a two-stage "
+                "detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
+            )
+        roi_head: Any = detector.roi_head
         head: Any = getattr(roi_head, "bbox_head", None)
         self.is_cascade = type(roi_head) is CascadeRoIHead
         extractor: Any = getattr(roi_head, "bbox_roi_extractor", None)
         if self.is_cascade:
             head, extractor = head[stage], extractor[stage]
-        if not hasattr(head, "fc_cls") or not hasattr(head, "fc_reg"):
-            raise StudentError(
-                f"The student is a {type(detector).__name__} whose box head is {type(head).__name__}. Expected a "
-                "two-stage detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
-            )
         check_batch_augments(detector)
-        if not hasattr(detector.rpn_head, "prior_generator"):
-            raise StudentError(
-                f"The student's {type(detector.rpn_head).__name__} has no anchors, which tell the strides of its "
-                "pyramid. Expected mmdet's RPNHead."
-            )
         self.detector = detector
         self.head = head
         self.stage = stage

@@ -20,6 +20,7 @@ from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.distill_options import distill_options, other_options
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
+from kdpipe.pipelines.mask_check import check_masks
 from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
@@ -127,6 +128,7 @@ def train_student(
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg = with_overrides(cfg, other_options(recipe.options), recipe.source)
+    check_masks(cfg, train)
     report_replaced(config, cfg, console)
     recorded = copy.deepcopy(cfg)
     chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None

@@ -25,6 +25,7 @@ from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.guard import FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.launch import is_first
 from kdpipe.pipelines.layouts import kept_ratio_scale, test_steps
+from kdpipe.pipelines.mask_check import check_masks
 from kdpipe.pipelines.parcel import pack_batch
 from kdpipe.pipelines.picture_checks import usable_images
 from kdpipe.pipelines.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
@@ -94,6 +95,7 @@ def train_detector(
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = with_overrides(cfg, recipe.options, recipe.source)
+    check_masks(cfg, train)
     report_replaced(config, cfg, console)
     record = training_record("teacher", cfg, world_size(), train, val)
     data = [train] if val is None else [train, val]

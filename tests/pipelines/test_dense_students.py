@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_said(kit: "Kit", work: Path) -> None:
     message = kit.refused(*kit.student_command(work / "w", "--student", path, "--ckd-branch", "both"), code=2)
     assert "'classification', 'localization', 'combined'" in message
     message = kit.refused(*kit.student_command(work / "w", "--student", "vfnet_r50_fpn_1x_coco"))
-    assert "the head VFNetHead. Expected a two-stage detector, or a single-stage one" in message
+    assert "its head VFNetHead computes its outputs in a way of its own. Expected a two-stage detector" in message
     message = kit.refused(*kit.student_command(work / "w", "--ckd-branch", "combined"))
     assert "--ckd-branch combined is for students that predict boxes densely" in message
     assert not (work / "w" / "student.pth").exists()
