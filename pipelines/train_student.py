@@ -107,6 +107,7 @@ def train_student(
         _check_teacher(cache, begun, work_dir)
     if methods:
         check_student(config, recipe.options, teacher.spec.num_classes)
+    chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
     train, val = load_data()
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
@@ -131,7 +132,6 @@ def train_student(
     check_masks(cfg, train)
     report_replaced(config, cfg, console)
     recorded = copy.deepcopy(cfg)
-    chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
     record = training_record(
         "student",
         recorded,

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from kdpipe.cache.reader import open_cache
+from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.source import check_serves_student_rois
+from kdpipe.distill.targets import BatchRois
 from kdpipe.distill.teacher_head import TeacherHeadError
+from kdpipe.distill.teacher_view import ask_teacher, read_teacher_view
 from kdpipe.pipelines.checkpoints import load_checkpoint
+from kdpipe.pipelines.live_teacher import LiveTeacher
 from kdpipe.pipelines.teacher import load_teacher, teacher_config
 
 if TYPE_CHECKING:
@@ -54,6 +58,31 @@ def test_a_teacher_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: str)
     answers = (*vars(none).values(), none_features), (*vars(some).values(), some_features)
     for empty, one in zip(*answers, strict=True):
         assert empty.shape == (0, *one.shape[1:])
+
+
+@SEMANTIC
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_head_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: str) -> None:
+    """Of a batch in which no image has a box, from a cache and beside the teacher."""
+    ckpt, out = silent_teacher(kit, work / "teacher.pth", family), work / "x.zarr"
+    kit.run("cache-teacher", "--ckpt", ckpt, *kit.data, *kit.VIEW, "--out", out, "--limit", 2)
+    cache, checkpoint = open_cache(out), load_checkpoint(ckpt)
+    teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=8, device=torch.device("cpu"))
+    matrix = cache.targets(int(cache.image_ids[0])).matrix
+    views = {
+        "cached": read_teacher_view(cache, int(cache.image_ids[0]), matrix, missing_view="mirror"),
+        "live": LiveTeacher(teacher, cache.spec).view(torch.zeros(3, 96, 128, dtype=torch.uint8)),
+    }
+    needs = ("logits", "deltas", "embeddings", "features")
+    none = BatchRois(torch.zeros(0, 5), torch.zeros(0).long(), torch.zeros(0).bool())
+    one = BatchRois(torch.tensor([[0.0, 8, 8, 60, 50]]), torch.zeros(1).long(), torch.ones(1).bool())
+    for view in views.values():
+        empty, some = (
+            ask_teacher([view, view], rois, frozen_head(cache.head(), cache.spec), cache.spec, needs)
+            for rois in (none, one)
+        )
+        for name in needs:
+            assert getattr(empty, name).shape == (0, *getattr(some, name).shape[1:]), name
 
 
 @pytest.mark.parametrize("tier", ["pyramid", "roi"])
