@@ -15,14 +15,15 @@ __all__ = ["building", "missing_package"]
 def building(what: str) -> Iterator[None]:
     """Turn what a config's mistakes raise while it is built into a `ConfigError`.
 
-    A config can name any class with any arguments, so it may raise anything. Errors of kdpipe and of files say enough.
+    A config can name any class with any arguments, so it may raise anything. Errors of kdpipe, of files and of the
+    machine say enough.
 
     Args:
         what: Is built, as the subject of a sentence.
     """
     try:
         yield
-    except (KdpipeError, OSError):
+    except (KdpipeError, OSError, MemoryError, UnicodeEncodeError):
         raise
     except Exception as error:
         if package := missing_package(error):

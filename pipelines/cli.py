@@ -14,7 +14,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli_cache import cache_teacher_command, inspect_command, verify_command
 from kdpipe.pipelines.cli_options import PATH
 from kdpipe.pipelines.cli_training import evaluate_command, train_student_command, train_teacher_command
-from kdpipe.pipelines.console import command_console, error_text, nobody_reads, robust_output, stop
+from kdpipe.pipelines.console import command_console, error_text, robust_output, stop
 from kdpipe.pipelines.launch import ToldError, find_launch, is_first
 
 __all__ = ["main"]
@@ -106,7 +106,7 @@ def _run(args: list[str], *, debug: bool) -> None:
     except ToldError:
         sys.exit(EXIT_ERROR)
     except Exception as error:
-        if debug or (isinstance(error, BrokenPipeError) and nobody_reads()):
+        if debug:
             raise
         told = _user_message(error)
         if told is None:
@@ -121,6 +121,11 @@ def _user_message(error: Exception) -> str | None:
     """What to say of an error that is the input's or the machine's; None for a fault of kdpipe."""
     if isinstance(error, KdpipeError | OSError):
         return error_text(error)
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"A path or name cannot be written as UTF-8: {ascii(error.object)[1:-1][:200]}. Give it a name in UTF-8, "
+            "or where it is one, set PYTHONUTF8=1."
+        )
     text = (error_text(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
@@ -131,4 +136,7 @@ def _user_message(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        # `python -m` looks into the current folder first, where a clone of mmdetection would hide what is installed
+        del sys.path[0]
     main()

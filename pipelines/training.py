@@ -162,7 +162,8 @@ def run_training(
     check_saving(cfg)
     register_all_modules(init_default_scope=True)
     register_safe_types()
-    preload_workers()
+    if cfg.train_dataloader.get("num_workers"):
+        preload_workers()
     if cfg.get("work_dir"):
         console.print(f"work_dir={cfg.work_dir} of the config is not used: --work-dir says {work.path}.")
     cfg.work_dir = str(work.path)

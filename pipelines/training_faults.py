@@ -11,7 +11,7 @@ from urllib.error import URLError
 import torch
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.console import bytes_text
+from kdpipe.pipelines.console import bytes_text, nobody_reads
 from kdpipe.pipelines.doctor import shared_memory
 from kdpipe.pipelines.start_weights import pretrained_options
 from kdpipe.pipelines.training_ranks import lost_others
@@ -19,8 +19,14 @@ from kdpipe.pipelines.training_ranks import lost_others
 __all__ = ["training_faults"]
 
 _GO_ON = "What was saved is good: go on with --resume, or begin anew where no epoch was finished yet."
-_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-_SHARED_MEMORY = re.compile(r"Bus error|shared memory|unable to (?:write to|open|mmap|resize) file </torch_")
+_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+_DEAD_WORKER = (
+    "A loader worker{} was killed, most likely because the machine's memory ran out. Use fewer --workers (0 reads "
+    f"images in the training process) or a smaller --batch-size. {_GO_ON}"
+)
+_SHARED_MEMORY = re.compile(
+    r"Bus error|shared memory|unable to (?:write to|open|resize|mmap \d+ bytes from) file </torch_"
+)
 _NO_MEMORY = "can't allocate memory"
 
 
@@ -51,6 +57,8 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
             "(channels of backbone, neck and heads, levels, strides)? kdpipe --debug shows where it happened."
         ) from error
     except OSError as error:
+        if _is_of_worker(error):
+            raise KdpipeError(_DEAD_WORKER.format("")) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise KdpipeError(
@@ -74,9 +82,13 @@ def _machine_fault(error: RuntimeError) -> str:
             f"The shared memory through which loader workers hand over images is too small: {there}. Make it larger "
             f"(docker run --shm-size 8g), or read images in the training process (--workers 0). {_GO_ON}"
         )
-    if found := _DEAD_WORKER.search(text):
-        return (
-            f"A loader worker (process {found[1]}) was killed, most likely because the machine's memory ran out. Use "
-            f"fewer --workers (0 reads images in the training process) or a smaller --batch-size. {_GO_ON}"
-        )
+    if found := _WORKER.search(text):
+        return _DEAD_WORKER.format(f" (process {found[1]})")
     return ""
+
+
+def _is_of_worker(error: OSError) -> bool:
+    """Whether a socket or pipe to a loader worker broke, and not that to what reads the output."""
+    if isinstance(error, BrokenPipeError) and nobody_reads():
+        return False
+    return isinstance(error, ConnectionError) or (isinstance(error, FileNotFoundError) and not error.filename)

@@ -26,9 +26,16 @@ def preload_workers() -> None:
     """Let the fork server import this module, so that starting a worker costs a fork, not an import.
 
     Raises:
-        KdpipeError: There is no folder for the sockets through which workers are asked.
+        KdpipeError: There is no folder for the sockets, or no /dev/shm for the locks, that workers need.
     """
     _choose_socket_folder()
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        raise KdpipeError(
+            f"Loader workers cannot be started: they need /dev/shm for their locks ({error.strerror}). Let the "
+            "container have it (docker run --shm-size 1g), or read images in the training process (--workers 0)."
+        ) from error
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 

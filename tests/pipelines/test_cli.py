@@ -94,6 +94,9 @@ def test_names_come_in_the_order_of_the_format() -> None:
 
 
 def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
+    """Of the mmdet that is installed, too, where the current folder is a clone of mmdetection."""
+    (work / "mmdet").mkdir()
+    (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
     command = (sys.executable, "-m", "kdpipe.pipelines.cli", "--debug", "train-student", "--cache", "x.zarr")
     done = subprocess.run(command, capture_output=True, text=True, cwd=work)
     assert done.returncode == 1

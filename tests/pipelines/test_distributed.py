@@ -21,6 +21,9 @@ SCRIPT = Path(sys.executable).with_name("kdpipe")
 def two_processes(
     work: Path, *args: object, run: tuple[object, ...] = ("--no-python", SCRIPT)
 ) -> "subprocess.CompletedProcess[str]":
+    if "--no-python" in run:  # also in a clone of mmdetection
+        (work / "mmdet").mkdir()
+        (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*command, *map(str, (*run, *args))],
