@@ -30,7 +30,7 @@ from kdpipe.pipelines.student_choices import teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
 from kdpipe.pipelines.training_data import innermost
-from kdpipe.pipelines.transform_types import check_names
+from kdpipe.pipelines.transform_types import check_named
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 from kdpipe.pipelines.work_dir import WorkDir
 
@@ -234,9 +234,11 @@ def _distil(
         source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
     pixels = recorded(teacher.identity, "teacher", "pixels") or {}
     later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
+    parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
+    pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
+    check_named(distill.transforms, pipelines)
     if rois is not None and isinstance(teacher, OnlineTeacher):
-        parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
-        check_seen_alike([part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts], pixels)
+        check_seen_alike(pipelines, pixels)
     if rois is not None and isinstance(teacher, TeacherCache):
         transform = {
             "type": AddTeacherTargets.__name__,
@@ -247,11 +249,10 @@ def _distil(
             "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
         }
-        names = check_names(distill.transforms)
         dataset = innermost(cfg.train_dataloader.dataset)
         for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
             check_read_alike(part[key], pixels)
-            part[key] = with_teacher_targets(part[key], transform, names)
+            part[key] = with_teacher_targets(part[key], transform, distill.transforms)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,

@@ -17,6 +17,7 @@ __all__ = [
     "LISTED",
     "RESIZES",
     "WRAPPERS",
+    "check_named",
     "check_names",
     "moving_transforms",
     "quote_names",
@@ -102,15 +103,28 @@ def quote_names(options: Sequence[str]) -> list[str]:
     return result
 
 
-def check_names(names: Any) -> list[str]:
-    """The transforms that `distill.transforms` lets through.
+def check_names(names: Any) -> None:
+    """Make sure that the value of `distill.transforms` is a list of names.
 
     Raises:
-        KdpipeError: It is no list of names.
+        KdpipeError: It is none.
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise KdpipeError(f"distill.transforms is {names!r}, expected a list of names, such as [MyJitter].")
-    return list(names)
+
+
+def check_named(names: Sequence[str], pipelines: Any) -> None:
+    """Make sure that each of some names is that of a transform in a pipeline.
+
+    Raises:
+        KdpipeError: There is none.
+    """
+    steps = list(transforms_in(pipelines))
+    if unknown := [name for name in names if not any(name in _names_of(step) for step in steps)]:
+        raise KdpipeError(
+            f"distill.transforms names {', '.join(unknown)}, which the student's training pipeline does not have. "
+            f"There are: {', '.join(dict.fromkeys(map(step_name, steps)))}."
+        )
 
 
 def step_name(step: Any) -> str:
@@ -154,13 +168,19 @@ def moving_transforms(pipeline: Any, let_through: Collection[str] = ()) -> list[
     found = []
     for step in transforms_in(pipeline):
         kind, name = transform_class(step), step_name(step)
-        if {name, name.rpartition(".")[2], type_name(kind)} & set(let_through):
+        if _names_of(step) & set(let_through):
             continue
         if kind not in LISTED and kind not in WRAPPERS:
             found.append(name)
         elif kind in _WRONG_WITH and (option := _WRONG_WITH[kind](step)):
             found.append(f"{name} with {option}")
     return list(dict.fromkeys(found))
+
+
+def _names_of(step: Any) -> set[str]:
+    """What a step may be called: as it is written, without a scope or module, and by the name of its class."""
+    name = step_name(step)
+    return {name, name.rpartition(".")[2], type_name(transform_class(step))}
 
 
 def _default(step: Any, argument: str) -> Any:

@@ -13,7 +13,7 @@ from mmdet.registry import TRANSFORMS
 from mmdet.utils import register_all_modules
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.transform_types import check_names, quote_names
+from kdpipe.pipelines.transform_types import check_named, check_names, quote_names
 from kdpipe.pipelines.transforms import set_scale, with_teacher_targets
 
 if TYPE_CHECKING:
@@ -111,10 +111,18 @@ def test_names_of_the_option_need_no_quotes() -> None:
     options = ["a.b=[c]", "distill.transforms=[MyJitter, 'other',mine.Third]", "distill.transforms=[]"]
     wanted = ["a.b=[c]", "distill.transforms=['MyJitter', 'other','mine.Third']", "distill.transforms=[]"]
     assert quote_names(options) == wanted
-    assert check_names(["a", "b"]) == ["a", "b"]
+
+
+def test_names_of_the_option_are_those_of_transforms_in_the_pipeline() -> None:
+    pipelines = [[*READ, {"type": "RandomApply", "transforms": [{"type": "mmdet.Expand"}]}, PACK], [{"type": "a.Mine"}]]
+    for names in ([], ["Expand", "a.Mine"], ["mmdet.Expand"], ["Mine"]):
+        check_names(names)
+        check_named(names, pipelines)
     for wrong in ("MyJitter", [1], {"a": 1}, None):
         with pytest.raises(KdpipeError, match="expected a list of names"):
             check_names(wrong)
+    with pytest.raises(KdpipeError, match=r"names Expnad, which .* PackDetInputs"):
+        check_named(["Expand", "Expnad"], pipelines)
 
 
 @pytest.mark.parametrize("last", [PACK, {"type": "mmdet.PackDetInputs"}, {"type": mmdet_transforms.PackDetInputs}])
