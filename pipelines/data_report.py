@@ -1,5 +1,8 @@
 """What a command says of its data before it begins: nothing is left out without a line."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 
 from kdpipe.pipelines.console import plain
@@ -8,7 +11,14 @@ from kdpipe.pipelines.datasets import DataError, DetectionData
 __all__ = ["report_data"]
 
 
-def report_data(data: DetectionData, console: Console, *, trained: bool, strict: bool) -> None:
+def report_data(
+    data: DetectionData,
+    console: Console,
+    *,
+    trained: bool,
+    strict: bool,
+    filter_cfg: Mapping[str, Any] | None = None,
+) -> None:
     """Prints a line per kind of annotations and images that are left out, and how classes were matched.
 
     Args:
@@ -16,6 +26,7 @@ def report_data(data: DetectionData, console: Console, *, trained: bool, strict:
         console: where it is shown.
         trained: training is what it is for; otherwise AP, which counts all boxes as pycocotools does.
         strict: refuse what would be left out.
+        filter_cfg: which images are not trained on, as mmdet has it; None: those without a usable annotation.
 
     Raises:
         DataError: `strict`, and something is left out.
@@ -32,7 +43,7 @@ def report_data(data: DetectionData, console: Console, *, trained: bool, strict:
         )
     left_out = [*(f"left out: {kind}" for kind in data.absent)]
     if trained:
-        left_out += [f"not trained on: {kind}" for kind in data.left_out()]
+        left_out += [f"not trained on: {kind}" for kind in data.left_out(**(filter_cfg or {}))]
     if left_out and strict:
         raise DataError(
             f"{data.ann_file}, with --strict-data:\n  "

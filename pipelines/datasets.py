@@ -80,10 +80,20 @@ class DetectionData:
         """Labels of the same boxes, ``[N]`` int64 in [0, classes)."""
         return self.annotations.labels[self._select(image_id)]
 
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """What is left out of training beyond what is absent, by kind: annotations, and images without a usable one."""
-        empty = [image for image in self.images if not image.num_gt]
-        images = (LeftOut(len(empty), "images without a usable annotation", empty[0].file_name),) if empty else ()
+    def left_out(self, *, filter_empty_gt: bool = True, min_size: int = 0) -> tuple[LeftOut, ...]:
+        """What is left out of training beyond what is absent, by kind: annotations, and images.
+
+        Args:
+            filter_empty_gt: images without a usable annotation are.
+            min_size: pixels; images with a shorter side are.
+        """
+        kinds = {
+            "images without a usable annotation": [x for x in self.images if filter_empty_gt and not x.num_gt],
+            f"images of less than {min_size} pixels in width or height": [
+                image for image in self.images if min(image.width, image.height) < min_size
+            ],
+        }
+        images = [LeftOut(len(found), kind, found[0].file_name) for kind, found in kinds.items() if found]
         return (*self.annotations.untrained([image.file_name for image in self.images]), *images)
 
     def only(self, image_ids: Collection[int]) -> "DetectionData":

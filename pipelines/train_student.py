@@ -29,7 +29,7 @@ from kdpipe.pipelines.student_check import check_student
 from kdpipe.pipelines.student_choices import teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
-from kdpipe.pipelines.training_data import innermost
+from kdpipe.pipelines.training_data import innermost, with_filter
 from kdpipe.pipelines.transform_types import check_named
 from kdpipe.pipelines.transforms import AddTeacherTargets, with_teacher_targets
 from kdpipe.pipelines.work_dir import WorkDir
@@ -124,8 +124,8 @@ def train_student(
         train = train if images is None else train.only(images)
         if skipped := {image["image_id"] for image in cache.skipped}:
             train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
+    config = apply_known_options(with_filter(config), recipe.options)
     train, val = training_copies(train, val, config, recipe, work, console)
-    config = apply_known_options(config, recipe.options)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, teacher.spec.num_classes)
     cfg = with_overrides(cfg, other_options(recipe.options), recipe.source)

@@ -38,7 +38,7 @@ from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.start_weights import StartWeightsHook, check_start_weights
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
-from kdpipe.pipelines.training_data import pipeline_of
+from kdpipe.pipelines.training_data import left_out_by, pipeline_of, with_filter
 from kdpipe.pipelines.training_faults import training_faults
 from kdpipe.pipelines.work_dir import WorkDir
 from kdpipe.pipelines.work_dir_hook import WorkDirHook
@@ -90,8 +90,8 @@ def train_detector(
     work.check(resume)
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
+    config = apply_known_options(with_filter(config), recipe.options)
     train, val = training_copies(train, val, config, recipe, work, console)
-    config = apply_known_options(config, recipe.options)
     cfg = detector_config(config, train, val, recipe)
     set_num_classes(cfg.model, len(train.class_names))
     cfg = with_overrides(cfg, recipe.options, recipe.source)
@@ -118,7 +118,7 @@ def training_copies(
         DataError: The recipe is strict, and something is left out.
         ImageError: There are bad images.
     """
-    report_data(train, console, trained=True, strict=recipe.strict_data)
+    report_data(train, console, trained=True, strict=recipe.strict_data, filter_cfg=left_out_by(config))
     if val is not None:
         report_data(val, console, trained=False, strict=recipe.strict_data)
     scale, skip = kept_ratio_scale(config, recipe.scale), recipe.skip_bad_images and not recipe.strict_data

@@ -13,6 +13,7 @@ from mmengine.dataset import ClassBalancedDataset, ConcatDataset, InfiniteSample
 
 from kdpipe.pipelines.config_types import resolve_type, type_name
 from kdpipe.pipelines.datasets import DataError, DetectionData
+from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.transforms import set_scale
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "dataset_kinds",
     "dropped_keys",
     "innermost",
+    "left_out_by",
     "pipeline_of",
     "training_dataset",
     "training_samplers",
+    "with_filter",
 ]
 
 _REPEATING = (RepeatDataset, ClassBalancedDataset)
@@ -100,8 +103,7 @@ def _with_images(
     if scale is not None:
         pipeline = set_scale(pipeline, scale, ratio_range)
     kept = {key: copy.deepcopy(dataset[key]) for key in _KEPT if key in dataset}
-    if (images := kept.get("filter_cfg", _FILTER)) is not None:
-        kept["filter_cfg"] = {**_FILTER, **images}
+    kept.setdefault("filter_cfg", dict(_FILTER))
     return {**coco_dataset(data), **kept, "pipeline": pipeline}
 
 
@@ -136,8 +138,8 @@ def dataset_kinds(dataset: Mapping[str, Any]) -> list[str]:
 
 def dropped_keys(dataset: Mapping[str, Any]) -> list[str]:
     """What a data set of a config says of itself that is not said of other images."""
-    while inner := dataset.get("dataset") or dataset.get("datasets"):
-        dataset = inner[0] if isinstance(inner, list | tuple) else inner
+    while inner := _inner(dataset):
+        dataset = inner
     return [key for key, value in dataset.items() if key not in (*_KEPT, *_REPLACED) and value is not None]
 
 
@@ -149,14 +151,38 @@ def _is(kind: Any, *classes: type) -> bool:
     return isinstance(kind, type) and issubclass(kind, classes)
 
 
+def with_filter(config: Config) -> Config:
+    """A copy of a config whose training data set says which images are left out, as kdpipe does where it does not."""
+    config = copy.deepcopy(config)
+    for dataset in dictionaries((config.get("train_dataloader") or {}).get("dataset")):
+        if "pipeline" in dataset and not _inner(dataset):
+            dataset.setdefault("filter_cfg", dict(_FILTER))
+    return config
+
+
+def left_out_by(config: Config) -> dict[str, Any]:
+    """Which images the training data set of a config leaves out, as mmdet's `filter_cfg`."""
+    dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
+    while inner := _inner(dataset):
+        dataset = inner
+    found = dataset.get("filter_cfg", _FILTER) or {}
+    return {"filter_empty_gt": found.get("filter_empty_gt", False), "min_size": found.get("min_size", 0)}
+
+
+def _inner(dataset: Mapping[str, Any]) -> Any:
+    """The data set inside one, or the first of several; None where there is none."""
+    inner = dataset.get("dataset") or dataset.get("datasets")
+    return inner[0] if isinstance(inner, list | tuple) else inner
+
+
 def pipeline_of(dataset: Mapping[str, Any], place: str) -> list[Any]:
-    """The pipeline of a data set, or of the first inside it that has one.
+    """The pipeline of a data set that reads images, or of the one inside it.
 
     Raises:
-        DataError: None has.
+        DataError: There is none.
     """
-    while "pipeline" not in dataset and (inner := dataset.get("dataset") or dataset.get("datasets")):
-        dataset = inner[0] if isinstance(inner, list | tuple) else inner
+    while inner := _inner(dataset):
+        dataset = inner
     if "pipeline" not in dataset:
         raise DataError(
             f"The config has no pipeline at {place}. Expected an mmdet 3.x detector config; name or start from one of "

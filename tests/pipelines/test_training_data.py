@@ -13,10 +13,11 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.configs import apply_known_options
 from kdpipe.pipelines.datasets import DetectionData, load_coco
 from kdpipe.pipelines.training import _make_reproducible
 from kdpipe.pipelines.training_config import Recipe, detector_config
-from kdpipe.pipelines.training_data import innermost
+from kdpipe.pipelines.training_data import innermost, left_out_by, with_filter
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -72,7 +73,7 @@ def loader(data: DetectionData, dataset: dict[str, Any], **options: Any) -> Any:
     [
         (COCO, 6),
         ({**COCO, "filter_cfg": {"filter_empty_gt": False}}, 8),
-        ({**COCO, "filter_cfg": {"min_size": 32}}, 5),
+        ({**COCO, "filter_cfg": {"min_size": 32}}, 7),
         ({**COCO, "filter_cfg": None}, 8),
         ({**COCO, "indices": 4}, 4),
         ({**COCO, "type": "mmdet.CocoDataset"}, 6),
@@ -156,6 +157,21 @@ def test_targets_are_beside_each_image_of_a_repeated_data_set() -> None:
     assert innermost(wrapped("RepeatDataset", wrapped("ClassBalancedDataset", COCO))) is COCO
     with pytest.raises(KdpipeError, match=r"MultiImageMixDataset.*\(Mosaic, Resize, PackDetInputs\).*one image"):
         innermost(wrapped("RepeatDataset", MIX, times=2))
+
+
+@pytest.mark.parametrize("option", [True, False])
+@pytest.mark.parametrize(
+    "dataset", [COCO, {**COCO, "filter_cfg": {"min_size": 32}}, {"type": "ConcatDataset", "datasets": [COCO, COCO]}]
+)
+def test_what_is_left_out_is_said(data: DetectionData, dataset: dict[str, Any], option: bool) -> None:
+    config = with_filter(Config({"model": {"type": "X"}, "train_dataloader": {"dataset": dataset}}))
+    place = "train_dataloader.dataset" + (".datasets.0" if "datasets" in dataset else "")
+    config = apply_known_options(config, [f"{place}.filter_cfg.filter_empty_gt=False"] if option else [])
+    said = [str(kind) for kind in data.left_out(**left_out_by(config))]
+    assert any("2 images without a usable annotation" in line for line in said) is not (
+        option or "filter_cfg" in dataset
+    )
+    assert any("1 images of less than 32 pixels" in line for line in said) is ("filter_cfg" in dataset)
 
 
 def test_a_student_sees_a_repeated_data_set(kit: "Kit", work: Path) -> None:
