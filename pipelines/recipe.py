@@ -18,7 +18,9 @@ __all__ = ["check_resumed", "check_saving", "plain_values", "training_record"]
 # May be others when a training is resumed: its schedule is made anew for what is left.
 _SCHEDULE = ("epochs", "batch_size", "processes", "lr")
 # Sections of a config that decide what is learned.
-_SECTIONS = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "custom_hooks", "randomness")
+_SECTIONS = (
+    *("model", "train_dataloader", "optim_wrapper", "auto_scale_lr", "param_scheduler", "custom_hooks", "randomness"),
+)
 # Of a loader: where files lie and who reads them, and what is compared by itself.
 _PLACES = ("ann_file", "data_prefix", "data_root", "num_workers", "persistent_workers", "multiprocessing_context")
 _LOADER = (*_PLACES, "pin_memory", "prefetch_factor", "batch_size")
