@@ -19,7 +19,8 @@ from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.schema import DTYPES, TIERS, CacheSpec
 from kdpipe.cache.targets import TeacherRecord
 from kdpipe.pipelines.console import bytes_text
-from kdpipe.pipelines.datasets import DataError, DetectionData, ImageError, read_image
+from kdpipe.pipelines.datasets import DataError, DetectionData, ImageError
+from kdpipe.pipelines.images import load_picture
 from kdpipe.pipelines.teacher import Teacher
 
 __all__ = ["Estimate", "check_space", "estimate", "folder_bytes", "free_bytes", "print_estimate"]
@@ -64,7 +65,8 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     seconds = 0.0
     for info in images[step // 2 :: step][:_SAMPLES]:
         try:
-            image = read_image(data.img_dir / info.file_name, (info.height, info.width), teacher.pixels.decoding)
+            size = (info.height, info.width)
+            image = load_picture(data.img_dir / info.file_name, size, spec.scale, teacher.pixels.decoding).pixels
         except ImageError:
             continue  # the run itself will stop there, or skip it
         ask = partial(

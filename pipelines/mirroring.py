@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from kdpipe.cache.schema import VIEWS, CacheSpec
 from kdpipe.cache.views import mirror_deltas, mirror_features
-from kdpipe.pipelines.datasets import DetectionData, ImageError, read_image
+from kdpipe.pipelines.datasets import DetectionData, ImageError
+from kdpipe.pipelines.images import load_picture
 from kdpipe.pipelines.teacher import Teacher
 
 __all__ = ["MirrorError", "mirror_errors", "mirror_table"]
@@ -76,7 +77,8 @@ def mirror_errors(teacher: Teacher, data: DetectionData, spec: CacheSpec, sample
     places = np.unique(np.linspace(0, len(data.images) - 1, min(sample, len(data.images))).round().astype(int))
     for info in (data.images[place] for place in places):
         try:
-            image = read_image(data.img_dir / info.file_name, (info.height, info.width), teacher.pixels.decoding)
+            size = (info.height, info.width)
+            image = load_picture(data.img_dir / info.file_name, size, spec.scale, teacher.pixels.decoding).pixels
         except ImageError:
             continue  # said before, where it was skipped
         truth, about = data.gt_boxes(info.image_id), {"image_id": info.image_id, "file_name": info.file_name}

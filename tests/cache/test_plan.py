@@ -71,3 +71,11 @@ def test_refusals(kit: "type[Kit]") -> None:
         plan_parts(kit.images(), kit.spec(), 0)
     with pytest.raises(CacheError, match=r"\[1000\]"):
         plan_parts(kit.images(1) * 2, kit.spec(), 1000)
+
+
+def test_an_image_of_which_nothing_is_left(kit: "type[Kit]") -> None:
+    """It can only be skipped, and takes no room for features."""
+    images, spec = kit.images(), kit.spec()
+    thin = ImageInfo(5, "thin.png", 1, 4000, 0)
+    assert raw_bytes([*images, thin], spec)["features"] == raw_bytes(images, spec)["features"]
+    assert plan_parts([*images, thin], spec, 1)[-1] == range(len(images), len(images) + 1)

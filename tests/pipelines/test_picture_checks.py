@@ -191,6 +191,19 @@ def test_every_command_can_go_on_without_bad_images(kit: "Kit", work: Path, name
         assert len(copies[which]["images"]) == left
 
 
+def test_a_picture_that_vanishes_at_the_scale_is_skipped_when_caching(kit: "Kit", work: Path) -> None:
+    shutil.copytree(kit.img, work / "images")
+    content = json.loads(kit.ann.read_text())
+    content["images"].append({"id": 99, "file_name": "thin.png", "width": 4000, "height": 1})
+    ann = kit.annotations(work / "thin.json", images=content["images"])
+    Image.new("RGB", (4000, 1)).save(work / "images" / "thin.png")
+    command = ("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", work / "images", *kit.VIEW)
+    assert "thin.png is 4000 x 1 pixels: resized into 128 x 96" in kit.refused(*command, "--out", "x.zarr")
+    ended = kit.run(*command, "--out", "x.zarr", "--skip-bad-images")
+    assert "8 images, 1 skipped" in ended.out
+    kit.train_student(work / "w", "--methods", "none", cache=work / "x.zarr")
+
+
 def test_a_cached_picture_that_was_replaced(kit: "Kit", work: Path) -> None:
     """The same name and size is not the same picture."""
     paths = copy_images(kit.img, work / "images", {4: mirror})
