@@ -25,7 +25,7 @@ from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.replaced import report_replaced
-from kdpipe.pipelines.student_check import check_student
+from kdpipe.pipelines.student_check import build_detector, check_student
 from kdpipe.pipelines.student_choices import teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
@@ -107,6 +107,8 @@ def train_student(
         _check_teacher(cache, begun, work_dir)
     if methods:
         check_student(config, recipe.options, teacher.spec.num_classes)
+    else:
+        build_detector(config, recipe.options, teacher.spec.num_classes)
     chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
     train, val = load_data()
     if val is None:

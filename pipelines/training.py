@@ -37,6 +37,7 @@ from kdpipe.pipelines.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.schedule import cosine_schedule
 from kdpipe.pipelines.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.start_weights import StartWeightsHook, check_start_weights
+from kdpipe.pipelines.student_check import build_detector
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
 from kdpipe.pipelines.training_data import left_out_by, pipeline_of, with_filter
 from kdpipe.pipelines.training_faults import training_faults
@@ -88,6 +89,7 @@ def train_detector(
     """
     work = WorkDir(work_dir)
     work.check(resume)
+    build_detector(config, recipe.options)
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
     config = apply_known_options(with_filter(config), recipe.options)

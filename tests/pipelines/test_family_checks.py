@@ -174,6 +174,7 @@ def test_a_head_without_a_shared_layer() -> None:
         (f"{HEAD}.bbox_coder.target_stds=[0.05,0.05,0.1,0.1]", f"{HEAD}.bbox_coder.target_means=[0.1,0,0,0.2]"),
         (f"{HEAD}.reg_decoded_bbox=True", f"{HEAD}.loss_bbox={{'type':'GIoULoss'}}"),  # of training
         (f"{HEAD}.reg_class_agnostic=True",),
+        (f"{HEAD}.with_avg_pool=True",),
         (f"{HEAD}.loss_cls={{'type':'CrossEntropyLoss','use_sigmoid':True}}",),  # mmdet reads softmax all the same
         (f"{HEAD}.type=Shared4Conv1FCBBoxHead",),
         (f"{HEAD}.type=ConvFCBBoxHead", f"{HEAD}.num_shared_fcs=1", f"{HEAD}.num_cls_fcs=1", f"{HEAD}.num_reg_fcs=2"),
@@ -185,6 +186,11 @@ def test_a_head_without_a_shared_layer() -> None:
 )
 def test_options_that_a_cache_honours(options: tuple[str, ...]) -> None:
     check(apply_options(find_config(R50), options))
+
+
+def test_legacy_anchors_and_deltas_of_proposals_are_the_teachers_own_affair() -> None:
+    """The cache holds the proposals themselves; only the box head's coder has to be the usual one."""
+    check(apply_options(find_config("faster-rcnn_r50_fpn_1x_coco_v1"), [f"{HEAD}.bbox_coder.type=DeltaXYWHBBoxCoder"]))
 
 
 def test_stages_of_a_cascade_are_checked_one_by_one() -> None:
@@ -282,6 +288,10 @@ def test_a_student_is_refused_before_the_data_is_read(kit: "Kit", work: Path) ->
             part.rename(work / part.name)
     command = kit.student_command(work / "w", *data, "--allow-partial", "--methods", "cls", cache=work / "p.zarr")
     assert "no finished part yet" in kit.refused(*command)
+    wrong = ("-o", "model.backbone.colour=red", "--work-dir", work / "w")
+    plain = kit.student_command(work / "w", *data, "--methods", "none", *wrong[:2])
+    for command in (plain, ("train-teacher", "--config", kit.student, *data, "--img-dir", kit.img, *wrong)):
+        assert "unexpected keyword argument 'colour'" in kit.refused(*command)
     assert not (work / "w").exists()
 
 
