@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from mmdet.models.data_preprocessors import BatchFixedSizePad
 from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def check_batch_augments(detector: Any) -> None:
         StudentError: Naming the steps that do.
     """
     batch = getattr(detector.data_preprocessor, "batch_augments", None) or ()
-    moving = [type(step).__name__ for step in batch if type(step).__name__ != "BatchFixedSizePad"]
+    moving = [type(step).__name__ for step in batch if type(step) is not BatchFixedSizePad]
     if moving:
         raise StudentError(
             f"The student's data_preprocessor changes whole batches ({', '.join(moving)}): boxes are no longer "
