@@ -1,6 +1,5 @@
 """COCO JSON, read with every entry checked."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,20 @@ import numpy.typing as npt
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.annotation_columns import AnnotationColumns, integer, read_columns
 from kdpipe.pipelines.annotations import Annotations, LeftOut, untrained_kinds
-from kdpipe.pipelines.coco_entries import CocoEntries, DataError, ImageEntry, annotation_chunks, read_entries
+from kdpipe.pipelines.coco_entries import (
+    CategoryEntry,
+    CocoEntries,
+    DataError,
+    ImageEntry,
+    annotation_chunks,
+    read_entries,
+)
 from kdpipe.pipelines.file_names import names_on_disk
 from kdpipe.pipelines.images import image_size
 
 __all__ = ["CocoFile", "check_entries", "read_coco"]
+
+_MOST_PIXELS = 1 << 31  # more is no width
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +64,10 @@ def read_coco(path: Path, img_dir: Path) -> CocoFile:
 
 def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     """Checks the entries of a COCO JSON; `path` is where messages say that they are from."""
-    names, category_ids = _categories(entries, path)
-    images, notes = _images(entries, path, img_dir)
     columns = read_columns(annotation_chunks(entries, path), path)
+    categories, notes = _without_double_roots(entries.categories, set(np.unique(columns.category_ids).tolist()))
+    names, category_ids = _categories(categories, path)
+    images, name_notes = _images(entries, path, img_dir)
     annotations, absent = _annotations(columns, images, category_ids)
     counts = annotations.trained_counts().tolist()
     if not any(counts):
@@ -77,6 +86,7 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
         each.name for each in entries.categories if each.name == each.supercategory
     }
     federated = any(entry.neg_category_ids or entry.not_exhaustive_category_ids for entry in entries.images)
+    notes += name_notes
     return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent, notes, federated)
 
 
@@ -87,11 +97,29 @@ def _id(value: Any, key: str, what: str, path: Path) -> int:
     return number
 
 
-def _categories(entries: CocoEntries, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    if not entries.categories:
+def _without_double_roots(
+    categories: Sequence[CategoryEntry], used: set[int]
+) -> tuple[list[CategoryEntry], tuple[str, ...]]:
+    """Leaves out a category without annotations that groups others and has the name of one of them, as Roboflow's."""
+    names = [entry.name for entry in categories]
+    groups = [
+        entry
+        for entry in categories
+        if integer(entry.id) not in used
+        and names.count(entry.name) > 1
+        and any(other is not entry and other.supercategory == entry.name for other in categories)
+    ]
+    if not groups:
+        return list(categories), ()
+    note = f"category {groups[0].id} ({groups[0].name}) has no annotation and only groups others: it is dropped"
+    return [entry for entry in categories if entry is not groups[0]], (note,)
+
+
+def _categories(entries: Sequence[CategoryEntry], path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    if not entries:
         raise DataError(f"{path} has no categories. Expected a list of id and name of each class.")
-    ids = [_id(entry.id, "id", "a category", path) for entry in entries.categories]
-    names = [entry.name for entry in entries.categories]
+    ids = [_id(entry.id, "id", "a category", path) for entry in entries]
+    names = [entry.name for entry in entries]
     if not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{path}: a category has no name. Give each of them one.")
     for what, values in (("category id", ids), ("category name", names)):
@@ -139,10 +167,9 @@ def _size(entry: ImageEntry, img_dir: Path, name: str) -> tuple[int, int]:
 
 def _pixels(value: Any) -> int:
     """A width or height; 0 where it is none."""
-    if type(value) is int:
-        return max(0, value)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
-    return int(value) if usable else 0
+    if type(value) not in (int, float):
+        return 0
+    return int(value) if 1 <= value < _MOST_PIXELS else 0
 
 
 def _annotations(

@@ -240,3 +240,39 @@ def test_annotations_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / "a.json").write_text(json.dumps(content_of([*content["annotations"], bad])))  # type: ignore[list-item]
         with pytest.raises(KdpipeError, match=message):
             load_coco(tmp_path / "a.json", tmp_path)
+
+
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    max_leaves=6,
+)
+places = st.sampled_from(
+    [
+        *[("images", key) for key in ("id", "file_name", "coco_url", "width", "neg_category_ids")],
+        *[("categories", key) for key in ("id", "name", "supercategory")],
+        *[("annotations", key) for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")],
+        *[("images", None), ("categories", None), ("annotations", None), (None, None)],
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=places, value=anything)
+def test_any_value_in_any_place_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, place: tuple[str | None, str | None], value: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    content: Any = content_of([dict(usable), {**usable, "image_id": 8}])
+    key, field = place
+    if key is None:
+        content = value
+    elif field is None:
+        content[key] = value
+    else:
+        content[key][0][field] = value
+    (folder / "a.json").write_text(json.dumps(content))
+    with contextlib.suppress(KdpipeError):
+        data = load_coco(folder / "a.json", folder)
+        written = data.copied_to(folder / "b.json").write_copy()
+        assert load_coco(written, folder).digest() == data.digest()

@@ -106,3 +106,18 @@ def test_annotations_of_other_classes_only(tmp_path: Path) -> None:
     data = data_of(tmp_path, ["cat", "dog"], ["dog"])
     with pytest.raises(KdpipeError, match=r"no usable annotation of the classes of the teacher \(cat\)"):
         match_classes(data, ["cat"], "the teacher")
+
+
+def test_a_group_with_the_name_of_its_only_class_is_dropped(tmp_path: Path) -> None:
+    categories = [{"id": 0, "name": "cat", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "cat"}]
+    image = {"id": 1, "file_name": "a.jpg", "width": 99, "height": 99}
+    box: dict[str, Any] = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    content = {"images": [image], "annotations": [box], "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = load_coco(tmp_path / "a.json", tmp_path)
+    assert (data.class_names, data.category_ids) == (("cat",), (1,))
+    assert data.notes == ("category 0 (cat) has no annotation and only groups others: it is dropped",)
+    content["annotations"] = [box, {**box, "category_id": 0}]  # somebody used it
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(KdpipeError, match="category name 'cat' occurs more than once"):
+        load_coco(tmp_path / "a.json", tmp_path)
