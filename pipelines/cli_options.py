@@ -19,6 +19,7 @@ __all__ = [
     "Choices",
     "FiniteRange",
     "Scale",
+    "WholeRange",
     "data_options",
     "skip_option",
     "training_options",
@@ -27,19 +28,18 @@ __all__ = [
 ]
 
 PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(1, 10**9)
-IMAGE_ID = click.IntRange(-(1 << 63), (1 << 63) - 1)  # what a cache can hold
-PROPOSALS = click.IntRange(1, 100_000)
-EPOCHS = click.IntRange(1, 100_000)
-BATCH = click.IntRange(1, 100_000)
-SEED = click.IntRange(0, (1 << 32) - 1)  # numpy's
-WORKERS = click.IntRange(0, 1_000)
-_SIDES = range(16, 20_001)  # of a network input, pixels
-_LARGEST = 1 << 50  # of sizes, bytes
+
+
+class WholeRange(click.IntRange):
+    """As click's, which calls a number "integer range"."""
+
+    name = "integer"
 
 
 class FiniteRange(click.FloatRange):
     """As click's, in which NaN lies within any range."""
+
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -101,6 +101,17 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
         if not set(names) <= set(self.allowed) or len(set(names)) < len(names):
             self.fail(f"{value!r}: expected some of {', '.join(self.allowed)}, separated by commas.", param, ctx)
         return tuple(name for name in self.allowed if name in names)
+
+
+COUNT = WholeRange(1, 10**9)
+IMAGE_ID = WholeRange(-(1 << 63), (1 << 63) - 1)  # what a cache can hold
+PROPOSALS = WholeRange(1, 100_000)
+EPOCHS = WholeRange(1, 100_000)
+BATCH = WholeRange(1, 100_000)
+SEED = WholeRange(0, (1 << 32) - 1)  # numpy's
+WORKERS = WholeRange(0, 1_000)
+_SIDES = range(16, 20_001)  # of a network input, pixels
+_LARGEST = 1 << 50  # of sizes, bytes
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -4,9 +4,9 @@ import click
 import pytest
 
 from kdpipe.pipelines import cli
-from kdpipe.pipelines.cli_options import Bytes, FiniteRange, Scale
+from kdpipe.pipelines.cli_options import Bytes, FiniteRange, Scale, WholeRange
 
-NUMBERS = (click.IntRange, FiniteRange, Scale, Bytes)
+NUMBERS = (WholeRange, FiniteRange, Scale, Bytes)
 # options of other kinds: text, names, paths
 OTHERS = (click.Path, click.Choice, click.types.StringParamType, click.types.BoolParamType)
 OPTIONS = {
@@ -35,7 +35,7 @@ def test_all_kinds_of_numbers_are_among_the_options() -> None:
     assert {"train-student --lr", "cache-teacher --part-size", "inspect --image", "evaluate --scale"} <= NUMERIC.keys()
     for name, option in NUMERIC.items():
         assert isinstance(option.type, NUMBERS), f"{name} takes numbers without bounds: {option.type}"
-        if isinstance(option.type, click.IntRange | FiniteRange):
+        if isinstance(option.type, WholeRange | FiniteRange):
             assert option.type.min is not None, name
             assert option.type.max is not None, name
 
@@ -72,6 +72,17 @@ def test_sizes_of_files(text: str) -> None:
 def test_rates(text: str) -> None:
     with pytest.raises(click.BadParameter):
         OPTIONS["train-student --lr"].type.convert(text, None, None)
+
+
+def test_messages_say_what_is_wrong() -> None:
+    for name, text, reason in (
+        ("train-student --lr", "much", "'much' is not a valid number"),
+        ("train-student --lr", "nan", "'nan' is not a finite number"),
+        ("train-student --epochs", "1.5", "'1.5' is not a valid integer"),
+        ("train-student --epochs", "0", "0 is not in the range 1<=x<="),
+    ):
+        with pytest.raises(click.BadParameter, match=reason):
+            OPTIONS[name].type.convert(text, None, None)
 
 
 def test_numbers_in_range() -> None:
