@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("cache", "distill", "pipelines")  # each may import those before it
 OPENMMLAB = {"mmcv", "mmdet", "mmengine"}
 # the model that mmengine's runner trains, and what a student of mmdet shows to its losses
-ADAPTERS = {f"distill/{name}.py" for name in ("detector", "preprocessor", "dense", "two_stage")}
+ADAPTERS = {f"distill/{name}.py" for name in ("detector", "preprocessor", "dense", "two_stage", "student_structure")}
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 PACKAGES = [path for path in MODULES if path.name == "__init__.py"]
 
