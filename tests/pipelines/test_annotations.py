@@ -204,6 +204,15 @@ def test_commands_measure_what_stock_pycocotools_measures(
     assert json.loads(Path("result.json").read_text())["ap"] == pytest.approx(wanted[0], abs=6e-4)
     assert kit.tree(work)["val.json"] == before["val.json"]
 
+    source = ("--ckpt", kit.teacher, "--ann-file", "val.json", "--img-dir", kit.val_img)
+    kit.run("cache-teacher", *source, *kit.VIEW, "--out", "val.zarr")
+
+    def detections(cache: Any, image_id: int, *args: Any) -> list[dict[str, Any]]:
+        return [entry for entry in results if entry["image_id"] == image_id]
+
+    monkeypatch.setattr("kdpipe.pipelines.cached_ap._detections", detections)
+    assert f"{wanted[0]:.3f}" in kit.run("verify", "val.zarr", "--ap").out
+
 
 def test_a_large_file_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
