@@ -177,7 +177,7 @@ def _fill(
                     for info, image in _read_ahead(images, data.img_dir, spec.scale, teacher.pixels.decoding):
                         if not isinstance(image, ImageError):
                             if image.note and options.skip_bad_images:
-                                ranks.say(f"used as it is: {image.note}")
+                                ranks.say(f"Warning: used as decoded: {image.note}")
                             _add(part, teacher, data, spec, info, image)
                             ranks.count("bytes", sum(raw_bytes([info], spec).values()))
                         elif options.skip_bad_images:

@@ -67,7 +67,8 @@ def usable_images(
 
     found = _check_all(data.images, check_image, console)
     if found.notes:
-        console.print(plain(f"{_count(len(found.notes), data)} used as they are: {found.notes[0]}."), markup=False)
+        line = f"Warning: {_count(len(found.notes), data)} incomplete and used as decoded, the first: {found.notes[0]}."
+        console.print(plain(line), markup=False)
     if not found.problems:
         return data
     first, count = next(iter(found.problems.values())), len(found.problems)

@@ -95,6 +95,17 @@ def test_bad_images_are_counted_and_the_first_is_named(folder: Path) -> None:
     assert len(found.gt_boxes(12)) == 1
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_jpeg_that_lacks_its_last_bytes_is_used_with_a_warning(folder: Path, skip: bool) -> None:
+    file = io.BytesIO()
+    Image.open(folder / "0.png").save(file, "JPEG")
+    (folder / "3.png").write_bytes(file.getvalue()[:-4] + bytes(1000))  # a name says nothing of the format
+    found, said = check(folder, skip=skip)
+    assert len(found.images) == 5
+    assert said.startswith("Warning: 1 of the 5 images of a.json is incomplete and used as decoded, the first: image ")
+    assert "3.png lacks its last bytes" in said
+
+
 def test_what_only_decoding_finds_is_left_out(folder: Path) -> None:
     """Damage between header and end: without --skip-bad-images it is met when the image is read."""
     data = bytearray((folder / "2.png").read_bytes())
