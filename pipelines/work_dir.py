@@ -73,8 +73,10 @@ class WorkDir:
                 "choose another --work-dir, or move these away."
             )
         has_checkpoint = (self.path / "last_checkpoint").exists()
-        if resume and not has_checkpoint:
-            raise KdpipeError(f"Nothing to resume: {self.path} has no checkpoint. Leave --resume away to start.")
+        if resume:
+            if not has_checkpoint:
+                raise KdpipeError(f"Nothing to resume: {self.path} has no checkpoint. Leave --resume away to start.")
+            self.newest()
         if has_checkpoint and not resume:
             raise KdpipeError(
                 f"{self.path} already holds a training. Add --resume to go on with it, or choose another --work-dir."

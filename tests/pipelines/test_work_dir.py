@@ -61,6 +61,9 @@ def test_other_files_stay_as_they_are(tmp_path: Path, name: str) -> None:
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
     with pytest.raises(KdpipeError, match="Add --resume"):
         begin(tmp_path)
+    with pytest.raises(KdpipeError, match=r"is missing: epoch_1\.pth"):
+        begin(tmp_path, resume=True)
+    (tmp_path / "epoch_1.pth").touch()
     begin(tmp_path, resume=True)
     assert (tmp_path / name).read_text() == "mine"
 
@@ -102,10 +105,12 @@ def test_a_run_that_is_refused_leaves_nothing(kit: "Kit", tmp_path: Path) -> Non
     begin(tmp_path, saved=True)
     (tmp_path / "kdpipe" / "lock").unlink()
     before = kit.tree(tmp_path)
-    (tmp_path / "last_checkpoint").touch()
+    for name in ("last_checkpoint", "epoch_1.pth"):
+        (tmp_path / name).touch()
     with pytest.raises(KdpipeError, match="something else"):
         begin(tmp_path, resume=True, steps=0)
-    (tmp_path / "last_checkpoint").unlink()
+    for name in ("last_checkpoint", "epoch_1.pth"):
+        (tmp_path / name).unlink()
     (tmp_path / "kdpipe" / "lock").unlink()
     assert kit.tree(tmp_path) == before
 
@@ -115,7 +120,8 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
     with work.opened(RECORD, resume=False, console=CONSOLE):
         work.begun = True
         work.write_record(RECORD, saved=True)
-        (tmp_path / "last_checkpoint").touch()
+        for name in ("last_checkpoint", "epoch_1.pth"):
+            (tmp_path / name).touch()
         for resume in (False, True):
             with pytest.raises(KdpipeError, match=r"Another training is running in .*: process \d+ on \S+ since 20"):
                 begin(tmp_path, resume=resume)
