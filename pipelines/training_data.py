@@ -37,7 +37,7 @@ _KEPT = ("filter_cfg", "indices", "max_refetch", "serialize_data", "return_class
 # What is replaced by the images and annotations of the command, or by how it reads them.
 _REPLACED = (
     *("type", "ann_file", "data_root", "data_prefix", "img_prefix", "sub_data_root", "metainfo", "pipeline"),
-    *("test_mode", "lazy_init", "backend_args", "file_client_args"),
+    *("test_mode", "lazy_init", "backend_args", "file_client_args", "_scope_"),
 )
 
 
