@@ -35,7 +35,7 @@ def two_stage_problem(detector: Any) -> str:
     for kind, reason in _ROI_HEADS.items():
         if isinstance(roi_head, kind):
             return f"its {type(roi_head).__name__} is of another kind: {reason}"
-    heads = getattr(roi_head, "bbox_head", None)
+    heads: Any = getattr(roi_head, "bbox_head", None)
     if isinstance(heads, nn.ModuleList) and type(roi_head) is not CascadeRoIHead:
         return f"its {type(roi_head).__name__} has several box heads, and is not the CascadeRoIHead of Cascade R-CNN"
     stages = isinstance(heads, nn.ModuleList)

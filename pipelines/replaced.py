@@ -46,7 +46,7 @@ def replaced_parts(config: Config, used: Config) -> list[str]:
         config: The user's.
         used: That of the training.
     """
-    lines = []
+    lines: list[str] = []
     for path in _COMPARED:
         if not path.startswith("val_") or used.get("val_evaluator"):
             lines += _differences(path, _at(config, path), _at(used, path))

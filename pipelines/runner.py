@@ -29,6 +29,12 @@ from kdpipe.pipelines.training_ranks import join_process_group
 __all__ = ["Bfloat16OptimWrapper", "FormattedConfig", "QuietRunner", "RunnerError"]
 
 _INITIAL = "initial_"  # mmengine's prefix of what a scheduler begins with
+_RESULT_CHANGING = (
+    "The value of momentum in EMA is usually a small number",
+    "the gradient of some iterations is lost",  # accumulated, when a training is resumed
+    "because the model has BatchNorm layers",  # of accumulated gradients
+    "Failed to convert",  # SyncBN
+)
 _RUNS = itertools.count(1)  # runners of this process
 
 
@@ -48,6 +54,11 @@ class FormattedConfig(Config):  # type: ignore[misc]
     @property
     def pretty_text(self) -> str:
         return str(self.__dict__["_formatted"])
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """Whether a line of mmengine's log is for the console, too: errors, and warnings that change what is learned."""
+    return record.levelno >= logging.ERROR or any(text in record.getMessage() for text in _RESULT_CHANGING)
 
 
 class RunnerError(KdpipeError):
@@ -72,7 +83,8 @@ class QuietRunner(Runner):  # type: ignore[misc]
             if isinstance(handler, logging.FileHandler) and isinstance(handler.stream, io.TextIOWrapper):
                 handler.stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
             if type(handler) is logging.StreamHandler:
-                handler.setLevel(logging.ERROR)
+                handler.setLevel(logging.WARNING)
+                handler.addFilter(_is_told)
                 handler.setStream(sys.stderr)
         return logger
 

@@ -5,16 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmdet.registry import MODELS
+from mmdet.engine.hooks import MeanTeacherHook, SetEpochInfoHook, YOLOXModeSwitchHook
+from mmdet.registry import HOOKS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.dense import DenseStudent
 from kdpipe.distill.two_stage import TwoStageStudent
 from kdpipe.pipelines.building import building
+from kdpipe.pipelines.config_types import resolve_type, type_name
 from kdpipe.pipelines.configs import apply_options, set_num_classes
 
-__all__ = ["build_detector", "check_student", "model_options"]
+__all__ = ["build_detector", "check_hooks", "check_student", "model_options"]
+
+# Hooks of mmdet that change the detector, or what it reads, by its place in the Runner.
+_REACHING_IN = (YOLOXModeSwitchHook, SetEpochInfoHook, MeanTeacherHook)
 
 
 def model_options(options: Sequence[str]) -> list[str]:
@@ -58,3 +64,22 @@ def check_student(config: Config, options: Sequence[str], num_classes: int) -> N
         TwoStageStudent(detector)
     else:
         DenseStudent(detector)
+
+
+def check_hooks(config: Config) -> None:
+    """Refuse hooks that would not find the detector, which is a part of what a distillation trains.
+
+    Args:
+        config: Of the training.
+
+    Raises:
+        KdpipeError: Naming them.
+    """
+    hooks = config.get("custom_hooks") or []
+    kinds = {type_name(hook["type"]): resolve_type(hook["type"], HOOKS) for hook in hooks}
+    if found := [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _REACHING_IN)]:
+        raise KdpipeError(
+            f"The config has {', '.join(found)} in custom_hooks, which changes the detector where it is trained by "
+            "itself; in a distillation it is a part of the model. Take it out of the student's custom_hooks, or train "
+            "with --methods none."
+        )

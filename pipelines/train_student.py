@@ -25,7 +25,7 @@ from kdpipe.pipelines.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.recipe import check_resumed, plain_values, training_record
 from kdpipe.pipelines.recorded import recorded
 from kdpipe.pipelines.replaced import report_replaced
-from kdpipe.pipelines.student_check import build_detector, check_student
+from kdpipe.pipelines.student_check import build_detector, check_hooks, check_student
 from kdpipe.pipelines.student_choices import teacher_name, who_chooses_rois
 from kdpipe.pipelines.training import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training_config import Recipe, detector_config, with_overrides, world_size
@@ -150,6 +150,7 @@ def train_student(
         },
     )
     if methods:
+        check_hooks(cfg)
         _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
     return run_training(
         cfg,

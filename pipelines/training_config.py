@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from kdpipe.pipelines.configs import apply_options
+from kdpipe.pipelines.configs import ConfigError, apply_options
 from kdpipe.pipelines.datasets import DataError, DetectionData
 from kdpipe.pipelines.optimisers import optim_wrapper
 from kdpipe.pipelines.run_settings import set_run
@@ -26,6 +26,20 @@ __all__ = ["SCHEDULES", "Recipe", "detector_config", "set_validation", "with_ove
 
 SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
+
+_LOADER_PARTS = ("collate_fn", "worker_init_fn")
+_BATCHES = "Its loaders hand samples on as mmdet's pipelines make them. Leave it out."
+# What overrides of the config cannot change.
+_FIXED = {
+    "work_dir": "Use --work-dir.",
+    "launcher": "Start several processes with torchrun or srun.",
+    "experiment_name": "Leave it out.",
+    **{
+        f"{split}_dataloader.{part}": _BATCHES
+        for split in ("train", "val")
+        for part in ("collate_fn", "worker_init_fn")
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -127,8 +141,13 @@ def with_overrides(cfg: Config, options: Sequence[str], source: str) -> Config:
     mmengine's `auto_scale_lr` would multiply a rate with the batch that has been already: it is for `--recipe config`.
 
     Raises:
-        ConfigError: As `apply_options` does.
+        ConfigError: As `apply_options` does; or an override is of what kdpipe sets itself.
     """
+    for option in options:
+        key = option.partition("=")[0].strip()
+        for fixed, advice in _FIXED.items():
+            if key == fixed or key.startswith(f"{fixed}."):
+                raise ConfigError(f"option {option!r}: kdpipe sets {fixed} itself. {advice}")
     cfg = apply_options(cfg, options)
     if source == "paper" and (cfg.get("auto_scale_lr") or {}).get("enable"):
         cfg.auto_scale_lr.enable = False

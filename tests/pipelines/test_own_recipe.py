@@ -1,5 +1,6 @@
 """Optimiser, schedule, hooks and randomness of a config: kept, or named on the console where they are not."""
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from kdpipe.pipelines.configs import apply_known_options, parse_literal_config
 from kdpipe.pipelines.optimisers import check_own_recipe, optim_wrapper
 from kdpipe.pipelines.replaced import replaced_parts
 from kdpipe.pipelines.run_settings import set_run
+from kdpipe.pipelines.runner import _is_told
+from kdpipe.pipelines.student_check import check_hooks
 from kdpipe.pipelines.training_config import with_overrides
 
 if TYPE_CHECKING:
@@ -57,6 +60,41 @@ def test_a_rate_is_scaled_once() -> None:
     options = ["auto_scale_lr.enable=True"]
     assert not with_overrides(scaling, options, "paper").auto_scale_lr.enable
     assert with_overrides(scaling, options, "config").auto_scale_lr.enable
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "work_dir=x",
+        "launcher=pytorch",
+        "experiment_name=x",
+        "train_dataloader.collate_fn.type=pseudo_collate",
+        "val_dataloader.worker_init_fn=None",
+    ],
+)
+def test_what_kdpipe_sets_is_no_option(option: str) -> None:
+    with pytest.raises(KdpipeError, match=f"kdpipe sets {option.split('.type')[0].split('=')[0]} itself"):
+        with_overrides(Config({}), [option], "paper")
+
+
+@pytest.mark.parametrize(
+    ("level", "text", "told"),
+    [
+        (logging.ERROR, "anything", True),
+        (logging.WARNING, "The prefix is not set in metric class", False),
+        (logging.WARNING, "decrease performance because the model has BatchNorm layers.", True),
+        (logging.INFO, "Epoch(train)", False),
+    ],
+)
+def test_lines_of_the_log_for_the_console(level: int, text: str, told: bool) -> None:
+    assert _is_told(logging.LogRecord("mmengine", level, "", 0, text, (), None)) is told
+
+
+@pytest.mark.parametrize("name", ["YOLOXModeSwitchHook", "mmdet.SetEpochInfoHook", "MeanTeacherHook"])
+def test_hooks_that_reach_into_the_detector(name: str) -> None:
+    check_hooks(Config({"custom_hooks": [{"type": "CheckInvalidLossHook"}, {"type": "EMAHook"}]}))
+    with pytest.raises(KdpipeError, match=f"has {name} in custom_hooks"):
+        check_hooks(Config({"custom_hooks": [{"type": "CheckInvalidLossHook"}, {"type": name}]}))
 
 
 OWN = {

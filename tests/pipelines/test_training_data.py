@@ -45,7 +45,9 @@ def data(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> DetectionData:
     first, second, narrow = content["images"][:3]
     narrow["width"] = 20
     path = str(folder / "img" / narrow["file_name"])
-    cv2.imwrite(path, cv2.imread(path)[:, :20])
+    picture = cv2.imread(path)
+    assert picture is not None
+    cv2.imwrite(path, picture[:, :20])
     boxes = content["annotations"] = [
         box for box in content["annotations"] if box["image_id"] not in (first["id"], second["id"])
     ]
