@@ -1,6 +1,7 @@
 """Commands that train and measure detectors: `train-student`, `train-teacher`, `evaluate`."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,7 @@ def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **va
     from kdpipe.pipelines.training_config import Recipe
 
     config = apply_known_options(config, values["options"])
+    _refuse_contradictions(config, values)
     if values["batch_size"] is None:
         values["batch_size"] = (config.get("train_dataloader") or {}).get("batch_size", 2)
     if values["seed"] is None:
@@ -241,6 +243,24 @@ def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **va
         default_epochs = own_epochs(config)
     values["epochs"] = values["epochs"] or default_epochs
     return Recipe(multi_scale=multi_scale, **values)
+
+
+def _refuse_contradictions(config: Any, values: Mapping[str, Any]) -> None:
+    """Refuse an option and an override of the config that say different things of one matter."""
+    given = {option.partition("=")[0].strip() for option in values["options"]}
+    for name, flag, key in (
+        ("epochs", "--epochs", "train_cfg.max_epochs"),
+        ("batch_size", "--batch-size", "train_dataloader.batch_size"),
+        ("lr", "--lr", "optim_wrapper.optimizer.lr"),
+        ("seed", "--seed", "randomness.seed"),
+    ):
+        if key in given and values[name] is not None:
+            section, _, rest = key.partition(".")
+            other: Any = config.get(section) or {}
+            for part in rest.split("."):
+                other = other.get(part)
+            if other is not None and other != values[name]:
+                raise click.UsageError(f"{flag} {values[name]} and -o {key}={other} contradict each other: give one.")
 
 
 def _report(console: Console, result: Any) -> None:

@@ -15,7 +15,8 @@ __all__ = ["replaced_parts", "report_replaced"]
 # Where a config says how it trains. Files and processes are the command's to name; the rest of a config stays as it is.
 _COMPARED = (
     *("optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr.enable", "randomness.seed", "default_hooks"),
-    *("train_dataloader.sampler", "train_dataloader.collate_fn", "val_evaluator.type", "val_evaluator.metric"),
+    *("train_dataloader.sampler", "train_dataloader.collate_fn", "train_dataloader.num_batch_per_epoch"),
+    *("val_evaluator.type", "val_evaluator.metric"),
 )
 _WHOLE = ("param_scheduler", "optim_wrapper.paramwise_cfg", "train_dataloader.collate_fn")  # said by name only
 
@@ -50,6 +51,8 @@ def replaced_parts(config: Config, used: Config) -> list[str]:
     for path in _COMPARED:
         if not path.startswith("val_") or used.get("val_evaluator"):
             lines += _differences(path, _at(config, path), _at(used, path))
+    if _at(used, "default_hooks.checkpoint.save_best") and not used.get("val_evaluator"):
+        lines.append("default_hooks.checkpoint.save_best (there are no validation images)")
     own, ours = _at(config, "train_dataloader.dataset"), _at(used, "train_dataloader.dataset")
     before, after = (" of ".join(dataset_kinds(each)) for each in (own or {}, ours))
     if before != after:

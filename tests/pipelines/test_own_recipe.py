@@ -239,6 +239,33 @@ def test_adamw_of_a_config_trains_a_student(kit: "Kit", work: Path) -> None:
     assert state["meta"]["seed"] == 7
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "override"),
+    [
+        ("--epochs", 3, "train_cfg.max_epochs=4"),
+        ("--batch-size", 2, "train_dataloader.batch_size=3"),
+        ("--lr", 0.1, "optim_wrapper.optimizer.lr=0.2"),
+        ("--seed", 1, "randomness.seed=2"),
+    ],
+)
+def test_an_option_and_an_override_contradict_each_other(
+    kit: "Kit", work: Path, flag: str, value: float, override: str
+) -> None:
+    (work / "s.py").write_text(kit.student.read_text() + "\nrandomness = dict(seed=5)\n")
+    start = ("train-student", "--cache", kit.cache, "--student", "s.py", "--methods", "none", "--work-dir", work / "w")
+    message = kit.refused(*start, flag, value, "-o", override, code=2)
+    assert f"{flag} {value} and -o {override} contradict each other" in " ".join(message.split())
+    assert not (work / "w").exists()
+
+
+def test_a_best_checkpoint_needs_validation() -> None:
+    data = {"train_dataloader": {"dataset": {"type": "CocoDataset"}}}
+    used = Config({**data, "default_hooks": {"checkpoint": {"save_best": "auto"}}, "val_evaluator": None})
+    assert replaced_parts(used, used) == ["default_hooks.checkpoint.save_best (there are no validation images)"]
+    used.val_evaluator = {"type": "CocoMetric"}
+    assert replaced_parts(used, used) == []
+
+
 def test_the_recipe_of_a_config_is_kept_whole(kit: "Kit", work: Path) -> None:
     options = {
         "optim_wrapper.accumulative_counts": 2,
