@@ -39,6 +39,10 @@ class Heartbeat:
         """How often another process has shown that it lives."""
         return self._store.add(f"beat {rank}", 0)
 
+    def has_left(self, rank: int) -> bool:
+        """Whether another process has ended in its own way."""
+        return self._store.check([f"left {rank}"])
+
     def silent(self, seconds: float) -> list[int]:
         """Processes that have not left, and give no sign of life for so long; returns when that is clear.
 
@@ -50,7 +54,7 @@ class Heartbeat:
         while others and time.monotonic() - start < seconds:
             time.sleep(_POLL_SECONDS)
             for rank, before in list(others.items()):
-                if self._store.check([f"left {rank}"]) or self.beats(rank) != before:
+                if self.has_left(rank) or self.beats(rank) != before:
                     del others[rank]
         return list(others)
 

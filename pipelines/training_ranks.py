@@ -18,6 +18,7 @@ from kdpipe.pipelines.console import stop
 from kdpipe.pipelines.heartbeat import Heartbeat
 from kdpipe.pipelines.launch import Launch, ToldError, find_launch
 from kdpipe.pipelines.rendezvous import connect, meet
+from kdpipe.pipelines.watchdog import Watchdog
 
 __all__ = ["TrainingRanks", "join_process_group", "lost_others"]
 
@@ -62,6 +63,9 @@ class TrainingRanks:
         self._store = meet(self.launch)
         self._heart = Heartbeat(self._store, self.launch.rank, self.launch.size)
         self._heart.start()
+        others = [rank for rank in range(self.launch.size) if rank != self.launch.rank]
+        self._watchdog = Watchdog(self._heart, others, self._give_up)
+        self._watchdog.start()
         _met = self
         return self
 
@@ -71,6 +75,7 @@ class TrainingRanks:
         global _met
         _met = None
         stop.between_steps = True  # torchrun ends the others of one that is gone: they have a word to say before
+        self._watchdog.stop()
         try:
             self._leave(error)
         except DistError as unreachable:
@@ -110,17 +115,32 @@ class TrainingRanks:
             return
         if not gone and (not lost or self._store.check(["interrupted"])):
             raise KeyboardInterrupt from error
-        if self._store.add("gone", 1) > 1:
+        if self._store.add("failed", 1) > 1:
             raise ToldError("Another process of this run is gone.") from error
         if gone:
-            numbers = ", ".join(map(str, gone))
-            raise KdpipeError(
-                f"Another process of this run is gone (number {numbers} of {self.launch.size}, from 0): it was killed, "
-                f"ran out of memory, or its machine ended. {_GO_ON}"
-            ) from error
+            raise KdpipeError(self._gone_text(gone)) from error
         raise KdpipeError(
             f"The processes of this run lost each other: {str(error).strip().splitlines()[0]}\n{_GO_ON}"
         ) from error
+
+    def _gone_text(self, gone: list[int]) -> str:
+        return (
+            f"Another process of this run is gone (number {', '.join(map(str, gone))} of {self.launch.size}, from 0): "
+            f"it was killed, ran out of memory, or its machine ended. {_GO_ON}"
+        )
+
+    def _give_up(self, gone: list[int]) -> None:
+        """End this process from beside its main thread, which waits for what will not come."""
+        assert self._store is not None
+        if not gone:
+            os._exit(1 if self._heart.is_told else 130)
+        try:
+            speaks = self._store.add("failed", 1) == 1
+        except DistError:
+            speaks = self.launch.rank == 1
+        if speaks:
+            click.echo(f"Error: {self._gone_text(gone)}", err=True)
+        os._exit(1)
 
     def _say_first_is_gone(self, error: BaseException) -> None:
         if self._heart.is_told:
@@ -129,10 +149,7 @@ class TrainingRanks:
             raise KeyboardInterrupt from error
         if self.launch.rank > 1:  # the second speaks
             raise ToldError("The first process of this run is gone.") from error
-        raise KdpipeError(
-            "Another process of this run is gone (the first, number 0): it was killed, ran out of memory, or its "
-            f"machine ended. {_GO_ON}"
-        ) from error
+        raise KdpipeError(self._gone_text([0])) from error
 
     def _linger(self, seconds: float) -> None:
         """Keep the store until the others have left."""

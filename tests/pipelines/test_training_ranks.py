@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 TRAINING = """
 import sys, time, torch
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines import rendezvous, training_ranks
+from kdpipe.pipelines import heartbeat, rendezvous, training_ranks, watchdog
 from kdpipe.pipelines.cli import cli, main
 from kdpipe.pipelines.console import stop
 from kdpipe.pipelines.launch import trained_together
 
 start, failing = float(sys.argv[1]), sys.argv[2:]
 rendezvous._START_SECONDS, rendezvous._NOTICE_SECONDS = start, 0.3
-training_ranks._DEAD_SECONDS = 3.0
+heartbeat._BEAT_SECONDS = watchdog._LOOK_SECONDS = 0.2
+training_ranks._DEAD_SECONDS = watchdog._SILENT_SECONDS = 2.0
+watchdog._ASKED_SECONDS = training_ranks._ERROR_SECONDS = 1.0
 
 @cli.command("steps")
 @trained_together
@@ -108,6 +110,27 @@ def test_one_message_and_its_exit_code(
         assert "--resume" in said
     else:
         assert said.strip() == "Interrupted."
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_waiting_for_one_that_hangs_does_not_hang(
+    forks: "Forks", tmp_path: Path, variables: dict[str, object], is_asked: bool
+) -> None:
+    """No signal reaches Python while torch waits for another process, as it does inside NCCL for one that is gone."""
+    seconds = 60 if is_asked else 4
+    code = TRAINING.replace("watchdog._ASKED", f"watchdog._GONE_SECONDS = {seconds}\nwatchdog._ASKED")
+    processes = [forks.start(code, 60, cwd=tmp_path, **variables, RANK=n, WORLD_SIZE=3) for n in range(3)]
+    wait_until(*processes, text="going")
+    processes[2].send(signal.SIGSTOP)
+    if is_asked:
+        time.sleep(0.5)  # until the others wait for it
+        processes[0].send(signal.SIGTERM)
+        processes[1].send(signal.SIGTERM)
+    codes = [process.wait(20) for process in processes[:2]]
+    processes[2].kill()
+    assert codes == [1, 1]
+    said = "".join(process.err for process in processes)
+    assert said.count("Error: Another process of this run is gone (number 2 of 3") == 1, said
 
 
 @pytest.mark.parametrize("failing", [0, 1])
