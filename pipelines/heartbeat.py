@@ -9,6 +9,7 @@ __all__ = ["Heartbeat"]
 
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.1
+_SETTLE_SECONDS = 0.5
 
 
 class Heartbeat:
@@ -49,6 +50,7 @@ class Heartbeat:
         Raises:
             DistError: The store is gone.
         """
+        time.sleep(_SETTLE_SECONDS)  # the last sign of one that is gone may be on its way
         start = time.monotonic()
         others = {rank: self.beats(rank) for rank in range(self._size) if rank != self._rank}
         while others and time.monotonic() - start < seconds:

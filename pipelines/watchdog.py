@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import DistError  # type: ignore[attr-defined]
+from torch.distributed import DistError
 
 from kdpipe.pipelines.heartbeat import Heartbeat
 
@@ -15,7 +15,8 @@ __all__ = ["Watchdog"]
 _LOOK_SECONDS = 1.0
 # A process that gave no sign of life for so long is gone. One that reads a large file may be silent for a minute.
 _GONE_SECONDS = 300.0
-# The same where this process has been asked to end (torchrun does that where one was killed), and did not for so long.
+# The same where this process has been asked to end (torchrun does that where one was killed), and did not for so long:
+# longer than the main thread takes to find out by itself.
 _ASKED_SECONDS, _SILENT_SECONDS = 10.0, 5.0
 
 

@@ -29,7 +29,7 @@ start, failing = float(sys.argv[1]), sys.argv[2:]
 rendezvous._START_SECONDS, rendezvous._NOTICE_SECONDS = start, 0.3
 heartbeat._BEAT_SECONDS = watchdog._LOOK_SECONDS = 0.2
 training_ranks._DEAD_SECONDS = watchdog._SILENT_SECONDS = 2.0
-watchdog._ASKED_SECONDS = training_ranks._ERROR_SECONDS = 1.0
+watchdog._ASKED_SECONDS, training_ranks._ERROR_SECONDS = 4.0, 1.0
 
 @cli.command("steps")
 @trained_together
@@ -112,7 +112,7 @@ def test_one_message_and_its_exit_code(
         assert said.strip() == "Interrupted."
 
 
-@pytest.mark.parametrize("is_asked", [True, False])
+@pytest.mark.parametrize("is_asked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_waiting_for_one_that_hangs_does_not_hang(
     forks: "Forks", tmp_path: Path, variables: dict[str, object], is_asked: bool
 ) -> None:
