@@ -107,6 +107,7 @@ def annotation_chunks(entries: CocoEntries, path: Path) -> Iterator[list[Annotat
     decode = msgspec.json.Decoder(AnnotationEntry).decode
     for start in range(0, len(entries.annotations), _CHUNK):
         chunk = entries.annotations[start : start + _CHUNK]
+        entries.annotations[start : start + _CHUNK] = [None] * len(chunk)
         if isinstance(chunk[0], AnnotationEntry):
             yield chunk
             continue
