@@ -13,7 +13,7 @@ from kdpipe.pipelines.configs import apply_options
 from kdpipe.pipelines.student_choices import ROIS
 from kdpipe.pipelines.transform_types import check_names, quote_names
 
-__all__ = ["DISTILL_DEFAULTS", "distill_options", "other_options"]
+__all__ = ["DISTILL_DEFAULTS", "distill_options", "other_options", "unused_options"]
 
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROIS,
@@ -96,6 +96,14 @@ def _check_names(place: str, values: Any, known: Mapping[str, Any]) -> None:
 
 def _is_ours(option: str) -> bool:
     return option.strip().split(".")[0].split("=")[0] == "distill"
+
+
+def unused_options(options: Sequence[str], losses: Sequence[str]) -> list[str]:
+    """The overrides of the distillation that are for losses which are not distilled."""
+    keys = [option.partition("=")[0].strip() for option in options if _is_ours(option)]
+    sections = {"distill.ckd": "ckd" in losses, "distill.sgfi": "sgfi" in losses}
+    idle = [section for section, is_used in sections.items() if not is_used] if losses else ["distill"]
+    return [key for key in keys if any(key == section or key.startswith(f"{section}.") for section in idle)]
 
 
 def other_options(options: Sequence[str]) -> list[str]:

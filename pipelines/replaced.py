@@ -16,7 +16,7 @@ __all__ = ["replaced_parts", "report_replaced"]
 _COMPARED = (
     *("optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr.enable", "randomness.seed", "default_hooks"),
     *("train_dataloader.sampler", "train_dataloader.collate_fn", "train_dataloader.num_batch_per_epoch"),
-    *("val_evaluator.type", "val_evaluator.metric"),
+    *(f"val_evaluator.{name}" for name in ("type", "metric", "classwise", "proposal_nums", "iou_thrs", "metric_items")),
 )
 _WHOLE = ("param_scheduler", "optim_wrapper.paramwise_cfg", "train_dataloader.collate_fn")  # said by name only
 

@@ -17,7 +17,7 @@ from kdpipe.distill.source import CachedTeacher
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import apply_known_options, set_num_classes
 from kdpipe.pipelines.datasets import DetectionData
-from kdpipe.pipelines.distill_options import distill_options, other_options
+from kdpipe.pipelines.distill_options import distill_options, other_options, unused_options
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.live_teacher import OnlineTeacher
 from kdpipe.pipelines.mask_check import check_masks
@@ -101,6 +101,8 @@ def train_student(
     losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
     distill = distill_options(recipe.options, losses, ckd_branch)
+    if idle := unused_options(recipe.options, losses):
+        console.print(f"Not used: {', '.join(idle)}, since --methods names no loss that they are for.")
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
         _check_cached(cache, begun)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.distill_options import DISTILL_DEFAULTS, distill_options, other_options
+from kdpipe.pipelines.distill_options import DISTILL_DEFAULTS, distill_options, other_options, unused_options
 
 NO_NUMBER = ("nan", "inf", "-inf", "text", "None", "True", "[1]", "''", "1e999")
 # option -> values that are allowed, and that are not
@@ -60,6 +60,20 @@ def test_values(key: str) -> None:
 def test_names(option: str, message: str) -> None:
     with pytest.raises(KdpipeError, match=message):
         distill_options([option], ["sgfi"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "unused"),
+    [
+        (["ckd", "sgfi"], []),
+        (["ckd"], ["distill.sgfi.kernel_size"]),
+        (["cls"], ["distill.ckd.dim", "distill.sgfi.kernel_size"]),
+        ([], ["distill.ckd.dim", "distill.sgfi.kernel_size", "distill.share_interval"]),
+    ],
+)
+def test_options_of_losses_that_are_not_distilled(losses: list[str], unused: list[str]) -> None:
+    options = ["distill.ckd.dim=8", "distill.sgfi.kernel_size=3", "distill.share_interval=2", "model.type=X"]
+    assert unused_options(options, losses) == unused
 
 
 def test_the_branch_of_the_command_line_has_the_last_word() -> None:
