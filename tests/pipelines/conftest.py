@@ -23,6 +23,7 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.cli import main
 from kdpipe.pipelines.configs import apply_options, find_config, set_num_classes
+from kdpipe.pipelines.console import stop
 from kdpipe.pipelines.layouts import dictionaries
 from kdpipe.pipelines.seeding import SeedStepHook
 from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
@@ -286,6 +287,13 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
         patch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, False))
         yield Kit(tmp_path_factory.mktemp("kit"))
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_their_own() -> Iterator[None]:
+    """What a test asked to end does not end the tests behind it."""
+    yield
+    stop.forget()
 
 
 @pytest.fixture
