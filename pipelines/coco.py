@@ -90,6 +90,11 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent, notes, federated)
 
 
+def _is_text(value: Any) -> bool:
+    """Text with something in it that can be written; JSON may escape half a character."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _id(value: Any, key: str, what: str, path: Path) -> int:
     number = value if type(value) is int and abs(value) < 2**63 else integer(value)
     if number is None:
@@ -120,7 +125,7 @@ def _categories(entries: Sequence[CategoryEntry], path: Path) -> tuple[tuple[str
         raise DataError(f"{path} has no categories. Expected a list of id and name of each class.")
     ids = [_id(entry.id, "id", "a category", path) for entry in entries]
     names = [entry.name for entry in entries]
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(map(_is_text, names)):
         raise DataError(f"{path}: a category has no name. Give each of them one.")
     for what, values in (("category id", ids), ("category name", names)):
         twice = [value for value in values if values.count(value) > 1]
@@ -154,7 +159,7 @@ def _file_name(entry: ImageEntry, path: Path, img_dir: Path) -> str:
     name = entry.file_name
     if name is None and isinstance(entry.coco_url, str):
         name = urlsplit(entry.coco_url).path.lstrip("/")
-    if not isinstance(name, str) or not name:
+    if not _is_text(name):
         raise DataError(f"{path}: image {entry.id} has file_name {name!r}, expected a path relative to {img_dir}.")
     return name
 

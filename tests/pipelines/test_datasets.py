@@ -151,6 +151,8 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("images", "id", 3), "image id 3 occurs more than once"),
         (edit("images", "id", "7"), "an image has id '7', expected an integer"),
         (edit("images", "file_name", None), "image 7 has file_name None"),
+        (edit("images", "file_name", "\ud83d.jpg"), r"image 7 has file_name '\\ud83d.jpg'"),
+        (edit("categories", "name", "\ud83d"), "a category has no name"),
         (edit("images", "width", 0), r"image .*a\.png does not exist"),
         (edit("categories", "id", 4), "category id 4 occurs more than once"),
         (edit("categories", "name", "cat"), "category name 'cat' occurs more than once"),
