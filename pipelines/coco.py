@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -90,7 +90,7 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     return CocoFile(names, category_ids, frozenset(roots), tuple(counted), annotations, absent, notes, federated)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Text with something in it that can be written; JSON may escape half a character."""
     return isinstance(value, str) and bool(value) and not any("\ud800" <= char <= "\udfff" for char in value)
 
