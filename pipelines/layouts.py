@@ -17,6 +17,10 @@ _TRAINING_ONLY = (
     *("optimizer", "optimizer_config", "lr_config", "resume_from", "workflow"),
 )
 _OLD_FORMATTING = ("ImageToTensor", "Collect", "DefaultFormatBundle")  # of mmdet 2.x
+_SECTIONS = (  # dictionaries, where a config has them
+    *("data", "train_dataloader", "val_dataloader", "test_dataloader", "img_norm_cfg", "data_preprocessor"),
+    *("default_hooks", "optim_wrapper", "train_cfg", "val_cfg", "test_cfg", "auto_scale_lr", "env_cfg", "randomness"),
+)
 _WRAPPERS = ("RepeatDataset", "ClassBalancedDataset", "MultiImageMixDataset", "ConcatDataset")
 
 
@@ -28,12 +32,14 @@ def modernise(config: Config) -> Config:
     read both layouts. A config of mmdet 3.x is returned as a copy.
 
     Raises:
-        ConfigError: there is no model, or a config of mmdet 2.x does not say how it normalises images.
+        ConfigError: there is no model, a section is laid out as none of mmdet is, or a config of mmdet 2.x does not say
+            how it normalises images.
     """
     config = copy.deepcopy(config)
     model = config.get("model")
     if not isinstance(model, MutableMapping) or "type" not in model:
         raise ConfigError("the config has no model: expected model=dict(type=...). Give the config of a detector.")
+    _check_sections(config)
     config.setdefault("default_scope", "mmdet")
     if "data_preprocessor" in config:  # as mmengine's Runner does
         model.setdefault("data_preprocessor", config["data_preprocessor"])
@@ -49,6 +55,26 @@ def modernise(config: Config) -> Config:
         _rename(part)
     model["data_preprocessor"] = _preprocessor(config)
     return config
+
+
+def _check_sections(config: Config) -> None:
+    for name in _SECTIONS:
+        if not isinstance(config.get(name), Mapping | None):
+            raise ConfigError(f"the config has {name} = {config[name]!r:.100}, expected {name}=dict(...). Correct it.")
+    loaders = {f"{split}_dataloader": config.get(f"{split}_dataloader") for split in ("train", "val", "test")}
+    for name, loader in loaders.items():
+        if not isinstance(found := (loader or {}).get("dataset"), Mapping | None):
+            raise ConfigError(f"the config has {name}.dataset = {found!r:.100}, expected dict(type=...). Correct it.")
+    pipelines = [
+        part["pipeline"] for part in dictionaries([config.get("data"), *loaders.values()]) if "pipeline" in part
+    ]
+    for steps in (*pipelines, config.get("test_pipeline")):
+        if steps is not None and not (
+            isinstance(steps, list | tuple) and all(isinstance(step, Mapping) and "type" in step for step in steps)
+        ):
+            raise ConfigError(
+                f"the config has a pipeline {steps!r:.100}, expected a list of dict(type=...). Correct it."
+            )
 
 
 def _preprocessor(config: Config) -> dict[str, Any]:

@@ -328,3 +328,23 @@ def test_set_num_classes() -> None:
     rpn = find_config("faster-rcnn_r50_fpn_fcos-rpn_1x_coco").model
     set_num_classes(rpn, 3)
     assert (rpn.rpn_head.num_classes, rpn.roi_head.bbox_head.num_classes) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"data": 5},
+        {"train_dataloader": [1]},
+        {"val_dataloader": {"dataset": "coco"}},
+        {"test_dataloader": {"dataset": {"pipeline": "Resize"}}},
+        {"test_dataloader": {"dataset": {"pipeline": [{"scale": 1}]}}},
+        {"data": {"test": {"pipeline": [None]}}},
+        {"test_pipeline": 3},
+        {"train_cfg": "12 epochs"},
+        {"img_norm_cfg": True},
+        {"default_hooks": ["CheckpointHook"]},
+    ],
+)
+def test_sections_of_another_layout_are_named(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"expected .*dict\(.*\. Correct it"):
+        modernise(Config({"model": {"type": "FasterRCNN"}, **section}))
