@@ -21,11 +21,12 @@ from kdpipe.pipelines.coco_entries import (
     read_entries,
 )
 from kdpipe.pipelines.file_names import names_on_disk
-from kdpipe.pipelines.images import image_size
+from kdpipe.pipelines.images import ImageError, image_size
 
 __all__ = ["CocoFile", "check_entries", "read_coco"]
 
 _MOST_PIXELS = 1 << 31  # more is no width
+_UNREAD = (1, 1)  # size of an image that neither the file nor the image gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,8 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     categories, notes = _without_double_roots(entries.categories, set(np.unique(columns.category_ids).tolist()))
     names, category_ids = _categories(categories, path)
     images, name_notes = _images(entries, path, img_dir)
-    annotations, absent = _annotations(columns, images, category_ids)
+    unread = [row for row, image in enumerate(images) if (image.height, image.width) == _UNREAD]
+    annotations, absent = _annotations(columns, images, unread, category_ids)
     counts = annotations.trained_counts().tolist()
     if not any(counts):
         found = [*absent, *annotations.untrained([image.file_name for image in images])]
@@ -165,9 +167,17 @@ def _file_name(entry: ImageEntry, path: Path, img_dir: Path) -> str:
 
 
 def _size(entry: ImageEntry, img_dir: Path, name: str) -> tuple[int, int]:
-    """Height and width, from the image where the entry has none."""
+    """Height and width, from the image where the entry has none; `_UNREAD` where that cannot be read either.
+
+    All images are checked before they are used: then such a one is refused, or left out, as any other bad image.
+    """
     height, width = _pixels(entry.height), _pixels(entry.width)
-    return (height, width) if width and height else image_size(img_dir / name)
+    if width and height:
+        return height, width
+    try:
+        return image_size(img_dir / name)
+    except ImageError:
+        return _UNREAD
 
 
 def _pixels(value: Any) -> int:
@@ -178,7 +188,7 @@ def _pixels(value: Any) -> int:
 
 
 def _annotations(
-    columns: AnnotationColumns, images: Sequence[ImageInfo], category_ids: Sequence[int]
+    columns: AnnotationColumns, images: Sequence[ImageInfo], unread: Sequence[int], category_ids: Sequence[int]
 ) -> tuple[Annotations, tuple[LeftOut, ...]]:
     """The annotations of these images and categories, and what is said of the others."""
     rows = _places(columns.image_ids, [image.image_id for image in images])
@@ -191,7 +201,8 @@ def _annotations(
     order = order[(rows[order] >= 0) & (labels[order] >= 0)]
     rows, boxes, areas = rows[order], columns.boxes[order], columns.areas[order]
     crowds, ignored = columns.crowds[order], columns.ignored[order]
-    sizes = np.array([[image.width, image.height] for image in images], dtype=np.float64)[rows]
+    sizes = np.array([[image.width, image.height] for image in images], dtype=np.float64)
+    sizes[unread] = np.inf
     masks = columns.segmentations
     annotations = Annotations(
         ids=columns.ids[order],
@@ -200,7 +211,7 @@ def _annotations(
         labels=labels[order],
         crowds=crowds,
         ignored=ignored,
-        kinds=untrained_kinds(boxes, areas, crowds, ignored, sizes),
+        kinds=untrained_kinds(boxes, areas, crowds, ignored, sizes[rows]),
         segmentations=None if masks is None else [masks[position] for position in order.tolist()],
         starts=np.searchsorted(rows, np.arange(len(images) + 1)).astype(np.int64),
     )

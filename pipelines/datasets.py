@@ -137,7 +137,6 @@ def load_coco(ann_file: str | Path, img_dir: str | Path, limit: int | None = Non
 
     Raises:
         DataError: the file is missing or malformed, or there is nothing to learn from; what and where is named.
-        ImageError: the size of an image is unknown, and its file does not give it either.
     """
     ann_file, img_dir = Path(ann_file), Path(img_dir)
     if ann_file.is_file() and (size := ann_file.stat().st_size) >= _LARGE:

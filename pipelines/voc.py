@@ -9,7 +9,6 @@ from kdpipe.pipelines.annotations import LeftOut
 from kdpipe.pipelines.coco import CocoFile, check_entries
 from kdpipe.pipelines.coco_entries import AnnotationEntry, CategoryEntry, CocoEntries, ImageEntry
 from kdpipe.pipelines.file_names import IMAGE_SUFFIXES
-from kdpipe.pipelines.images import image_size
 from kdpipe.pipelines.voc_xml import VocError, number_in, parse_xml, text_in
 
 __all__ = ["VOC_CLASSES", "read_voc", "split_path"]
@@ -63,7 +62,7 @@ def read_voc(folder: Path, split: str) -> CocoFile:
     flat: list[str] = []
     for image_id, name in enumerate(names, 1):
         path, file_name = annotations[name], files.get(name, f"{name}.jpg")
-        height, width = _size(roots[name], path, folder / "JPEGImages" / file_name)
+        height, width = _size(roots[name], path)
         images.append(ImageEntry(image_id, file_name, width=width, height=height))
         for item in _objects(roots[name], path):
             if item.box[2] > 0 and item.box[3] > 0:
@@ -187,11 +186,10 @@ def _image_files(folder: Path) -> dict[str, str]:
     return {path.stem: path.name for path in reversed(files)}
 
 
-def _size(root: Element, path: Path, image: Path) -> tuple[int, int]:
-    """``(height, width)`` that the annotation says, or else the image's header."""
+def _size(root: Element, path: Path) -> tuple[int, int]:
+    """``(height, width)`` that the annotation says; 0 where it does not."""
     size = root.find("size")
-    if size is not None:
-        height, width = (number_in(size, name, path) if size.findtext(name) else 0 for name in ("height", "width"))
-        if height > 0 and width > 0:
-            return height, width
-    return image_size(image)
+    if size is None:
+        return 0, 0
+    height, width = (number_in(size, name, path) if size.findtext(name) else 0 for name in ("height", "width"))
+    return height, width

@@ -153,7 +153,6 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("images", "file_name", None), "image 7 has file_name None"),
         (edit("images", "file_name", "\ud83d.jpg"), r"image 7 has file_name '\\ud83d.jpg'"),
         (edit("categories", "name", "\ud83d"), "a category has no name"),
-        (edit("images", "width", 0), r"image .*a\.png does not exist"),
         (edit("categories", "id", 4), "category id 4 occurs more than once"),
         (edit("categories", "name", "cat"), "category name 'cat' occurs more than once"),
         (edit("categories", "name", ""), "a category has no name"),
@@ -276,7 +275,6 @@ BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x "yyyyyyyy"><!ENTITY z "&x;&
         (SIZE + "<object><bndbox/></object>", "a <object> has no <name>"),
         (SIZE + voc_object("cat", ("x", 1, 2, 3)), "<xmin> is 'x', expected a number"),
         (SIZE + voc_object("cat", ("nan", 1, 2, 3)), "<xmin> is 'nan', expected a number"),
-        (voc_object("cat", (1, 1, 2, 3)), r"a\.jpg does not exist"),
     ],
 )
 def test_bad_voc_annotations(tmp_path: Path, body: str, message: str) -> None:

@@ -117,6 +117,22 @@ def test_what_only_decoding_finds_is_left_out(folder: Path) -> None:
     assert "2.png" in said
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_bad_images_whose_size_is_not_annotated(folder: Path, spoil: Callable[[Path], None]) -> None:
+    content = json.loads((folder / "a.json").read_text())
+    for image in content["images"]:
+        del image["width"], image["height"]
+    (folder / "a.json").write_text(json.dumps(content))
+    spoil(folder / "2.png")
+    with pytest.raises(ImageError, match=r"2\.png (does not exist|is empty).*--skip-bad-images"):
+        check(folder)
+    found, _ = check(folder, skip=True)
+    assert [(image.image_id, image.height, image.width) for image in found.images] == [
+        (number, 40, 60) for number in (10, 11, 13, 14)
+    ]
+    assert not found.left_out()
+
+
 def test_only_bad_images(folder: Path) -> None:
     for path in folder.glob("*.png"):
         halve(path)
