@@ -95,6 +95,8 @@ for _ in range(3):
     ema.after_train_iter(runner, 0)
 SameBuffersHook().after_train_epoch(runner)
 torch.save({"model": model.state_dict(), "ema": ema.ema_model.state_dict()}, f"rank{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
