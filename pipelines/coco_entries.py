@@ -148,6 +148,11 @@ def _decode_leniently(path: Path, data: bytes) -> CocoEntries:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        if isinstance(content, dict) and content.keys() >= set(_LISTS):
+            wrong = next(key for key in _LISTS if not isinstance(content[key], list))
+            raise DataError(
+                f"{path}: {wrong} is {json.dumps(content[wrong])[:80]}, expected a list of objects. Export it again."
+            )
         raise DataError(
             f"{path} is not a COCO detection file: expected lists named images, annotations and categories, "
             f"found {found[:200] or 'nothing'}. {foreign_json(content) or 'Export the data set as COCO.'}"

@@ -146,7 +146,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("categories", []), "has no categories"),
         (put("annotations", []), "no usable annotation among 0"),
         (put("annotations", GOOD["annotations"][4:]), "no usable annotation among 4"),
-        (put("annotations", None), "not a COCO detection file"),
+        (put("annotations", None), "annotations is null, expected a list of objects"),
         (put("images", ["a.png"]), "an entry of images is 'a.png'"),
         (edit("images", "id", 3), "image id 3 occurs more than once"),
         (edit("images", "id", "7"), "an image has id '7', expected an integer"),
