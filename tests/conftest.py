@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("kdpipe", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("kdpipe")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,7 @@ from kdpipe.cache.files import file_record
 POOL = ThreadPoolExecutor(2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 9), max_size=8),
     st.sampled_from([(), (3,), (2, 2)]),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kdpipe.cache.codecs import crc32c, dequantize, encode_chunk, quantize
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 6), st.floats(1e-20, 1e20), st.integers(0, 1000))
 def test_quantisation_is_within_half_a_step(rois: int, channels: int, side: int, size: float, seed: int) -> None:
     x = torch.randn(rois, channels, side, side, generator=torch.Generator().manual_seed(seed)) * size

@@ -281,7 +281,7 @@ def test_a_shape_that_is_huge(victim: Victim) -> None:
             victim.restore(name)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_bytes_in_the_place_of_a_file(victim: Victim, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(victim.files))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SIZES = st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200), st.integers(0, 9)), max_size=30)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes=SIZES, part_size=st.integers(1, 300_000))
 def test_every_image_is_in_exactly_one_part(
     kit: "type[Kit]", sizes: list[tuple[int, int, int]], part_size: int

@@ -98,7 +98,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, ArrayReader
         return values, write(tmp_path_factory.mktemp("packed") / "a", values, "none", chunk_rows=16)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows(arrays: tuple[Block, list[ArrayReader]], data: st.DataObject) -> None:
     values, readers = arrays
@@ -109,7 +109,7 @@ def test_any_rows(arrays: tuple[Block, list[ArrayReader]], data: st.DataObject) 
         np.testing.assert_array_equal(read(array, numbers), values[numbers])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows_of_chunks_without_gaps(packed: tuple[Block, ArrayReader], data: st.DataObject) -> None:
     values, array = packed

@@ -89,7 +89,7 @@ def test_both_views(tmp_path: Path, kit: "type[Kit]", tier: str) -> None:
             check(kit.record(image, view, spec), cache.targets(image.image_id, view), spec)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 40), st.integers(30, 120), st.integers(30, 120)), min_size=1, max_size=6),
     tier=st.sampled_from(["roi", "pyramid"]),

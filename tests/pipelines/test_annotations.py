@@ -94,7 +94,7 @@ def stock_ap(dataset: Any, results: list[dict[str, Any]]) -> list[float]:
     return stats
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     annotations=st.lists(entries, max_size=12),
     seed=st.integers(0, 99),
@@ -266,7 +266,7 @@ places = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(place=places, value=anything)
 def test_any_value_in_any_place_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, place: tuple[str | None, str | None], value: Any

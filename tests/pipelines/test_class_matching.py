@@ -37,7 +37,7 @@ def _known(name: str) -> str:
     return name.lower().replace("_", " ") if name.lower().replace("_", " ") in NAMES else NAMES[0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(here=st.permutations(NAMES), model=st.permutations(NAMES), few=st.integers(1, 5), many=st.booleans())
 def test_labels_are_those_of_the_model(
     tmp_path_factory: pytest.TempPathFactory, here: list[str], model: list[str], few: int, many: bool

@@ -185,7 +185,7 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_used_and_noted(tmp_path: Path) -> N
         assert (found.pixels != wanted).any(axis=2).mean() < 0.02
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.05, 1), st.sampled_from([0, 2]), st.sampled_from([0, 1]), st.booleans())
 def test_lost_share_of_a_jpeg(kept: float, subsampling: int, restarts: int, padded: bool) -> None:
     """It is the share of the pixels that a tolerant decoder makes up."""

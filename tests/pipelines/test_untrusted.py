@@ -157,7 +157,7 @@ def test_no_place_is_left_out(hostile: Any, calls: list[object]) -> None:
     hostile=st.sampled_from([each for each in HOSTILE if isinstance(each, str)])
     | st.from_regex(r"\A\w{1,9}(\.\w{1,9}){1,5}\Z"),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_hostile_type_is_found_at_any_depth(
     section: str, way: list[Any], sequence: Any, key: str, hostile: str
 ) -> None:
