@@ -138,9 +138,7 @@ def dataset_kinds(dataset: Mapping[str, Any]) -> list[str]:
 
 def dropped_keys(dataset: Mapping[str, Any]) -> list[str]:
     """What a data set of a config says of itself that is not said of other images."""
-    while inner := _inner(dataset):
-        dataset = inner
-    return [key for key, value in dataset.items() if key not in (*_KEPT, *_REPLACED) and value is not None]
+    return [key for key, value in _read_from(dataset).items() if key not in (*_KEPT, *_REPLACED) and value is not None]
 
 
 def _kind(dataset: Mapping[str, Any]) -> Any:
@@ -163,9 +161,7 @@ def with_filter(config: Config) -> Config:
 def left_out_by(config: Config) -> dict[str, Any]:
     """Which images the training data set of a config leaves out, as mmdet's `filter_cfg`."""
     dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
-    while inner := _inner(dataset):
-        dataset = inner
-    found = dataset.get("filter_cfg", _FILTER) or {}
+    found = _read_from(dataset).get("filter_cfg", _FILTER) or {}
     return {"filter_empty_gt": found.get("filter_empty_gt", False), "min_size": found.get("min_size", 0)}
 
 
@@ -175,14 +171,20 @@ def _inner(dataset: Mapping[str, Any]) -> Any:
     return inner[0] if isinstance(inner, list | tuple) else inner
 
 
+def _read_from(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The data set that reads images: the one inside all wrappers, of several the first."""
+    while inner := _inner(dataset):
+        dataset = inner
+    return dataset
+
+
 def pipeline_of(dataset: Mapping[str, Any], place: str) -> list[Any]:
     """The pipeline of a data set that reads images, or of the one inside it.
 
     Raises:
         DataError: There is none.
     """
-    while inner := _inner(dataset):
-        dataset = inner
+    dataset = _read_from(dataset)
     if "pipeline" not in dataset:
         raise DataError(
             f"The config has no pipeline at {place}. Expected an mmdet 3.x detector config; name or start from one of "
