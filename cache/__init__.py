@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe.cache.errors import CacheError, KdpipeError
     from kdpipe.cache.plan import ImageInfo, plan_parts, raw_bytes
-    from kdpipe.cache.reader import TeacherCache, open_cache
-    from kdpipe.cache.schema import CacheSpec
-    from kdpipe.cache.targets import TeacherRecord, TeacherTargets
-    from kdpipe.cache.writer import CacheWriter
+    from kdpipe.cache.read.reader import TeacherCache, open_cache
+    from kdpipe.cache.records import TeacherRecord, TeacherTargets
+    from kdpipe.cache.spec import CacheSpec
+    from kdpipe.cache.write.writer import CacheWriter
 
 __all__ = [
     "CacheError",
@@ -28,10 +28,10 @@ __all__ = [
 _MODULES = {
     "errors": ("CacheError", "KdpipeError"),
     "plan": ("ImageInfo", "plan_parts", "raw_bytes"),
-    "reader": ("TeacherCache", "open_cache"),
-    "schema": ("CacheSpec",),
-    "targets": ("TeacherRecord", "TeacherTargets"),
-    "writer": ("CacheWriter",),
+    "read.reader": ("TeacherCache", "open_cache"),
+    "spec": ("CacheSpec",),
+    "records": ("TeacherRecord", "TeacherTargets"),
+    "write.writer": ("CacheWriter",),
 }
 
 

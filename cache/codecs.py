@@ -12,14 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from awscrt import checksums
 from numcodecs import blosc
-from torch import Tensor
 
 Block = npt.NDArray[Any]
 
-INT8_MAX = 127
 _COMPRESSORS = {"zstd": ("zstd", 1), "lz4": ("lz4", 5)}
 # The encoded order of blocks within a blosc chunk depends on threads: one thread, so that equal values are equal bytes.
 blosc.use_threads = False
@@ -28,38 +25,6 @@ CHECKSUM_BYTES = 4
 # Chunks of a shard begin at multiples of this: copied from the page cache to where another alignment of the cache line
 # is wanted, uncompressed ones take half as long again.
 CHUNK_ALIGNMENT = 64
-
-
-def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per channel: `values` is about `quantized * scale`, off by at most half a scale.
-
-    Args:
-        values: [..., C, H, W] float, any device; H and W are positive.
-
-    Returns:
-        [..., C, H, W] int8 within -127 .. 127, and [..., C] float32 scale = max|x| / 127. A channel of zeros has
-        scale 0 and values 0. A channel that is not finite has a scale that is not finite.
-    """
-    values = values.detach().float()
-    # Without a copy of the values, which is larger than all caches; abs: a zero has no sign.
-    largest, smallest = values.amax(dim=(-2, -1)), values.amin(dim=(-2, -1))
-    scale = torch.maximum(largest, -smallest).abs() / INT8_MAX
-    steps = values / torch.where(scale > 0, scale, 1.0)[..., None, None]
-    return steps.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
-
-
-def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The float values of `quantize`'s result, on the device of `values`.
-
-    Args:
-        values: [..., C, H, W] int8.
-        scale: [..., C] float32.
-        dtype: of the result; the product is taken in float32.
-
-    Returns:
-        [..., C, H, W] of `dtype`.
-    """
-    return values.float().mul_(scale.to(values.device)[..., None, None]).to(dtype)
 
 
 def crc32c(data: Any) -> bytes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.fingerprint import digest_json
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.identity import digest_json
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import ViewError, input_size
 
 # mmdet pads a network input to a multiple of this.

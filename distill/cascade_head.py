@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.cache.records import decode_deltas, encode_boxes
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.semantic import SEMANTIC_BRANCH, SemanticBranch
 from kdpipe.distill.shared_stage import SHARED_STAGE, SharedStageHead

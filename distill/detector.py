@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.cascade_head import CascadeHead, frozen_head
 from kdpipe.distill.ckd import CKD, exclude_pairs
 from kdpipe.distill.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
 METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg", HEAD_TRANSFER)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.teacher_head import TeacherHeadError, moved_to, parameters_of

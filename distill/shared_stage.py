@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.numeric import check_shape, no_autocast
 from kdpipe.distill.targets import HeadOutputs
 from kdpipe.distill.teacher_head import TeacherHead, TeacherHeadError, moved_to, parameters_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.reader import TeacherCache, open_cache
+from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.targets import BatchRois, RoiTargets

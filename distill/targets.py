@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.reader import TeacherCache
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TeacherTargets
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.records import TeacherTargets
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.rois import assign_levels, sample_rois

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.numeric import check_shape, no_autocast
 from kdpipe.distill.targets import HeadOutputs
 

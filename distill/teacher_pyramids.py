@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import dequantize
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.quantize import dequantize
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.rois import roi_align_assigned
 
 # Of an image: per level Tensor[C, h_l, w_l] in storage type, or None where no RoI needs it; scale Tensor[L, C] of int8.

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import dequantize
-from kdpipe.cache.reader import TeacherCache
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.quantize import dequantize
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast

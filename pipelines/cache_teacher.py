@@ -13,12 +13,12 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 
-from kdpipe.cache.fingerprint import digest_tensors
-from kdpipe.cache.part_writer import PartWriter
+from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.plan import ImageInfo, raw_bytes
-from kdpipe.cache.reader import open_cache
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.writer import CacheWriter, check_resumable
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.write.part_writer import PartWriter
+from kdpipe.cache.write.writer import CacheWriter, check_resumable
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.commits import Commits
 from kdpipe.pipelines.console import ProgressBar, bytes_text

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.views import map_boxes
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.console import ProgressBar, silent_stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from kdpipe.cache.schema import CODECS, DTYPES, TIERS, VIEWS
+from kdpipe.cache.spec import CODECS, DTYPES, TIERS, VIEWS
 from kdpipe.pipelines.cli_options import (
     COUNT,
     IMAGE_ID,

@@ -95,7 +95,7 @@ def train_student_command(
     Images and annotations are those that the cache names; --ann-file and --img-dir, or --voc, say where they moved.
     With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
-    from kdpipe.cache.reader import open_cache
+    from kdpipe.cache.read.reader import open_cache
     from kdpipe.distill.methods import expand_methods
     from kdpipe.pipelines.configs import find_config
     from kdpipe.pipelines.live_teacher import online_teacher

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.fingerprint import digest_json
+from kdpipe.cache.identity import digest_json
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.annotations import Annotations, LeftOut
 from kdpipe.pipelines.coco import CocoFile, read_coco

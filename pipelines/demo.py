@@ -12,7 +12,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import digest_json
+from kdpipe.cache.identity import digest_json
 
 __all__ = ["Journal", "Outcome"]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache.encode import encode_record
-from kdpipe.cache.estimate import compression, disk_bytes
 from kdpipe.cache.plan import ImageInfo, raw_bytes
-from kdpipe.cache.schema import DTYPES, TIERS, CacheSpec
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import DTYPES, TIERS, CacheSpec
+from kdpipe.cache.write.encode import encode_record
+from kdpipe.cache.write.estimate import compression, disk_bytes
 from kdpipe.pipelines.console import bytes_text
 from kdpipe.pipelines.datasets import DataError, DetectionData, ImageError
 from kdpipe.pipelines.images import load_picture

@@ -12,7 +12,7 @@ from mmdet.structures.bbox import bbox2roi
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.distill.rois import roi_align_assigned
 from kdpipe.distill.targets import HeadOutputs
 

@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.targets import decode_deltas
+from kdpipe.cache.records import decode_deltas
 from kdpipe.pipelines.config_types import resolve_type
 from kdpipe.pipelines.families import stages
 

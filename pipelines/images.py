@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import digest_file
+from kdpipe.cache.identity import digest_file
 from kdpipe.cache.views import ViewError, input_size
 from kdpipe.pipelines.decoding import DEFAULT, Decoding
 from kdpipe.pipelines.image_headers import read_header

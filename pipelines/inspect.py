@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kdpipe.cache.check import check_sizes, part_folder, read_part_record, read_record
-from kdpipe.cache.chunks import Layout, read_layout
-from kdpipe.cache.files import explained
-from kdpipe.cache.reader import TeacherCache, open_cache
-from kdpipe.cache.root import read_root
-from kdpipe.cache.schema import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
-from kdpipe.cache.targets import TeacherTargets
+from kdpipe.cache.format.record import check_sizes, part_folder, read_part_record, read_record
+from kdpipe.cache.format.root import read_root
+from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.cache.records import TeacherTargets
+from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
+from kdpipe.cache.store.files import explained
+from kdpipe.cache.verify.chunks import Layout, read_layout
 from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.console import bytes_text, plain
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.fingerprint import difference, digest_tensors
-from kdpipe.cache.reader import TeacherCache
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TeacherRecord, TeacherTargets
+from kdpipe.cache.identity import difference, digest_tensors
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.records import TeacherRecord, TeacherTargets
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.console import ProgressBar
 from kdpipe.pipelines.datasets import DetectionData, read_image

@@ -11,8 +11,8 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from kdpipe.cache.fingerprint import digest_tensors
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.identity import digest_tensors
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.rois import sample_rois
 from kdpipe.distill.targets import BatchRois, RoiTargets

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.schema import VIEWS, CacheSpec
+from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.views import mirror_deltas, mirror_features
 from kdpipe.pipelines.datasets import DetectionData, ImageError
 from kdpipe.pipelines.images import load_picture

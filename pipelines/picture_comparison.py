@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.reader import TeacherCache, open_cache
+from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.pipelines.console import ProgressBar, plain
 from kdpipe.pipelines.images import ImageError, image_digest
 

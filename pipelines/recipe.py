@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import difference
+from kdpipe.cache.identity import difference
 from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.datasets import DetectionData
 

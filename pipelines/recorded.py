@@ -8,8 +8,8 @@ from typing import Any
 from mmengine.config import Config
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.fingerprint import difference
-from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.identity import difference
+from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.configs import config_from_file, find_config, for_inference
 from kdpipe.pipelines.datasets import DetectionData

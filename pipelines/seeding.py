@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from torch.utils.data import Sampler
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.checked_dataset import read_item
 from kdpipe.pipelines.picture_comparison import compare_picture
 

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.datasets import DetectionData, load_coco, load_voc
 from kdpipe.pipelines.layouts import dataset_paths
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from mmengine.config import Config, ConfigDict
 from rich.console import Console
 
-from kdpipe.cache.reader import TeacherCache
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
 from kdpipe.distill.source import check_serves_student_rois
 from kdpipe.distill.teacher_head import TeacherHeadError

@@ -12,8 +12,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import Tensor
 
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
 from kdpipe.distill.targets import HeadOutputs
 from kdpipe.pipelines.building import building

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
-from kdpipe.cache.encode import encode_record
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import digest_json
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.identity import digest_json
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.datasets import DetectionData

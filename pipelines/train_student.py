@@ -9,8 +9,8 @@ from mmengine.config import Config, ConfigDict
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.fingerprint import difference
-from kdpipe.cache.reader import TeacherCache
+from kdpipe.cache.identity import difference
+from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
 from kdpipe.distill.source import CachedTeacher

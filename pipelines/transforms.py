@@ -11,7 +11,7 @@ from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets, read_roi_targets
 from kdpipe.distill.teacher_view import TeacherView, read_teacher_view
 from kdpipe.pipelines.images import ImageError

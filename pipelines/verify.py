@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.reader import open_cache
-from kdpipe.cache.root import read_root
-from kdpipe.cache.verify import Fault, Verification, remove_faults, verify_cache
+from kdpipe.cache.format.root import read_root
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.verify.verification import Fault, Verification, remove_faults, verify_cache
 from kdpipe.pipelines.console import ProgressBar, bytes_text, plain
 
 __all__ = ["check_ckpt", "verify_files", "verify_teacher"]

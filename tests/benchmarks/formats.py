@@ -28,9 +28,9 @@ from torch import Tensor
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherCache, TeacherRecord, TeacherTargets, open_cache
-from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.codecs import encode_chunk
-from kdpipe.cache.schema import CODECS, DTYPES
+from kdpipe.cache.read.buffers import Buffers
+from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.ckd import ckd_loss, exclude_pairs
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss

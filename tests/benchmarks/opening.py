@@ -23,14 +23,14 @@ import click
 import numpy as np
 
 from kdpipe.cache import CacheSpec, ImageInfo
-from kdpipe.cache.arrays import ArrayWriter
-from kdpipe.cache.check import part_folder, write_record
 from kdpipe.cache.codecs import Block
-from kdpipe.cache.encode import index_columns
-from kdpipe.cache.files import FileRecord
+from kdpipe.cache.format.record import part_folder, write_record
+from kdpipe.cache.format.root import create_root, read_root
 from kdpipe.cache.plan import level_shapes, plan_parts, raw_bytes
-from kdpipe.cache.root import create_root, read_root
-from kdpipe.cache.schema import TIERS
+from kdpipe.cache.spec import TIERS
+from kdpipe.cache.store.files import FileRecord
+from kdpipe.cache.write.arrays import ArrayWriter
+from kdpipe.cache.write.encode import index_columns
 
 # Images as they are in COCO: 640 x 480, with 7 boxes, at 1333 x 800.
 HEIGHT, WIDTH, BOXES = 480, 640, 7

@@ -28,8 +28,8 @@ import torch
 from awscrt import checksums
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, open_cache
-from kdpipe.cache.buffers import Buffers
 from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.read.buffers import Buffers
 
 ROI_FIELDS = ("boxes", "logits", "deltas", "embeddings")
 FIELDS = ("features", "scale", *ROI_FIELDS)

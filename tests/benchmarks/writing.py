@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, raw_bytes
-from kdpipe.cache.schema import CODECS, DTYPES
+from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import input_size
 from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import arrays
-from kdpipe.cache.arrays import ArrayWriter, rows_per_chunk, write_array
-from kdpipe.cache.files import file_record
+from kdpipe.cache.store.files import file_record
+from kdpipe.cache.write.arrays import ArrayWriter, rows_per_chunk, write_array
 
 POOL = ThreadPoolExecutor(2)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kdpipe.cache import TeacherTargets, array_reader, open_cache
-from kdpipe.cache.buffers import Buffers
+from kdpipe.cache.read.buffers import Buffers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,7 +135,7 @@ def test_what_is_free_has_a_limit() -> None:
 AT_EXIT = """
 import sys, types
 import torch
-from kdpipe.cache.buffers import Buffers
+from kdpipe.cache.read.buffers import Buffers
 kept = [Buffers().take(1 << 20)]
 kept.append(kept)
 early = torch.from_numpy(Buffers().take(1 << 20))

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe.cache.codecs import crc32c, dequantize, encode_chunk, quantize
+from kdpipe.cache.codecs import crc32c, encode_chunk
+from kdpipe.cache.quantize import dequantize, quantize
 
 
 @settings(max_examples=50)

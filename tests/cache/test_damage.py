@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.check import read_record, write_record
-from kdpipe.cache.verify import remove_faults, verify_cache
+from kdpipe.cache.format.record import read_record, write_record
+from kdpipe.cache.verify.verification import remove_faults, verify_cache
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

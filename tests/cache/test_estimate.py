@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kdpipe.cache.estimate import compression, disk_bytes
 from kdpipe.cache.plan import raw_bytes
-from kdpipe.cache.schema import CODECS, DTYPES
+from kdpipe.cache.spec import CODECS, DTYPES
+from kdpipe.cache.write.estimate import compression, disk_bytes
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError
-from kdpipe.cache.fingerprint import difference, digest_json, digest_tensors
+from kdpipe.cache.identity import difference, digest_json, digest_tensors
 
 
 def test_tensor_digest_ignores_order_and_strides() -> None:

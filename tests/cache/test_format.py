@@ -18,9 +18,9 @@ import zarr
 
 from kdpipe.cache import CacheSpec, ImageInfo, TeacherRecord, open_cache
 from kdpipe.cache.codecs import crc32c
+from kdpipe.cache.format.root import read_root
 from kdpipe.cache.plan import level_shapes
-from kdpipe.cache.root import read_root
-from kdpipe.cache.schema import CODECS, DTYPES
+from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import input_size
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def same(found: Any, wanted: Any) -> None:
 def test_bytes_do_not_depend_on_threads(tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch) -> None:
     trees = []
     for threads in (1, 3):
-        monkeypatch.setattr("kdpipe.cache.part_writer._ENCODERS", threads)
+        monkeypatch.setattr("kdpipe.cache.write.part_writer._ENCODERS", threads)
         trees.append(kit.tree(make(tmp_path / str(threads), kit, "pyramid", "float32", "zstd")))
     assert trees[0] == trees[1]
 

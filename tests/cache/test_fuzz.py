@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, TeacherCache, open_cache
-from kdpipe.cache.check import check_digests, check_metadata, read_record
-from kdpipe.cache.root import read_root
-from kdpipe.cache.verify import Verification, remove_faults, verify_cache
+from kdpipe.cache.format.record import check_digests, check_metadata, read_record
+from kdpipe.cache.format.root import read_root
+from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

@@ -68,7 +68,7 @@ def test_what_the_system_says_is_passed_on(cache_path: Path, monkeypatch: pytest
         raise OSError(number, os.strerror(number), str(args[0]))
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    monkeypatch.setattr("kdpipe.cache.array_reader.os.open", fail)
+    monkeypatch.setattr("kdpipe.cache.read.array_reader.os.open", fail)
     for cache in (first, second):
         with pytest.raises(CacheError) as caught:
             cache.targets(1000)

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, read_array
-from kdpipe.cache.arrays import ArrayWriter, write_array
-from kdpipe.cache.chunks import check_file, read_layout
 from kdpipe.cache.codecs import Block, crc32c, node_json
+from kdpipe.cache.read.array_reader import ArrayReader, Readers, Rows, read_array
+from kdpipe.cache.verify.chunks import check_file, read_layout
+from kdpipe.cache.write.arrays import ArrayWriter, write_array
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -69,7 +69,7 @@ def test_all_arrays_are_as_zarr_reads_them(tmp_path: Path, kit: "type[Kit]", tie
 @pytest.mark.parametrize("shape", [(), (0, 3), (3,), (7, 2, 5)])
 @pytest.mark.parametrize("dtype", ["int8", "float32", "int64"])
 def test_whole_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: str) -> None:
-    monkeypatch.setattr("kdpipe.cache.arrays._FILE_BYTES", 100)
+    monkeypatch.setattr("kdpipe.cache.write.arrays._FILE_BYTES", 100)
     values = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
     for codec in CODECS:
         write_array(tmp_path / codec, values, codec)
@@ -83,7 +83,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, list[ArrayR
     """50 rows in chunks of 4, by all codecs, in shards of 3 chunks."""
     values = np.random.default_rng(0).integers(-9, 9, (50, 3, 2)).astype(np.float16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdpipe.cache.arrays.SHARD_CHUNKS", 3)
+        patch.setattr("kdpipe.cache.write.arrays.SHARD_CHUNKS", 3)
         patch.setattr("os.fsync", lambda handle: None)
         return values, [write(tmp_path_factory.mktemp("a") / codec, values, codec, chunk_rows=4) for codec in CODECS]
 
@@ -93,7 +93,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Block, ArrayReader
     """300 rows of which 16 are a chunk of 192 bytes, in shards of 8 chunks."""
     values = np.random.default_rng(0).integers(-9, 9, (300, 3, 2)).astype(np.float16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdpipe.cache.arrays.SHARD_CHUNKS", 8)
+        patch.setattr("kdpipe.cache.write.arrays.SHARD_CHUNKS", 8)
         patch.setattr("os.fsync", lambda handle: None)
         return values, write(tmp_path_factory.mktemp("packed") / "a", values, "none", chunk_rows=16)
 
@@ -116,7 +116,7 @@ def test_any_rows_of_chunks_without_gaps(packed: tuple[Block, ArrayReader], data
     start, stop = sorted(data.draw(st.tuples(st.integers(0, 300), st.integers(0, 300))))
     numbers = np.array(data.draw(st.lists(st.integers(0, 299), max_size=8)), dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", data.draw(st.sampled_from([1, 400, 1 << 20])))
+        patch.setattr("kdpipe.cache.read.array_reader._LEAST_RUN_BYTES", data.draw(st.sampled_from([1, 400, 1 << 20])))
         np.testing.assert_array_equal(read(array, range(start, stop)), values[start:stop])
         np.testing.assert_array_equal(read(array, numbers), values[numbers])
 
@@ -130,7 +130,7 @@ def test_rows_that_are_not_there(arrays: tuple[Block, list[ArrayReader]]) -> Non
 def test_many_threads_read_the_same(
     tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    monkeypatch.setattr("kdpipe.cache.array_reader._LEAST_RUN_BYTES", 1)  # as many runs as threads
+    monkeypatch.setattr("kdpipe.cache.read.array_reader._LEAST_RUN_BYTES", 1)  # as many runs as threads
     array = write(tmp_path / "a", np.arange(3000, dtype=np.float32), codec, chunk_rows=16)
     for threads in (1, 2, 5):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)

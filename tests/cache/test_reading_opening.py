@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.check import part_folder, read_part_record, read_skipped
-from kdpipe.cache.root import read_root
+from kdpipe.cache.format.record import part_folder, read_part_record, read_skipped
+from kdpipe.cache.format.root import read_root
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

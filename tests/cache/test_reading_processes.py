@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 
-# Of a spec whose images take memory of `kdpipe.cache.buffers`, a quarter of a megabyte each.
+# Of a spec whose images take memory of `kdpipe.cache.read.buffers`, a quarter of a megabyte each.
 LARGE = {"channels": 1024, "dtype": "float16", "codec": "none"}
 
 LOADERS = """

@@ -285,8 +285,8 @@ def test_forked_after_the_parent_has_read(cache_path: Path) -> None:
 def test_many_parts_with_few_kept_in_memory(
     tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, rows: int, parts: int
 ) -> None:
-    monkeypatch.setattr("kdpipe.cache.reader._MAX_INDEX_ROWS", rows)
-    monkeypatch.setattr("kdpipe.cache.reader._MAX_PARTS", parts)
+    monkeypatch.setattr("kdpipe.cache.read.reader._MAX_INDEX_ROWS", rows)
+    monkeypatch.setattr("kdpipe.cache.read.reader._MAX_PARTS", parts)
     spec = kit.spec()
     images = kit.images(9)
     writer = kit.writer(tmp_path / "x.zarr", spec, images, part_size=1)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kdpipe.cache import CacheError, CacheSpec
-from kdpipe.cache.schema import DTYPES, FORMAT_VERSION, TIERS
+from kdpipe.cache.spec import DTYPES, FORMAT_VERSION, TIERS
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError, CacheSpec, TeacherTargets
-from kdpipe.cache.targets import decode_deltas, encode_boxes
+from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.views import view_matrix
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError, CacheSpec
-from kdpipe.cache.check import read_record, write_record
 from kdpipe.cache.codecs import encode_chunk
-from kdpipe.cache.files import file_record, temporary_folder
-from kdpipe.cache.verify import Verification, remove_faults, verify_cache
+from kdpipe.cache.format.record import read_record, write_record
+from kdpipe.cache.store.files import file_record, temporary_folder
+from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError, ImageInfo, open_cache
-from kdpipe.cache.check import check_digests, read_record
-from kdpipe.cache.files import temporary_folder
+from kdpipe.cache.format.record import check_digests, read_record
+from kdpipe.cache.store.files import temporary_folder
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -360,7 +360,7 @@ def test_errors_of_the_thread_surface_in_the_next_add(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kdpipe.cache.part_writer._PartFiles.append", fail)
+    monkeypatch.setattr("kdpipe.cache.write.part_writer._PartFiles.append", fail)
     added = 0
     with pytest.raises(CacheError, match="is full"), writer.part(0) as part:
         for image in images:

@@ -11,7 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.teacher_view import TeacherView
 from kdpipe.pipelines.configs import find_config
 

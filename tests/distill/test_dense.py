@@ -14,7 +14,7 @@ from mmdet.utils import register_all_modules
 from torch import Tensor
 from torchvision.ops import box_iou, roi_align
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill import rois
 from kdpipe.distill.ckd import ckd_loss, exclude_pairs
 from kdpipe.distill.dense import CKD_BRANCHES, DenseLoss, DenseStudent

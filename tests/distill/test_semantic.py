@@ -10,7 +10,7 @@ from mmdet.utils import register_all_modules
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.semantic import SemanticBranch
 from kdpipe.distill.teacher_head import TeacherHeadError
 

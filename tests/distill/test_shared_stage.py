@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from torch import Tensor
 
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.numeric import LossInputError
 from kdpipe.distill.shared_stage import SharedStageHead

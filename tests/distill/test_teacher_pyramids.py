@@ -8,8 +8,8 @@ import torch
 from mmcv.ops import roi_align
 from torch import Tensor
 
-from kdpipe.cache.codecs import dequantize, quantize
-from kdpipe.cache.targets import TeacherTargets
+from kdpipe.cache.quantize import dequantize, quantize
+from kdpipe.cache.records import TeacherTargets
 from kdpipe.distill.targets import RoiTargets, teacher_roi_features
 from kdpipe.distill.teacher_pyramids import StoredPyramid, TeacherPyramids
 

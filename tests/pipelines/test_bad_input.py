@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit

@@ -15,8 +15,8 @@ from mmdet.models.layers import multiclass_nms
 from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 
-from kdpipe.cache.reader import open_cache
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.records import TeacherRecord
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.datasets import load_coco, read_image
 from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config

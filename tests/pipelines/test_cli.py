@@ -109,7 +109,7 @@ def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: py
     def fail(path: Path, allow_partial: bool) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("kdpipe.cache.reader.open_cache", fail)
+    monkeypatch.setattr("kdpipe.cache.read.reader.open_cache", fail)
     ended = kit.run("train-student", "--cache", "x.zarr", code=3)
     assert ended.err.splitlines() == ["Internal error: ZeroDivisionError: by zero", "kdpipe --debug ... shows where."]
     with pytest.raises(ZeroDivisionError):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.credentials import masked
 
 if TYPE_CHECKING:

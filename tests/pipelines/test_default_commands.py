@@ -13,7 +13,7 @@ import torchvision
 from mmdet.datasets import CocoDataset
 from mmengine.runner.checkpoint import get_torchvision_models
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.training_config import SCHEDULES
 
 if TYPE_CHECKING:

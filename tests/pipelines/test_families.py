@@ -12,8 +12,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torchvision.ops import roi_align
 
-from kdpipe.cache.reader import open_cache
-from kdpipe.cache.targets import decode_deltas
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.records import decode_deltas
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.source import check_serves_student_rois

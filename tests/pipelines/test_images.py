@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
-from kdpipe.cache.fingerprint import digest_file
+from kdpipe.cache.identity import digest_file
 from kdpipe.pipelines.images import (
     ImageError,
     check_picture,

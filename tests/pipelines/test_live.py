@@ -13,7 +13,7 @@ from mmengine.dataset import pseudo_collate
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.rois import roi_align_levels

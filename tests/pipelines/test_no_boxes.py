@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.cascade_head import frozen_head
 from kdpipe.distill.source import check_serves_student_rois
 from kdpipe.distill.targets import BatchRois

@@ -8,7 +8,7 @@ import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit

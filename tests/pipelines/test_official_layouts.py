@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.shapes import CLASS_NAMES
 

@@ -93,7 +93,7 @@ def test_what_the_machine_refuses_is_no_fault_of_kdpipe(
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("kdpipe.cache.reader.open_cache", fail)
+    monkeypatch.setattr("kdpipe.cache.read.reader.open_cache", fail)
     assert said in kit.refused("train-student", "--cache", "x.zarr")
 
 

@@ -9,10 +9,10 @@ from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from kdpipe.cache.reader import TeacherCache, open_cache
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
-from kdpipe.cache.writer import CacheWriter
+from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.distill.targets import RoiTargets, read_roi_targets, teacher_roi_features
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image

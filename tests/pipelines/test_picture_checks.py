@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from kdpipe.cache.codecs import quantize
+from kdpipe.cache.quantize import quantize
 from kdpipe.pipelines import live
 from kdpipe.pipelines.datasets import DetectionData, load_coco
 from kdpipe.pipelines.images import ImageError, read_image

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.ranks import Ranks
 
 if TYPE_CHECKING:

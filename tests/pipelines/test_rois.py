@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kdpipe.cache.reader import TeacherCache, open_cache
+from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.distill.source import check_serves_student_rois
 from kdpipe.distill.teacher_head import TeacherHeadError
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kdpipe.cache.arrays import ArrayWriter
-from kdpipe.cache.reader import open_cache
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.write.arrays import ArrayWriter
 from kdpipe.pipelines.teacher import Teacher
 from kdpipe.pipelines.teacher_setup import TRIAL
 
@@ -140,7 +140,9 @@ def test_a_permission_is_lost(
             committed = check_stopped_with_leftovers(kit, out)
     finally:
         subprocess.run(["umount", out / "parts"], check=True)
-    monkeypatch.setattr("kdpipe.cache.files._TOKEN", "00000000")  # as in another process, which removes what is left
+    monkeypatch.setattr(
+        "kdpipe.cache.store.files._TOKEN", "00000000"
+    )  # as in another process, which removes what is left
     check_finished(kit, out, undisturbed, committed)
 
 
@@ -161,7 +163,7 @@ def check_stopped_with_leftovers(kit: "Kit", out: Path) -> dict[str, Any]:
         (RuntimeError("no thread can be started"), 3, "Internal error: RuntimeError: no thread can be started"),
     ],
 )
-@pytest.mark.parametrize("place", ["kdpipe.cache.arrays.encode_chunk", "append"])
+@pytest.mark.parametrize("place", ["kdpipe.cache.write.arrays.encode_chunk", "append"])
 def test_a_thread_of_the_writer_dies(
     kit: "Kit",
     work: Path,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdpipe.cache.reader import open_cache
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.cached_ap import cached_ap
 from kdpipe.pipelines.evaluate import evaluate
 from kdpipe.pipelines.recorded import recorded_config, recorded_data

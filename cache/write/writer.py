@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdpipe.cache.arrays import write_array
-from kdpipe.cache.check import check_sizes, part_folder, read_part_record, read_record, write_record
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import FileRecord, discard, explained, publish, remove_stale, temporary_folder
-from kdpipe.cache.fingerprint import canonical_json, difference
-from kdpipe.cache.part_writer import PartWriter
+from kdpipe.cache.format.record import check_sizes, part_folder, read_part_record, read_record, write_record
+from kdpipe.cache.format.root import create_root, describe_plan, digest_root, read_root
+from kdpipe.cache.identity import canonical_json, difference
 from kdpipe.cache.plan import ImageInfo, plan_parts
-from kdpipe.cache.root import create_root, describe_plan, digest_root, read_root
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.store.files import FileRecord, discard, explained, publish, remove_stale, temporary_folder
+from kdpipe.cache.write.arrays import write_array
+from kdpipe.cache.write.part_writer import PartWriter
 
 
 class CacheWriter:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from kdpipe.cache.check import check_digests, part_folder, read_part_record, read_record
-from kdpipe.cache.chunks import check_file, read_layout
 from kdpipe.cache.codecs import Block
-from kdpipe.cache.fault import Fault
-from kdpipe.cache.files import discard, explained, temporary_state
-from kdpipe.cache.root import Root, read_root
-from kdpipe.cache.verify_part import Task, check_part, stray_files
+from kdpipe.cache.format.record import check_digests, part_folder, read_part_record, read_record
+from kdpipe.cache.format.root import Root, read_root
+from kdpipe.cache.store.files import discard, explained, temporary_state
+from kdpipe.cache.verify.chunks import check_file, read_layout
+from kdpipe.cache.verify.fault import Fault
+from kdpipe.cache.verify.part import Task, check_part, stray_files
 
 __all__ = ["Fault", "Verification", "remove_faults", "verify_cache"]
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import dequantize
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.schema import CacheSpec
+from kdpipe.cache.quantize import dequantize
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes
 
 # mmdet's DeltaXYWHBBoxCoder: boxes grow or shrink at most by this factor.

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.check import check_metadata, part_folder
-from kdpipe.cache.chunks import Found, Layout, Look, Tick, check_file, read_layout
 from kdpipe.cache.codecs import Block
-from kdpipe.cache.encode import index_columns
-from kdpipe.cache.fault import Fault
-from kdpipe.cache.part_writer import array_layout
-from kdpipe.cache.schema import VIEWS, CacheSpec
+from kdpipe.cache.format.record import check_metadata, part_folder
+from kdpipe.cache.spec import VIEWS, CacheSpec
+from kdpipe.cache.verify.chunks import Found, Layout, Look, Tick, check_file, read_layout
+from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.views import ViewError, input_size
+from kdpipe.cache.write.encode import index_columns
+from kdpipe.cache.write.part_writer import array_layout
 
 # Boxes are mapped to the network input and back in float32: so many pixels beyond the image are rounding.
 _BOX_TOLERANCE = 0.01

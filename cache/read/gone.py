@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kdpipe.cache.check import part_folder
 from kdpipe.cache.errors import CacheError
+from kdpipe.cache.format.record import part_folder
 
 _ADVICE = "A training goes on with --resume from what it saved"
 

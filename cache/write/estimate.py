@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from kdpipe.cache.codecs import Block, encode_chunk
-from kdpipe.cache.encode import encode_record
-from kdpipe.cache.part_writer import array_layout
 from kdpipe.cache.plan import ImageInfo, raw_bytes
-from kdpipe.cache.schema import FIELD_OF_ARRAY, CacheSpec
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import FIELD_OF_ARRAY, CacheSpec
+from kdpipe.cache.write.encode import encode_record
+from kdpipe.cache.write.part_writer import array_layout
 
 
 def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, float]:

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.array_reader import ArrayReader, Readers, Rows, Run
-from kdpipe.cache.check import check_metadata
 from kdpipe.cache.codecs import Block
-from kdpipe.cache.encode import index_columns
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.gone import gone_error, unreadable_error
-from kdpipe.cache.schema import VIEWS, CacheSpec
-from kdpipe.cache.targets import TargetIndex
+from kdpipe.cache.format.record import check_metadata
+from kdpipe.cache.read.array_reader import ArrayReader, Readers, Rows, Run
+from kdpipe.cache.read.gone import gone_error, unreadable_error
+from kdpipe.cache.records import TargetIndex
+from kdpipe.cache.spec import VIEWS, CacheSpec
+from kdpipe.cache.write.encode import index_columns
 
 
 class PartReader:

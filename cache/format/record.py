@@ -14,7 +14,7 @@ from typing import Any
 
 from kdpipe.cache.codecs import group_metadata
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import FileRecord, file_record, write_file
+from kdpipe.cache.store.files import FileRecord, file_record, write_file
 
 _BLOCK = 1 << 20
 # A record begins with the sha256 of its file, taken with zeros in that place.

@@ -13,15 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.array_reader import Readers, read_array
-from kdpipe.cache.check import check_digests, part_folder, read_part_record, read_skipped, require_group
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import explained
-from kdpipe.cache.gone import gone_error, unreadable_error
-from kdpipe.cache.part_reader import PartReader
-from kdpipe.cache.root import Root, read_root
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TargetIndex, TeacherTargets
+from kdpipe.cache.format.record import check_digests, part_folder, read_part_record, read_skipped, require_group
+from kdpipe.cache.format.root import Root, read_root
+from kdpipe.cache.read.array_reader import Readers, read_array
+from kdpipe.cache.read.gone import gone_error, unreadable_error
+from kdpipe.cache.read.part_reader import PartReader
+from kdpipe.cache.records import TargetIndex, TeacherTargets
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.store.files import explained
 from kdpipe.cache.views import view_matrix
 
 # Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kdpipe.cache.codecs import Block, array_metadata, checksum_follows, chunk_gap, crc32c, encode_chunk
-from kdpipe.cache.files import FileRecord, write_file
+from kdpipe.cache.store.files import FileRecord, write_file
 
 SHARD_CHUNKS = 2048
 _ABSENT = 2**64 - 1

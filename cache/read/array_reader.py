@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdpipe.cache.arrays import shard_name
-from kdpipe.cache.buffers import Buffers
-from kdpipe.cache.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
 from kdpipe.cache.codecs import CHECKSUM_BYTES, Block, chunk_gap, stored_sizes
-from kdpipe.cache.stored import RawChunks, StoredChunk
+from kdpipe.cache.read.buffers import Buffers
+from kdpipe.cache.read.stored import RawChunks, StoredChunk
+from kdpipe.cache.verify.chunks import INDEX_ENTRY_BYTES, Layout, parse_shard_index, read_layout
+from kdpipe.cache.write.arrays import shard_name
 
 _MAX_THREADS = 8
 # Uncompressed chunks that are read in one go: a thread each for less is slower, since threads wait for each other

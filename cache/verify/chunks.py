@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.arrays import SHARD_CHUNKS, shard_name
-from kdpipe.cache.check import check_size
 from kdpipe.cache.codecs import (
     CHECKSUM_BYTES,
     CHUNK_ALIGNMENT,
@@ -23,6 +21,8 @@ from kdpipe.cache.codecs import (
     crc32c,
     decompress,
 )
+from kdpipe.cache.format.record import check_size
+from kdpipe.cache.write.arrays import SHARD_CHUNKS, shard_name
 
 _BLOCK = 1 << 20
 INDEX_ENTRY_BYTES = 16

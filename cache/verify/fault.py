@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.cache.check import part_folder
+from kdpipe.cache.format.record import part_folder
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import Block, quantize
+from kdpipe.cache.codecs import Block
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.schema import VIEWS, CacheSpec
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.quantize import quantize
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import VIEWS, CacheSpec
 
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.array_reader import read_array
-from kdpipe.cache.arrays import write_array
-from kdpipe.cache.check import check_digests, parse_record, write_record
 from kdpipe.cache.codecs import group_metadata
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import FileRecord, publish, temporary_folder, write_file
-from kdpipe.cache.fingerprint import digest_json
+from kdpipe.cache.format.record import check_digests, parse_record, write_record
+from kdpipe.cache.identity import digest_json
 from kdpipe.cache.plan import ImageInfo, digest_images
-from kdpipe.cache.schema import CacheSpec, check_version
+from kdpipe.cache.read.array_reader import read_array
+from kdpipe.cache.spec import CacheSpec, check_version
+from kdpipe.cache.store.files import FileRecord, publish, temporary_folder, write_file
+from kdpipe.cache.write.arrays import write_array
 
 _ARRAYS = ("image_ids", "part_starts")
 _CODEC = "zstd"  # of these arrays

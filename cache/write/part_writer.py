@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from kdpipe.cache.arrays import ArrayWriter, rows_per_chunk
-from kdpipe.cache.check import check_sizes, part_folder, read_part_record, write_record
-from kdpipe.cache.encode import EncodedRecord, encode_record, index_columns
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.files import FileRecord, discard, explained, publish, temporary_folder
+from kdpipe.cache.format.record import check_sizes, part_folder, read_part_record, write_record
 from kdpipe.cache.plan import ImageInfo, level_shapes
-from kdpipe.cache.schema import CacheSpec
-from kdpipe.cache.targets import TeacherRecord
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.store.files import FileRecord, discard, explained, publish, temporary_folder
+from kdpipe.cache.write.arrays import ArrayWriter, rows_per_chunk
+from kdpipe.cache.write.encode import EncodedRecord, encode_record, index_columns
 
 # Elements per chunk of features: at most and at least, and so many chunks per image in between.
 _MOST_ELEMENTS, _FEWEST_ELEMENTS, _CHUNKS_PER_IMAGE = 1 << 20, 1 << 14, 8

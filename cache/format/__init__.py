@@ -1,0 +1,1 @@
+"""What a cache looks like: arrays, commit records, root."""

@@ -1,0 +1,1 @@
+"""Where a cache lies: a folder with locks and renames."""

@@ -1,0 +1,1 @@
+"""Whether everything in a cache is as it was written."""

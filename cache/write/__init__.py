@@ -1,0 +1,1 @@
+"""From what the teacher says to committed parts."""
