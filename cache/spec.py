@@ -152,8 +152,26 @@ class CacheSpec:
             return "float32"
         return self.dtype if field in ("features", "roi_features") else "float16"
 
-    def row_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape of one row and storage type of each array that has one row per RoI."""
+    @property
+    def is_quantized(self) -> bool:
+        """Whether features are stored as whole numbers with a scale."""
+        return self.dtype == "int8"
+
+    @property
+    def element_dtype(self) -> str:
+        """Storage type of the array `features`."""
+        return self.dtype
+
+    def stored_elements(self, level: int, cells: int) -> int:
+        """Entries of the array `features` that a level of so many cells takes."""
+        return self.channels * cells
+
+    def object_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of one row and storage type of each array that has one row per box with RoI features."""
+        return {}
+
+    def box_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of one row and storage type of each array that has one row per box."""
         num_classes = self.num_classes
         shapes: dict[str, tuple[int, ...]] = {
             "boxes": (4,),
@@ -169,7 +187,7 @@ class CacheSpec:
 
     def row_bytes(self) -> dict[str, int]:
         """Raw bytes of one RoI in each row array."""
-        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.row_arrays().items()}
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.box_arrays().items()}
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON values; `from_json` gives it back."""

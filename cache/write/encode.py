@@ -63,7 +63,7 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
             f"{spec.proposals}."
         )
     rows: dict[str, Block] = {}
-    for field, (shape, dtype) in spec.row_arrays().items():
+    for field, (shape, dtype) in spec.box_arrays().items():
         if field == "roi_scale":  # comes with roi_features
             continue
         values = getattr(record, field)

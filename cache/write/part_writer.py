@@ -191,7 +191,7 @@ def array_layout(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str, int]]
         if spec.dtype == "int8":
             levels = (len(spec.strides), spec.channels)
             layout["scale"] = (levels, "float32", rows_per_chunk(levels, "float32", _ROW_CHUNK_BYTES))
-    for name, (shape, dtype) in spec.row_arrays().items():
+    for name, (shape, dtype) in spec.box_arrays().items():
         target = _ROI_CHUNK_BYTES if name == "roi_features" else _ROW_CHUNK_BYTES
         layout[name] = (shape, dtype, rows_per_chunk(shape, dtype, target))
     layout["index"] = ((len(index_columns(spec)),), "int64", 1024)

@@ -125,7 +125,7 @@ def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec
         writer = ArrayWriter(folder / name, content.shape[1:], str(content.dtype), chunk, "zstd", Inline(), attributes)
         writer.append(content)
         files |= {f"{name}/{file}": entry for file, entry in writer.close().items()}
-    for name in [*spec.row_arrays(), *(["features", "scale"] if "features" in spec.fields else [])]:
+    for name in [*spec.box_arrays(), *(["features", "scale"] if "features" in spec.fields else [])]:
         for file in ("c.0.0", "zarr.json"):
             files[f"{name}/{file}"] = (123_456_789, hashlib.sha256(f"{number} {name}".encode()).hexdigest())
     record = {"part": number, "images": [span.start, span.stop], "rows": len(span), "rois": len(span) * 519}

@@ -43,9 +43,9 @@ def test_fields_and_types(kit: "type[Kit]") -> None:
     assert [s.field_dtype("features") for s in (int8, half, single)] == ["int8", "float16", "float32"]
     assert [s.field_dtype("logits") for s in (int8, half, single)] == ["float16", "float16", "float32"]
     assert [s.field_dtype("boxes") for s in (int8, half, single)] == ["float32"] * 3
-    assert kit.spec(class_agnostic=True).row_arrays()["deltas"][0] == (1, 4)
-    assert kit.spec(tier="roi").row_arrays()["roi_scale"] == ((6,), "float32")
-    assert "roi_scale" not in kit.spec(tier="roi", dtype="float16").row_arrays()
+    assert kit.spec(class_agnostic=True).box_arrays()["deltas"][0] == (1, 4)
+    assert kit.spec(tier="roi").box_arrays()["roi_scale"] == ((6,), "float32")
+    assert "roi_scale" not in kit.spec(tier="roi", dtype="float16").box_arrays()
 
 
 @pytest.mark.parametrize(

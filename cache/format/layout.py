@@ -1,0 +1,130 @@
+"""Which arrays a part has, and how each lies in its files: shapes, types, chunks, shards and codecs. Zarr v3 only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from zarr.abc.codec import Codec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+
+from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.spec import CacheSpec
+
+Block = npt.NDArray[Any]
+
+# Elements per chunk of features: at most and at least, and so many chunks per image in between.
+_MOST_ELEMENTS, _FEWEST_ELEMENTS, _CHUNKS_PER_IMAGE = 1 << 20, 1 << 14, 8
+# Raw bytes per chunk of the other arrays: rows of an image are read together.
+_CHUNK_BYTES = 128 << 10
+# A shard is written at once, from memory.
+_SHARD_BYTES, _SHARD_CHUNKS = 64 << 20, 512
+_COMPRESSORS = {"zstd": ("zstd", 1), "lz4": ("lz4", 5)}
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a cache.
+
+    Attributes:
+        per: what it has a row for: "view" (an image in a view), "box", "object" (a box with RoI features), "element"
+            (a stored number of `features`), "byte" (of the file names); "" for arrays outside of parts.
+        row_shape: shape of one row.
+        dtype: numpy's name of its type.
+        chunk_rows: rows per chunk.
+        shard_rows: rows per shard, a multiple of `chunk_rows`; each shard is one file.
+        codec: "zstd", "lz4" or "none".
+    """
+
+    per: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    shard_rows: int
+    codec: str
+
+    def metadata(self, rows: int) -> dict[str, Any]:
+        """The array's `zarr.json` as JSON values, for so many rows."""
+        itemsize = np.dtype(self.dtype).itemsize
+        inner: list[Codec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
+        if self.codec != "none":
+            name, level = _COMPRESSORS[self.codec]
+            inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
+        inner.append(Crc32cCodec())
+        sharding = ShardingCodec(
+            chunk_shape=(self.chunk_rows, *self.row_shape),
+            codecs=inner,
+            index_codecs=[BytesCodec(endian="little"), Crc32cCodec()],
+            index_location="end",
+        )
+        grid = {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *self.row_shape]}}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [rows, *self.row_shape],
+            "data_type": self.dtype,
+            "chunk_grid": grid,
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0,
+            "codecs": [sharding.to_dict()],
+        }
+
+    def files(self, rows: int) -> dict[str, range]:
+        """The rows in each of its files, by name, of an array of so many rows."""
+        starts = range(0, rows, self.shard_rows)
+        zeros = ["0"] * len(self.row_shape)
+        return {
+            ".".join(["c", str(number), *zeros]): range(start, min(start + self.shard_rows, rows))
+            for number, start in enumerate(starts)
+        }
+
+
+def array_layout(per: str, row_shape: tuple[int, ...], dtype: str, codec: str, chunk_rows: int = 0) -> ArrayLayout:
+    """The layout of an array; chunks have a power of two of rows of about 128 KiB unless their size is given."""
+    row = max(1, math.prod(row_shape) * np.dtype(dtype).itemsize)
+    chunk_rows = chunk_rows or 1 << min(10, max(0, (_CHUNK_BYTES // row).bit_length() - 1))
+    chunks = max(1, min(_SHARD_CHUNKS, _SHARD_BYTES // (chunk_rows * row)))
+    return ArrayLayout(per, row_shape, dtype, chunk_rows, chunk_rows * chunks, codec)
+
+
+def part_layout(spec: CacheSpec) -> dict[str, ArrayLayout]:
+    """The arrays of a part, by name."""
+    layout: dict[str, ArrayLayout] = {}
+    if "features" in spec.fields:
+        layout["features"] = array_layout("element", (), spec.element_dtype, spec.codec, _feature_chunk(spec))
+        if spec.is_quantized:
+            layout["scale"] = array_layout("view", (len(spec.strides), spec.channels), "float32", spec.codec)
+    for per, arrays in (("box", spec.box_arrays()), ("object", spec.object_arrays())):
+        layout |= {name: array_layout(per, shape, dtype, spec.codec) for name, (shape, dtype) in arrays.items()}
+    layout["index"] = array_layout("view", (len(index_columns(spec)),), "int64", spec.codec)
+    layout["file_names"] = array_layout("byte", (), "uint8", spec.codec, 1 << 16)
+    return layout
+
+
+def index_columns(spec: CacheSpec) -> list[str]:
+    """Names of the columns of a part's index: one row per image and view, int64."""
+    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals"]
+    columns += ["box_start", "box_stop", "object_start", "object_stop", "element_start"]
+    columns += ["name_start", "name_stop", "file_digest"]
+    for level in range(len(spec.strides) if "features" in spec.fields else 0):
+        columns += [f"level{level}_height", f"level{level}_width"]
+    return columns
+
+
+def is_as_written(found: Mapping[str, Any], layout: ArrayLayout, rows: int) -> bool:
+    """Whether a `zarr.json` says what kdpipe writes for a layout; nothing in it is trusted, or run, before that.
+
+    What zarr adds where it is empty, and names of dimensions, do not count.
+    """
+    ignored = ("attributes", "dimension_names", "storage_transformers")
+    kept = {name: value for name, value in found.items() if name not in ignored}
+    return kept == layout.metadata(rows) and not found.get("storage_transformers")
+
+
+def _feature_chunk(spec: CacheSpec) -> int:
+    """Elements per chunk of features, a power of two. Images are read one by one: small ones want small chunks."""
+    cells = sum(height * width for height, width in level_shapes(spec.scale, spec.strides))
+    share = max(1, spec.channels * cells // _CHUNKS_PER_IMAGE)
+    return min(_MOST_ELEMENTS, max(_FEWEST_ELEMENTS, 1 << (share.bit_length() - 1)))
