@@ -1,174 +1,109 @@
-"""Commit records: what makes a part (or the head, or a cache) exist, and whether its files are as recorded.
+"""Commit records: what makes a part (or the head, or a cache) exist, and which files belong to it.
 
-A record is the `kdpipe` attribute of a group's `zarr.json`. It carries the size and sha256 of each file below the
-group and that of itself, and it is the last file written before the group gets its final name.
+A record is the attribute `kdpipe` of a group's `zarr.json`, and appears last. Its files lie in a folder beside it that
+bears the beginning of the sha256 of their list, `files.json`: so two that write the same part never write to the same
+file unless it is the same.
 """
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdpipe.cache.codecs import group_metadata
-from kdpipe.cache.errors import CacheError
-from kdpipe.cache.store.files import FileRecord, file_record, write_file
+from kdpipe.cache.identity import canonical_json, digest_json
+from kdpipe.cache.store.location import RECORD, Location, part_key
 
-_BLOCK = 1 << 20
-# A record begins with the sha256 of its file, taken with zeros in that place.
-_START = b'{"attributes":{"kdpipe":{"checksum":"'
-_BLANK = "0" * 64
-# Keys are sorted, and only this is long: what a part lacks comes after it.
-_AFTER_FILES = b',"images":['
-_END = b'}},"node_type":"group","zarr_format":3}\n'
+# Size in bytes and sha256 of each file, by its path in the folder of files.
+Files = dict[str, tuple[int, str]]
+FILES = "files.json"
+_NAME_DIGITS = 16
 
 
-def part_folder(cache: Path, index: int) -> Path:
-    """Folder of a part."""
-    return cache / "parts" / f"{index:05d}"
-
-
-def write_record(folder: Path, content: Mapping[str, Any], files: Mapping[str, FileRecord]) -> None:
-    """Write the commit record of a group, as the last of its files.
+def write_record(folder: Path, content: Mapping[str, Any], files: Files, within: str = "") -> None:
+    """Finish a group: list its files, give their folder its name, and write the record.
 
     Args:
-        folder: of the group.
+        folder: of the group; the files are below its sub-folder `new`, or `within`/new.
         content: JSON values.
-        files: size and digest of each file, by its path relative to `folder`.
+        files: below that sub-folder.
+        within: folder of the group in which the folder of files is.
     """
-    record = {**content, "files": {name: list(entry) for name, entry in files.items()}}
-    blank = group_metadata({"kdpipe": {"checksum": _BLANK, **record}})
-    write_file(folder / "zarr.json", _START + _checksum(blank) + blank[len(_START) + len(_BLANK) :])
+    listed = canonical_json({name: list(entry) for name, entry in sorted(files.items())}) + b"\n"
+    digest = hashlib.sha256(listed).hexdigest()
+    (folder / within / "new" / FILES).write_bytes(listed)
+    (folder / within / "new").rename(folder / within / digest[:_NAME_DIGITS])
+    record = {**content, "files": digest}
+    record["checksum"] = digest_json(record)
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"kdpipe": record}}
+    (folder / RECORD).write_bytes(canonical_json(group) + b"\n")
 
 
-def parse_record(data: bytes) -> dict[str, Any] | None:
-    """The record in the bytes of a `zarr.json`; None where it is not exactly as it was written."""
-    end = len(_START) + len(_BLANK)
-    if not data.startswith(_START) or _checksum(_START + _BLANK.encode() + data[end:]) != data[len(_START) : end]:
-        return None
-    record: dict[str, Any] = json.loads(data)["attributes"]["kdpipe"]
-    del record["checksum"]
-    return record
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The commit record of a group; None where there is none, or none that is whole."""
+def parse_record(data: bytes | None) -> dict[str, Any] | None:
+    """The record in a `zarr.json`; None where there is none, or it is not as it was written."""
     try:
-        return parse_record((folder / "zarr.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        record = json.loads(data or b"")["attributes"]["kdpipe"]
+        checksum = record.pop("checksum")
+        whole = isinstance(record["files"], str) and checksum == digest_json(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if whole else None
 
 
-def _checksum(data: bytes) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()
+def read_record(location: Location, key: str) -> dict[str, Any] | None:
+    """The record of a group; None where there is none that is whole."""
+    return parse_record(location.read(f"{key}/{RECORD}" if key else RECORD))
 
 
-def read_part_record(cache: Path, index: int, images: range, root: str) -> dict[str, Any] | None:
-    """The commit record of a part, if it is valid.
+def read_part_record(location: Location, index: int, images: range, root: str) -> dict[str, Any] | None:
+    """The record of a part, if it is valid.
 
     Args:
-        cache: path of the cache.
+        location: of the cache.
         index: number of the part.
         images: that the plan gives to this part.
         root: `Root.digest` of the cache: a part that was made for another one is none.
     """
-    record = read_record(part_folder(cache, index))
-    return record if record is not None and _belongs(record, index, images, root) else None
-
-
-def _belongs(record: Mapping[str, Any], index: int, images: range, root: str) -> bool:
+    record = read_record(location, part_key(index))
     wanted = {"part": index, "images": [images.start, images.stop], "root": root}
-    return all(record.get(name) == value for name, value in wanted.items())
-
-
-def read_skipped(cache: Path, index: int, images: range, root: str) -> list[dict[str, Any]] | None:
-    """The images that could not be cached with a part, None where `read_part_record` finds no record.
-
-    For opening a cache of many thousand parts: the checksum is taken of the whole record, but its list of files, which
-    is most of it, is not parsed.
-    """
-    try:
-        file = os.open(f"{part_folder(cache, index)}/zarr.json", os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError):
+    if record is None or any(record.get(name) != value for name, value in wanted.items()):
         return None
-    try:
-        data = os.read(file, os.fstat(file).st_size)
-    except IsADirectoryError:
-        return None
-    finally:
-        os.close(file)
-    end = len(_START) + len(_BLANK)
-    digest = hashlib.sha256(_START + _BLANK.encode())
-    digest.update(memoryview(data)[end:])
-    if not data.startswith(_START) or digest.hexdigest().encode() != data[len(_START) : end]:
-        return None
-    after_files = data.find(_AFTER_FILES)
-    if after_files < 0:
-        return None  # the record of something else than a part
-    record = json.loads(b"{" + data[after_files + 1 : -len(_END)] + b"}")
-    if not _belongs(record, index, images, root):
-        return None
-    skipped: list[dict[str, Any]] = record["skipped"]
-    return skipped
-
-
-def check_sizes(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Lines naming the files of a group that cannot be found or have another size than recorded. Reads no data."""
-    wrong = []
-    for name, (size, _) in sorted(record["files"].items()):
-        if reason := check_size(folder / name, size):
-            wrong.append(f"{name} {reason}")
-    return wrong
-
-
-def check_size(file: Path, size: int) -> str | None:
-    """What is wrong with a file that should have so many bytes, to follow its name; None where nothing is."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-    if not stat.S_ISREG(found.st_mode):
-        return "is no file"
-    return None if found.st_size == size else f"has {found.st_size} bytes instead of {size}"
-
-
-def check_digests(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Lines naming the files of a group whose content is not as recorded. Reads every byte."""
-    wrong = check_sizes(folder, record)
-    if wrong:
-        return wrong
-    for name, (_, expected) in sorted(record["files"].items()):
-        digest = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != expected:
-            wrong.append(f"{name} has other content than was written")
-    return wrong
-
-
-def check_metadata(folder: Path, record: Mapping[str, Any], array: str) -> str | None:
-    """What is wrong with an array's `zarr.json` and the sizes of its files; None where nothing is."""
-    entries = {name: entry for name, entry in record["files"].items() if name.startswith(f"{array}/")}
-    name = f"{array}/zarr.json"
-    if name not in entries:
-        return f"{name} is not among what was written"
-    if wrong := check_sizes(folder, {"files": entries}):
-        return "; ".join(wrong)
-    found = file_record((folder / name).read_bytes())
-    return None if list(found) == entries[name] else f"{name} has other content than was written"
-
-
-def require_group(folder: Path, what: str, remedy: str) -> dict[str, Any]:
-    """The valid record of a group.
-
-    Raises:
-        CacheError: there is none.
-    """
-    record = read_record(folder)
-    if record is None:
-        state = "damaged" if folder.exists() else "missing"
-        raise CacheError(f"{what} is {state} ({folder / 'zarr.json'}): {remedy}.")
     return record
+
+
+def files_key(key: str, record: Mapping[str, Any]) -> str:
+    """Key of the folder of a group's files."""
+    return "/".join(part for part in (key, record["files"][:_NAME_DIGITS]) if part)
+
+
+def read_files(location: Location, key: str, digest: str) -> Files | None:
+    """The list of a group's files; None where it is missing or not as it was written.
+
+    Args:
+        location: of the cache.
+        key: of the folder of files.
+        digest: sha256 of the list, as the record has it.
+    """
+    data = location.read(f"{key}/{FILES}")
+    if data is None or hashlib.sha256(data).hexdigest() != digest:
+        return None
+    return {name: (size, sha) for name, (size, sha) in json.loads(data).items()}
+
+
+def check_sizes(location: Location, key: str, files: Files) -> list[str]:
+    """Lines naming the files that cannot be found or have another size than recorded. Reads no data."""
+    found = location.sizes(key, files)
+    lines = []
+    for name, (size, _) in sorted(files.items()):
+        if name not in found:
+            lines.append(f"{name} is missing")
+        elif found[name] != size:
+            lines.append(f"{name} has {found[name]} bytes instead of {size}")
+    return lines
+
+
+def is_whole(location: Location, key: str, record: Mapping[str, Any]) -> bool:
+    """Whether all files of a group are there in the recorded sizes."""
+    place = files_key(key, record)
+    files = read_files(location, place, record["files"])
+    return files is not None and not check_sizes(location, place, files)

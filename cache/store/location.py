@@ -1,0 +1,148 @@
+"""Where a cache lies: what reading, writing and verifying ask of a folder or of an object store."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from zarr.abc.store import Store
+
+from kdpipe.cache.errors import CacheError
+
+# The commit record of a cache, of a part, or of the head.
+RECORD = "zarr.json"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something below a cache that belongs to no committed part.
+
+    Attributes:
+        key: relative to the cache; a folder stands for all below it.
+        state: what is known of it, to follow its name.
+        is_removable: whether nobody is at work on it any more, as far as can be known.
+        is_fault: whether it should not be there; False where somebody is, or may be, at work on it.
+    """
+
+    key: str
+    state: str
+    is_removable: bool
+    is_fault: bool
+
+
+class GoneError(Exception):
+    """Something that was committed is not there."""
+
+
+class Location(ABC):
+    """Where a cache lies. Keys are relative to it, with `/` between names.
+
+    Nothing below a key counts before its record (`zarr.json`) is there, and that appears in one atomic act.
+
+    Attributes:
+        name: for people and messages, without credentials.
+        is_local: whether it is a folder, which zarrs reads by itself.
+    """
+
+    name: str
+    is_local: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+    @abstractmethod
+    def check_new(self) -> bool:
+        """Whether nothing is there yet, so that a cache can be made.
+
+        Raises:
+            CacheError: no cache can be made there, such as within another cache or in place of a file.
+        """
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """The content of a file; None where there is none."""
+
+    @abstractmethod
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The content of a file in blocks.
+
+        Raises:
+            GoneError: there is none.
+        """
+
+    @abstractmethod
+    def sizes(self, key: str, names: Collection[str]) -> dict[str, int]:
+        """Bytes of those of the named files below a key that are there, by name."""
+
+    @abstractmethod
+    def zarr_store(self) -> Store:
+        """A store of zarr for reading the arrays; it raises where a file that is asked for is not there."""
+
+    @abstractmethod
+    def staging(self, key: str) -> AbstractContextManager[Path]:
+        """A local folder in which the files of a key are made. It is removed at the end, published or not."""
+
+    @abstractmethod
+    def publish(self, folder: Path, key: str) -> bool:
+        """Let what is in a staging folder, its record last, appear below a key, in one atomic act.
+
+        Args:
+            folder: of `staging`; all its files are finished.
+            key: of the part, the head, or "" for the cache itself.
+
+        Returns:
+            False where a record is there already, which then stays.
+        """
+
+    @abstractmethod
+    def discard(self, key: str) -> None:
+        """Remove a file, or a folder with all that is below it, the record first."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Remove what dead writers left behind, as far as it is certain that they are dead."""
+
+    @abstractmethod
+    def leftovers(self, known: Collection[str]) -> list[Leftover]:
+        """What is there and is none of the known files.
+
+        Args:
+            known: keys of all files that belong to the cache; a key that ends in `/` stands for all below it.
+        """
+
+    @abstractmethod
+    def explained(self, what: str) -> AbstractContextManager[None]:
+        """Turn errors of the system into `CacheError` that says what to do; `what` begins the sentence."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None where there is no limit that could be known."""
+
+
+def part_key(index: int) -> str:
+    """Key of a part."""
+    return f"parts/{index:05d}"
+
+
+def open_location(place: "str | Path | Location", options: "dict[str, str] | None" = None) -> Location:
+    """The location that a path or URL names.
+
+    Args:
+        place: a path, or a URL such as `s3://bucket/coco.zarr`; a location is given back as it is.
+        options: of the object store, such as {"endpoint": "http://127.0.0.1:9000"}.
+
+    Raises:
+        CacheError: the URL is of no kind that is known, or an option is not.
+    """
+    from kdpipe.cache.store.folder import Folder
+
+    if isinstance(place, Location):
+        return place
+    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
+        from kdpipe.cache.store.bucket import Bucket
+
+        return Bucket(place, options or {})
+    if options:
+        raise CacheError(f"{place} is a folder: options of a store (--store-option) are for URLs such as s3://...")
+    return Folder(Path(str(place).removeprefix("file://")))
