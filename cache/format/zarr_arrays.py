@@ -68,9 +68,7 @@ def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | 
     return None
 
 
-def _array(
-    store: Store, key: str, layout: ArrayLayout, rows: int, pipeline: dict[str, Any]
-) -> "AsyncArray[Any]":
+def _array(store: Store, key: str, layout: ArrayLayout, rows: int, pipeline: dict[str, Any]) -> "AsyncArray[Any]":
     metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
     threads = {"threading.max_workers": torch.get_num_threads()} if pipeline is _RUST else {}
     with _lock, zarr.config.set({**pipeline, **threads}):

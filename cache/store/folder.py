@@ -2,10 +2,7 @@
 
 import contextlib
 import errno
-import fcntl
 import os
-import re
-import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator
@@ -14,20 +11,12 @@ from pathlib import Path
 from zarr.storage import LocalStore
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.store.location import RECORD, GoneError, Leftover, Location
+from kdpipe.cache.store.location import FOREIGN, RECORD, GoneError, Leftover, Location
+from kdpipe.cache.store.temporary import STATES, TEMPORARY, remove_dead, temporary_folder, writer_state
 
 _BLOCK = 1 << 20
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
-_LOCK = ".lock"
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# Whoever is at work in a temporary folder holds its lock, which the kernel drops with the process.
-_STATES = {
-    "dead": "was left behind by a process that ended",
-    "alive": "is being written by another process",
-    "unknown": "is, or was, being written by another process: this file system has no locks that could tell",
-}
 
 
 class Folder(Location):
@@ -41,6 +30,7 @@ class Folder(Location):
     """
 
     is_local = True
+    threads = 4
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +77,7 @@ class Folder(Location):
         found = {}
         for name in names:
             with contextlib.suppress(*_ABSENT):
-                state = os.stat(f"{self.path}/{key}/{name}")
+                state = Path(f"{self.path}/{key}/{name}").stat()
                 if stat.S_ISREG(state.st_mode):
                     found[name] = state.st_size
         return found
@@ -97,7 +87,7 @@ class Folder(Location):
 
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
-        with _temporary(self.path / key) as folder:
+        with temporary_folder(self.path / key) as folder:
             (folder / "new").mkdir()
             yield folder / "new"
 
@@ -114,23 +104,21 @@ class Folder(Location):
         return True
 
     def discard(self, key: str) -> None:
-        with _temporary(self.path / key) as aside, contextlib.suppress(FileNotFoundError):
+        with temporary_folder(self.path / key) as aside, contextlib.suppress(FileNotFoundError):
             (self.path / key).rename(aside / "old")
 
     def tidy(self) -> None:
-        for parent, name in ((self.path.parent, self.path.name), (self.path, None), (self.path / "parts", None)):
-            for entry in parent.iterdir() if parent.is_dir() else ():
-                match = _TEMPORARY.fullmatch(entry.name)
-                if match and name in (None, match["name"]):
-                    _state(entry, remove=True)
+        remove_dead(self.path.parent, self.path.name)
+        remove_dead(self.path)
+        remove_dead(self.path / "parts")
 
     def leftovers(self, known: Collection[str]) -> list[Leftover]:
         found = []
         for key in _strays(self.path, known):
-            if not _TEMPORARY.fullmatch(Path(key).name):
-                found.append(Leftover(key, "does not belong there: remove it by hand", False, True))
-            elif state := _state(self.path / key, remove=False):
-                found.append(Leftover(key, _STATES[state], state == "dead", state == "dead"))
+            if not TEMPORARY.fullmatch(Path(key).name):
+                found.append(Leftover(key, FOREIGN, False, True))
+            elif state := writer_state(self.path / key):
+                found.append(Leftover(key, STATES[state], state == "dead", state == "dead"))
         return found
 
     @contextlib.contextmanager
@@ -157,76 +145,6 @@ class Folder(Location):
         while not path.exists():
             path = path.parent
         return shutil.disk_usage(path).free
-
-
-@contextlib.contextmanager
-def _temporary(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final`, locked as long as the context lasts, and removed at its end."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock: int | None = None
-    while True:
-        folder = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
-        folder.mkdir()
-        try:
-            lock = _lock(folder)
-        except _NoLocksError:
-            break
-        if lock is not None:
-            break  # otherwise another process, which tidied up, was quicker: it removes the folder
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-class _NoLocksError(Exception):
-    """The file system knows no locks."""
-
-
-def _lock(folder: Path) -> int | None:
-    """Take the lock of a temporary folder: a descriptor that holds it; None where another process has it."""
-    try:
-        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:  # the folder is gone
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file).st_nlink:
-            return file
-    except BlockingIOError:
-        os.close(file)
-        return None
-    except OSError as error:
-        os.close(file)
-        if error.errno in _NO_LOCKS:
-            raise _NoLocksError from error
-        raise
-    os.close(file)  # whoever had it before has removed it
-    return None
-
-
-def _state(folder: Path, remove: bool) -> str | None:
-    """Of the writer of a temporary folder: "dead", "alive" or "unknown"; None where the folder has gone meanwhile."""
-    if not folder.is_dir():
-        return None
-    try:
-        lock = _lock(folder)
-    except (_NoLocksError, PermissionError):
-        return "unknown"
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            return "unknown"
-        raise
-    if lock is None:
-        return "alive" if folder.is_dir() else None
-    try:
-        if remove:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-    return "dead"
 
 
 def _sync(path: Path) -> None:

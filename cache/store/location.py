@@ -12,6 +12,8 @@ from kdpipe.cache.errors import CacheError
 
 # The commit record of a cache, of a part, or of the head.
 RECORD = "zarr.json"
+# What is said of something below a cache that kdpipe did not write.
+FOREIGN = "does not belong there: remove it by hand"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Leftover:
 
 
 class GoneError(Exception):
-    """Something that was committed is not there."""
+    """Something that was committed is not there, or no longer as long as it was."""
 
 
 class Location(ABC):
@@ -43,10 +45,12 @@ class Location(ABC):
     Attributes:
         name: for people and messages, without credentials.
         is_local: whether it is a folder, which zarrs reads by itself.
+        threads: how many files are best read at once.
     """
 
     name: str
     is_local: bool
+    threads: int
 
     def __str__(self) -> str:
         return self.name
