@@ -8,11 +8,14 @@ import numpy as np
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.spec import FIELD_OF_ARRAY, MAX_OBJECTS, CacheSpec
 from kdpipe.cache.views import ViewError, input_size
 
 # mmdet pads a network input to a multiple of this.
 SIZE_DIVISOR = 32
+
+# However small images are stored: a part is what is dealt to one process.
+MAX_PART_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ImageInfo:
 
 
 def plan_parts(images: Sequence[ImageInfo], spec: CacheSpec, part_size: int) -> list[range]:
-    """Divide the images, in their order, into parts of at most `part_size` raw bytes.
+    """Divide the images, in their order, into parts of at most `part_size` raw bytes and 256 images.
 
     An image with all its views lies in one part; a part with a single image may be larger than `part_size`.
 
@@ -61,7 +64,7 @@ def plan_parts(images: Sequence[ImageInfo], spec: CacheSpec, part_size: int) -> 
     sizes = sum(_bytes_per_image(images, spec).values())
     parts, start, filled = [], 0, 0
     for index, size in enumerate(sizes.tolist() if isinstance(sizes, np.ndarray) else []):
-        if index > start and filled + size > part_size:
+        if index > start and (filled + size > part_size or index - start == MAX_PART_IMAGES):
             parts.append(range(start, index))
             start, filled = index, 0
         filled += size
@@ -71,10 +74,10 @@ def plan_parts(images: Sequence[ImageInfo], spec: CacheSpec, part_size: int) -> 
 
 
 def raw_bytes(images: Sequence[ImageInfo], spec: CacheSpec) -> dict[str, int]:
-    """Bytes of each field before compression, scales of int8 included.
+    """Bytes of each field before compression, scales included.
 
-    An upper bound: it takes `spec.proposals` proposals and all ground-truth boxes for every image and view, and network
-    inputs padded to a multiple of 32.
+    An upper bound: it takes `spec.proposals` proposals and all ground-truth boxes for every image and view, as many
+    boxes with RoI features as there may be, and network inputs padded to a multiple of 32.
 
     Args:
         images: all images of the data set.
@@ -106,10 +109,14 @@ def _bytes_per_image(
     images: Sequence[ImageInfo], spec: CacheSpec
 ) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.int64]]"]:
     """Raw bytes of each image, in all its views, by field."""
-    rows = np.array([spec.proposals + image.num_gt for image in images], dtype=np.int64)
-    sizes = {name: rows * size * len(spec.views) for name, size in spec.row_bytes().items()}
-    if "roi_scale" in sizes:
-        sizes["roi_features"] += sizes.pop("roi_scale")
+    truth = np.array([image.num_gt for image in images], dtype=np.int64)
+    boxes = spec.proposals + truth
+    objects = np.minimum(boxes, np.maximum(truth, MAX_OBJECTS))
+    sizes = dict.fromkeys(spec.fields, np.zeros_like(truth))
+    for name, size in spec.row_bytes().items():
+        rows = objects if name in spec.object_arrays() else boxes
+        field = FIELD_OF_ARRAY.get(name, name)
+        sizes[field] = sizes[field] + rows * size * len(spec.views)
     if "features" in spec.fields:
         by_size: dict[tuple[int, int], int] = {}
         for image in images:
@@ -118,7 +125,7 @@ def _bytes_per_image(
                 by_size[size] = _pyramid_bytes(size, spec)
         features = np.array([by_size[image.height, image.width] for image in images], dtype=np.int64)
         sizes["features"] = features * len(spec.views)
-    return {field: sizes[field] for field in spec.fields}
+    return sizes
 
 
 def _pyramid_bytes(size: tuple[int, int], spec: CacheSpec) -> int:
@@ -127,6 +134,6 @@ def _pyramid_bytes(size: tuple[int, int], spec: CacheSpec) -> int:
         shapes = level_shapes(input_size(size, spec.scale), spec.strides)
     except ViewError:
         return 0  # nothing is left of it: it can only be skipped
-    cells = sum(h * w for h, w in shapes)
-    scale = 4 * spec.channels * len(spec.strides) if spec.dtype == "int8" else 0
-    return cells * spec.channels * np.dtype(spec.dtype).itemsize + scale
+    elements = sum(spec.stored_elements(level, height * width) for level, (height, width) in enumerate(shapes))
+    scale = 4 * spec.channels * len(spec.strides) if spec.is_quantized else 0
+    return elements * np.dtype(spec.element_dtype).itemsize + scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.quantize import dequantize
+from kdpipe.cache.quantize import dequantize, dequantize_rows
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes
 
@@ -36,7 +36,8 @@ class TeacherRecord:
         deltas: [R, K, 4], or [R, 1, 4] from a class-agnostic head, regressed in the frame of the network input.
         embeddings: [R, D], input of the classifier layer.
         roi_features: [R, C, S, S].
-        features: one tensor [C, h_l, w_l] per stored level.
+        features: one tensor [C, h_l, w_l] per level of the pyramid.
+        gt_labels: [G] int64, of the ground-truth boxes; not stored, but looked at where `spec.delta_floor` is above 0.
         file_digest: `digest_file` of the image file; 0 where it is not known.
     """
 
@@ -52,6 +53,7 @@ class TeacherRecord:
     embeddings: Tensor | None = None
     roi_features: Tensor | None = None
     features: Sequence[Tensor] | None = None
+    gt_labels: Tensor | None = None
     file_digest: int = 0
 
 
@@ -60,8 +62,9 @@ class TargetIndex:
     """The row of the index of one image in one view: sizes, no data.
 
     Attributes:
-        level_shapes: (height, width) of each stored pyramid level in cells; empty in tiers without features.
+        level_shapes: (height, width) of each pyramid level in cells; empty in tiers without features.
         num_rois: number of boxes, proposals and ground truth.
+        num_objects: number of boxes with RoI features; 0 in tiers without these.
         file_digest: `digest_file` of the image file that the teacher saw; 0 where it was not known.
     """
 
@@ -74,6 +77,7 @@ class TargetIndex:
     num_rois: int
     level_shapes: tuple[tuple[int, int], ...]
     file_digest: int
+    num_objects: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,16 @@ class TeacherTargets:
         num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes.
         boxes: [R, 4] float32 (x1, y1, x2, y2) in original, unflipped pixels.
         logits: [R, K + 1], background last.
-        deltas: [R, K, 4] or [R, 1, 4], in the frame of the network input, normalised by the coder's means and stds.
-        embeddings: [R, D].
-        roi_features: [R, C, S, S] in the storage type.
-        roi_scale: [R, C] float32, of int8 `roi_features`.
-        features: one [C, h_l, w_l] in the storage type per stored level, None for levels not asked for.
-        scale: [L, C] float32, of int8 `features`.
+        deltas: [R, K, 4] or [R, 1, 4], in the frame of the network input, normalised by the coder's means and stds;
+            zeros for classes less probable than `spec.delta_floor`.
+        embeddings: [R, D] in the storage type.
+        embedding_scale: [R] float32, of int8 `embeddings`.
+        roi_rows: [P] int32, ascending, rows of the boxes with RoI features, within all R boxes of the image.
+        roi_features: [P, C, S, S] in the storage type, of these boxes, whichever boxes were asked for.
+        roi_scale: [P, C] float16, of int8 `roi_features`.
+        features: one [C, h_l, w_l] in the storage type per level, [ceil(C / 2), h_l, w_l] uint8 for int4; None for
+            levels that are not stored or were not asked for.
+        scale: [L, C] float32, of int8 and int4 `features`.
     """
 
     image_id: int
@@ -109,6 +117,8 @@ class TeacherTargets:
     logits: Tensor | None = None
     deltas: Tensor | None = None
     embeddings: Tensor | None = None
+    embedding_scale: Tensor | None = None
+    roi_rows: Tensor | None = None
     roi_features: Tensor | None = None
     roi_scale: Tensor | None = None
     features: tuple[Tensor | None, ...] | None = None
@@ -147,7 +157,7 @@ class TeacherTargets:
             dtype: of the result.
 
         Returns:
-            One [C, h_l, w_l] per stored level, None for levels that were not read.
+            One [C, h_l, w_l] per level, None for levels that were not read.
 
         Raises:
             CacheError: the features were not read.
@@ -167,7 +177,7 @@ class TeacherTargets:
         """The RoI features as a float tensor, as `pyramid` does for the levels.
 
         Returns:
-            [R, C, S, S].
+            [P, C, S, S], of the boxes `roi_rows`.
 
         Raises:
             CacheError: the RoI features were not read.
@@ -175,9 +185,21 @@ class TeacherTargets:
         if self.roi_features is None:
             raise CacheError(
                 f"The RoI features of image {self.image_id} were not read: ask targets() for the field 'roi_features', "
-                "which only the 'roi' tier has."
+                "which only the 'objects' tier has."
             )
         return _to_float(self.roi_features, self.roi_scale, device, dtype)
+
+    def float_embeddings(self) -> Tensor:
+        """The embeddings as a float32 tensor, [R, D].
+
+        Raises:
+            CacheError: the embeddings were not read.
+        """
+        if self.embeddings is None:
+            raise CacheError(
+                f"The embeddings of image {self.image_id} were not read: ask targets() for the field 'embeddings'."
+            )
+        return dequantize_rows(self.embeddings, self.embedding_scale)
 
 
 def decode_deltas(boxes: Tensor, deltas: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:

@@ -10,22 +10,34 @@ import numpy as np
 
 from kdpipe.cache.errors import CacheError
 
-FORMAT_VERSION = 2
-TIERS = ("predictions", "embeddings", "roi", "pyramid")
-DTYPES = ("int8", "float16", "float32")
+FORMAT_VERSION = 1
+TIERS = ("predictions", "embeddings", "objects", "pyramid")
+DTYPES = ("int4", "int8", "float16", "float32")
+DEFAULT_DTYPE = "int8"
 CODECS = ("zstd", "lz4", "none")
 VIEWS = ("identity", "hflip")
 
-# Entries of a specification that only some teachers have.
-_OPTIONAL = ("cascade_stds", "shared_style", "semantic")
+# RoI features are stored of at most so many boxes of an image, and of all its ground-truth boxes.
+MAX_OBJECTS = 64
+
+# The format of development versions, which had other arrays.
+_UNRELEASED = 2
+
+# Entries of a specification that only some caches have.
+_OPTIONAL = ("cascade_stds", "shared_style", "semantic", "delta_floor")
 
 # Arrays that belong to a field beside that of its own name.
-FIELD_OF_ARRAY = {"scale": "features", "roi_scale": "roi_features"}
+FIELD_OF_ARRAY = {
+    "scale": "features",
+    "embedding_scale": "embeddings",
+    "roi_scale": "roi_features",
+    "roi_rows": "roi_features",
+}
 
 _FIELDS_OF_TIER = {
     "predictions": ("boxes", "logits", "deltas"),
     "embeddings": ("boxes", "logits", "deltas", "embeddings"),
-    "roi": ("boxes", "logits", "deltas", "embeddings", "roi_features"),
+    "objects": ("boxes", "logits", "deltas", "embeddings", "roi_features"),
     "pyramid": ("features", "boxes", "logits", "deltas", "embeddings"),
 }
 
@@ -36,8 +48,9 @@ class CacheSpec:
 
     Attributes:
         tier: one of `TIERS`; each holds the fields of those before it, except that `pyramid` has no `roi_features`.
-        dtype: one of `DTYPES`, the storage type of `features` and `roi_features`. Boxes are always float32; the other
-            float fields are float16, or float32 where `dtype` is float32.
+        dtype: one of `DTYPES`, the storage type of `features`. RoI features and embeddings are of that type, too, but
+            int8 where it is int4. Boxes are always float32; logits and deltas are float16, or float32 where `dtype` is
+            float32.
         codec: one of `CODECS`.
         class_names: names of the classes in label order.
         category_ids: COCO category id of each label, in label order.
@@ -61,8 +74,11 @@ class CacheSpec:
             "caffe" in the first convolution, "pytorch" in the second; empty where there is none.
         semantic: of a semantic branch (HTC), the level at whose size it fuses the pyramid, and the cells per side of
             its RoI features; empty where there is none.
+        delta_floor: deltas of a class that the teacher gives a box less than this probability are stored as zeros where
+            the type is int8 or int4, but for the classes of the objects that the box overlaps; 0 keeps all.
+        levels: positions of the strides whose features are stored, all by default.
 
-    The last three are left out of the specification in JSON where they are empty.
+    The last five are left out of the specification in JSON where they are empty, 0, or all.
 
     Raises:
         CacheError: a value is not possible.
@@ -90,6 +106,8 @@ class CacheSpec:
     cascade_stds: tuple[tuple[float, float, float, float], ...] = ()
     shared_style: str = ""
     semantic: tuple[int, ...] = ()
+    delta_floor: float = 0.0
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -122,14 +140,18 @@ class CacheSpec:
             raise CacheError(
                 f"The box_stds of a cascade are those of its first stage {self.cascade_stds[0]}, found {self.box_stds}."
             )
-
-        if self.semantic and (
-            len(self.semantic) != 2 or not 0 <= self.semantic[0] < len(self.strides) or self.semantic[1] < 1
-        ):
+        every = tuple(range(len(self.strides)))
+        if self.semantic and (len(self.semantic) != 2 or self.semantic[0] not in every or self.semantic[1] < 1):
             raise CacheError(
-                f"The entry semantic is one of the {len(self.strides)} levels and a number of cells, found "
-                f"{self.semantic}."
+                f"The entry semantic is one of the {len(every)} levels and a number of cells, found {self.semantic}."
             )
+        if not 0 <= self.delta_floor < 1:
+            raise CacheError(f"The entry delta_floor is a probability below 1, found {self.delta_floor}.")
+        object.__setattr__(self, "levels", self.levels or every)
+        if tuple(level for level in every if level in self.levels) != self.levels:
+            raise CacheError(f"The stored levels are some of {every} in that order, found {self.levels}.")
+        if self.levels != every and "features" not in self.fields:
+            raise CacheError(f"Levels are chosen of a feature pyramid, and the tier {self.tier!r} holds none.")
 
     @property
     def head_levels(self) -> int:
@@ -147,28 +169,35 @@ class CacheSpec:
         return len(self.class_names)
 
     def field_dtype(self, field: str) -> str:
-        """Storage type of a field: "int8", "float16" or "float32"."""
+        """Storage type of a field: one of `DTYPES`."""
         if field == "boxes" or self.dtype == "float32":
             return "float32"
-        return self.dtype if field in ("features", "roi_features") else "float16"
+        if field == "features":
+            return self.dtype
+        return "int8" if self.is_quantized and field in ("embeddings", "roi_features") else "float16"
 
     @property
     def is_quantized(self) -> bool:
-        """Whether features are stored as whole numbers with a scale."""
-        return self.dtype == "int8"
+        """Whether features, RoI features and embeddings are stored as whole numbers with a scale."""
+        return self.dtype in ("int4", "int8")
 
     @property
     def element_dtype(self) -> str:
-        """Storage type of the array `features`."""
-        return self.dtype
+        """Type of the array `features`: "uint8" holds two values of int4."""
+        return "uint8" if self.dtype == "int4" else self.dtype
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a level as it is stored: in int4 those of the second half lie in the bytes of the first."""
+        return -(-self.channels // 2) if self.dtype == "int4" else self.channels
 
     def stored_elements(self, level: int, cells: int) -> int:
-        """Entries of the array `features` that a level of so many cells takes."""
-        return self.channels * cells
+        """Entries of the array `features` that a level of so many cells takes; 0 for one that is not stored."""
+        return self.stored_channels * cells if level in self.levels else 0
 
-    def object_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape of one row and storage type of each array that has one row per box with RoI features."""
-        return {}
+    def level_name(self, level: int) -> str:
+        """Name of the level at a position of `strides`: "P2" is that of stride 4."""
+        return f"P{self.strides[level].bit_length() - 1}"
 
     def box_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape of one row and storage type of each array that has one row per box."""
@@ -178,21 +207,33 @@ class CacheSpec:
             "logits": (num_classes + 1,),
             "deltas": (1 if self.class_agnostic else num_classes, 4),
             "embeddings": (self.embedding_dim,),
-            "roi_features": (self.channels, self.roi_size, self.roi_size),
         }
         arrays = {field: (shapes[field], self.field_dtype(field)) for field in self.fields if field in shapes}
-        if "roi_features" in arrays and self.dtype == "int8":
-            arrays["roi_scale"] = ((self.channels,), "float32")
+        if "embeddings" in arrays and self.is_quantized:
+            arrays["embedding_scale"] = ((), "float32")
+        return arrays
+
+    def object_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of one row and storage type of each array that has one row per box with RoI features."""
+        if "roi_features" not in self.fields:
+            return {}
+        shape = (self.channels, self.roi_size, self.roi_size)
+        arrays = {"roi_rows": ((), "int32"), "roi_features": (shape, self.field_dtype("roi_features"))}
+        if self.is_quantized:
+            arrays["roi_scale"] = ((self.channels,), "float16")
         return arrays
 
     def row_bytes(self) -> dict[str, int]:
-        """Raw bytes of one RoI in each row array."""
-        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in self.box_arrays().items()}
+        """Raw bytes of one row of each array that has a row per box, or per box with RoI features."""
+        arrays = self.box_arrays() | self.object_arrays()
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in arrays.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON values; `from_json` gives it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = {name: value for name, value in values.items() if value or name not in _OPTIONAL}
+        if len(self.levels) == len(self.strides):
+            del values["levels"]
         values = {name: _listed(value) for name, value in values.items()}
         return {"version": FORMAT_VERSION, **values}
 
@@ -206,7 +247,7 @@ class CacheSpec:
         check_version(values.get("version"))
         given = {name: value for name, value in values.items() if name != "version"}
         hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-        hints = {name: hint for name, hint in hints.items() if name in given or name not in _OPTIONAL}
+        hints = {name: hint for name, hint in hints.items() if name in given or name not in (*_OPTIONAL, "levels")}
         if given.keys() != hints.keys():
             missing, unknown = sorted(hints.keys() - given.keys()), sorted(given.keys() - hints.keys())
             raise CacheError(
@@ -222,22 +263,22 @@ def check_version(version: object) -> None:
     Raises:
         CacheError: the version is newer or older, or is no version at all.
     """
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")
+    if version > _UNRELEASED:
         raise CacheError(
             f"The cache has format version {version}, and this kdpipe reads version {FORMAT_VERSION}: "
             "install a newer kdpipe (pip install -U kdpipe)."
         )
-    if isinstance(version, int) and 0 < version < FORMAT_VERSION:
-        raise CacheError(
-            f"The cache has format version {version}, and this kdpipe reads version {FORMAT_VERSION}, which keeps a "
-            "digest of each image file: move the cache away and cache the teacher again."
-        )
     if version != FORMAT_VERSION:
-        raise CacheError(f"Expected format version {FORMAT_VERSION} in the cache, found {version!r}.")
+        raise CacheError(
+            "The cache was made by a development version of kdpipe, whose format this one does not read: move the "
+            "cache away and cache the teacher again."
+        )
 
 
 def _listed(value: Any) -> Any:
-    """A value as JSON gives it back: lists in place of tuples."""
+    """A value as JSON gives it back."""
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -7,11 +7,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import Block
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.quantize import quantize
+from kdpipe.cache.format.layout import Block
+from kdpipe.cache.quantize import quantize, quantize4, quantize_rows
 from kdpipe.cache.records import TeacherRecord
-from kdpipe.cache.spec import VIEWS, CacheSpec
+from kdpipe.cache.spec import FIELD_OF_ARRAY, VIEWS, CacheSpec
+from kdpipe.cache.write.selection import choose_objects, without_unlikely
 
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 
@@ -32,9 +33,9 @@ class EncodedRecord:
     Attributes:
         index: row of the index by column; starts and stops are the writer's to fill in.
         file_name: utf-8.
-        rows: per row array, [R, ...].
-        features: all levels one after the other, each (channel, y, x); None without features.
-        scale: [L, C] float32, of int8 features.
+        rows: per array with a row per box, [R, ...], or per box with RoI features, [P, ...].
+        features: all stored levels one after the other, each (channel, y, x); None without features.
+        scale: [L, C] float32, of int8 and int4 features.
     """
 
     index: dict[str, int]
@@ -62,20 +63,9 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
             f"The record of {what} has {record.num_proposals} proposals among {count} boxes; the cache takes at most "
             f"{spec.proposals}."
         )
-    rows: dict[str, Block] = {}
-    for field, (shape, dtype) in spec.box_arrays().items():
-        if field == "roi_scale":  # comes with roi_features
-            continue
-        values = getattr(record, field)
-        _check_shape(what, field, values, (count, *shape))
-        if dtype == "int8":
-            stored, scale = quantize(values)
-            _check_finite(what, field, scale, dtype)
-            rows["roi_scale"] = _to_host(scale, values)
-        else:
-            stored = values.detach().to(_TORCH_DTYPE[dtype])
-            _check_finite(what, field, stored, dtype)
-        rows[field] = _to_host(stored, values)
+    rows = _encode_boxes(what, record, spec)
+    if spec.object_arrays():
+        rows |= _encode_objects(what, record, spec)
     index = {
         "image_id": record.image_id,
         "view": VIEWS.index(record.view),
@@ -94,6 +84,59 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
     return EncodedRecord(index, record.file_name.encode(), rows, features, scale_of_levels)
 
 
+def _encode_boxes(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
+    """The arrays that have a row per box."""
+    rows: dict[str, Block] = {}
+    for field, (shape, dtype) in spec.box_arrays().items():
+        if field in FIELD_OF_ARRAY:  # comes with its field
+            continue
+        values = getattr(record, field)
+        _check_shape(what, field, values, (len(record.boxes), *shape))
+        if dtype == "int8":
+            stored, scale = quantize_rows(values)
+            _check_finite(what, field, scale, dtype)
+            rows["embedding_scale"] = _to_host(scale, values)
+        else:
+            if field == "deltas":
+                values = _stored_deltas(what, record, spec)
+            stored = values.detach().to(_TORCH_DTYPE[dtype])
+            _check_finite(what, field, stored, dtype)
+        rows[field] = _to_host(stored, values)
+    return rows
+
+
+def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
+    """The deltas, without those that the cache does not keep."""
+    deltas, logits, num_gt = record.deltas, record.logits, len(record.boxes) - record.num_proposals
+    assert deltas is not None
+    assert logits is not None
+    if not spec.delta_floor or not spec.is_quantized or spec.class_agnostic:
+        return deltas
+    if record.gt_labels is None or len(record.gt_labels) != num_gt:
+        found = "none" if record.gt_labels is None else str(len(record.gt_labels))
+        raise CacheError(f"The record of {what} needs the labels of its {num_gt} ground-truth boxes, found {found}.")
+    return without_unlikely(deltas, logits, record.boxes.to(deltas.device), record.gt_labels, spec.delta_floor)
+
+
+def _encode_objects(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
+    """The arrays that have a row per box with RoI features."""
+    features, count = record.roi_features, len(record.boxes)
+    shape, dtype = spec.object_arrays()["roi_features"]
+    _check_shape(what, "roi_features", features, (count, *shape))
+    assert features is not None
+    rows = choose_objects(record.boxes, count - record.num_proposals)
+    chosen = features[rows.to(features.device)]
+    arrays = {"roi_rows": _to_host(rows.to(torch.int32), rows)}
+    if dtype == "int8":
+        stored, scale = quantize(chosen, torch.float16)
+        _check_finite(what, "roi_features", scale, dtype)
+        arrays["roi_scale"] = _to_host(scale, chosen)
+    else:
+        stored = chosen.detach().to(_TORCH_DTYPE[dtype])
+        _check_finite(what, "roi_features", stored, dtype)
+    return {**arrays, "roi_features": _to_host(stored, features)}
+
+
 def _encode_levels(
     what: str, record: TeacherRecord, spec: CacheSpec
 ) -> tuple[Block, npt.NDArray[np.float32] | None, list[tuple[int, int]]]:
@@ -105,14 +148,17 @@ def _encode_levels(
     flat, scales = [], []
     for number, level in enumerate(levels):
         _check_shape(what, f"features[{number}]", level, (spec.channels, -1, -1))
-        if spec.dtype == "int8":
-            stored, scale = quantize(level)
+        if number not in spec.levels:
+            scales.append(level.new_zeros(spec.channels, dtype=torch.float32))
+            continue
+        if spec.is_quantized:
+            stored, scale = quantize4(level) if spec.dtype == "int4" else quantize(level)
             scales.append(scale)
         else:
             stored = level.detach().to(_TORCH_DTYPE[spec.dtype])
         flat.append(stored.reshape(-1))
     packed = torch.cat(flat)  # always a copy
-    scale_of_levels = torch.stack(scales) if scales else None
+    scale_of_levels = torch.stack(scales) if spec.is_quantized else None
     _check_finite(what, "features", packed if scale_of_levels is None else scale_of_levels, spec.dtype)
     shapes = [(int(level.shape[1]), int(level.shape[2])) for level in levels]
     return packed.cpu().numpy(), None if scale_of_levels is None else scale_of_levels.cpu().numpy(), shapes

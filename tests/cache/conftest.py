@@ -56,6 +56,10 @@ class Kit:
         count = spec.proposals + image.num_gt if rois is None else rois
         corner = torch.rand(count, 2, generator=g) * torch.tensor([image.width * 0.6, image.height * 0.6])
         sides = torch.rand(count, 2, generator=g) * torch.tensor([image.width * 0.4, image.height * 0.4]) + 1
+        proposals = min(spec.proposals, count)
+        for row in range(0, proposals if count > proposals else 0, 3):  # near an object
+            truth = proposals + row // 3 % (count - proposals)
+            corner[row], sides[row] = corner[truth] + 0.02 * sides[truth], sides[truth] * (0.95 - 0.01 * row)
         classes = 1 if spec.class_agnostic else spec.num_classes
         shape = (count, spec.channels, spec.roi_size, spec.roi_size)
         return TeacherRecord(
@@ -64,7 +68,7 @@ class Kit:
             file_name=image.file_name,
             original_size=(image.height, image.width),
             input_size=size,
-            num_proposals=min(spec.proposals, count),
+            num_proposals=proposals,
             boxes=torch.cat([corner, torch.minimum(corner + sides, torch.tensor([image.width, image.height]))], dim=1),
             logits=torch.randn(count, spec.num_classes + 1, generator=g),
             deltas=torch.randn(count, classes, 4, generator=g),

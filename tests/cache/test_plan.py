@@ -1,12 +1,16 @@
+import dataclasses
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, ImageInfo, plan_parts, raw_bytes
 from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.spec import DTYPES, FIELD_OF_ARRAY, MAX_OBJECTS, TIERS
+from kdpipe.cache.write.encode import encode_record
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -31,24 +35,44 @@ def test_every_image_is_in_exactly_one_part(
     assert parts == plan_parts(tuple(images), spec, part_size)
 
 
-@pytest.mark.parametrize("tier", ["predictions", "embeddings", "roi", "pyramid"])
-@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_a_part_holds_at_most_256_images(kit: "type[Kit]") -> None:
+    images = [ImageInfo(n, f"{n}.jpg", 40, 60, 0) for n in range(600)]
+    parts = plan_parts(images, kit.spec(tier="predictions"), 1 << 40)
+    assert parts == [range(256), range(256, 512), range(512, 600)]
+    assert plan_parts(images[:256], kit.spec(), 1 << 40) == [range(256)]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("views", [("identity",), ("identity", "hflip")])
-def test_raw_bytes_are_those_of_the_tensors(kit: "type[Kit]", tier: str, dtype: str, views: tuple[str, ...]) -> None:
-    spec = kit.spec(tier=tier, dtype=dtype, views=views)
+def test_raw_bytes_are_those_of_what_is_stored(kit: "type[Kit]", tier: str, dtype: str, views: tuple[str, ...]) -> None:
+    """All boxes are positive, and no more than may have RoI features: then the bound is reached."""
+    spec = kit.spec(tier=tier, dtype=dtype, views=views, channels=5)
     images = kit.images()
     expected = dict.fromkeys(spec.fields, 0)
     for image in images:
         for view in views:
             record = kit.record(image, view, spec)
-            for field in spec.fields:
-                values = getattr(record, field)
-                for x in values if field == "features" else [values]:
-                    per_value = {"int8": 1, "float16": 2, "float32": 4}[spec.field_dtype(field)]
-                    expected[field] += x.numel() * per_value
-                    if dtype == "int8" and "features" in field:
-                        expected[field] += 4 * x.numel() // (x.shape[-1] * x.shape[-2])
-    assert raw_bytes(images, spec) == expected
+            if image.num_gt:
+                record = dataclasses.replace(record, boxes=torch.tensor([[1.0, 1, 9, 9]]).expand(len(record.boxes), 4))
+            encoded = encode_record(record, spec)
+            found = {**encoded.rows, "features": encoded.features, "scale": encoded.scale}
+            for name, values in found.items():
+                if values is not None:
+                    expected[FIELD_OF_ARRAY.get(name, name)] += values.nbytes
+    bound = raw_bytes(images, spec)
+    if tier == "objects":  # images without annotations have no RoI features, and could have had some
+        sizes = spec.row_bytes()
+        size = sum(size for name, size in sizes.items() if name in spec.object_arrays())
+        expected["roi_features"] += sum(size * spec.proposals * len(views) for image in images if not image.num_gt)
+    assert bound == expected
+
+
+def test_raw_bytes_of_rois_are_bounded(kit: "type[Kit]") -> None:
+    spec = kit.spec(tier="objects", dtype="float16", proposals=300)
+    size = spec.row_bytes()["roi_features"] + 4
+    few, many = (raw_bytes([ImageInfo(1, "1.jpg", 48, 64, count)], spec)["roi_features"] for count in (3, 70))
+    assert (few, many) == (MAX_OBJECTS * size, 70 * size)
 
 
 def test_raw_bytes_of_a_coco_image(kit: "type[Kit]") -> None:

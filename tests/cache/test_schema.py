@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kdpipe.cache import CacheError, CacheSpec
-from kdpipe.cache.spec import DTYPES, FORMAT_VERSION, TIERS
+from kdpipe.cache.spec import DTYPES, TIERS
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -35,24 +35,53 @@ def test_only_heads_with_more_than_layers_have_entries_for_it(kit: "type[Kit]") 
     assert (kit.spec().head_levels, spec.head_levels) == (kit.spec().roi_levels, len(kit.spec().strides))
 
 
+def test_only_a_part_of_the_levels_is_named(kit: "type[Kit]") -> None:
+    assert kit.spec().levels == (0, 1, 2, 3)
+    assert kit.spec(levels=(0, 1, 2, 3)) == kit.spec()
+    assert "levels" not in kit.spec().to_json()
+    spec = kit.spec(levels=(1, 3))
+    assert spec.to_json()["levels"] == [1, 3]
+    assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert [spec.stored_elements(level, 10) for level in range(4)] == [0, 60, 0, 60]
+    assert [spec.level_name(level) for level in range(4)] == ["P3", "P4", "P5", "P6"]
+
+
 def test_fields_and_types(kit: "type[Kit]") -> None:
     assert kit.spec(tier="predictions").fields == ("boxes", "logits", "deltas")
-    assert kit.spec(tier="roi").fields == ("boxes", "logits", "deltas", "embeddings", "roi_features")
+    assert kit.spec(tier="objects").fields == ("boxes", "logits", "deltas", "embeddings", "roi_features")
     assert kit.spec(tier="pyramid").fields == ("features", "boxes", "logits", "deltas", "embeddings")
-    int8, half, single = kit.spec(dtype="int8"), kit.spec(dtype="float16"), kit.spec(dtype="float32")
-    assert [s.field_dtype("features") for s in (int8, half, single)] == ["int8", "float16", "float32"]
-    assert [s.field_dtype("logits") for s in (int8, half, single)] == ["float16", "float16", "float32"]
-    assert [s.field_dtype("boxes") for s in (int8, half, single)] == ["float32"] * 3
+    specs = [kit.spec(dtype=dtype) for dtype in DTYPES]
+    assert [s.field_dtype("features") for s in specs] == ["int4", "int8", "float16", "float32"]
+    assert [s.element_dtype for s in specs] == ["uint8", "int8", "float16", "float32"]
+    assert [s.field_dtype("roi_features") for s in specs] == ["int8", "int8", "float16", "float32"]
+    assert [s.field_dtype("embeddings") for s in specs] == ["int8", "int8", "float16", "float32"]
+    assert [s.field_dtype("logits") for s in specs] == ["float16", "float16", "float16", "float32"]
+    assert [s.field_dtype("boxes") for s in specs] == ["float32"] * 4
+    assert [s.is_quantized for s in specs] == [True, True, False, False]
     assert kit.spec(class_agnostic=True).box_arrays()["deltas"][0] == (1, 4)
-    assert kit.spec(tier="roi").box_arrays()["roi_scale"] == ((6,), "float32")
-    assert "roi_scale" not in kit.spec(tier="roi", dtype="float16").box_arrays()
+    assert [s.box_arrays().get("embedding_scale") for s in specs] == [((), "float32")] * 2 + [None] * 2
+    assert "embedding_scale" not in kit.spec(tier="predictions").box_arrays()
+    objects = kit.spec(tier="objects").object_arrays()
+    assert objects == {
+        "roi_rows": ((), "int32"),
+        "roi_features": ((6, 7, 7), "int8"),
+        "roi_scale": ((6,), "float16"),
+    }
+    assert kit.spec(tier="objects", dtype="float16").object_arrays().keys() == {"roi_rows", "roi_features"}
+    assert kit.spec(tier="pyramid").object_arrays() == kit.spec(tier="embeddings").object_arrays() == {}
+
+
+def test_int4_holds_two_channels_in_a_byte(kit: "type[Kit]") -> None:
+    assert [kit.spec(dtype=dtype).stored_channels for dtype in DTYPES] == [3, 6, 6, 6]
+    assert kit.spec(dtype="int4", channels=7).stored_channels == 4
+    assert kit.spec(dtype="int4", channels=7).stored_elements(2, 15) == 60
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tier": "everything"}, "Unknown tier 'everything'"),
-        ({"dtype": "int4"}, "Unknown dtype"),
+        ({"dtype": "int2"}, "Unknown dtype"),
         ({"codec": "gzip"}, "Unknown codec"),
         ({"views": ()}, "views"),
         ({"views": ("hflip", "identity")}, "views"),
@@ -64,6 +93,11 @@ def test_fields_and_types(kit: "type[Kit]") -> None:
         ({"shared_style": "torch"}, "Unknown shared_style 'torch'"),
         ({"semantic": (9, 14)}, "semantic is one of the"),
         ({"semantic": (1,)}, "semantic is one of the"),
+        ({"delta_floor": 1.0}, "delta_floor is a probability"),
+        ({"delta_floor": -0.1}, "delta_floor is a probability"),
+        ({"levels": (0, 4)}, "stored levels are some of"),
+        ({"levels": (1, 0)}, "stored levels are some of"),
+        ({"levels": (1, 2), "tier": "objects"}, "the tier 'objects' holds none"),
     ],
 )
 def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any], message: str) -> None:
@@ -74,8 +108,10 @@ def test_impossible_values_are_refused(kit: "type[Kit]", changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": FORMAT_VERSION + 1}, "install a newer kdpipe"),
-        ({"version": FORMAT_VERSION - 1}, "cache the teacher again"),
+        ({"version": 3}, "install a newer kdpipe"),
+        ({"version": 2}, "development version .* cache the teacher again"),
+        ({"version": 0}, "found 0"),
+        ({"version": True}, "found True"),
         ({"version": "1"}, "found '1'"),
         ({"channels": "6"}, r"'channels' .* should be int"),
         ({"channels": True}, r"'channels' .* should be int"),

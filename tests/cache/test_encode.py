@@ -1,0 +1,86 @@
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from kdpipe.cache import CacheError
+from kdpipe.cache.quantize import dequantize, dequantize_rows
+from kdpipe.cache.write.encode import encode_record
+from kdpipe.cache.write.selection import choose_objects, without_unlikely
+
+if TYPE_CHECKING:
+    from tests.cache.conftest import Kit
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "float32"])
+def test_rois_of_the_chosen_boxes_are_stored(kit: "type[Kit]", dtype: str) -> None:
+    spec = kit.spec(tier="objects", dtype=dtype)
+    image = kit.images()[3]
+    record = kit.record(image, "identity", spec)
+    rows = choose_objects(record.boxes, image.num_gt)
+    assert image.num_gt == 3
+    assert image.num_gt < len(rows) < len(record.boxes)
+    encoded = encode_record(record, spec)
+    assert encoded.features is encoded.scale is None
+    assert {name: (array.shape[1:], str(array.dtype)) for name, array in encoded.rows.items()} == (
+        spec.box_arrays() | spec.object_arrays()
+    )
+    assert encoded.rows["roi_rows"].tolist() == rows.tolist()
+    assert record.roi_features is not None
+    wanted, stored = record.roi_features[rows], torch.from_numpy(encoded.rows["roi_features"])
+    if spec.is_quantized:
+        scale = torch.from_numpy(encoded.rows["roi_scale"])
+        assert ((dequantize(stored, scale) - wanted).abs() <= 0.6 * scale[..., None, None].float()).all()
+    else:
+        assert torch.equal(stored, wanted.to(stored.dtype))
+    assert record.embeddings is not None
+    embeddings = torch.from_numpy(encoded.rows["embeddings"])
+    scale_of_rows = torch.from_numpy(encoded.rows["embedding_scale"]) if spec.is_quantized else None
+    error = (dequantize_rows(embeddings, scale_of_rows) - record.embeddings).abs().max()
+    assert error <= {"float16": 2e-3, "float32": 0.0}.get(dtype, 0.02)
+
+
+def test_levels_that_are_not_stored_take_no_room(kit: "type[Kit]") -> None:
+    image = kit.images()[0]
+    whole, part = kit.spec(dtype="int4"), kit.spec(dtype="int4", levels=(1, 2))
+    record = kit.record(image, "identity", whole)
+    every, some = encode_record(record, whole), encode_record(record, part)
+    assert every.index == some.index
+    sizes = [
+        height * width * 3
+        for height, width in zip(
+            *([every.index[f"level{level}_{side}"] for level in range(4)] for side in ("height", "width")), strict=True
+        )
+    ]
+    assert every.features is not None
+    assert every.scale is not None
+    assert some.scale is not None
+    assert np.array_equal(some.features, every.features[sizes[0] : sum(sizes[:3])])  # type: ignore[arg-type]
+    assert np.array_equal(some.scale[1:3], every.scale[1:3])
+    assert not some.scale[[0, 3]].any()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_unlikely_deltas_are_left_out_of_small_types_only(kit: "type[Kit]", dtype: str) -> None:
+    spec = kit.spec(tier="predictions", dtype=dtype, delta_floor=0.3)
+    image = kit.images()[2]
+    labels = torch.tensor([2, 0])
+    record = dataclasses.replace(kit.record(image, "identity", spec), gt_labels=labels)
+    assert record.deltas is not None
+    assert record.logits is not None
+    kept = without_unlikely(record.deltas, record.logits, record.boxes, labels, 0.3)
+    assert 0.2 < (kept == 0).float().mean() < 0.9
+    wanted = kept if dtype == "int8" else record.deltas
+    assert np.array_equal(encode_record(record, spec).rows["deltas"], wanted.half().numpy())
+    if dtype == "int8":
+        for missing in (None, labels[:1]):
+            with pytest.raises(CacheError, match="needs the labels of its 2 ground-truth boxes"):
+                encode_record(dataclasses.replace(record, gt_labels=missing), spec)
+
+
+def test_one_regression_for_all_classes_is_kept(kit: "type[Kit]") -> None:
+    spec = kit.spec(tier="predictions", class_agnostic=True, delta_floor=0.9)
+    record = kit.record(kit.images()[0], "identity", spec)
+    assert (encode_record(record, spec).rows["deltas"] != 0).all()
