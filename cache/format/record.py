@@ -72,8 +72,8 @@ def read_part_record(location: Location, index: int, images: range, root: str) -
 
 
 def files_key(key: str, record: Mapping[str, Any]) -> str:
-    """Key of the folder of a group's files."""
-    return "/".join(part for part in (key, record["files"][:_NAME_DIGITS]) if part)
+    """Key of the folder of a group's files; those of the root lie below `plan`."""
+    return f"{key}/{record['files'][:_NAME_DIGITS]}"
 
 
 def read_files(location: Location, key: str, digest: str) -> Files | None:

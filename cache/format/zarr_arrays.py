@@ -1,15 +1,16 @@
 """Zarr arrays by their layout: opened for writing and for reading, with nothing believed that a file says of itself."""
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import tensorstore
 import torch
-import zarr
 from zarr import AsyncArray
 from zarr.abc.store import Store
 from zarr.core.array_spec import ArrayConfig
@@ -17,13 +18,21 @@ from zarr.core.buffer import Buffer
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore, StorePath, WrapperStore
 
-from kdpipe.cache.format.layout import ArrayLayout, is_as_written
+from kdpipe.cache.format.layout import ArrayLayout, Block, is_as_written
 from kdpipe.cache.format.record import Files
 
-_OWN = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-_RUST = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
-_lock = threading.Lock()  # zarr takes the pipeline of an array from its global configuration
-_rust_pid: int | None = None
+_first_pid: int | None = None  # of the process that used tensorstore first, in this line of forks
+
+
+class Reading(Protocol):
+    """Rows that are being read."""
+
+    def result(self) -> Block:
+        """Wait for them.
+
+        Raises:
+            ValueError: what is stored is damaged, or cannot be read.
+        """
 
 
 class WrittenFiles(WrapperStore[LocalStore]):
@@ -34,27 +43,67 @@ class WrittenFiles(WrapperStore[LocalStore]):
         self.files: Files = {}
 
     async def set(self, key: str, value: Buffer) -> None:
-        data = value.as_buffer_like()
-        self.files[key] = (len(value), hashlib.sha256(data).hexdigest())
+        self.files[key] = (len(value), hashlib.sha256(value.as_buffer_like()).hexdigest())
         await super().set(key, value)
 
 
-def writable_array(store: Store, key: str, layout: ArrayLayout) -> "AsyncArray[Any]":
-    """An array without rows, written through zarr's own pipeline: zarrs does not give equal bytes for equal values."""
-    return _array(store, key, layout, 0, _OWN)
+class FileArray:
+    """An array in a local folder, read by tensorstore.
+
+    tensorstore checks the checksum of every chunk that it decodes, and so does zarr; zarrs does not where it reads a
+    part of a shard. Its threads do not survive a fork: see `may_read_files`.
+
+    Args:
+        folder: of the array.
+        layout: of the array; what its `zarr.json` says does not count.
+        rows: number of rows.
+    """
+
+    def __init__(self, folder: Path, layout: ArrayLayout, rows: int) -> None:
+        self._array = tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": os.path.abspath(folder)},  # noqa: PTH100  # keeps links
+                "metadata": layout.metadata(rows),
+                "fill_missing_data_reads": False,
+                "recheck_cached_data": False,
+            },
+            open=True,
+            assume_metadata=True,
+            context=_context(torch.get_num_threads()),
+        ).result()
+
+    def start(self, rows: range) -> Reading:
+        """Begin to read rows."""
+        reading: Reading = self._array[rows.start : rows.stop].read()
+        return reading
 
 
-def readable_array(store: Store, key: str, layout: ArrayLayout, rows: int, is_local: bool) -> "AsyncArray[Any]":
-    """An array of so many rows. Its `zarr.json` is not looked at: see `check_metadata`.
+class StoreArray:
+    """An array in an object store, read by zarr.
 
     Args:
         store: of the cache.
         key: of the array.
-        layout: of the array.
+        layout: of the array; what its `zarr.json` says does not count.
         rows: number of rows.
-        is_local: whether zarrs may read it: it does so in files, and not in a forked child of a process that did.
     """
-    return _array(store, key, layout, rows, _RUST if is_local and _may_use_rust() else _OWN)
+
+    def __init__(self, store: Store, key: str, layout: ArrayLayout, rows: int) -> None:
+        self._array = _zarr_array(store, key, layout, rows)
+
+    def start(self, rows: range) -> Reading:
+        """Begin to read rows."""
+        reading: Reading = asyncio.run_coroutine_threadsafe(self._read(rows), _event_loop())
+        return reading
+
+    async def _read(self, rows: range) -> Any:
+        return await self._array.getitem(slice(rows.start, rows.stop))
+
+
+def writable_array(store: Store, key: str, layout: ArrayLayout) -> "AsyncArray[Any]":
+    """An array without rows, written by zarr: it gives equal bytes for equal values."""
+    return _zarr_array(store, key, layout, 0)
 
 
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:
@@ -64,28 +113,47 @@ def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | 
     except (ValueError, RecursionError):
         return "is missing or no JSON"
     if not isinstance(found, dict) or not is_as_written(found, layout, rows):
-        return f"does not describe an array of {rows} rows {layout.row_shape} {layout.dtype} as kdpipe writes it"
+        return f"does not describe {rows} rows of {layout.row_shape} {layout.dtype} as kdpipe writes them"
     return None
 
 
-def _array(store: Store, key: str, layout: ArrayLayout, rows: int, pipeline: dict[str, Any]) -> "AsyncArray[Any]":
-    metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
-    threads = {"threading.max_workers": torch.get_num_threads()} if pipeline is _RUST else {}
-    with _lock, zarr.config.set({**pipeline, **threads}):
-        return AsyncArray(metadata, StorePath(store, key), ArrayConfig.from_dict({"write_empty_chunks": True}))
-
-
-def _may_use_rust() -> bool:
-    """Whether zarrs can run in this process: its threads do not survive a fork."""
-    global _rust_pid
-    import zarrs  # noqa: F401  # registers the pipeline; imported late, since it starts with torch's threads
-
-    if _rust_pid is None:
-        _rust_pid = os.getpid()
-    elif _rust_pid != os.getpid():
+def may_read_files() -> bool:
+    """Whether tensorstore can run in this process; otherwise it was forked from one that had used it."""
+    global _first_pid
+    if _first_pid is None:
+        _first_pid = os.getpid()
+    elif _first_pid != os.getpid():
         logging.getLogger("kdpipe").info(
-            "Reading with zarr's own codecs, which are slower: this process was forked from one that had used zarrs. "
+            "Reading with zarr's own codecs, which are slower: this process was forked from one that had read a cache. "
             "Start workers with forkserver or spawn."
         )
         return False
     return True
+
+
+def _zarr_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
+    metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
+    return AsyncArray(metadata, StorePath(store, key), ArrayConfig.from_dict({"write_empty_chunks": True}))
+
+
+_contexts: dict[int, tensorstore.Context] = {}
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_lock = threading.Lock()
+
+
+def _context(threads: int) -> tensorstore.Context:
+    """So many threads for all arrays together; decoded chunks are not kept."""
+    with _lock:
+        if threads not in _contexts:
+            limits = {name: {"limit": threads} for name in ("data_copy_concurrency", "file_io_concurrency")}
+            _contexts[threads] = tensorstore.Context({**limits, "cache_pool": {"total_bytes_limit": 0}})
+        return _contexts[threads]
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """A loop of this process that runs in a thread of its own."""
+    with _lock:
+        if os.getpid() not in _loops:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="kdpipe-read", daemon=True).start()
+        return _loops[os.getpid()]

@@ -29,7 +29,6 @@ class Folder(Location):
         path: of the cache.
     """
 
-    is_local = True
     threads = 4
 
     def __init__(self, path: Path) -> None:
@@ -81,6 +80,12 @@ class Folder(Location):
                 if stat.S_ISREG(state.st_mode):
                     found[name] = state.st_size
         return found
+
+    def local_path(self, key: str) -> Path:
+        return self.path / key
+
+    def is_absent(self) -> bool:
+        return not os.path.lexists(self.path)
 
     def zarr_store(self) -> LocalStore:
         return LocalStore(self.path, read_only=True)

@@ -44,12 +44,10 @@ class Location(ABC):
 
     Attributes:
         name: for people and messages, without credentials.
-        is_local: whether it is a folder, which zarrs reads by itself.
         threads: how many files are best read at once.
     """
 
     name: str
-    is_local: bool
     threads: int
 
     def __str__(self) -> str:
@@ -78,6 +76,14 @@ class Location(ABC):
     @abstractmethod
     def sizes(self, key: str, names: Collection[str]) -> dict[str, int]:
         """Bytes of those of the named files below a key that are there, by name."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """Where a key lies on a local file system; None where it does not."""
+
+    @abstractmethod
+    def is_absent(self) -> bool:
+        """Whether there is nothing at all, not even something that is no cache."""
 
     @abstractmethod
     def zarr_store(self) -> Store:

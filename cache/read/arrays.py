@@ -1,0 +1,107 @@
+"""Reads rows of the arrays of a cache, after their files were checked against what was recorded."""
+
+import hashlib
+from collections.abc import Sequence
+
+from kdpipe.cache.format.layout import ArrayLayout, Block
+from kdpipe.cache.format.record import Files, check_sizes
+from kdpipe.cache.format.zarr_arrays import FileArray, StoreArray, check_metadata, may_read_files
+from kdpipe.cache.store.location import GoneError, Location
+
+
+class DamagedError(Exception):
+    """An array is not as it was written.
+
+    Args:
+        name: of the array.
+        reason: what is wrong.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name, self.reason = name, reason
+
+
+class ArrayReader:
+    """One array, opened: its metadata and the sizes of its files are as they were recorded.
+
+    Args:
+        location: of the cache.
+        key: of the folder of files.
+        name: of the array.
+        layout: of the array.
+        rows: number of rows.
+        files: in the folder.
+
+    Raises:
+        DamagedError: they are not.
+    """
+
+    def __init__(self, location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> None:
+        self.name, self.rows = name, rows
+        own = {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}
+        if own.keys() != {"zarr.json", *layout.files(rows)}:
+            raise DamagedError(name, f"its files are not those of {rows} rows: {', '.join(sorted(own))}")
+        place = f"{key}/{name}"
+        if wrong := check_sizes(location, place, own):
+            raise DamagedError(name, "; ".join(wrong))
+        data = location.read(f"{place}/zarr.json")
+        if data is None or hashlib.sha256(data).hexdigest() != own["zarr.json"][1]:
+            raise DamagedError(name, "zarr.json has other content than was written")
+        if reason := check_metadata(data, layout, rows):
+            raise DamagedError(name, f"zarr.json {reason}")
+        folder = location.local_path(place)
+        if folder is not None and may_read_files():
+            self._array: FileArray | StoreArray = FileArray(folder, layout, rows)
+        else:
+            self._array = StoreArray(location.zarr_store(), place, layout, rows)
+        self._layout = layout
+
+    def check(self, rows: range) -> range:
+        """The rows as they are; those that the array has not are an error.
+
+        Raises:
+            DamagedError: it has fewer.
+        """
+        if not 0 <= rows.start <= rows.stop <= self.rows:
+            raise DamagedError(self.name, f"it has {self.rows} rows, and rows {rows.start} to {rows.stop} are needed")
+        return rows
+
+
+def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
+    """Rows of arrays, all at the same time.
+
+    Raises:
+        DamagedError: what is stored is not what was written, or is missing.
+        OSError: it cannot be read.
+    """
+    started = [reader._array.start(reader.check(rows)) for reader, rows in wanted]
+    blocks: list[Block] = []
+    error: tuple[str, Exception] | None = None
+    for (reader, _), reading in zip(wanted, started, strict=True):
+        try:
+            blocks.append(reading.result())
+        except (ValueError, RuntimeError, GoneError, OSError) as caught:
+            error = error or (reader.name, caught)  # the others are waited for
+    if error is None:
+        return blocks
+    name, caught = error
+    if isinstance(caught, OSError):
+        raise caught
+    raise DamagedError(name, _first_line(caught)) from caught
+
+
+def read_array(location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> Block:
+    """A whole array.
+
+    Raises:
+        DamagedError: it is not as it was written.
+        OSError: it cannot be read.
+    """
+    (block,) = read_rows([(ArrayReader(location, key, name, layout, rows, files), range(rows))])
+    return block
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of a library says, without the places in its source."""
+    return str(error).split("\n")[0].split(" [source locations")[0].split(" [tensorstore_spec")[0]
