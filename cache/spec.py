@@ -199,6 +199,11 @@ class CacheSpec:
         """Name of the level at a position of `strides`: "P2" is that of stride 4."""
         return f"P{self.strides[level].bit_length() - 1}"
 
+    def arrays_of(self, field: str) -> list[str]:
+        """Names of the arrays that hold a field: its own, and those that belong to it."""
+        names = {*self.box_arrays(), *self.object_arrays()} | ({"scale"} if self.is_quantized else set())
+        return [field, *(name for name, owner in FIELD_OF_ARRAY.items() if owner == field and name in names)]
+
     def box_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape of one row and storage type of each array that has one row per box."""
         num_classes = self.num_classes

@@ -1,5 +1,7 @@
 """Which arrays a part has, and how each lies in its files: shapes, types, chunks, shards and codecs. Zarr v3 only."""
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,40 +47,47 @@ class ArrayLayout:
     shard_rows: int
     codec: str
 
+    def shard(self, rows: int) -> int:
+        """Rows per shard of an array of so many rows: one that fits into a shard has a smaller one."""
+        return min(self.shard_rows, max(1, -(-rows // self.chunk_rows)) * self.chunk_rows)
+
     def metadata(self, rows: int) -> dict[str, Any]:
         """The array's `zarr.json` as JSON values, for so many rows."""
-        itemsize = np.dtype(self.dtype).itemsize
-        inner: list[Codec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
-        if self.codec != "none":
-            name, level = _COMPRESSORS[self.codec]
-            inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
-        inner.append(Crc32cCodec())
-        sharding = ShardingCodec(
-            chunk_shape=(self.chunk_rows, *self.row_shape),
-            codecs=inner,
-            index_codecs=[BytesCodec(endian="little"), Crc32cCodec()],
-            index_location="end",
-        )
-        grid = {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *self.row_shape]}}
+        shard = [self.shard(rows), *self.row_shape]
         return {
             "zarr_format": 3,
             "node_type": "array",
             "shape": [rows, *self.row_shape],
             "data_type": self.dtype,
-            "chunk_grid": grid,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": 0,
-            "codecs": [sharding.to_dict()],
+            "fill_value": self.dtype != "bool" and 0,
+            "codecs": [_sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)],
         }
 
     def files(self, rows: int) -> dict[str, range]:
         """The rows in each of its files, by name, of an array of so many rows."""
-        starts = range(0, rows, self.shard_rows)
+        starts = range(0, rows, self.shard(rows))
         zeros = ["0"] * len(self.row_shape)
         return {
-            ".".join(["c", str(number), *zeros]): range(start, min(start + self.shard_rows, rows))
+            ".".join(["c", str(number), *zeros]): range(start, min(start + self.shard(rows), rows))
             for number, start in enumerate(starts)
         }
+
+
+@functools.cache
+def _sharding(chunk: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
+    """The codec of an array, as JSON values."""
+    itemsize = np.dtype(dtype).itemsize
+    inner: list[Codec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
+    if codec != "none":
+        name, level = _COMPRESSORS[codec]
+        inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
+    inner.append(Crc32cCodec())
+    index = [BytesCodec(endian="little"), Crc32cCodec()]
+    sharding = ShardingCodec(chunk_shape=chunk, codecs=inner, index_codecs=index, index_location="end")
+    values: dict[str, Any] = json.loads(json.dumps(sharding.to_dict()))
+    return values
 
 
 def array_layout(per: str, row_shape: tuple[int, ...], dtype: str, codec: str, chunk_rows: int = 0) -> ArrayLayout:

@@ -16,7 +16,7 @@ from zarr.abc.store import Store
 from zarr.core.array_spec import ArrayConfig
 from zarr.core.buffer import Buffer
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import LocalStore, StorePath, WrapperStore
+from zarr.storage import StorePath, WrapperStore
 
 from kdpipe.cache.format.layout import ArrayLayout, Block, is_as_written
 from kdpipe.cache.format.record import Files
@@ -35,11 +35,11 @@ class Reading(Protocol):
         """
 
 
-class WrittenFiles(WrapperStore[LocalStore]):
-    """A folder that notes size and sha256 of what zarr writes to it, so that no byte is read again for that."""
+class WrittenFiles(WrapperStore[Store]):
+    """A store that notes size and sha256 of what zarr writes to it, so that no byte is read again for that."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(LocalStore(folder))
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
         self.files: Files = {}
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -101,9 +101,9 @@ class StoreArray:
         return await self._array.getitem(slice(rows.start, rows.stop))
 
 
-def writable_array(store: Store, key: str, layout: ArrayLayout) -> "AsyncArray[Any]":
-    """An array without rows, written by zarr: it gives equal bytes for equal values."""
-    return _zarr_array(store, key, layout, 0)
+def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
+    """An array that will have so many rows or more, written by zarr: it gives equal bytes for equal values."""
+    return _zarr_array(store, key, layout, rows)
 
 
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:

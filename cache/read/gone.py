@@ -1,39 +1,36 @@
 """What is not there any more of a cache that was opened: deleted, moved, or on a disk that went away."""
 
-from pathlib import Path
-
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.record import part_folder
+from kdpipe.cache.store.location import RECORD, Location, part_key
 
 _ADVICE = "A training goes on with --resume from what it saved"
 
 
-def gone_error(cache: Path, number: int | None = None) -> CacheError | None:
+def gone_error(location: Location, number: int | None = None) -> CacheError | None:
     """Where something cannot be found: whether a part, or all of the cache, is gone; None where both are there.
 
     Args:
-        cache: path of the cache.
+        location: of the cache.
         number: of the part; None looks at the cache only.
     """
-    folder = cache if number is None else part_folder(cache, number)
     try:
-        if not (cache / "zarr.json").exists():
+        if location.read(RECORD) is None:
             return CacheError(
-                f"The cache {cache} is gone: it was there when it was opened, and has been deleted or moved since, or "
-                "its disk was taken away. Bring it back to this place, or make it again with the same `kdpipe "
+                f"The cache {location} is gone: it was there when it was opened, and has been deleted or moved since, "
+                "or its disk was taken away. Bring it back to this place, or make it again with the same `kdpipe "
                 f"cache-teacher` command. {_ADVICE}."
             )
-        if not folder.exists():
+        if number is not None and location.read(f"{part_key(number)}/{RECORD}") is None:
             return CacheError(
-                f"Part {number} of the cache {cache} is gone: {folder} was there when the cache was opened. Run "
+                f"Part {number} of the cache {location} is gone: it was there when the cache was opened. Run "
                 f"`kdpipe cache-teacher` with the same options again, it makes only what is missing. {_ADVICE}."
             )
     except OSError as error:
-        return unreadable_error(error, f"Part {number} of the cache {cache}", folder)
+        return unreadable_error(error, f"Part {number} of the cache {location}", part_key(number or 0))
     return None
 
 
-def unreadable_error(error: OSError, what: str, file: Path) -> CacheError:
+def unreadable_error(error: OSError, what: str, file: str) -> CacheError:
     """What to say where the system does not let a file be read.
 
     Args:

@@ -1,8 +1,6 @@
 """Reads the arrays of one committed part, and says what is damaged."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,40 +8,40 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.codecs import Block
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.record import check_metadata
-from kdpipe.cache.read.array_reader import ArrayReader, Readers, Rows, Run
+from kdpipe.cache.format.layout import Block, index_columns, part_layout
+from kdpipe.cache.format.record import files_key, read_files
+from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.read.gone import gone_error, unreadable_error
 from kdpipe.cache.records import TargetIndex
 from kdpipe.cache.spec import VIEWS, CacheSpec
-from kdpipe.cache.write.encode import index_columns
+from kdpipe.cache.store.location import Location, part_key
 
 
 class PartReader:
     """One part: its index in memory, its arrays opened when first read.
 
     Args:
-        folder: of the part.
+        location: of the cache.
         number: of the part.
         record: its commit record.
         spec: of the cache.
-        readers: read the chunks.
 
     Raises:
         CacheError: the index is damaged.
     """
 
-    def __init__(self, folder: Path, number: int, record: dict[str, Any], spec: CacheSpec, readers: Readers) -> None:
-        self._folder, self._number, self._record, self._spec = folder, number, record, spec
-        self._readers = readers
-        self._arrays: dict[str, ArrayReader] = {}
+    def __init__(self, location: Location, number: int, record: dict[str, Any], spec: CacheSpec) -> None:
+        self._location, self._number, self._spec = location, number, spec
+        self._record, self._key = record, files_key(part_key(number), record)
+        self._layout = part_layout(spec)
         self._columns = {name: position for position, name in enumerate(index_columns(spec))}
-        index, names = self._read([("index", range(record["rows"])), ("file_names", None)], [])
-        # Copies, since the chunks that they are part of are much larger. They are read once.
-        self._index: npt.NDArray[np.int64] = index.copy()
-        self._names = names[: int(index[-1, self._columns["name_stop"]]) if len(index) else 0].tobytes()
-        self._arrays.clear()
+        self._arrays: dict[str, ArrayReader] = {}
+        self._files = read_files(location, self._key, record["files"])
+        index, names = self._read([("index", None), ("file_names", None)], [])
+        self._index: npt.NDArray[np.int64] = index
+        self._names = names.tobytes()
+        self._arrays.clear()  # these are read once
         self.rows = len(self._index)
 
     def row(self, image_id: int, view: str) -> int | None:
@@ -66,61 +64,62 @@ class PartReader:
             original_size=(entry["height"], entry["width"]),
             input_size=(entry["input_height"], entry["input_width"]),
             num_proposals=entry["num_proposals"],
-            num_rois=entry["row_stop"] - entry["row_start"],
+            num_rois=entry["box_stop"] - entry["box_start"],
             level_shapes=tuple(shapes),
             file_digest=entry["file_digest"],
         )
 
     def read(
-        self,
-        row: int,
-        arrays: Sequence[str],
-        selected: npt.NDArray[np.int64] | None,
-        levels: Sequence[int] | None,
+        self, row: int, arrays: Sequence[str], selected: npt.NDArray[np.int64] | None, levels: Sequence[int] | None
     ) -> dict[str, Any]:
         """What is stored of an index row, read in one go.
 
         Args:
             row: of the index.
-            arrays: row arrays, `features` and `scale`.
-            selected: row numbers within the image for the row arrays; None reads all.
+            arrays: names; of those of the part but `index` and `file_names`.
+            selected: row numbers within the image, of arrays with a row per box; None reads all.
             levels: pyramid levels of `features`; None reads all.
 
         Returns:
-            A tensor per array; for `features` a tuple with one tensor per stored level, None for those not asked for.
+            A tensor per array; for `features` a tuple with one tensor per stride, None for those not asked for.
 
         Raises:
             CacheError: an array is damaged.
         """
         entry = self._entry(row)
         starts = self._level_starts(entry)
-        runs = _runs(range(len(starts) - 1) if levels is None else levels)
-        wanted: list[tuple[str, Rows | None]] = []
+        runs = _runs(self._spec.levels if levels is None else levels) if "features" in arrays else []
+        boxes = range(entry["box_start"], entry["box_stop"])
+        rows = {"view": range(row, row + 1), "object": range(entry["object_start"], entry["object_stop"])}
+        rows["box"] = boxes if selected is None else _span(selected, boxes.start)
+        wanted: list[tuple[str, range | None]] = []
         for name in arrays:
             if name == "features":
                 wanted += [(name, range(starts[run[0]], starts[run[-1] + 1])) for run in runs]
-            elif name == "scale":
-                wanted.append((name, range(row, row + 1)))
-            elif selected is None:
-                wanted.append((name, range(entry["row_start"], entry["row_stop"])))
             else:
-                wanted.append((name, selected + entry["row_start"]))
+                wanted.append((name, rows[self._layout[name].per]))
         blocks = self._read(wanted, [entry["image_id"]])
         values: dict[str, Any] = {}
         if "features" in arrays:
             packed = [block for (name, _), block in zip(wanted, blocks, strict=True) if name == "features"]
             values["features"] = self._unpack(entry, starts, runs, packed)
         for (name, _), block in zip(wanted, blocks, strict=True):
+            per = self._layout[name].per
             if name != "features":
-                values[name] = torch.from_numpy(block[0] if name == "scale" else block)
+                picked = (
+                    block[selected + boxes.start - rows["box"].start]
+                    if selected is not None and per == "box"
+                    else block
+                )
+                values[name] = torch.from_numpy(picked[0] if per == "view" else picked)
         return values
 
     def _level_starts(self, entry: dict[str, int]) -> list[int]:
-        """Where each level starts in `features`, and where the last one ends; empty tiers have none."""
+        """Where each level starts in `features`, and where the last one ends; tiers without features have none."""
         starts = [entry["element_start"]]
         for level in range(len(self._spec.strides) if "features" in self._spec.fields else 0):
             cells = entry[f"level{level}_height"] * entry[f"level{level}_width"]
-            starts.append(starts[-1] + self._spec.channels * cells)
+            starts.append(starts[-1] + self._spec.stored_elements(level, cells))
         return starts
 
     def _unpack(
@@ -131,66 +130,58 @@ class PartReader:
         for run, block in zip(runs, blocks, strict=True):
             for level in run:
                 begin, end = starts[level] - starts[run[0]], starts[level + 1] - starts[run[0]]
-                shape = (self._spec.channels, entry[f"level{level}_height"], entry[f"level{level}_width"])
+                shape = (self._spec.stored_channels, entry[f"level{level}_height"], entry[f"level{level}_width"])
                 result[level] = torch.from_numpy(block[begin:end].reshape(shape))
         return tuple(result)
 
     def _entry(self, row: int) -> dict[str, int]:
         return dict(zip(self._columns, self._index[row].tolist(), strict=True))
 
-    def _read(self, wanted: Sequence[tuple[str, Rows | None]], image_ids: list[int]) -> list[Block]:
-        """Rows of arrays (None: all rows), by all threads at once.
+    def _read(self, wanted: Sequence[tuple[str, range | None]], image_ids: list[int]) -> list[Block]:
+        """Rows of arrays (None: all rows), at the same time.
 
         Raises:
             CacheError: an array is damaged, or cannot be read.
         """
-        with ExitStack() as files:
-            requests = []
-            runs: list[tuple[str, Run]] = []
-            for name, rows in wanted:
-                try:
-                    array = self._open(name)
-                    request = array.request(range(array.rows) if rows is None else rows, files)
-                except (ValueError, OSError) as error:
-                    raise self._damaged(error, name, image_ids) from error
-                requests.append(request)
-                runs += [(name, run) for run in request.runs]
+        name = wanted[0][0]
+        try:
+            readers = []
+            for name, _ in wanted:
+                readers.append(self._array(name))
+            pairs = zip(readers, wanted, strict=True)
+            blocks = read_rows([(array, range(array.rows) if rows is None else rows) for array, (_, rows) in pairs])
+        except DamagedError as error:
+            raise self._damaged(error, image_ids) from error
+        except OSError as error:
+            gone = gone_error(self._location, self._number) if isinstance(error, FileNotFoundError) else None
+            raise gone or unreadable_error(error, self._what(name, image_ids), f"{self._key}/{name}") from error
+        return blocks
 
-            def read(item: tuple[str, Run]) -> None:
-                name, run = item
-                try:
-                    run.read()
-                except (ValueError, OSError) as error:
-                    raise self._damaged(error, name, image_ids) from error
-
-            self._readers.run(read, runs)
-        return [request.values() for request in requests]
-
-    def _open(self, name: str) -> ArrayReader:
+    def _array(self, name: str) -> ArrayReader:
         if name not in self._arrays:
-            if wrong := check_metadata(self._folder, self._record, name):
-                raise ValueError(wrong)
-            start = f"{name}/"
-            sizes = {
-                file[len(start) :]: entry[0] for file, entry in self._record["files"].items() if file.startswith(start)
-            }
-            self._arrays[name] = ArrayReader(self._folder / name, sizes, self._spec.codec)
+            if self._files is None:
+                raise DamagedError(name, "the part's files.json is missing or has other content than was written")
+            rows = self._record["rows"][self._layout[name].per]
+            self._arrays[name] = ArrayReader(self._location, self._key, name, self._layout[name], rows, self._files)
         return self._arrays[name]
 
-    def _damaged(self, error: ValueError | OSError, name: str, image_ids: list[int]) -> CacheError:
-        """What to say of an error: it names the array and the images that it was read for."""
+    def _damaged(self, error: DamagedError, image_ids: list[int]) -> CacheError:
+        """What to say of damage: it names the array and the images that it was read for."""
+        return gone_error(self._location, self._number) or CacheError(
+            f"{self._what(error.name, image_ids)} is damaged ({error.reason}). Run `kdpipe verify {self._location} "
+            "--repair`, then `kdpipe cache-teacher` with the same options: it makes this part anew."
+        )
+
+    def _what(self, name: str, image_ids: list[int]) -> str:
         whose = f", needed for image {', '.join(map(str, image_ids))}," if image_ids else ""
-        what = f"The array {name!r} of part {self._number}{whose}"
-        cache = self._folder.parents[1]
-        if isinstance(error, FileNotFoundError | NotADirectoryError) and (gone := gone_error(cache, self._number)):
-            return gone
-        if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-            return CacheError(
-                f"{what} is damaged ({reason}). Run `kdpipe verify {cache} --repair`, then `kdpipe cache-teacher` with "
-                "the same options: it makes this part anew."
-            )
-        return unreadable_error(error, what, self._folder / name)
+        return f"The array {name!r} of part {self._number}{whose}"
+
+
+def _span(selected: npt.NDArray[np.int64], start: int) -> range:
+    """The rows from the first to the last of those selected, which are numbered from `start`."""
+    if not len(selected):
+        return range(start, start)
+    return range(start + int(selected.min()), start + int(selected.max()) + 1)
 
 
 def _runs(numbers: Iterable[int]) -> list[list[int]]:

@@ -5,7 +5,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.record import check_digests, part_folder, read_part_record, read_skipped, require_group
-from kdpipe.cache.format.root import Root, read_root
-from kdpipe.cache.read.array_reader import Readers, read_array
+from kdpipe.cache.format.head import HEAD, parameter_layout
+from kdpipe.cache.format.record import files_key, read_files, read_part_record, read_record
+from kdpipe.cache.format.root import Root
+from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.read.gone import gone_error, unreadable_error
 from kdpipe.cache.read.part_reader import PartReader
+from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TargetIndex, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.store.files import explained
+from kdpipe.cache.store.location import Location, Place, open_location, part_key
 from kdpipe.cache.views import view_matrix
 
 # Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.
@@ -30,50 +31,52 @@ _MAX_PARTS = 1_000
 # Commit records are read by several threads, for the sake of disks and networks that answer slowly; not fewer by each.
 _OPENING_THREADS = 4
 _MIN_RECORDS = 64
+_REMOTE_THREADS = 64
 _NAMED_PARTS = 10
 
 
-def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False) -> "TeacherCache":
+def open_cache(place: Place, *, allow_partial: bool = False) -> "TeacherCache":
     """Open a cache for reading.
 
     Args:
-        path: folder of the cache.
+        place: path, URL or location of the cache.
         allow_partial: also open a cache some of whose parts are still missing.
 
     Raises:
-        CacheError: `path` is not a cache, has a newer format version, is incomplete or damaged.
+        CacheError: it is no cache, has another format version, is incomplete or damaged.
     """
-    path = Path(path)
-    root = read_root(path)
+    location = open_location(place)
+    root = read_root(location)
     parts, digest = root.parts, root.digest
 
     def read(numbers: range) -> list[tuple[int, list[dict[str, Any]] | None]]:
-        return [(number, read_skipped(path, number, parts[number], digest)) for number in numbers]
+        records = [(number, read_part_record(location, number, parts[number], digest)) for number in numbers]
+        return [(number, record and record["skipped"]) for number, record in records]
 
-    step = max(_MIN_RECORDS, -(-len(parts) // _OPENING_THREADS))
+    step = max(_MIN_RECORDS, -(-len(parts) // _OPENING_THREADS)) if location.local_path("") else 1
     batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
-    with explained("Reading the cache", path), ThreadPoolExecutor(_OPENING_THREADS) as pool:
+    threads = _OPENING_THREADS if location.local_path("") else _REMOTE_THREADS
+    with location.explained("Reading the cache"), ThreadPoolExecutor(threads) as pool:
         entries = [entry for batch in pool.map(read, batches) for entry in batch]
     skipped = {number: images for number, images in entries if images is not None}
     missing = [str(number) for number in range(len(parts)) if number not in skipped]
     if missing and not allow_partial:
         named = ", ".join(missing[:_NAMED_PARTS]) + ", ..." * (len(missing) > _NAMED_PARTS)
         raise CacheError(
-            f"The cache {path} is incomplete: {len(missing)} of {len(parts)} parts are missing or damaged (part "
+            f"The cache {location} is incomplete: {len(missing)} of {len(parts)} parts are missing or damaged (part "
             f"{named}). Run `kdpipe cache-teacher` with the same options again: it makes only what is missing."
         )
-    return TeacherCache(path, root, skipped)
+    return TeacherCache(location, root, skipped)
 
 
 class TeacherCache:
     """What the teacher said of a data set. Made by `open_cache`; can be pickled and sent to other processes.
 
     Parts are opened when first read, in each process anew: a parent that has read does not disturb its children,
-    however they are started. No file is kept open. Memory of results that are gone, up to 128 MiB per process, is kept
-    for the next ones.
+    however they are started. No file is kept open.
 
     Attributes:
-        path: folder of the cache.
+        location: of the cache.
         spec: what is stored.
         identity: what the targets depend on, as the writer recorded it.
         metadata: what else the writer recorded.
@@ -82,8 +85,8 @@ class TeacherCache:
         is_complete: whether every part of the plan was there when the cache was opened.
     """
 
-    def __init__(self, path: Path, root: Root, skipped: dict[int, list[dict[str, Any]]]) -> None:
-        self.path = path
+    def __init__(self, location: Location, root: Root, skipped: dict[int, list[dict[str, Any]]]) -> None:
+        self.location = location
         self.spec: CacheSpec = root.spec
         self.identity = root.identity
         self.metadata = root.metadata
@@ -116,17 +119,32 @@ class TeacherCache:
         Raises:
             CacheError: they were never stored, or are damaged.
         """
-        folder = self.path / "head"
-        if gone := gone_error(self.path):
+        if gone := gone_error(self.location):
             raise gone
-        remedy = f"run `kdpipe verify {self.path} --repair`, then `kdpipe cache-teacher` with the same options"
-        record = require_group(folder, "The teacher's head in the cache", remedy)
-        wrong = check_digests(folder, record)
-        if record.get("root") != self._root:
-            wrong = ["it was made for another cache"]
-        if wrong:
-            raise CacheError(f"The teacher's head in {folder} is damaged ({wrong[0]}): {remedy}.")
-        return {name: torch.from_numpy(read_array(folder / name, self.spec.codec)) for name in record["parameters"]}
+        remedy = f"run `kdpipe verify {self.location} --repair`, then `kdpipe cache-teacher` with the same options"
+        with self.location.explained("Reading the head"):
+            record = read_record(self.location, HEAD)
+            if record is None or record.get("root") != self._root:
+                state = "missing, damaged, or was made for another cache"
+                raise CacheError(f"The teacher's head in the cache {self.location} is {state}: {remedy}.")
+            try:
+                return self._read_head(record)
+            except (DamagedError, ValueError) as error:
+                raise CacheError(
+                    f"The teacher's head in the cache {self.location} is damaged ({error}): {remedy}."
+                ) from error
+
+    def _read_head(self, record: dict[str, Any]) -> dict[str, Tensor]:
+        key = files_key(HEAD, record)
+        files = read_files(self.location, key, record["files"])
+        if files is None:
+            raise ValueError("its list of files is missing or has other content than was written")
+        wanted = []
+        for name, entry in record["parameters"].items():
+            layout, rows = parameter_layout(entry, self.spec.codec)
+            wanted.append((ArrayReader(self.location, key, name, layout, rows, files), range(rows)))
+        named = zip(record["parameters"].items(), read_rows(wanted), strict=True)
+        return {name: torch.from_numpy(block.reshape(entry["shape"])) for (name, entry), block in named}
 
     def index(self, image_id: int, view: str = "identity") -> TargetIndex:
         """Sizes of an image in a view; reads no targets.
@@ -165,10 +183,7 @@ class TeacherCache:
         num_proposals = info.num_proposals
         if selected is not None:
             num_proposals = int(np.count_nonzero(selected < num_proposals))
-        arrays = ["boxes", *(field for field in fields if field != "boxes")]
-        if self.spec.dtype == "int8":
-            scales = {"features": "scale", "roi_features": "roi_scale"}
-            arrays += [scales[field] for field in fields if field in scales]
+        arrays = ["boxes", *(name for field in fields if field != "boxes" for name in self.spec.arrays_of(field))]
         values = part.read(row, arrays, selected, self._check_levels(levels))
         return TeacherTargets(
             image_id=info.image_id,
@@ -191,13 +206,13 @@ class TeacherCache:
     def _locate(self, image_id: int, view: str) -> tuple[PartReader, int]:
         if view not in self.spec.views:
             raise CacheError(
-                f"The cache {self.path} has the views {', '.join(self.spec.views)}, not {view!r}: cache the teacher "
-                f"with --views including {view}, or let the targets be mirrored."
+                f"The cache {self.location} has the views {', '.join(self.spec.views)}, not {view!r}: cache the "
+                f"teacher with --views including {view}, or let the targets be mirrored."
             )
         position = self._find(int(image_id))
         if position is None:
             raise CacheError(
-                f"Image {image_id} is not in the cache {self.path} of {len(self)} images"
+                f"Image {image_id} is not in the cache {self.location} of {len(self)} images"
                 f"{self._why_missing(int(image_id))}. Is it the cache of this data set?"
             )
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -205,8 +220,8 @@ class TeacherCache:
         row = part.row(int(image_id), view)
         if row is None:
             raise CacheError(
-                f"The index of part {number} lacks image {image_id} in view {view!r}: run `kdpipe verify {self.path} "
-                "--repair`, then `kdpipe cache-teacher` with the same options."
+                f"The index of part {number} lacks image {image_id} in view {view!r}: run `kdpipe verify "
+                f"{self.location} --repair`, then `kdpipe cache-teacher` with the same options."
             )
         return part, row
 
@@ -217,7 +232,7 @@ class TeacherCache:
     def _here(self) -> "_Process":
         """What this process has open: nothing is inherited from a parent."""
         if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process(self.path, self.spec, self._starts, self._root)
+            self._process = _Process(self.location, self.spec, self._starts, self._root)
         return self._process
 
     def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
@@ -225,8 +240,8 @@ class TeacherCache:
             return self.spec.fields
         if unknown := [field for field in fields if field not in self.spec.fields]:
             raise CacheError(
-                f"The cache {self.path} has the tier {self.spec.tier!r} with {', '.join(self.spec.fields)}; it cannot "
-                f"give {', '.join(unknown)}. Cache the teacher again with other --targets."
+                f"The cache {self.location} has the tier {self.spec.tier!r} with {', '.join(self.spec.fields)}; it "
+                f"cannot give {', '.join(unknown)}. Cache the teacher again with other --targets."
             )
         return tuple(dict.fromkeys(fields))
 
@@ -240,11 +255,10 @@ class TeacherCache:
 class _Process:
     """What one process has in memory of the parts that it reads."""
 
-    def __init__(self, path: Path, spec: CacheSpec, starts: npt.NDArray[np.int64], root: str) -> None:
+    def __init__(self, location: Location, spec: CacheSpec, starts: npt.NDArray[np.int64], root: str) -> None:
         self.pid = os.getpid()
-        self._path, self._spec, self._starts, self._root = path, spec, starts, root
+        self._location, self._spec, self._starts, self._root = location, spec, starts, root
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
-        self._readers = Readers()
         self._rows = 0
         self._lock = threading.Lock()
 
@@ -254,19 +268,18 @@ class _Process:
             if number in self._parts:
                 self._parts.move_to_end(number)
                 return self._parts[number]
-            folder = part_folder(self._path, number)
             span = range(int(self._starts[number]), int(self._starts[number + 1]))
             try:
-                record = read_part_record(self._path, number, span, self._root)
+                record = read_part_record(self._location, number, span, self._root)
             except OSError as error:
-                what = f"Part {number} of the cache {self._path}"
-                raise unreadable_error(error, what, folder / "zarr.json") from error
+                what = f"Part {number} of the cache {self._location}"
+                raise unreadable_error(error, what, part_key(number)) from error
             if record is None:
-                raise gone_error(self._path, number) or CacheError(
-                    f"Part {number} is no longer whole ({folder / 'zarr.json'}): run `kdpipe cache-teacher` with the "
-                    "same options again, it makes this part anew."
+                raise gone_error(self._location, number) or CacheError(
+                    f"Part {number} of the cache {self._location} is no longer whole: run `kdpipe cache-teacher` with "
+                    "the same options again, it makes this part anew."
                 )
-            part = PartReader(folder, number, record, self._spec, self._readers)
+            part = PartReader(self._location, number, record, self._spec)
             self._parts[number] = part
             self._rows += part.rows
             while len(self._parts) > 1 and (self._rows > _MAX_INDEX_ROWS or len(self._parts) > _MAX_PARTS):

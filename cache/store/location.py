@@ -1,5 +1,6 @@
 """Where a cache lies: what reading, writing and verifying ask of a folder or of an object store."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
@@ -135,7 +136,11 @@ def part_key(index: int) -> str:
     return f"parts/{index:05d}"
 
 
-def open_location(place: "str | Path | Location", options: "dict[str, str] | None" = None) -> Location:
+# A path, a URL such as `s3://bucket/coco.zarr`, or a location.
+Place = str | os.PathLike[str] | Location
+
+
+def open_location(place: Place, options: "dict[str, str] | None" = None) -> Location:
     """The location that a path or URL names.
 
     Args:

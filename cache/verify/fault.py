@@ -1,9 +1,9 @@
 """Fault: something that the check of a cache found."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from kdpipe.cache.format.record import part_folder
+from kdpipe.cache.format.head import HEAD
+from kdpipe.cache.store.location import part_key
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Fault:
         part: number of the part concerned.
         array: name of the array concerned.
         image_ids: of the images whose targets it concerns.
-        remove: what to remove, relative to the cache; None where there is nothing to remove.
+        remove: key of what to remove; None where there is nothing to remove.
         repairable: whether removing that, and running `cache-teacher` with the same options again, puts it right.
     """
 
@@ -25,10 +25,10 @@ class Fault:
     part: int | None = None
     array: str | None = None
     image_ids: tuple[int, ...] = ()
-    remove: Path | None = None
+    remove: str | None = None
     repairable: bool = True
 
     @property
     def is_stray(self) -> bool:
         """Whether removing it is all that it takes, since it is no part of the cache."""
-        return self.remove not in (None, Path("head"), part_folder(Path(), self.part or 0))
+        return self.remove not in (None, HEAD, part_key(self.part or 0))

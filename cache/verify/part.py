@@ -1,22 +1,18 @@
 """Checks one committed part: its index at once, its other arrays as tasks for a pool of threads."""
 
-import itertools
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.cache.codecs import Block
-from kdpipe.cache.format.record import check_metadata, part_folder
+from kdpipe.cache.format.layout import ArrayLayout, Block, index_columns, part_layout
+from kdpipe.cache.format.record import files_key, read_files
 from kdpipe.cache.spec import VIEWS, CacheSpec
-from kdpipe.cache.verify.chunks import Found, Layout, Look, Tick, check_file, read_layout
+from kdpipe.cache.store.location import Location, part_key
+from kdpipe.cache.verify.arrays import Finding, GroupFiles, Look, Tick, grouped, metadata_fault
 from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.views import ViewError, input_size
-from kdpipe.cache.write.encode import index_columns
-from kdpipe.cache.write.part_writer import array_layout
 
 # Boxes are mapped to the network input and back in float32: so many pixels beyond the image are rounding.
 _BOX_TOLERANCE = 0.01
@@ -27,26 +23,13 @@ Ids = npt.NDArray[np.int64]
 Task = Callable[[Tick], list[Fault]]
 
 
-def stray_files(folder: Path, known: Collection[str]) -> Iterator[str]:
-    """Paths, relative to a folder, of all files and folders below it that are none of the known files' or theirs."""
-    parents = {str(parent) for name in known for parent in Path(name).parents}
-    for top, folders, files in os.walk(folder):
-        place = Path(top).relative_to(folder)
-        for name in sorted(folders):
-            path = str(place / name)
-            if path not in parents and path not in known:
-                yield path
-        folders[:] = [name for name in folders if str(place / name) in parents]
-        yield from (path for name in sorted(files) if (path := str(place / name)) not in known)
-
-
 def check_part(
-    folder: Path, number: int, image_ids: Ids, record: Mapping[str, Any], spec: CacheSpec, tick: Tick
+    location: Location, number: int, image_ids: Ids, record: Mapping[str, Any], spec: CacheSpec, tick: Tick
 ) -> tuple[list[Fault], list[Task]]:
     """Check the metadata and the index of a part.
 
     Args:
-        folder: of the part.
+        location: of the cache.
         number: of the part.
         image_ids: of the images that the plan gives to this part, in order.
         record: its commit record.
@@ -57,19 +40,22 @@ def check_part(
         What is wrong, and what is left to do: a task per file of the other arrays. There are none where the index is
         damaged, since the whole part has to be made again.
     """
-    part = _Part(folder, number, image_ids, record, spec)
-    faults = [part.fault(name, "does not belong there", remove=name) for name in part.stray()]
+    key = files_key(part_key(number), record)
+    files = read_files(location, key, record["files"])
+    part = _Part(number, image_ids, record, spec, GroupFiles(location, key, files or {}))
+    if files is None:
+        return [part.fault("files.json", "is missing or has other content than was written")], []
+    for name in part.layout:
+        if wrong := metadata_fault(part.group, name, part.layout[name], part.rows(name)):
+            return [part.fault(f"{name}:", wrong, name)], []
     try:
         index, names = (part.read_whole(name, tick) for name in ("index", "file_names"))
-        if wrong := part.check_index(index, names):
-            return [*faults, part.fault("index", wrong, "index")], []
-        tasks: list[Task] = []
-        for name, (shape, dtype, rows) in part.arrays().items():
-            layout = part.layout(name, (rows, *shape), dtype)
-            tasks += [part.task(name, file, chunks, layout) for file, chunks in layout.files().items()]
     except _DamagedError as error:
-        return [*faults, error.fault], []
-    return faults, tasks
+        return [error.fault], []
+    if wrong := part.check_index(index, names):
+        return [part.fault("index", wrong, "index")], []
+    arrays = [name for name in part.layout if name not in ("index", "file_names")]
+    return [], [part.task(name, file) for name in arrays for file in part.layout[name].files(part.rows(name))]
 
 
 class _DamagedError(Exception):
@@ -82,47 +68,27 @@ class _DamagedError(Exception):
 class _Part:
     """What is known of a part while it is checked."""
 
-    def __init__(self, folder: Path, number: int, image_ids: Ids, record: Mapping[str, Any], spec: CacheSpec) -> None:
-        self.folder, self.number, self.image_ids, self.record, self.spec = folder, number, image_ids, record, spec
+    def __init__(
+        self, number: int, image_ids: Ids, record: Mapping[str, Any], spec: CacheSpec, group: GroupFiles
+    ) -> None:
+        self.number, self.image_ids, self.record, self.spec, self.group = number, image_ids, record, spec, group
+        self.layout: dict[str, ArrayLayout] = part_layout(spec)
         self.columns = {name: position for position, name in enumerate(index_columns(spec))}
         self.index: Ids = np.zeros((0, len(self.columns)), dtype=np.int64)
-        self.elements = 0
 
-    def fault(
-        self, name: str, message: str, array: str | None = None, images: Ids | None = None, remove: str | None = None
-    ) -> Fault:
-        """Something wrong with `name`, such as a file; the whole part is to be removed unless only `remove` is."""
-        ids = () if remove else tuple((self.image_ids if images is None else np.unique(images)).tolist())
-        place = part_folder(Path(), self.number) / (remove or "")
-        return Fault(f"part {self.number}", f"{name} {message}", self.number, array, ids, place)
+    def rows(self, name: str) -> int:
+        """Number of rows of an array, by the record."""
+        count: int = self.record["rows"][self.layout[name].per]
+        return count
 
-    def stray(self) -> Iterator[str]:
-        return stray_files(self.folder, {"zarr.json", *self.record["files"]})
+    def fault(self, name: str, message: str, array: str | None = None, images: Ids | None = None) -> Fault:
+        """Something wrong with `name`, such as a file; the whole part is to be removed."""
+        ids = tuple((self.image_ids if images is None else np.unique(images)).tolist())
+        return Fault(f"part {self.number}", f"{name} {message}", self.number, array, ids, part_key(self.number))
 
     def column(self, name: str) -> Ids:
         values: Ids = self.index[:, self.columns[name]]
         return values
-
-    def layout(self, name: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        """The layout of an array, whose `zarr.json` and sizes are checked, and that has to fit a shape and type.
-
-        Raises:
-            _DamagedError: it does not.
-        """
-        if wrong := check_metadata(self.folder, self.record, name):
-            raise _DamagedError(self.fault(f"{name}:", wrong, name))
-        try:
-            layout = read_layout((self.folder / name / "zarr.json").read_bytes(), self.spec.codec)
-        except (ValueError, OSError) as error:
-            raise _DamagedError(self.fault(f"{name}/zarr.json", f"is damaged: {error}", name)) from error
-        chunks = -(-shape[0] // layout.chunk[0])
-        fits = (layout.shape[1:], layout.dtype, layout.chunk[1:]) == (shape[1:], dtype, shape[1:])
-        wanted = {f"{name}/{file}" for file in (*layout.files(), "zarr.json")}
-        found = {file for file in self.record["files"] if file.startswith(f"{name}/")}
-        if not fits or layout.shape[0] != chunks * layout.chunk[0] or layout.shard is None or wanted != found:
-            message = f"does not fit the specification: found {layout.shape} {layout.dtype}, expected {shape} {dtype}"
-            raise _DamagedError(self.fault(name, message, name))
-        return layout
 
     def read_whole(self, name: str, tick: Tick) -> Block:
         """A small array that is needed to check the others.
@@ -130,22 +96,16 @@ class _Part:
         Raises:
             _DamagedError: it is damaged.
         """
-        rows = self.record["rows"]
-        if name == "index":
-            layout = self.layout(name, (rows, len(self.columns)), "int64")
-        else:
-            rows = int(self.index[-1, self.columns["name_stop"]]) if len(self.index) else 0
-            layout = self.layout(name, (rows,), "uint8")
-        blocks = [np.zeros((0, *layout.shape[1:]), dtype=layout.dtype)]
-        for file, chunks in layout.files().items():
-            size, digest = self.record["files"][f"{name}/{file}"]
+        blocks: list[Block] = []
 
-            def keep(number: int, block: Block) -> None:
-                blocks.append(block)
+        def keep(first: int, block: Block) -> None:
+            blocks.append(block)
 
-            for found in check_file(self.folder / name / file, size, digest, layout, chunks, keep, tick):
-                raise _DamagedError(self.fault(f"{name}/{file}", found.reason, name))
-        values: Block = np.concatenate(blocks)[:rows]
+        layout, rows = self.layout[name], self.rows(name)
+        for file in layout.files(rows):
+            for finding in self.group.check_file(name, file, layout, rows, keep, tick):
+                raise _DamagedError(self.fault(f"{name}/{file}", finding.reason, name))
+        values: Block = np.concatenate([np.zeros((0, *layout.row_shape), dtype=layout.dtype), *blocks])
         if name == "index":
             self.index = values
         return values
@@ -162,22 +122,32 @@ class _Part:
         sizes = [name for name in self.columns if name.endswith(("height", "width"))]
         if len(index) and min(int(self.column(name).min()) for name in sizes) < 1:
             return "has a size that is not positive"
-        cells = [
-            self.column(f"level{level}_height") * self.column(f"level{level}_width")
-            for level in range(len(self.spec.strides))
-            if "features" in self.spec.fields
+        levels = range(len(self.spec.strides) if "features" in self.spec.fields else 0)
+        elements = [
+            sum(self.spec.stored_elements(level, cells) for level, cells in enumerate(row))
+            for row in zip(
+                *((self.column(f"level{n}_height") * self.column(f"level{n}_width")).tolist() for n in levels),
+                strict=True,
+            )
         ]
-        elements = sum(cells, np.zeros(len(index), dtype=np.int64)) * self.spec.channels
-        rois, proposals = self.column("row_stop") - self.column("row_start"), self.column("num_proposals")
-        lengths = self.column("name_stop") - self.column("name_start")
-        for start, counts in (("row_start", rois), ("element_start", elements), ("name_start", lengths)):
-            if counts.min(initial=0) < 0 or not np.array_equal(self.column(start), np.cumsum(counts) - counts):
+        boxes, proposals = self.column("box_stop") - self.column("box_start"), self.column("num_proposals")
+        counts = {
+            "box_start": boxes,
+            "object_start": self.column("object_stop") - self.column("object_start"),
+            "element_start": np.array(elements or [0] * len(index), dtype=np.int64),
+            "name_start": self.column("name_stop") - self.column("name_start"),
+        }
+        for start, count in counts.items():
+            if count.min(initial=0) < 0 or not np.array_equal(self.column(start), np.cumsum(count) - count):
                 return f"has values of {start} that leave gaps or overlap"
-        if int(rois.sum()) != self.record["rois"]:
-            return f"has {int(rois.sum())} boxes, and the commit record {self.record['rois']}"
-        if (proposals < 0).any() or (proposals > np.minimum(rois, self.spec.proposals)).any():
+        found = {"view": len(index), "box": counts["box_start"], "object": counts["object_start"]}
+        found |= {"element": counts["element_start"], "byte": counts["name_start"]}
+        for per, rows in self.record["rows"].items():
+            total = int(np.sum(found[per]))
+            if total != rows:
+                return f"has {total} rows per {per}, and the commit record {rows}"
+        if (proposals < 0).any() or (proposals > np.minimum(boxes, self.spec.proposals)).any():
             return "has impossible numbers of proposals"
-        self.elements = int(elements.sum())
         return self._check_names_and_sizes(names)
 
     def _check_names_and_sizes(self, names: Block) -> str | None:
@@ -193,66 +163,47 @@ class _Part:
                 return f"gives image {entry['image_id']} the network input {found}, expected {expected}"
         return None
 
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], str, int]]:
-        """Row shape, type and number of rows of each array beside the index and the names."""
-        rows = {"features": self.elements, "scale": len(self.index)}
-        return {
-            name: (shape, dtype, rows.get(name, self.record["rois"]))
-            for name, (shape, dtype, _) in array_layout(self.spec).items()
-            if name not in ("index", "file_names")
-        }
-
-    def task(self, name: str, file: str, chunks: range, layout: Layout) -> Task:
+    def task(self, name: str, file: str) -> Task:
         """The check of one file."""
-        size, digest = self.record["files"][f"{name}/{file}"]
 
         def run(tick: Tick) -> list[Fault]:
-            look = self._look(name, layout)
-            found = check_file(self.folder / name / file, size, digest, layout, chunks, look, tick)
-            grouped = itertools.groupby(found, key=lambda one: one.reason)
-            return [self._named(name, file, reason, list(same), chunks, layout) for reason, same in grouped]
+            found = self.group.check_file(name, file, self.layout[name], self.rows(name), self._look(name), tick)
+            return [self._named(name, file, reason, same) for reason, same in grouped(found).items()]
 
         return run
 
-    def _named(self, name: str, file: str, reason: str, found: Sequence[Found], chunks: range, layout: Layout) -> Fault:
-        """The same thing wrong with some chunks of a file, as one fault that names the images."""
-        step = layout.chunk[0]
+    def _named(self, name: str, file: str, reason: str, found: Sequence[Finding]) -> Fault:
+        """The same thing wrong with some rows of a file, as one fault that names the images."""
         concerned = np.zeros(len(self.index), dtype=bool)
-        for one in found:
-            if one.rows is None:
-                span = chunks if one.chunk is None else range(one.chunk, one.chunk + 1)
-                first, last = self._owners(name, np.array([span.start * step, span.stop * step - 1])).tolist()
+        for finding in found:
+            rows = np.array([finding.rows.start, finding.rows.stop - 1])
+            if finding.wrong is None:
+                first, last = self._owners(name, rows).tolist()
                 concerned[first : last + 1] = True
             else:
-                assert one.chunk is not None
-                concerned[self._owners(name, one.chunk * step + np.flatnonzero(one.rows))] = True
+                concerned[self._owners(name, finding.rows.start + np.flatnonzero(finding.wrong))] = True
         return self.fault(f"{name}/{file}", reason, name, self.column("image_id")[concerned])
-
-    def _starts(self, name: str) -> Ids:
-        """Where each index row starts in an array."""
-        if name == "scale":
-            return np.arange(len(self.index))
-        return self.column("element_start" if name == "features" else "row_start")
 
     def _owners(self, name: str, rows: Ids) -> Ids:
         """The index rows that rows of an array belong to."""
-        owners: Ids = np.searchsorted(self._starts(name), rows, side="right") - 1
+        per = self.layout[name].per
+        starts = np.arange(len(self.index)) if per == "view" else self.column(f"{per}_start")
+        owners: Ids = np.searchsorted(starts, rows, side="right") - 1
         return owners
 
-    def _look(self, name: str, layout: Layout) -> Look | None:
+    def _look(self, name: str) -> Look | None:
         """The check of the values of an array; None where every value is fine."""
-        if np.dtype(layout.dtype).kind != "f":
+        if np.dtype(self.layout[name].dtype).kind != "f":
             return None
-        step = layout.chunk[0]
 
-        def look(number: int, block: Block) -> tuple[str, Block] | None:
+        def look(first: int, block: Block) -> tuple[str, Block] | None:
             finite = np.isfinite(block)
             if not finite.all():
                 return "has values that are not finite", _any_in_row(~finite)
-            if name in ("scale", "roi_scale") and (block < 0).any():
+            if name.endswith("scale") and (block < 0).any():
                 return "has negative scales", _any_in_row(block < 0)
             if name == "boxes":
-                wrong = self._wrong_boxes(block, number * step)
+                wrong = self._wrong_boxes(block, first)
                 return ("has boxes outside of their image, or upside down", wrong) if wrong.any() else None
             return None
 
@@ -260,13 +211,11 @@ class _Part:
 
     def _wrong_boxes(self, boxes: Block, first: int) -> Block:
         """Which rows [N, 4] of `boxes`, the first of which has that number, cannot be."""
-        rows = np.arange(first, min(first + len(boxes), self.record["rois"]))
-        owners = self._owners("boxes", rows)
+        owners = self._owners("boxes", np.arange(first, first + len(boxes)))
         limits = np.stack([self.column("width")[owners], self.column("height")[owners]], axis=1) + _BOX_TOLERANCE
-        corner, opposite = boxes[: len(rows), :2], boxes[: len(rows), 2:]
-        wrong = np.zeros(len(boxes), dtype=bool)
-        wrong[: len(rows)] = ((corner < -_BOX_TOLERANCE) | (opposite < corner) | (opposite > limits)).any(axis=1)
-        return wrong
+        corner, opposite = boxes[:, :2], boxes[:, 2:]
+        wrong = (corner < -_BOX_TOLERANCE) | (opposite < corner) | (opposite > limits)
+        return np.asarray(wrong.any(axis=1))
 
 
 def _any_in_row(wrong: Block) -> Block:

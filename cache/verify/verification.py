@@ -2,29 +2,24 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdpipe.cache.codecs import Block
-from kdpipe.cache.format.record import check_digests, part_folder, read_part_record, read_record
-from kdpipe.cache.format.root import Root, read_root
-from kdpipe.cache.store.files import discard, explained, temporary_state
-from kdpipe.cache.verify.chunks import check_file, read_layout
+from kdpipe.cache.format.head import HEAD, parameter_layout
+from kdpipe.cache.format.layout import Block
+from kdpipe.cache.format.record import FILES, Files, files_key, read_files, read_part_record, read_record
+from kdpipe.cache.format.root import PLAN, Root
+from kdpipe.cache.read.root import read_root
+from kdpipe.cache.store.location import RECORD, Location, Place, open_location, part_key
+from kdpipe.cache.verify.arrays import GroupFiles, Tick, metadata_fault
 from kdpipe.cache.verify.fault import Fault
-from kdpipe.cache.verify.part import Task, check_part, stray_files
+from kdpipe.cache.verify.part import Task, check_part
 
 __all__ = ["Fault", "Verification", "remove_faults", "verify_cache"]
-
-_STATES = {
-    "dead": "was left behind by a process that ended",
-    "alive": "is being written by a process of this machine",
-    "elsewhere": "is, or was, being written by a process of another machine",
-}
 
 # Is told how many bytes of how many were read.
 Progress = Callable[[int, int], None]
@@ -77,93 +72,126 @@ class _Count:
             self.done += size
 
 
-def verify_cache(path: Path, progress: Progress, threads: int | None = None) -> Verification:
+def verify_cache(place: Place, progress: Progress, threads: int | None = None) -> Verification:
     """Read every byte of a cache, and check sizes, digests, checksums, shapes, the index, and that floats are finite.
 
-    Memory is that of the plan and of a few chunks.
+    Memory is that of the plan, the lists of files and a few chunks.
 
     Args:
-        path: folder of the cache.
+        place: path, URL or location of the cache.
         progress: is called several times a second.
         threads: that read and decode; None takes one per core.
 
     Raises:
-        CacheError: there is no cache at `path`, or its root is damaged, without which nothing can be said of the rest.
+        CacheError: there is no cache, or its root is damaged, without which nothing can be said of the rest.
     """
-    root = read_root(path)
-    with explained("Reading the cache", path):
-        faults, notes = _check_root(path, root)
-        digest = root.digest
-        records = {n: read_part_record(path, n, span, digest) for n, span in enumerate(root.parts)}
-        total = sum(size for record in records.values() if record for size, _ in record["files"].values())
+    location = open_location(place)
+    root = read_root(location)
+    with location.explained("Reading the cache"):
+        digest, spans = root.digest, root.parts
+        records = {number: read_part_record(location, number, span, digest) for number, span in enumerate(spans)}
+        faults, missing = _without_record(location, root, records)
+        known, total = _known_files(location, records)
+        notes = _leftovers(location, known, faults)
         skipped = sum(len(record["skipped"]) for record in records.values() if record)
-        known = {number for number, record in records.items() if record}
-        del records  # those of a large cache take more memory than all else
-        missing = []
-        for number in sorted(set(range(len(root.parts))) - known):
-            there = os.path.lexists(part_folder(path, number))
-            ids = root.image_ids[root.parts[number].start : root.parts[number].stop]
-            remove = part_folder(Path(), number) if there else None
-            faults.append(Fault(f"part {number}", _no_record(there), number, None, tuple(ids.tolist()), remove))
-            if not there:
-                missing.append(number)
         count = _Count()
-        faults += _run(_tasks(path, root, known, faults, count), count, total, progress, threads)
+        faults += _run(_tasks(location, root, records, faults, count), count, total, progress, threads)
     faults.sort(key=lambda fault: (fault.part is not None, fault.part or 0))
     images = len(root.image_ids)
-    return Verification(images, skipped, len(root.parts), tuple(missing), count.done, tuple(faults), tuple(notes))
+    return Verification(images, skipped, len(spans), missing, count.done, tuple(faults), tuple(notes))
 
 
-def remove_faults(path: Path, found: Verification) -> list[Path]:
+def remove_faults(place: Place, found: Verification) -> list[str]:
     """Remove what is wrong, in one atomic act each, so that `cache-teacher` with the same options makes it anew.
 
     Returns:
-        What was removed, relative to the cache.
+        Keys of what was removed.
 
     Raises:
         CacheError: it cannot be removed.
     """
+    location = open_location(place)
     wanted = sorted({fault.remove for fault in found.faults if fault.remove is not None})
-    whole = [place for place in wanted if not set(place.parents) & set(wanted)]
-    with explained("Removing damaged parts", path):
-        for place in whole:
-            discard(path / place)
+    whole = [key for key in wanted if not any(key.startswith(f"{other}/") for other in wanted)]
+    with location.explained("Removing damaged parts"):
+        for key in whole:
+            location.discard(key)
     return whole
 
 
-def _check_root(path: Path, root: Root) -> tuple[list[Fault], list[str]]:
-    """What is wrong beside parts and head, and what is noteworthy."""
-    record = read_record(path) or {"files": {}}
-    faults = [Fault("the root", wrong, repairable=False) for wrong in check_digests(path, record)]
+def _without_record(
+    location: Location, root: Root, records: dict[int, dict[str, Any] | None]
+) -> tuple[list[Fault], tuple[int, ...]]:
+    """The parts that have to be made, and the numbers of those that were never committed."""
+    faults, missing = [], []
+    for number, record in records.items():
+        if record is None:
+            there = location.read(f"{part_key(number)}/{RECORD}") is not None
+            span = root.parts[number]
+            ids = tuple(root.image_ids[span.start : span.stop].tolist())
+            remove = part_key(number) if there else None
+            faults.append(Fault(f"part {number}", _no_record(there), number, None, ids, remove))
+            if not there:
+                missing.append(number)
+    return faults, tuple(missing)
+
+
+def _known_files(location: Location, records: dict[int, dict[str, Any] | None]) -> tuple[set[str], int]:
+    """Keys of all files that belong to the cache, and their bytes; a key that ends in `/` stands for what is below."""
+    known, total = {RECORD}, 0
+    groups = [("", PLAN, read_record(location, "")), (HEAD, HEAD, read_record(location, HEAD))]
+    groups += [(part_key(number), part_key(number), record) for number, record in records.items()]
+    for key, files_of, record in groups:
+        if record is None:
+            known.add(f"{key}/")  # it is a fault of its own
+            continue
+        place = files_key(files_of, record)
+        files = read_files(location, place, record["files"])
+        total += sum(size for size, _ in files.values()) if files else 0
+        known |= {f"{key}/{RECORD}" if key else RECORD, f"{place}/{FILES}"}
+        known |= {f"{place}/{name}" for name in files} if files else {f"{place}/"}
+    return known, total
+
+
+def _leftovers(location: Location, known: set[str], faults: list[Fault]) -> list[str]:
+    """Notes on what is there and does not belong to the cache; what should not be there goes to `faults`."""
+    notes = []
+    for one in location.leftovers(known):
+        if not one.is_fault:
+            notes.append(f"{one.key} {one.state}")
+        else:
+            remove = one.key if one.is_removable else None
+            faults.append(Fault(one.key, one.state, remove=remove, repairable=one.is_removable))
+    return notes
+
+
+def _tasks(
+    location: Location, root: Root, records: dict[int, dict[str, Any] | None], faults: list[Fault], count: "_Count"
+) -> Iterator[Task]:
+    """The checks of all files of the head and of the parts; what is wrong with the latter's index goes to `faults`."""
+    yield lambda tick: _check_plan(location, root, tick)
+    yield lambda tick: _check_head(location, root, tick)
+    for number, record in records.items():
+        if record is not None:
+            span = root.parts[number]
+            ids = root.image_ids[span.start : span.stop]
+            wrong, tasks = check_part(location, number, ids, record, root.spec, count)
+            faults += wrong
+            yield from tasks
+
+
+def _check_plan(location: Location, root: Root, tick: Tick) -> list[Fault]:
+    """What is wrong with the plan, beside what let it be read."""
+    record = read_record(location, "") or {"files": ""}
+    key = files_key(PLAN, record)
+    files: Files = read_files(location, key, record["files"]) or {}
+    group = GroupFiles(location, key, files)
+    wrong = [f"{PLAN}/{name} {reason}" for name in files if (reason := group.wrong_file(name, tick))]
     starts = root.part_starts
     sound = (starts[0], starts[-1]) == (0, len(root.image_ids)) and bool((np.diff(starts) > 0).all())
     if not sound or len(np.unique(root.image_ids)) < len(root.image_ids):
-        faults.append(Fault("the root", "has a plan that gives some image to no part, or to two", repairable=False))
-    notes = []
-    parts = (str(part_folder(Path(), number)) for number in range(len(root.parts)))
-    for name in stray_files(path, {"zarr.json", *record["files"], "head", *parts}):  # head and parts: see there
-        state = temporary_state(Path(name).name)
-        if state in ("alive", "elsewhere"):
-            notes.append(f"{name} {_STATES[state]}")
-        elif state == "dead":
-            faults.append(Fault(name, _STATES[state], remove=Path(name)))
-        else:
-            faults.append(Fault(name, "does not belong there: remove it by hand", repairable=False))
-    return faults, notes
-
-
-def _tasks(path: Path, root: Root, known: set[int], faults: list[Fault], count: _Count) -> Iterator[Task]:
-    """The checks of all files of the head and of the parts; what is wrong with the latter's index goes to `faults`."""
-    yield lambda tick: _check_head(path, root)
-    spans, digest = root.parts, root.digest
-    for number in sorted(known):
-        record = read_part_record(path, number, spans[number], digest)
-        if record is None:
-            continue
-        ids = root.image_ids[spans[number].start : spans[number].stop]
-        wrong, tasks = check_part(part_folder(path, number), number, ids, record, root.spec, count)
-        faults += wrong
-        yield from tasks
+        wrong.append("has a plan that gives some image to no part, or to two")
+    return [Fault("the root", line, repairable=False) for line in wrong]
 
 
 def _run(tasks: Iterator[Task], count: _Count, total: int, progress: Progress, threads: int | None) -> list[Fault]:
@@ -194,48 +222,44 @@ def _collect(pending: "set[Future[list[Fault]]]", faults: list[Fault]) -> "set[F
     return rest
 
 
-def _check_head(path: Path, root: Root) -> list[Fault]:
+def _check_head(location: Location, root: Root, tick: Tick) -> list[Fault]:
     """Everything of the teacher's head: it is small, and read as one."""
-    folder, place = path / "head", Path("head")
-    record: dict[str, Any] | None = read_record(folder)
+    record = read_record(location, HEAD)
     if record is None:
-        there = os.path.lexists(folder)
-        return [Fault("the head", _no_record(there), remove=place if there else None)]
+        there = location.read(f"{HEAD}/{RECORD}") is not None
+        return [Fault("the head", _no_record(there), remove=HEAD if there else None)]
     if record.get("root") != root.digest:
-        return [Fault("the head", "was made for another cache", remove=place)]
-    files = record["files"]
-    faults = [
-        Fault("the head", f"{name} does not belong there", remove=place / name)
-        for name in stray_files(folder, {"zarr.json", *files})
-    ]
-    try:
-        wrong = check_digests(folder, record)
-        for name in [] if wrong else record["parameters"]:
-            wrong += _check_parameter(folder, name, files, root.spec.codec)
-    except OSError as error:
-        wrong = [f"{error.filename} cannot be read: {error.strerror}"]
-    return [*faults, *(Fault("the head", line, array=line.split("/")[0], remove=place) for line in wrong)]
+        return [Fault("the head", "was made for another cache", remove=HEAD)]
+    key = files_key(HEAD, record)
+    files = read_files(location, key, record["files"])
+    if files is None:
+        return [Fault("the head", "files.json is missing or has other content than was written", remove=HEAD)]
+    group, faults = GroupFiles(location, key, files), []
+    for name, entry in record["parameters"].items():
+        lines = _check_parameter(group, name, entry, root.spec.codec, tick)
+        faults += [Fault("the head", line, array=name, remove=HEAD) for line in lines]
+    return faults
 
 
-def _check_parameter(folder: Path, name: str, files: Mapping[str, Any], codec: str) -> list[str]:
-    """What is wrong with the values of a parameter whose files are as they were written."""
-    if f"{name}/zarr.json" not in files:
-        return [f"{name}/zarr.json is not among what was written"]
+def _check_parameter(group: GroupFiles, name: str, entry: dict[str, Any], codec: str, tick: Tick) -> list[str]:
+    """What is wrong with one parameter."""
     try:
-        layout = read_layout((folder / name / "zarr.json").read_bytes(), codec)
+        layout, rows = parameter_layout(entry, codec)
     except ValueError as error:
-        return [f"{name}/zarr.json is damaged: {error}"]
+        return [f"{name} is damaged: {error}"]
+    if wrong := metadata_fault(group, name, layout, rows):
+        return [f"{name}: {wrong}"]
 
-    def look(number: int, block: Block) -> tuple[str, Block] | None:
+    def look(first: int, block: Block) -> tuple[str, Block] | None:
         fine = block.dtype.kind != "f" or bool(np.isfinite(block).all())
-        return None if fine else ("has values that are not finite", np.ones(1, dtype=bool))
+        return None if fine else ("has values that are not finite", np.ones(len(block), dtype=bool))
 
-    wrong = []
-    for file, chunks in layout.files().items():
-        size, digest = files.get(f"{name}/{file}", (0, ""))
-        found = check_file(folder / name / file, size, digest, layout, chunks, look, lambda size: None)
-        wrong += [f"{name}/{file} {one.reason}" for one in found]
-    return wrong
+    found = [
+        (file, finding)
+        for file in layout.files(rows)
+        for finding in group.check_file(name, file, layout, rows, look, tick)
+    ]
+    return list(dict.fromkeys(f"{name}/{file} {finding.reason}" for file, finding in found))
 
 
 def _no_record(there: bool) -> str:

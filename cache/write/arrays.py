@@ -1,8 +1,9 @@
 """Arrays that grow by rows, written shard by shard through zarr."""
 
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from zarr import AsyncArray
 from zarr.core.sync import sync
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
@@ -22,8 +23,8 @@ class ArrayWriter:
 
     def __init__(self, files: WrittenFiles, name: str, layout: ArrayLayout) -> None:
         self.rows = 0
-        self._layout = layout
-        self._array = writable_array(files, name, layout)
+        self._files, self._name, self._layout = files, name, layout
+        self._array: AsyncArray[Any] | None = None
         self._pending: list[Block] = []
         self._filled = 0
 
@@ -48,17 +49,18 @@ class ArrayWriter:
         block = self._pending[0] if len(self._pending) == 1 else _joined(self._pending, self._layout)
         start, self.rows = self.rows, self.rows + len(block)
         self._pending, self._filled = [], 0
+        if self._array is None:
+            self._array = writable_array(self._files, self._name, self._layout, self.rows)
         sync(self._array.resize((self.rows, *self._layout.row_shape)))
         if len(block):
             sync(self._array.setitem(slice(start, self.rows), block))
 
 
-def write_arrays(files: WrittenFiles, arrays: Mapping[str, tuple[ArrayLayout, Block]]) -> None:
-    """Write whole arrays."""
-    for name, (layout, values) in arrays.items():
-        writer = ArrayWriter(files, name, layout)
-        writer.append(values)
-        writer.close()
+def write_array(files: WrittenFiles, name: str, layout: ArrayLayout, values: Block) -> None:
+    """Write a whole array."""
+    writer = ArrayWriter(files, name, layout)
+    writer.append(values)
+    writer.close()
 
 
 def _joined(blocks: list[Block], layout: ArrayLayout) -> Block:

@@ -17,15 +17,6 @@ from kdpipe.cache.write.selection import choose_objects, without_unlikely
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 
 
-def index_columns(spec: CacheSpec) -> list[str]:
-    """Names of the columns of a part's index: one row per image and view, int64."""
-    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals"]
-    columns += ["row_start", "row_stop", "element_start", "name_start", "name_stop", "file_digest"]
-    for level in range(len(spec.strides) if "features" in spec.fields else 0):
-        columns += [f"level{level}_height", f"level{level}_width"]
-    return columns
-
-
 @dataclass(frozen=True)
 class EncodedRecord:
     """Host arrays of one image in one view, independent of the tensors they came from.

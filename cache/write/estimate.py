@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from zarr.storage import MemoryStore
 
-from kdpipe.cache.codecs import Block, encode_chunk
+from kdpipe.cache.format.layout import Block, part_layout
+from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import FIELD_OF_ARRAY, CacheSpec
+from kdpipe.cache.write.arrays import write_array
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.part_writer import array_layout
 
 
 def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, float]:
@@ -34,14 +36,13 @@ def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, 
         for name, values in found.items():
             arrays.setdefault(name, []).append(values)
     raw, stored = Counter[str](), Counter[str]()
-    layout = array_layout(spec)
+    layout = part_layout(spec)
     for name, blocks in arrays.items():
-        values, rows = np.concatenate(blocks), layout[name][2]
+        values, files = np.concatenate(blocks), WrittenFiles(MemoryStore())
+        write_array(files, name, layout[name], values)
         field = FIELD_OF_ARRAY.get(name, name)
         raw[field] += values.nbytes
-        stored[field] += sum(
-            len(encode_chunk(values[start : start + rows], spec.codec)[0]) for start in range(0, len(values), rows)
-        )
+        stored[field] += sum(size for file, (size, _) in files.files.items() if not file.endswith("zarr.json"))
     return {field: stored[field] / raw[field] if raw[field] else 1.0 for field in spec.fields}
 
 

@@ -1,34 +1,29 @@
 """Writes one part: in plan order, on a thread of its own, published in one atomic act."""
 
-import os
+import contextlib
 import queue
-import shutil
 import threading
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from zarr.storage import LocalStore
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.record import check_sizes, part_folder, read_part_record, write_record
-from kdpipe.cache.plan import ImageInfo, level_shapes
+from kdpipe.cache.format.layout import index_columns, part_layout
+from kdpipe.cache.format.record import is_whole, read_part_record, write_record
+from kdpipe.cache.format.zarr_arrays import WrittenFiles
+from kdpipe.cache.plan import ImageInfo
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.store.files import FileRecord, discard, explained, publish, temporary_folder
-from kdpipe.cache.write.arrays import ArrayWriter, rows_per_chunk
-from kdpipe.cache.write.encode import EncodedRecord, encode_record, index_columns
+from kdpipe.cache.store.location import Location, part_key
+from kdpipe.cache.write.arrays import ArrayWriter
+from kdpipe.cache.write.encode import EncodedRecord, encode_record
 
-# Elements per chunk of features: at most and at least, and so many chunks per image in between.
-_MOST_ELEMENTS, _FEWEST_ELEMENTS, _CHUNKS_PER_IMAGE = 1 << 20, 1 << 14, 8
-# Raw bytes per chunk: rows of an image are read together, rows of roi_features also by selection.
-_ROW_CHUNK_BYTES = 128 << 10
-_ROI_CHUNK_BYTES = 64 << 10
 _QUEUE_SIZE = 4
-_ATTRIBUTES: dict[str, dict[str, Any]] = {"file_names": {"encoding": "utf-8"}}
-_ENCODERS = min(8, os.cpu_count() or 1)
 
 
 class PartWriter:
@@ -36,10 +31,10 @@ class PartWriter:
 
     Records may come in any order; they are stored in that of the plan (images, then views), so that a part has the same
     bytes however it was made. Those that come early are held in memory until it is their turn. A thread writes,
-    behind a short queue, and others compress for it; their errors surface in the next `add`, or on exit.
+    behind a short queue; its errors surface in the next `add`, or on exit.
 
     Args:
-        cache: path of the cache.
+        location: of the cache.
         index: number of the part.
         span: indices of the part's images in the plan.
         images: the part's images.
@@ -48,10 +43,9 @@ class PartWriter:
     """
 
     def __init__(
-        self, cache: Path, index: int, span: range, images: Sequence[ImageInfo], spec: CacheSpec, root: str
+        self, location: Location, index: int, span: range, images: Sequence[ImageInfo], spec: CacheSpec, root: str
     ) -> None:
-        self._cache, self._index, self._span, self._spec, self._root = cache, index, span, spec, root
-        self._final = part_folder(cache, index)
+        self._location, self._index, self._span, self._spec, self._root = location, index, span, spec, root
         self._order = [(image.image_id, view) for image in images for view in spec.views]
         self._names = {image.image_id: image.file_name for image in images}
         self._seen: set[tuple[int, str]] = set()
@@ -63,14 +57,10 @@ class PartWriter:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "PartWriter":
-        with explained(f"Writing part {self._index}", self._cache):
-            self._folder = temporary_folder(self._final)
-            self._pool = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="kdpipe-encode")
-            try:
-                self._files = _PartFiles(self._folder, self._spec, self._pool)
-            except BaseException:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                raise
+        self._stack = contextlib.ExitStack()
+        with self._location.explained(f"Writing part {self._index}"):
+            self._folder = self._stack.enter_context(self._location.staging(part_key(self._index)))
+            self._files = _PartFiles(self._folder / "new", self._spec)
         self._thread = threading.Thread(target=self._work, name=f"kdpipe-part-{self._index}", daemon=True)
         self._thread.start()
         return self
@@ -113,12 +103,10 @@ class PartWriter:
                         f"Part {self._index} ended with {len(missing)} of {len(self._order)} records missing, first "
                         f"image {missing[0][0]} in view {missing[0][1]}: add or skip every image of the part."
                     )
-                with explained(f"Writing part {self._index}", self._cache):
+                with self._location.explained(f"Writing part {self._index}"):
                     self._commit()
         finally:
-            self._pool.shutdown(cancel_futures=True)
-            self._files.abort()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._stack.close()
 
     def _claim(self, keys: list[tuple[int, str]]) -> None:
         """Check that the records are expected, and note that they came."""
@@ -161,7 +149,7 @@ class PartWriter:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            with explained(f"Writing part {self._index}", self._cache):
+            with self._location.explained(f"Writing part {self._index}"):
                 raise self._error
 
     def _commit(self) -> None:
@@ -171,81 +159,54 @@ class PartWriter:
             "part": self._index,
             "images": [self._span.start, self._span.stop],
             "rows": self._files.rows,
-            "rois": self._files.rois,
             "skipped": skipped,
             "root": self._root,
         }
         write_record(self._folder, content, files)
-        while not publish(self._folder, self._final):
-            record = read_part_record(self._cache, self._index, self._span, self._root)
-            if record is not None and not check_sizes(self._final, record):
+        key = part_key(self._index)
+        while not self._location.publish(self._folder, key):
+            record = read_part_record(self._location, self._index, self._span, self._root)
+            if record is not None and is_whole(self._location, key, record):
                 return  # another process committed the same part first
-            discard(self._final)
-
-
-def array_layout(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str, int]]:
-    """Shape of one row, storage type, and rows per chunk of each array of a part."""
-    layout: dict[str, tuple[tuple[int, ...], str, int]] = {}
-    if "features" in spec.fields:
-        layout["features"] = ((), spec.dtype, feature_chunk(spec))
-        if spec.dtype == "int8":
-            levels = (len(spec.strides), spec.channels)
-            layout["scale"] = (levels, "float32", rows_per_chunk(levels, "float32", _ROW_CHUNK_BYTES))
-    for name, (shape, dtype) in spec.box_arrays().items():
-        target = _ROI_CHUNK_BYTES if name == "roi_features" else _ROW_CHUNK_BYTES
-        layout[name] = (shape, dtype, rows_per_chunk(shape, dtype, target))
-    layout["index"] = ((len(index_columns(spec)),), "int64", 1024)
-    layout["file_names"] = ((), "uint8", 1 << 16)
-    return layout
-
-
-def feature_chunk(spec: CacheSpec) -> int:
-    """Elements per chunk of features, a power of two. Images are read one by one: small ones want small chunks."""
-    cells = sum(height * width for height, width in level_shapes(spec.scale, spec.strides))
-    share = max(1, spec.channels * cells // _CHUNKS_PER_IMAGE)
-    return min(_MOST_ELEMENTS, max(_FEWEST_ELEMENTS, 1 << (share.bit_length() - 1)))
+            self._location.discard(key)
 
 
 class _PartFiles:
     """The arrays of a part in the making."""
 
-    def __init__(self, folder: Path, spec: CacheSpec, pool: Executor) -> None:
-        self.rows = self.rois = 0
+    def __init__(self, folder: Path, spec: CacheSpec) -> None:
+        self._files = WrittenFiles(LocalStore(folder))
+        self._layout = part_layout(spec)
         self._columns = index_columns(spec)
-        self._elements = self._name_bytes = 0
-        self._arrays: dict[str, ArrayWriter] = {}
+        self._arrays = {name: ArrayWriter(self._files, name, layout) for name, layout in self._layout.items()}
+        self._counts: Counter[str] = Counter()
 
-        for name, (shape, dtype, chunk_rows) in array_layout(spec).items():
-            attributes = _ATTRIBUTES.get(name, {}) | ({"columns": self._columns} if name == "index" else {})
-            self._arrays[name] = ArrayWriter(folder / name, shape, dtype, chunk_rows, spec.codec, pool, attributes)
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many views, boxes, objects, elements and bytes there are: the rows of the arrays."""
+        return {per: self._counts[per] for per in sorted({layout.per for layout in self._layout.values()})}
 
     def append(self, encoded: EncodedRecord) -> None:
         """Write one record."""
-        elements = 0 if encoded.features is None else encoded.features.size
-        rois = len(encoded.rows["boxes"])
-        place = {"row_start": self.rois, "row_stop": self.rois + rois, "element_start": self._elements}
-        place |= {"name_start": self._name_bytes, "name_stop": self._name_bytes + len(encoded.file_name)}
-        entries = encoded.index | place
-        for name, rows in encoded.rows.items():
-            self._arrays[name].append(rows)
+        blocks = dict(encoded.rows)
         if encoded.features is not None:
-            self._arrays["features"].append(encoded.features)
+            blocks["features"] = encoded.features
         if encoded.scale is not None:
-            self._arrays["scale"].append(encoded.scale[None])
-        self._arrays["index"].append(np.array([[entries[column] for column in self._columns]], dtype=np.int64))
-        self._arrays["file_names"].append(np.frombuffer(encoded.file_name, dtype=np.uint8))
-        self.rows += 1
-        self.rois += rois
-        self._elements += elements
-        self._name_bytes += len(encoded.file_name)
+            blocks["scale"] = encoded.scale[None]
+        blocks["file_names"] = np.frombuffer(encoded.file_name, dtype=np.uint8)
+        counts = Counter({self._layout[name].per: len(block) for name, block in blocks.items()} | {"view": 1})
+        entries = dict(encoded.index)
+        for per, start, stop in (("box", "box_start", "box_stop"), ("object", "object_start", "object_stop")):
+            entries |= {start: self._counts[per], stop: self._counts[per] + counts[per]}
+        entries |= {"element_start": self._counts["element"], "name_start": self._counts["byte"]}
+        entries["name_stop"] = self._counts["byte"] + counts["byte"]
+        blocks["index"] = np.array([[entries[column] for column in self._columns]], dtype=np.int64)
+        for name, block in blocks.items():
+            self._arrays[name].append(block)
+        self._counts += counts
 
-    def close(self) -> dict[str, FileRecord]:
+    def close(self) -> dict[str, tuple[int, str]]:
         """Finish all arrays; size and digest of each file."""
-        return {
-            f"{name}/{file}": entry for name, array in self._arrays.items() for file, entry in array.close().items()
-        }
-
-    def abort(self) -> None:
-        """Let go of all open files."""
         for array in self._arrays.values():
-            array.abort()
+            array.close()
+        return self._files.files

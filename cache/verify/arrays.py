@@ -1,0 +1,122 @@
+"""Checks the arrays of a group: files by size and digest, values by looking at them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from kdpipe.cache.format.layout import ArrayLayout, Block
+from kdpipe.cache.format.record import Files
+from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
+from kdpipe.cache.store.location import GoneError, Location
+
+# Is told how many bytes were read.
+Tick = Callable[[int], None]
+# What is wrong with values, given the number of the first row: a reason, and which of the rows; None where nothing is.
+Look = Callable[[int, Block], "tuple[str, Block] | None"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong in a file of an array.
+
+    Attributes:
+        reason: to follow the name of the file.
+        rows: of the array that it concerns.
+        wrong: which of these rows; None where it may be all.
+    """
+
+    reason: str
+    rows: range
+    wrong: Block | None = None
+
+
+@dataclass(frozen=True)
+class GroupFiles:
+    """The files of a part, the head or the plan.
+
+    Attributes:
+        location: of the cache.
+        key: of the folder of files.
+        files: size and digest by name.
+    """
+
+    location: Location
+    key: str
+    files: Files
+
+    def wrong_file(self, name: str, tick: Tick) -> str | None:
+        """What is wrong with a file, every byte of which is read; None where nothing is."""
+        size, expected = self.files[name]
+        digest, count = hashlib.sha256(), 0
+        try:
+            for block in self.location.stream(f"{self.key}/{name}"):
+                digest.update(block)
+                count += len(block)
+                tick(len(block))
+        except GoneError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+        if count != size:
+            return f"has {count} bytes instead of {size}"
+        return None if digest.hexdigest() == expected else "has other content than was written"
+
+    def check_file(
+        self, array: str, file: str, layout: ArrayLayout, rows: int, look: Look | None, tick: Tick
+    ) -> list[Finding]:
+        """Check one file of an array: its digest, then the checksum and the values of each of its chunks.
+
+        Where the digest is wrong, the chunks tell which rows are damaged.
+
+        Args:
+            array: name of the array, whose `zarr.json` is as it was written.
+            file: name of the file within the array.
+            layout: of the array.
+            rows: of the array.
+            look: at the values; None takes them as they are.
+            tick: is told how many bytes were read.
+        """
+        held = layout.files(rows)[file]
+        wrong = self.wrong_file(f"{array}/{file}", tick)
+        if wrong is None and look is None:
+            return []
+        try:
+            reader = ArrayReader(self.location, self.key, array, layout, rows, self.files)
+        except DamagedError:
+            return [Finding(wrong or "cannot be opened", held)]
+        found = []
+        for chunk in _chunks(held, layout.chunk_rows, one_by_one=wrong is not None):
+            try:
+                (block,) = read_rows([(reader, chunk)])
+            except (DamagedError, OSError) as error:
+                found.append(Finding(wrong or str(error), chunk))
+                continue
+            if look is not None and (seen := look(chunk.start, block)):
+                found.append(Finding(seen[0], chunk, seen[1]))
+        if wrong is not None and not any(finding.reason == wrong for finding in found):
+            found.append(Finding(wrong, held))  # all chunks can be decoded: it is another file, or damaged between them
+        return found
+
+
+def _chunks(rows: range, size: int, one_by_one: bool) -> Iterator[range]:
+    """Rows chunk by chunk, or several chunks at a time where that is quicker and nothing is known to be wrong."""
+    step = size if one_by_one else size * max(1, (1 << 16) // size)
+    for start in range(rows.start, rows.stop, step):
+        yield range(start, min(start + step, rows.stop))
+
+
+def metadata_fault(group: GroupFiles, array: str, layout: ArrayLayout, rows: int) -> str | None:
+    """What is wrong with an array's metadata and the sizes of its files; None where nothing is."""
+    try:
+        ArrayReader(group.location, group.key, array, layout, rows, group.files)
+    except DamagedError as error:
+        return error.reason
+    return None
+
+
+def grouped(found: list[Finding]) -> Mapping[str, list[Finding]]:
+    """Findings by reason."""
+    result: dict[str, list[Finding]] = {}
+    for finding in found:
+        result.setdefault(finding.reason, []).append(finding)
+    return result

@@ -1,0 +1,53 @@
+"""Writes the weights of the teacher's RPN and RoI head."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from zarr.storage import LocalStore
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.format.head import HEAD, parameter_layout
+from kdpipe.cache.format.record import is_whole, read_record, write_record
+from kdpipe.cache.format.zarr_arrays import WrittenFiles
+from kdpipe.cache.store.location import Location
+from kdpipe.cache.write.arrays import write_array
+
+
+def write_head(location: Location, state: Mapping[str, Tensor], root: str, codec: str) -> None:
+    """Store the weights; does nothing where they are stored already.
+
+    Args:
+        location: of the cache.
+        state: by parameter name. Floating point becomes float32.
+        root: digest of the cache's root.
+        codec: of the cache.
+
+    Raises:
+        CacheError: a name cannot be stored, or writing failed.
+    """
+    for name in state:
+        if "/" in name or name.startswith("__") or not name.strip(".") or name.endswith(".json"):
+            raise CacheError(f"The parameter name {name!r} cannot be the name of an array.")
+    with location.explained("Writing the head"):
+        if is_head_whole(location, root):
+            return
+        with location.staging(HEAD) as folder:
+            files = WrittenFiles(LocalStore(folder / "new"))
+            parameters = {}
+            for name in sorted(state):
+                values = state[name].detach()
+                values = (values.float() if values.is_floating_point() else values).cpu().contiguous()
+                parameters[name] = {"shape": list(values.shape), "dtype": str(values.numpy().dtype)}
+                layout, rows = parameter_layout(parameters[name], codec)
+                write_array(files, name, layout, values.numpy().reshape(rows, *layout.row_shape))
+            write_record(folder, {"parameters": parameters, "root": root}, files.files)
+            while not location.publish(folder, HEAD):
+                if is_head_whole(location, root):
+                    return
+                location.discard(HEAD)
+
+
+def is_head_whole(location: Location, root: str) -> bool:
+    """Whether the head of this cache is stored, and its files are there in their sizes."""
+    record = read_record(location, HEAD)
+    return record is not None and record.get("root") == root and is_whole(location, HEAD, record)
