@@ -46,7 +46,7 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         ConfigError: the config does not describe the teacher's box head.
     """
     if "identity" not in cache.spec.views:
-        raise CacheError(f"AP needs the view identity, and {cache.path} has {', '.join(cache.spec.views)}.")
+        raise CacheError(f"AP needs the view identity, and {cache.location} has {', '.join(cache.spec.views)}.")
     register_all_modules(init_default_scope=True)
     with building("The teacher's box head"):
         head_config = config.model.roi_head.bbox_head

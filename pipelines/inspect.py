@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kdpipe.cache.format.record import check_sizes, part_folder, read_part_record, read_record
-from kdpipe.cache.format.root import read_root
+from kdpipe.cache.format.head import HEAD
+from kdpipe.cache.format.layout import part_layout
+from kdpipe.cache.format.record import Files, check_sizes, files_key, read_files, read_part_record, read_record
 from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
-from kdpipe.cache.store.files import explained
-from kdpipe.cache.verify.chunks import Layout, read_layout
+from kdpipe.cache.store.location import Location, open_location, part_key
 from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.console import bytes_text, plain
 
@@ -62,21 +64,23 @@ def describe_cache(path: Path) -> dict[str, Any]:
     Raises:
         CacheError: there is no cache, or its root is damaged.
     """
-    cache, root = open_cache(path, allow_partial=True), read_root(path)
-    missing, disk, raw, digest = [], {"index": 0}, {"index": 0}, root.digest
-    with explained("Reading the cache", path):
+    location = open_location(path)
+    cache, root = open_cache(location, allow_partial=True), read_root(location)
+    missing, disk, raw, digest = [], Counter({"index": 0}), Counter({"index": 0}), root.digest
+    with location.explained("Reading the cache"):
         for number, span in enumerate(root.parts):
-            record = read_part_record(path, number, span, digest)
-            if record is None or check_sizes(part_folder(path, number), record):
+            record = read_part_record(location, number, span, digest)
+            files = record and _sound_files(location, part_key(number), record)
+            if record is None or files is None:
                 missing.append({"part": number, "images": len(span)})
             else:
-                _add_sizes(part_folder(path, number), record, cache.spec, disk, raw)
-        head = read_record(path / "head")
-        wrong_head = head is not None and bool(check_sizes(path / "head", head))
-    state = "missing" if head is None else "damaged" if wrong_head else "stored"
+                _add_sizes(files, record, cache.spec, disk, raw)
+        head = read_record(location, HEAD)
+        head_files = head and _sound_files(location, HEAD, head)
+    state = "missing" if head is None else "damaged" if head_files is None else "stored"
     fields = {name: {"raw": raw[name], "disk": disk[name]} for name in (*cache.spec.fields, "index") if name in disk}
     return {
-        "path": str(path),
+        "path": location.name,
         "format_version": FORMAT_VERSION,
         "teacher": cache.metadata.get("teacher", {}),
         "data": cache.metadata.get("data", {}),
@@ -88,35 +92,31 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "head": {
             "state": state,
             "parameters": 0 if head is None else len(head["parameters"]),
-            "disk": 0 if head is None else sum(size for size, _ in head["files"].values()),
+            "disk": sum(size for size, _ in (head_files or {}).values()),
         },
         "fields": fields,
         "losses": _losses(cache.spec, state),
     }
 
 
-def _add_sizes(
-    folder: Path, record: dict[str, Any], spec: CacheSpec, disk: dict[str, int], raw: dict[str, int]
-) -> None:
-    """Add the bytes of a part's files by field, and those of its arrays when decoded, padding of chunks left out."""
-    for name, (size, _) in record["files"].items():
-        array = name.split("/")[0]
-        field = FIELD_OF_ARRAY.get(array, array if array in spec.fields else "index")
-        disk[field] = disk.get(field, 0) + size
-    sizes = {name: record["rois"] * size for name, size in spec.row_bytes().items()}
-    if "features" in spec.fields:
-        elements = _layout(folder, "features", spec).shape[0]  # up to a chunk more than the images have
-        sizes["features"] = elements * np.dtype(spec.dtype).itemsize
-        if spec.dtype == "int8":
-            sizes["scale"] = record["rows"] * len(spec.strides) * spec.channels * 4
-    sizes["index"] = record["rows"] * _layout(folder, "index", spec).shape[1] * 8
-    for array, size in sizes.items():
-        field = FIELD_OF_ARRAY.get(array, array)
-        raw[field] = raw.get(field, 0) + size
+def _sound_files(location: Location, key: str, record: dict[str, Any]) -> Files | None:
+    """The files of a part or of the head; None where one is missing or has another size than recorded."""
+    place = files_key(key, record)
+    files = read_files(location, place, record["files"])
+    return None if files is None or check_sizes(location, place, files) else files
 
 
-def _layout(folder: Path, array: str, spec: CacheSpec) -> Layout:
-    return read_layout((folder / array / "zarr.json").read_bytes(), spec.codec)
+def _add_sizes(files: Files, record: dict[str, Any], spec: CacheSpec, disk: Counter[str], raw: Counter[str]) -> None:
+    """Add the bytes of a part's files by field, and those of its arrays when decoded."""
+
+    def field(array: str) -> str:
+        return FIELD_OF_ARRAY.get(array, array if array in spec.fields else "index")
+
+    for name, (size, _) in files.items():
+        disk[field(name.split("/")[0])] += size
+    for name, layout in part_layout(spec).items():
+        row = math.prod(layout.row_shape) * np.dtype(layout.dtype).itemsize
+        raw[field(name)] += record["rows"][layout.per] * row
 
 
 def _losses(spec: CacheSpec, head: str) -> dict[str, dict[str, Any]]:

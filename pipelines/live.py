@@ -99,13 +99,13 @@ def cached_teacher(
     found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
     if found != wanted:
         raise CacheError(
-            f"{ckpt} is not the teacher that {cache.path} was made of: its weights have the digest {found}, those of "
-            f"the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
+            f"{ckpt} is not the teacher that {cache.location} was made of: its weights have the digest {found}, those "
+            f"of the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
         )
     seen = {"pixels": recorded(cache.identity, "teacher", "pixels") or {}}
     if lines := difference(seen, {"pixels": {}, **teacher.pixels.identity()}):
         raise CacheError(
-            f"The teacher's test pipeline is not the one that {cache.path} was made with:\n  "
+            f"The teacher's test pipeline is not the one that {cache.location} was made with:\n  "
             + "\n  ".join(lines)
             + "\n"
             "Name the config that was cached (--config), or cache the teacher again."

@@ -43,8 +43,8 @@ def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = Fa
         return for_inference(find_config(config))
     text = recorded(cache.metadata, "teacher", "config")
     if not isinstance(text, str):
-        raise CacheError(f"The cache {cache.path} does not record its teacher's config. Name it: --config.")
-    return for_inference(config_from_file(text, f"the config that the cache {cache.path} records", trust=trust))
+        raise CacheError(f"The cache {cache.location} does not record its teacher's config. Name it: --config.")
+    return for_inference(config_from_file(text, f"the config that the cache {cache.location} records", trust=trust))
 
 
 def recorded_data(
@@ -68,12 +68,14 @@ def recorded_data(
         KdpipeError: They are not where the cache says, or not the same.
     """
     if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc")):
-        raise CacheError(f"The cache {cache.path} does not record what it was made of, and cannot be compared with it.")
+        raise CacheError(
+            f"The cache {cache.location} does not record what it was made of, and cannot be compared with it."
+        )
     source = cached_source(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
-    data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.path.name}")
+    data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.location.title}")
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
-            f"{data.ann_file} is not what the cache {cache.path} was made of: {lines[0]} (digests of images, classes "
+            f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, classes "
             "and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
         )
     return data
@@ -87,7 +89,7 @@ def remake_command(cache: TeacherCache, part_size: int) -> str:
         named = ("--voc", data["voc"], "--split", data["split"])
     words = [
         *("kdpipe", "cache-teacher", "--ckpt", recorded(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
-        *(*named, "--out", cache.path),
+        *(*named, "--out", cache.location),
         *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
         *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
         *(("--limit", data["limit"]) if data.get("limit") else ()),

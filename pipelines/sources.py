@@ -160,7 +160,7 @@ def cached_source(
         paths = {"--ann-file": ann_file, "--img-dir": img_dir}
     for option, path in paths.items():
         if not path.exists():
-            raise KdpipeError(f"{path} is not there, which {cache.path} was made of. Say where it moved: {option}.")
+            raise KdpipeError(f"{path} is not there, which {cache.location} was made of. Say where it moved: {option}.")
     return DataSource(ann_file, img_dir, voc, split, source["limit"], val)
 
 

@@ -53,7 +53,7 @@ def choose_methods(
 
 def teacher_name(teacher: TeacherCache | OnlineTeacher) -> str:
     """As messages call it."""
-    return f"the cache {teacher.path}" if isinstance(teacher, TeacherCache) else teacher.name
+    return f"the cache {teacher.location}" if isinstance(teacher, TeacherCache) else teacher.name
 
 
 def who_chooses_rois(

@@ -46,14 +46,14 @@ def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
     Raises:
         KdpipeError: Naming what differs.
     """
-    data = match_classes(data, cache.spec.class_names, f"the cache {cache.path.name}")
+    data = match_classes(data, cache.spec.class_names, f"the cache {cache.location.title}")
     lines = difference({"data": cache.identity["data"]}, {"data": data.digest()})
     if not lines:
         return data
     here = {image.image_id for image in data.images}
     there = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
     raise KdpipeError(
-        f"The cache {cache.path} was made from another data set than {data.ann_file}: "
+        f"The cache {cache.location} was made from another data set than {data.ann_file}: "
         f"{len(here - there)} images are only in the annotation file, {len(there - here)} only in the cache"
         + ("" if here != there else " (the same ids, but other names, sizes or boxes)")
         + ". Use the annotation file that was cached, or cache the teacher on this one."
@@ -162,7 +162,7 @@ def train_student(
         record,
         resume=resume,
         console=console,
-        cache=None if cache is None else cache.path,
+        cache=None if cache is None else cache.location,
     )
 
 
@@ -175,10 +175,10 @@ def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:
     if cache.is_complete or begun.get("images") is not None:
         return
     if not len(cache):
-        raise KdpipeError(f"The cache {cache.path} has no finished part yet. Wait for one.")
+        raise KdpipeError(f"The cache {cache.location} has no finished part yet. Wait for one.")
     if world_size() > 1:
         raise KdpipeError(
-            f"The cache {cache.path} is still being made, and may grow while several processes open it. Train on it in "
+            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on it in "
             "one process, or when it is finished."
         )
 
@@ -197,7 +197,7 @@ def _cached_images(
     if known is not None:
         if lost := len(set(known) - {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}):
             raise KdpipeError(
-                f"The cache {cache.path} lacks {lost} of the {len(known)} images that the training began with. Make "
+                f"The cache {cache.location} lacks {lost} of the {len(known)} images that the training began with. Make "
                 "them again with cache-teacher, or begin anew in another --work-dir."
             )
         return known
@@ -236,7 +236,7 @@ def _distil(
         if rois == "teacher":
             source = {**source, "rois": {"needs": list(needs), **distill.rois}}
     else:
-        source = {"type": CachedTeacher.__name__, "cache": str(teacher.path.resolve())}
+        source = {"type": CachedTeacher.__name__, "cache": teacher.location.address}
     pixels = recorded(teacher.identity, "teacher", "pixels") or {}
     later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
     parts = [*dictionaries(cfg.train_dataloader.dataset), *later]

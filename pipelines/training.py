@@ -14,6 +14,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.store.location import Location
 from kdpipe.pipelines.building import building
 from kdpipe.pipelines.checked_dataset import CheckedDataset
 from kdpipe.pipelines.checkpoints import register_safe_types
@@ -143,7 +144,7 @@ def run_training(
     *,
     resume: bool,
     console: Console,
-    cache: Path | None = None,
+    cache: Location | None = None,
 ) -> TrainingResult:
     """Train by mmengine's Runner.
 
@@ -264,7 +265,7 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _make_reproducible(cfg: Config, cache: Path | None = None) -> None:
+def _make_reproducible(cfg: Config, cache: Location | None = None) -> None:
     """Add what makes every random choice a function of seed, epoch and image, and what ends loader workers with us.
 
     Not part of the recorded config, which stock mmdet reads without kdpipe.
@@ -273,7 +274,7 @@ def _make_reproducible(cfg: Config, cache: Path | None = None) -> None:
         "type": SeededDataset.__name__,
         "dataset": cfg.train_dataloader.dataset,
         "seed": cfg.randomness.seed,
-        "cache": cache and str(cache.resolve()),
+        "cache": cache and cache.address,
     }
     cfg.train_dataloader.sampler = {"type": EpochSampler.__name__, "sampler": cfg.train_dataloader.sampler}
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.root import read_root
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.read.root import read_root
 from kdpipe.cache.verify.verification import Fault, Verification, remove_faults, verify_cache
 from kdpipe.pipelines.console import ProgressBar, bytes_text, plain
 
@@ -57,7 +57,7 @@ def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
     if repair and faults:
         removed = remove_faults(path, found)
         for place in removed:
-            console.print(f"removed {plain(path / place)}", markup=False)
+            console.print(f"removed {plain(path)}/{plain(place)}", markup=False)
         faults = tuple(fault for fault in faults if not fault.is_stray)
     _advise(path, found, faults, repair, console)
     return not faults
@@ -101,7 +101,7 @@ def _advise(path: Path, found: Verification, faults: tuple[Fault, ...], repaired
     from kdpipe.pipelines.recorded import remake_command
 
     cache = open_cache(path, allow_partial=True)
-    command = remake_command(cache, int(read_root(path).plan["part_size"]))
+    command = remake_command(cache, int(read_root(cache.location).plan["part_size"]))
     console.print(
         f"What is missing is made by `kdpipe cache-teacher` with the same options (and --config where it was given):\n"
         f"{plain(command)}",

@@ -5,11 +5,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from zarr.abc.codec import Codec
+from zarr.abc.codec import ArrayBytesCodec, BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
 from kdpipe.cache.plan import level_shapes
@@ -23,7 +23,7 @@ _MOST_ELEMENTS, _FEWEST_ELEMENTS, _CHUNKS_PER_IMAGE = 1 << 20, 1 << 14, 8
 _CHUNK_BYTES = 128 << 10
 # A shard is written at once, from memory.
 _SHARD_BYTES, _SHARD_CHUNKS = 64 << 20, 512
-_COMPRESSORS = {"zstd": ("zstd", 1), "lz4": ("lz4", 5)}
+_LEVELS: dict[Literal["zstd", "lz4"], int] = {"zstd": 1, "lz4": 5}
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class ArrayLayout:
 def _sharding(chunk: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
     """The codec of an array, as JSON values."""
     itemsize = np.dtype(dtype).itemsize
-    inner: list[Codec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
-    if codec != "none":
-        name, level = _COMPRESSORS[codec]
-        inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
+    inner: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
+    for name, level in _LEVELS.items():
+        if name == codec:
+            inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
     inner.append(Crc32cCodec())
-    index = [BytesCodec(endian="little"), Crc32cCodec()]
+    index: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little"), Crc32cCodec()]
     sharding = ShardingCodec(chunk_shape=chunk, codecs=inner, index_codecs=index, index_location="end")
     values: dict[str, Any] = json.loads(json.dumps(sharding.to_dict()))
     return values

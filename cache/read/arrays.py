@@ -77,18 +77,17 @@ def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
     """
     started = [reader._array.start(reader.check(rows)) for reader, rows in wanted]
     blocks: list[Block] = []
-    error: tuple[str, Exception] | None = None
+    failed: list[tuple[str, Exception]] = []
     for (reader, _), reading in zip(wanted, started, strict=True):
         try:
             blocks.append(reading.result())
-        except (ValueError, RuntimeError, GoneError, OSError) as caught:
-            error = error or (reader.name, caught)  # the others are waited for
-    if error is None:
-        return blocks
-    name, caught = error
-    if isinstance(caught, OSError):
-        raise caught
-    raise DamagedError(name, _first_line(caught)) from caught
+        except (ValueError, RuntimeError, GoneError, OSError) as error:
+            failed.append((reader.name, error))  # the others are waited for
+    for name, error in failed:
+        if isinstance(error, OSError):
+            raise error
+        raise DamagedError(name, _first_line(error)) from error
+    return blocks
 
 
 def read_array(location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> Block:

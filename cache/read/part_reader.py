@@ -65,6 +65,7 @@ class PartReader:
             input_size=(entry["input_height"], entry["input_width"]),
             num_proposals=entry["num_proposals"],
             num_rois=entry["box_stop"] - entry["box_start"],
+            num_objects=entry["object_stop"] - entry["object_start"],
             level_shapes=tuple(shapes),
             file_digest=entry["file_digest"],
         )
@@ -143,19 +144,14 @@ class PartReader:
         Raises:
             CacheError: an array is damaged, or cannot be read.
         """
-        name = wanted[0][0]
-        try:
-            readers = []
-            for name, _ in wanted:
-                readers.append(self._array(name))
-            pairs = zip(readers, wanted, strict=True)
-            blocks = read_rows([(array, range(array.rows) if rows is None else rows) for array, (_, rows) in pairs])
-        except DamagedError as error:
-            raise self._damaged(error, image_ids) from error
-        except OSError as error:
-            gone = gone_error(self._location, self._number) if isinstance(error, FileNotFoundError) else None
-            raise gone or unreadable_error(error, self._what(name, image_ids), f"{self._key}/{name}") from error
-        return blocks
+        with self._location.explained(f"Reading part {self._number}"):
+            try:
+                pairs = [(self._array(name), rows) for name, rows in wanted]
+                return read_rows([(array, range(array.rows) if rows is None else rows) for array, rows in pairs])
+            except DamagedError as error:
+                raise self._damaged(error, image_ids) from error
+            except OSError as error:
+                raise unreadable_error(error, f"Part {self._number} of {self._location}", self._key) from error
 
     def _array(self, name: str) -> ArrayReader:
         if name not in self._arrays:

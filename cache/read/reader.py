@@ -28,10 +28,8 @@ from kdpipe.cache.views import view_matrix
 # Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.
 _MAX_INDEX_ROWS = 200_000
 _MAX_PARTS = 1_000
-# Commit records are read by several threads, for the sake of disks and networks that answer slowly; not fewer by each.
-_OPENING_THREADS = 4
-_MIN_RECORDS = 64
-_REMOTE_THREADS = 64
+# Commit records that a thread reads one after the other.
+_MOST_RECORDS = 512
 _NAMED_PARTS = 10
 
 
@@ -51,12 +49,11 @@ def open_cache(place: Place, *, allow_partial: bool = False) -> "TeacherCache":
 
     def read(numbers: range) -> list[tuple[int, list[dict[str, Any]] | None]]:
         records = [(number, read_part_record(location, number, parts[number], digest)) for number in numbers]
-        return [(number, record and record["skipped"]) for number, record in records]
+        return [(number, None if record is None else record["skipped"]) for number, record in records]
 
-    step = max(_MIN_RECORDS, -(-len(parts) // _OPENING_THREADS)) if location.local_path("") else 1
+    step = max(1, min(_MOST_RECORDS, -(-len(parts) // location.threads)))
     batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
-    threads = _OPENING_THREADS if location.local_path("") else _REMOTE_THREADS
-    with location.explained("Reading the cache"), ThreadPoolExecutor(threads) as pool:
+    with location.explained("Reading the cache"), ThreadPoolExecutor(location.threads) as pool:
         entries = [entry for batch in pool.map(read, batches) for entry in batch]
     skipped = {number: images for number, images in entries if images is not None}
     missing = [str(number) for number in range(len(parts)) if number not in skipped]

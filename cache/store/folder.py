@@ -34,6 +34,7 @@ class Folder(Location):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
+        self.address = str(path.absolute())
 
     def check_new(self) -> bool:
         for place in self.path.resolve().parents:

@@ -45,14 +45,21 @@ class Location(ABC):
 
     Attributes:
         name: for people and messages, without credentials.
+        address: what `open_location` opens it again by, in any folder; without credentials and options.
         threads: how many files are best read at once.
     """
 
     name: str
+    address: str
     threads: int
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def title(self) -> str:
+        """The last part of its name, such as `coco.zarr`."""
+        return self.name.rstrip("/").rpartition("/")[2]
 
     @abstractmethod
     def check_new(self) -> bool:

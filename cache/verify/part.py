@@ -140,7 +140,7 @@ class _Part:
         for start, count in counts.items():
             if count.min(initial=0) < 0 or not np.array_equal(self.column(start), np.cumsum(count) - count):
                 return f"has values of {start} that leave gaps or overlap"
-        found = {"view": len(index), "box": counts["box_start"], "object": counts["object_start"]}
+        found: dict[str, Any] = {"view": len(index), "box": counts["box_start"], "object": counts["object_start"]}
         found |= {"element": counts["element_start"], "byte": counts["name_start"]}
         for per, rows in self.record["rows"].items():
             total = int(np.sum(found[per]))
