@@ -75,8 +75,8 @@ def recorded_data(
     data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.location.title}")
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
-            f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, classes "
-            "and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
+            f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, "
+            "classes and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
         )
     return data
 

@@ -178,8 +178,8 @@ def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:
         raise KdpipeError(f"The cache {cache.location} has no finished part yet. Wait for one.")
     if world_size() > 1:
         raise KdpipeError(
-            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on it in "
-            "one process, or when it is finished."
+            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on it "
+            "in one process, or when it is finished."
         )
 
 
@@ -197,8 +197,8 @@ def _cached_images(
     if known is not None:
         if lost := len(set(known) - {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}):
             raise KdpipeError(
-                f"The cache {cache.location} lacks {lost} of the {len(known)} images that the training began with. Make "
-                "them again with cache-teacher, or begin anew in another --work-dir."
+                f"The cache {cache.location} lacks {lost} of the {len(known)} images that the training began with. "
+                "Make them again with cache-teacher, or begin anew in another --work-dir."
             )
         return known
     if cache.is_complete:

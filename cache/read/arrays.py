@@ -83,10 +83,10 @@ def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
             blocks.append(reading.result())
         except (ValueError, RuntimeError, GoneError, OSError) as error:
             failed.append((reader.name, error))  # the others are waited for
-    for name, error in failed:
-        if isinstance(error, OSError):
-            raise error
-        raise DamagedError(name, _first_line(error)) from error
+    for name, reason in failed:
+        if isinstance(reason, OSError):
+            raise reason
+        raise DamagedError(name, _first_line(reason)) from reason
     return blocks
 
 
