@@ -178,8 +178,8 @@ def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:
         raise KdpipeError(f"The cache {cache.location} has no finished part yet. Wait for one.")
     if world_size() > 1:
         raise KdpipeError(
-            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on it "
-            "in one process, or when it is finished."
+            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on "
+            "it in one process, or when it is finished."
         )
 
 
