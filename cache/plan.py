@@ -113,10 +113,10 @@ def _bytes_per_image(
     boxes = spec.proposals + truth
     objects = np.minimum(boxes, np.maximum(truth, MAX_OBJECTS))
     sizes = dict.fromkeys(spec.fields, np.zeros_like(truth))
-    for name, size in spec.row_bytes().items():
+    for name, row in spec.row_bytes().items():
         rows = objects if name in spec.object_arrays() else boxes
         field = FIELD_OF_ARRAY.get(name, name)
-        sizes[field] = sizes[field] + rows * size * len(spec.views)
+        sizes[field] = sizes[field] + rows * row * len(spec.views)
     if "features" in spec.fields:
         by_size: dict[tuple[int, int], int] = {}
         for image in images:

@@ -19,7 +19,12 @@ _NEEDS = {
     "reg": ("deltas",),
     "careg": ("deltas", "logits"),
 }
-_TIER_FOR = {"features": "pyramid or roi", "embeddings": "embeddings", "logits": "predictions", "deltas": "predictions"}
+_TIER_FOR = {
+    "features": "pyramid or objects",
+    "embeddings": "embeddings",
+    "logits": "predictions",
+    "deltas": "predictions",
+}
 
 
 class ContractError(KdpipeError):
@@ -79,8 +84,20 @@ def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
                     f"hold (it holds {', '.join(spec.fields)}). Leave {loss} out of --methods, or cache the teacher "
                     f"again with --targets {_TIER_FOR[field]}."
                 )
+            pyramid = field == "features" and "features" in spec.fields
+            if pyramid and (missing := missing_levels(spec, spec.roi_levels)):
+                raise ContractError(
+                    f"The loss {loss!r} needs the teacher's features of boxes of all sizes, and the pyramid of this "
+                    f"cache lacks {missing} (it holds {', '.join(map(spec.level_name, spec.levels))}). Leave {loss} "
+                    "out of --methods, or cache the teacher again with --targets objects, or with these levels."
+                )
         if loss == "careg" and spec.class_agnostic:
             raise ContractError(
                 "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is "
                 "class-agnostic. Use --methods cls,reg instead of pred."
             )
+
+
+def missing_levels(spec: CacheSpec, count: int) -> str:
+    """Names of those of the first so many levels that a pyramid lacks; empty where it has them all."""
+    return ", ".join(spec.level_name(level) for level in range(count) if level not in spec.levels)

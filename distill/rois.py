@@ -44,6 +44,7 @@ def sample_rois(
     positive_iou: float = 0.5,
     num_classes: int,
     generator: torch.Generator,
+    eligible: Tensor | None = None,
 ) -> SampledRois:
     """Match boxes with the ground truth, and draw some without replacement, all equally likely.
 
@@ -62,6 +63,8 @@ def sample_rois(
         positive_iou: in (0, 1].
         num_classes: K, the label of background.
         generator: source of randomness; the same state gives the same sample.
+        eligible: Tensor[R] bool, which boxes may be drawn as positives; the others are negatives or are left out. None
+            takes all.
 
     Returns:
         The sample.
@@ -85,7 +88,8 @@ def sample_rois(
     overlap, best = best_overlap(boxes, gt_boxes)
     is_positive = overlap >= positive_iou
     is_proposal = torch.arange(boxes.shape[0], device=boxes.device) < num_proposals
-    positives = _draw(is_positive, int(num * positive_fraction), generator)
+    may_be_drawn = is_positive if eligible is None else is_positive & eligible
+    positives = _draw(may_be_drawn, int(num * positive_fraction), generator)
     negatives = _draw(~is_positive & is_proposal, num - positives.numel(), generator)
     rows = torch.cat([positives, negatives])  # [S]
     positive = is_positive[rows]

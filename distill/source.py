@@ -11,6 +11,7 @@ from kdpipe.cache.errors import CacheError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.cascade_head import frozen_head
+from kdpipe.distill.methods import missing_levels
 from kdpipe.distill.targets import BatchRois, RoiTargets
 from kdpipe.distill.teacher_head import TeacherHeadError
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
@@ -64,6 +65,8 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
     spec = cache.spec
     if "features" not in spec.fields:
         raise TeacherHeadError(f"its tier {spec.tier!r} holds no feature pyramid (--targets pyramid does)")
+    if missing := missing_levels(spec, spec.head_levels):
+        raise TeacherHeadError(f"its pyramid lacks {missing}, which the teacher's RoI head reads (--levels)")
     try:
         head = frozen_head(cache.head(), spec)
     except CacheError as error:

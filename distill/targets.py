@@ -1,25 +1,23 @@
-"""What a student is shown of one image: sampled RoIs in its own view, and what the teacher said of them."""
+"""What a student is shown: RoIs in its own view, and what the teacher said of them."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.quantize import dequantize, dequantize_rows
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, mirror_features, visible_boxes
+from kdpipe.cache.views import mirror_features
 from kdpipe.distill.numeric import no_autocast
-from kdpipe.distill.rois import assign_levels, sample_rois
 from kdpipe.distill.teacher_pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
 ROIS = ("teacher", "student")
+_OF_PREDICTION = ("logits", "deltas")
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,11 @@ class RoiTargets:
         logits: Tensor[S, K + 1] in storage type, or None.
         deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
         embeddings: Tensor[S, D] in storage type, or None.
-        features: Tensor[P, C, size, size], the teacher's of the positives, where they are known already.
-        teacher: What the teacher's features of the positives come from, or None where no loss asks for them.
+        embedding_scale: Tensor[S] float32 of int8 embeddings, or None.
+        features: Tensor[P, C, size, size] in storage type, the teacher's of the positives in its own orientation, where
+            they are known already.
+        feature_scale: Tensor[P, C] of int8 features, or None.
+        teacher: The pyramid that the teacher's features of the positives come from, where they are not.
         teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
     """
 
@@ -106,7 +107,9 @@ class RoiTargets:
     logits: Tensor | None = None
     deltas: Tensor | None = None
     embeddings: Tensor | None = None
+    embedding_scale: Tensor | None = None
     features: Tensor | None = None
+    feature_scale: Tensor | None = None
     teacher: TeacherTargets | None = None
     teacher_boxes: Tensor | None = None
 
@@ -136,115 +139,10 @@ def map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets
     return replace(value, **changed)  # type: ignore[type-var]
 
 
-def cached_view(spec: CacheSpec, matrix: npt.NDArray[np.float64]) -> tuple[str, bool]:
-    """Which of the cached views is nearest to what the student sees, and whether it has to be mirrored.
-
-    Raises:
-        ViewError: The student's view is rotated, sheared or upside down.
-    """
-    flipped = is_flipped(matrix)
-    view = "hflip" if flipped and "hflip" in spec.views else spec.views[0]
-    return view, flipped != (view == "hflip")
-
-
-def read_roi_targets(
-    cache: TeacherCache,
-    image_id: int,
-    matrix: npt.NDArray[np.float64],
-    size: tuple[int, int],
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    *,
-    needs: Collection[str],
-    num: int,
-    positive_fraction: float,
-    missing_view: str,
-    generator: torch.Generator,
-) -> RoiTargets:
-    """Sample cached boxes of one image and read what the losses need of them, and nothing else.
-
-    Args:
-        cache: The teacher's cache.
-        image_id: COCO image id.
-        matrix: `[3, 3]` original pixels -> the student's network input.
-        size: `(h, w)` of the student's network input without padding.
-        gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
-        gt_labels: Tensor[G] int64.
-        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
-        num: RoIs to sample.
-        positive_fraction: Largest share of positives.
-        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
-        generator: Source of randomness.
-
-    Raises:
-        CacheError: The image is not in the cache, or its data is damaged.
-        ViewError: The student's view is rotated, sheared or upside down.
-    """
-    spec = cache.spec
-    view, mirrored = cached_view(spec, matrix)
-    if mirrored and missing_view == "skip":
-        return _no_rois(spec, needs)
-
-    known = cache.targets(image_id, view, fields=("boxes",))
-    boxes = map_boxes(known.boxes, matrix)
-    visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
-    sample = sample_rois(
-        boxes[visible],
-        int((visible < known.num_proposals).sum()),
-        gt_boxes,
-        gt_labels,
-        num=num,
-        positive_fraction=positive_fraction,
-        num_classes=spec.num_classes,
-        generator=generator,
-    )
-    rows = visible[sample.rows]
-    num_positive = int(sample.positive.sum())
-    said = cache.targets(
-        image_id, view, fields=[name for name in ("logits", "deltas", "embeddings") if name in needs], rois=rows.numpy()
-    )
-    deltas = said.deltas
-    if deltas is not None and mirrored:
-        deltas = mirror_deltas(deltas)
-    targets = RoiTargets(
-        boxes=sample.boxes,
-        labels=sample.labels,
-        num_positive=num_positive,
-        view="mirrored" if mirrored else "exact",
-        logits=said.logits,
-        deltas=deltas,
-        embeddings=said.embeddings,
-    )
-    if "features" not in needs:
-        return targets
-    positives = rows[:num_positive]
-    teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
-    if "features" in spec.fields:
-        levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
-        teacher = cache.targets(image_id, view, fields=("features",), levels=levels)
-    else:
-        teacher = cache.targets(image_id, view, fields=("roi_features",), rois=positives.numpy())
-    return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)
-
-
-def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
-    """The targets of an image that has none."""
-    classes = 1 if spec.class_agnostic else spec.num_classes
-    return RoiTargets(
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        num_positive=0,
-        view="skipped",
-        logits=torch.zeros(0, spec.num_classes + 1) if "logits" in needs else None,
-        deltas=torch.zeros(0, classes, 4) if "deltas" in needs else None,
-        embeddings=torch.zeros(0, spec.embedding_dim) if "embeddings" in needs else None,
-    )
-
-
 def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tensor:
     """The teacher's RoI features of the positives of a batch, in the student's orientation.
 
-    By RoIAlign on the cached pyramids with the teacher's own extractor settings, or as cached in the `roi` tier.
+    By RoIAlign on the cached pyramids with the teacher's own extractor settings, or as cached in the `objects` tier.
 
     Args:
         targets: Of each image.
@@ -264,12 +162,12 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     pooled = TeacherPyramids(stored, spec).roi_align(asked)
     parts = []
     for index, target in enumerate(targets):
-        if target.features is not None:
-            parts.append(target.features)
-            continue
-        features = pooled[asked[:, 0] == index]  # none where there is no pyramid
-        if target.teacher is not None and target.teacher.features is None:
-            features = target.teacher.rois()
+        features = target.features
+        if features is None:
+            features = pooled[asked[:, 0] == index]  # none where there is no pyramid
+        elif target.feature_scale is not None:
+            features = dequantize(features, target.feature_scale)
+        features = features.float()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)
 
@@ -288,8 +186,11 @@ def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collecti
     rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
     with no_autocast(boxes):  # float16 as it is stored: bfloat16 autocast on the CPU refuses that in `cat`
         said: dict[str, Tensor] = {
-            name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name != "features"
+            name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name in _OF_PREDICTION
         }
+        if "embeddings" in needs:
+            known = [(x.embeddings, x.embedding_scale) for x in targets if x.embeddings is not None]
+            said["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in known])
     if "features" in needs:
         said["features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
     return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)

@@ -12,11 +12,12 @@ from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
+from kdpipe.distill.cached_rois import cached_view
 from kdpipe.distill.cascade_head import CascadeHead
 from kdpipe.distill.numeric import no_autocast
 from kdpipe.distill.semantic import SemanticBranch
 from kdpipe.distill.shared_stage import SharedStageHead
-from kdpipe.distill.targets import Answers, BatchRois, cached_view, map_tensors
+from kdpipe.distill.targets import Answers, BatchRois, map_tensors
 from kdpipe.distill.teacher_head import TeacherHead
 from kdpipe.distill.teacher_pyramids import TeacherPyramids
 

@@ -51,8 +51,9 @@ class CachingResult:
         new_images: Images that this run added.
         skipped: Unreadable images that it records.
         seconds: Duration of the run, from the first image on.
-        disk_bytes: Bytes of all its files.
+        disk_bytes: Bytes of its files, the teacher's heads left out.
         raw_bytes: Bytes before compression.
+        head_bytes: Bytes of the files of the teacher's heads.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class CachingResult:
     seconds: float
     disk_bytes: int
     raw_bytes: int
+    head_bytes: int
 
 
 def cache_teacher(
@@ -128,14 +130,16 @@ def cache_teacher(
         console.print("Flipped images get mirrored targets (--views identity,hflip caches the true ones, too):")
         console.print(mirror_table(mirror_errors(teacher, data, spec, _MIRRORED), min(_MIRRORED, len(data.images))))
     cache = open_cache(out, allow_partial=not ranks.first)
+    head_bytes = folder_bytes(out / "head")
     return CachingResult(
         path=out,
         images=len(cache),
         new_images=new_images,
         skipped=len(cache.skipped),
         seconds=seconds,
-        disk_bytes=folder_bytes(out),
+        disk_bytes=folder_bytes(out) - head_bytes,
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
+        head_bytes=head_bytes,
     )
 
 
@@ -200,7 +204,8 @@ def _add(
     image: Picture,
 ) -> None:
     """Ask the teacher about an image in all views, and add the answers to a part."""
-    ask = partial(teacher.record, image.pixels, data.gt_boxes(info.image_id), spec=spec)
+    truth = data.gt_boxes(info.image_id), data.gt_labels(info.image_id)
+    ask = partial(teacher.record, image.pixels, *truth, spec=spec)
     for view in spec.views:
         part.add(ask(image_id=info.image_id, file_name=info.file_name, view=view, file_digest=image.digest))
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
-from kdpipe.cache.spec import CODECS, DTYPES, TIERS, VIEWS
+from kdpipe.cache.spec import CODECS, DEFAULT_DTYPE, DTYPES, TIERS, VIEWS
 from kdpipe.pipelines.cli_options import (
     COUNT,
     IMAGE_ID,
+    LEVELS,
     PATH,
     PROPOSALS,
     Bytes,
@@ -28,9 +29,12 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @data_options
 @click.option("--out", type=PATH, help="The cache. Default: named after the data set, such as coco.zarr.")
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="int8", show_default=True, help="How features are kept.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default=DEFAULT_DTYPE, show_default=True, help="How features are kept."
+)
+@click.option("--levels", type=LEVELS, help="Kept of the pyramid, such as P3,P4,P5,P6 (P2 has stride 4). Default: all.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option("--proposals", type=PROPOSALS, default=512, show_default=True, help="Best boxes kept per image.")
+@click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 256 for objects.")
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
 @click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
@@ -51,7 +55,8 @@ def cache_teacher_command(
     tier: str,
     dtype: str,
     codec: str,
-    proposals: int,
+    levels: tuple[str, ...] | None,
+    proposals: int | None,
     scale: tuple[int, int] | None,
     views: tuple[str, ...],
     part_size: int,
@@ -86,6 +91,7 @@ def cache_teacher_command(
                 tier=tier,
                 dtype=dtype,
                 codec=codec,
+                levels=levels,
                 proposals=proposals,
                 views=views,
                 scale=scale,
@@ -115,7 +121,8 @@ def cache_teacher_command(
         raise
     console.print(
         f"{result.path}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
-        f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes); "
+        f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes), and "
+        f"{bytes_text(result.head_bytes)} of the teacher's heads; "
         f"{result.new_images} new images in {result.seconds:.1f} s"
     )
 

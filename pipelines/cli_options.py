@@ -13,6 +13,7 @@ __all__ = [
     "COUNT",
     "EPOCHS",
     "IMAGE_ID",
+    "LEVELS",
     "PATH",
     "PROPOSALS",
     "Bytes",
@@ -105,6 +106,7 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
 
 COUNT = WholeRange(1, 10**9)
 IMAGE_ID = WholeRange(-(1 << 63), (1 << 63) - 1)  # what a cache can hold
+LEVELS = Choices(tuple(f"P{number}" for number in range(1, 9)))
 PROPOSALS = WholeRange(1, 100_000)
 EPOCHS = WholeRange(1, 100_000)
 BATCH = WholeRange(1, 100_000)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,17 +14,19 @@ from rich.table import Table
 
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
-from kdpipe.cache.spec import DTYPES, TIERS, CacheSpec
+from kdpipe.cache.spec import DEFAULT_DTYPE, DTYPES, TIERS, CacheSpec
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.estimate import compression, disk_bytes
+from kdpipe.cache.write.estimate import disk_bytes
+from kdpipe.cache.write.head import head_bytes
 from kdpipe.pipelines.console import bytes_text
 from kdpipe.pipelines.datasets import DataError, DetectionData, ImageError
 from kdpipe.pipelines.images import load_picture
 from kdpipe.pipelines.teacher import Teacher
+from kdpipe.pipelines.teacher_setup import default_proposals
 
 __all__ = ["Estimate", "check_space", "estimate", "folder_bytes", "free_bytes", "print_estimate"]
 
-_SAMPLES = 4
+_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Estimate:
     Attributes:
         raw: Bytes of each field before compression; those of boxes and what belongs to them are the most that can be.
         disk: Bytes of each field on disk, estimated from the sampled images.
+        head: Bytes on disk of the weights of the teacher's heads, once per cache.
         choices: The same as `disk`, all fields together, of each other tier and storage type.
         images_per_second: Measured on the sampled images, all views of an image together.
         samples: How many images were sampled.
@@ -42,9 +44,15 @@ class Estimate:
 
     raw: dict[str, int]
     disk: dict[str, int]
+    head: int
     choices: dict[tuple[str, str], int]
     images_per_second: float
     samples: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes on disk of all."""
+        return sum(self.disk.values()) + self.head
 
 
 def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo], spec: CacheSpec) -> Estimate:
@@ -53,47 +61,58 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     Args:
         teacher: That will be cached.
         data: The data set.
-        images: Those of its images that are to be cached; the sampled ones are spread evenly over them.
+        images: Those of its images that are to be cached; the sampled ones have from few to many objects.
         spec: Of the cache.
 
     Raises:
         DataError: None of the sampled images can be read.
     """
-    step = max(1, len(images) // _SAMPLES)
-    pyramids: list[TeacherRecord] = []
-    regions: list[TeacherRecord] = []
+    records: list[TeacherRecord] = []
     seconds = 0.0
-    for info in images[step // 2 :: step][:_SAMPLES]:
+    for info in _sampled(images):
         try:
             size = (info.height, info.width)
             image = load_picture(data.img_dir / info.file_name, size, spec.scale, teacher.pixels.decoding).pixels
         except ImageError:
             continue  # the run itself will stop there, or skip it
-        ask = partial(
-            teacher.record, image, data.gt_boxes(info.image_id), image_id=info.image_id, file_name=info.file_name
-        )
-        regions.append(ask(spec=replace(spec, tier="roi"), view=spec.views[0]))
-        pyramids.append(ask(spec=replace(spec, tier="pyramid"), view=spec.views[0]))
+        truth = data.gt_boxes(info.image_id), data.gt_labels(info.image_id)
         start = time.perf_counter()
         for view in spec.views:
-            encode_record(ask(spec=spec, view=view), spec)  # waits for the device
+            record = teacher.record(
+                image, *truth, spec=spec, image_id=info.image_id, file_name=info.file_name, view=view
+            )
+            encode_record(record, spec)  # waits for the device
         seconds += time.perf_counter() - start
-    if not pyramids:
+        records.append(record)
+    if not records:
         raise DataError(f"None of {_SAMPLES} sampled images of {data.img_dir} can be read.")
-    choices: dict[tuple[str, str], dict[str, int]] = {}
-    for dtype in DTYPES:
-        other = replace(spec, dtype=dtype)
-        ratios = compression(regions, replace(other, tier="roi")) | compression(
-            pyramids, replace(other, tier="pyramid")
-        )
-        for tier in TIERS:
-            choices[tier, dtype] = disk_bytes(images, replace(other, tier=tier), ratios)
+    disk = {
+        (tier, dtype): disk_bytes(records, images, _as_choice(spec, tier, dtype)) for tier in TIERS for dtype in DTYPES
+    }
     return Estimate(
         raw=raw_bytes(images, spec),
-        disk=choices[spec.tier, spec.dtype],
-        choices={choice: sum(sizes.values()) for choice, sizes in choices.items()},
-        images_per_second=len(pyramids) / seconds,
-        samples=len(pyramids),
+        disk=disk[spec.tier, spec.dtype],
+        head=head_bytes(teacher.head_state(), spec.codec),
+        choices={choice: sum(sizes.values()) for choice, sizes in disk.items()},
+        images_per_second=len(records) / seconds,
+        samples=len(records),
+    )
+
+
+def _sampled(images: Sequence[ImageInfo]) -> list[ImageInfo]:
+    """A few images, spread evenly over all in the order of their numbers of objects."""
+    ordered = sorted(images, key=lambda image: image.num_gt)
+    count = min(_SAMPLES, len(ordered))
+    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
+
+
+def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
+    """What a cache of another tier or type would hold."""
+    if tier == spec.tier:
+        return replace(spec, dtype=dtype)
+    usual = spec.proposals == default_proposals(spec.tier)
+    return replace(
+        spec, tier=tier, dtype=dtype, levels=(), proposals=default_proposals(tier) if usual else spec.proposals
     )
 
 
@@ -129,25 +148,34 @@ def check_space(teacher: Teacher, data: DetectionData, images: Sequence[ImageInf
         DataError: It does not fit.
     """
     free = free_bytes(out)
-    if sum(raw_bytes(images, spec).values()) <= free:
+    if not images:
+        return
+    head = sum(value.numel() * 4 for value in teacher.head_state().values())
+    if sum(raw_bytes(images, spec).values()) + head <= free:
         return
     found = estimate(teacher, data, images, spec)
-    needed = sum(found.disk.values())
-    if needed > free:
+    if found.needed > free:
         raise DataError(
-            f"The cache will not fit: {len(images)} images need about {bytes_text(needed)} (estimated from "
+            f"The cache will not fit: {len(images)} images need about {bytes_text(found.needed)} (estimated from "
             f"{found.samples} of them), and {bytes_text(free)} are free at {out}. Nothing was changed. Free space, "
             f"choose another --out, or cache less:{_cheaper(found, free)}"
         )
 
 
 def _cheaper(found: Estimate, free: int) -> str:
-    fitting = [choice for choice, size in found.choices.items() if size <= free]
+    """Which choices fit, the one that holds most first; `objects` is named whether it fits or not."""
+    sizes = {
+        choice: size + found.head
+        for choice, size in found.choices.items()
+        if choice[0] == "pyramid" or choice[1] != "int4"
+    }
+    fitting = sorted((choice for choice, size in sizes.items() if size <= free), key=lambda choice: -sizes[choice])
+    lines = [f"\n  --targets {tier} --dtype {dtype}: {bytes_text(sizes[tier, dtype])}" for tier, dtype in fitting]
+    smallest = sizes["objects", DEFAULT_DTYPE]
+    if ("objects", DEFAULT_DTYPE) not in fitting:
+        lines += [f"\n  (--targets objects needs {bytes_text(smallest)})"]
     if not fitting:
-        return " --limit N, or a smaller --scale (no tier and type of storage fits)."
-    lines = [
-        f"\n  --targets {tier} --dtype {dtype}: {bytes_text(found.choices[tier, dtype])}" for tier, dtype in fitting
-    ]
+        lines = [" --limit N, or a smaller --scale (no tier and type of storage fits).", *lines]
     return "".join(lines)
 
 
@@ -158,9 +186,9 @@ def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: i
         table.add_column(column, justify="left" if column == "field" else "right")
     for field, size in found.raw.items():
         table.add_row(field, bytes_text(size), bytes_text(found.disk[field]))
-    needed = sum(found.disk.values())
     table.add_section()
-    table.add_row("all", bytes_text(sum(found.raw.values())), bytes_text(needed))
+    table.add_row("targets", bytes_text(sum(found.raw.values())), bytes_text(sum(found.disk.values())))
+    table.add_row("head's weights, once", "", bytes_text(found.head))
     console.print(table)
     others = Table("--targets", *(f"--dtype {dtype}" for dtype in DTYPES), title=f"on disk, by choice ({spec.codec})")
     for tier in TIERS:
@@ -171,7 +199,8 @@ def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: i
     console.print(
         f"On disk is an estimate from {found.samples} images. Raw bytes of features are exact; boxes and what belongs "
         f"to them are counted with all {spec.proposals} proposals.\n"
+        f"--targets objects: {bytes_text(found.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone.\n"
         f"Time: about {seconds} at {found.images_per_second:.2f} images/s.\n"
         f"Free at {out}: {bytes_text(free)}. "
-        + ("It fits." if needed <= free else f"It does not fit:{_cheaper(found, free)}")
+        + ("It fits." if found.needed <= free else f"It does not fit:{_cheaper(found, free)}")
     )

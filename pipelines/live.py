@@ -163,20 +163,31 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
         errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)], "float32")
     for field in ("logits", "deltas", "embeddings", "roi_features"):
         said = getattr(live, field)
-        if field in errors and said is not None:
-            values = cached.rois() if field == "roi_features" else getattr(cached, field)
-            scale = cached.roi_scale if field == "roi_features" else None
-            errors[field].add(values, said[live.num_proposals :], spec.field_dtype(field), _per_cell(scale))
+        if field not in errors or said is None:
+            continue
+        scale: Tensor | None = None
+        said = said[live.num_proposals :].cpu()
+        if field == "embeddings":
+            values, scale = cached.float_embeddings(), _beside(cached.embedding_scale, 1)
+        elif field == "roi_features":
+            assert cached.roi_rows is not None
+            values, said, scale = cached.rois(), said[cached.roi_rows.long()], _beside(cached.roi_scale, 2)
+        else:
+            values = getattr(cached, field)
+            if field == "deltas":
+                likely = (values != 0).any(-1)  # zeros are those that are not stored
+                values, said = values[likely], said[likely]
+        errors[field].add(values, said, spec.field_dtype(field), scale)
     if "features" in errors:
-        for number, (values, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
-            assert values is not None
-            scale = None if cached.scale is None else cached.scale[number]
-            errors["features"].add(values, level, spec.dtype, _per_cell(scale))
+        for number, (stored, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
+            if stored is not None:
+                scale = None if cached.scale is None else cached.scale[number]
+                errors["features"].add(stored, level, spec.dtype, _beside(scale, 2))
 
 
-def _per_cell(scale: Tensor | None) -> Tensor | None:
-    """A scale per channel, Tensor[..., C], beside the cells of the channel."""
-    return None if scale is None else scale[..., None, None]
+def _beside(scale: Tensor | None, dims: int) -> Tensor | None:
+    """A scale, of a shape that fits values with so many more dimensions."""
+    return None if scale is None else scale.float().reshape(*scale.shape, *[1] * dims)
 
 
 def unexplained(errors: Mapping[str, FieldError]) -> list[str]:

@@ -92,6 +92,7 @@ def remake_command(cache: TeacherCache, part_size: int) -> str:
         *(*named, "--out", cache.location),
         *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
         *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
+        *(("--levels", ",".join(map(spec.level_name, spec.levels))) if len(spec.levels) < len(spec.strides) else ()),
         *(("--limit", data["limit"]) if data.get("limit") else ()),
         *(("--skip-bad-images",) if cache.skipped else ()),
     ]

@@ -29,6 +29,9 @@ __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
 # Branches of a teacher that say nothing of boxes: not built, and allowed to be left over in its checkpoint.
 _MASK_BRANCHES = ("mask_roi_extractor", "mask_head", "shared_head_mask")
 
+# Box deltas of a class with a lower probability are not stored in small types: no loss and no detection sees them.
+_DELTA_FLOOR = 1e-3
+
 
 def teacher_config(checkpoint: Checkpoint, config: str | None) -> Config:
     """The teacher's config: the one named, or the one that its checkpoint carries.
@@ -127,6 +130,7 @@ class Teacher:
     ) -> CacheSpec:
         """What a cache of this teacher holds."""
         roi_head = self.model.roi_head
+        least_score = (roi_head.test_cfg or {}).get("score_thr", 0.0)  # of what it calls a detection
         extractor, head = stages(roi_head)[0]
         align = extractor.roi_layers[0]
         generator = self.model.rpn_head.prior_generator
@@ -153,6 +157,7 @@ class Teacher:
             cascade_stds=tuple(_four(x.bbox_coder.stds) for x in roi_head.bbox_head) if is_cascade(roi_head) else (),
             shared_style=shared_style(roi_head),
             semantic=semantic_branch(roi_head),
+            delta_floor=_DELTA_FLOOR if least_score > _DELTA_FLOOR else 0.0,
         )
 
     @torch.inference_mode()
@@ -160,6 +165,7 @@ class Teacher:
         self,
         image: npt.NDArray[np.uint8],
         gt_boxes: npt.NDArray[np.float32],
+        gt_labels: npt.NDArray[np.int64] | None = None,
         *,
         spec: CacheSpec,
         image_id: int,
@@ -172,7 +178,8 @@ class Teacher:
         Args:
             image: `[h, w, 3]` uint8, BGR, as `read_image` gives it with the teacher's `pixels.decoding`.
             gt_boxes: `[G, 4]` (x1, y1, x2, y2) in original pixels.
-            spec: What is asked for.
+            gt_labels: `[G]` of these; None where the record is not for a cache.
+            spec: Whose view is asked for.
             image_id: COCO image id.
             file_name: The image's name in the data set.
             view: One of `spec.views`.
@@ -196,9 +203,10 @@ class Teacher:
             boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
             logits=said.logits,
             deltas=said.deltas,
-            embeddings=said.embeddings if "embeddings" in spec.fields else None,
-            roi_features=roi_features if "roi_features" in spec.fields else None,
-            features=tuple(level[0] for level in pyramid) if "features" in spec.fields else None,
+            embeddings=said.embeddings,
+            roi_features=roi_features,
+            features=tuple(level[0] for level in pyramid),
+            gt_labels=None if gt_labels is None else torch.from_numpy(gt_labels),
             file_digest=file_digest,
         )
 

@@ -10,14 +10,18 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.spec import DEFAULT_DTYPE, CacheSpec
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.class_matching import match_classes
 from kdpipe.pipelines.datasets import DetectionData
 from kdpipe.pipelines.teacher import Teacher, TeacherError, load_teacher
 
-__all__ = ["CacheOptions", "digest_model", "prepare_teacher", "with_classes"]
+__all__ = ["CacheOptions", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
+
+# The teacher's best proposals kept per image where nothing is said. The objects tier is for those whose disk decides.
+_PROPOSALS = {"objects": 256}
+_MOST_PROPOSALS = 512
 
 TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
 _TRIAL_SIZE = (96, 64)  # its width and height
@@ -31,8 +35,9 @@ class CacheOptions:
         tier: One of `TIERS`.
         dtype: One of `DTYPES`.
         codec: One of `CODECS`.
-        proposals: The teacher's best proposals kept per image.
+        proposals: The teacher's best proposals kept per image; None takes what suits the tier.
         views: Some of `VIEWS`.
+        levels: Names of the pyramid levels that are kept, such as P3; None keeps all.
         scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
         part_size: Raw bytes per part, the unit of commit and of resuming.
         skip_bad_images: Go on past unreadable images, and record them.
@@ -40,9 +45,10 @@ class CacheOptions:
     """
 
     tier: str = "pyramid"
-    dtype: str = "int8"
+    dtype: str = DEFAULT_DTYPE
     codec: str = "zstd"
-    proposals: int = 512
+    proposals: int | None = None
+    levels: tuple[str, ...] | None = None
     views: tuple[str, ...] = ("identity",)
     scale: tuple[int, int] | None = None
     part_size: int = 1 << 30
@@ -60,7 +66,8 @@ def prepare_teacher(
     Raises:
         KdpipeError: Checkpoint, config and options do not fit together.
     """
-    teacher = load_teacher(checkpoint, cfg, proposals=options.proposals, device=device)
+    proposals = options.proposals or default_proposals(options.tier)
+    teacher = load_teacher(checkpoint, cfg, proposals=proposals, device=device)
     scale = options.scale or teacher.pixels.own_scale()
     teacher.pixels.check_scale(scale)
     known = class_names(checkpoint)
@@ -75,12 +82,40 @@ def prepare_teacher(
         codec=options.codec,
         class_names=[f"class {number}" for number in range(teacher.num_classes)],
         category_ids=range(teacher.num_classes),
-        proposals=options.proposals,
+        proposals=proposals,
         views=options.views,
         scale=scale,
     )
+    spec = with_levels(spec, options.levels)
     _ask_once(teacher, spec)
     return teacher, spec
+
+
+def default_proposals(tier: str) -> int:
+    """How many proposals a cache of a tier holds of an image where nothing else is said."""
+    return _PROPOSALS.get(tier, _MOST_PROPOSALS)
+
+
+def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:
+    """The specification of a cache with some levels of the pyramid only; None keeps it.
+
+    Raises:
+        TeacherError: The cache holds no pyramid, or the teacher's has no such level.
+    """
+    if names is None:
+        return spec
+    known = [spec.level_name(level) for level in range(len(spec.strides))]
+    if "features" not in spec.fields:
+        raise TeacherError(
+            f"--levels chooses from the feature pyramid, and --targets {spec.tier} keeps none. Leave --levels out, or "
+            "use --targets pyramid."
+        )
+    if unknown := [name for name in names if name not in known]:
+        raise TeacherError(
+            f"--levels {','.join(names)}: the teacher has no {', '.join(unknown)}. Its pyramid has {', '.join(known)} "
+            f"(strides {', '.join(map(str, spec.strides))})."
+        )
+    return replace(spec, levels=tuple(level for level, name in enumerate(known) if name in names))
 
 
 def with_classes(

@@ -12,7 +12,8 @@ from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
-from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets, read_roi_targets
+from kdpipe.distill.cached_rois import read_roi_targets
+from kdpipe.distill.targets import MISSING_VIEWS, ROIS, RoiTargets
 from kdpipe.distill.teacher_view import TeacherView, read_teacher_view
 from kdpipe.pipelines.images import ImageError
 from kdpipe.pipelines.transform_types import RESIZES, moving_transforms, step_name, transform_class

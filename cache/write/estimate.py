@@ -1,12 +1,15 @@
 """How many bytes a cache will take on disk, judged by a few of its images."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 from zarr.storage import MemoryStore
 
-from kdpipe.cache.format.layout import Block, part_layout
+from kdpipe.cache.format.layout import ArrayLayout, Block, part_layout
 from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
@@ -15,43 +18,63 @@ from kdpipe.cache.write.arrays import write_array
 from kdpipe.cache.write.encode import encode_record
 
 
-def compression(records: Iterable[TeacherRecord], spec: CacheSpec) -> dict[str, float]:
-    """Bytes on disk per raw byte of each field, scales of int8 included.
+def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], spec: CacheSpec) -> dict[str, int]:
+    """Bytes on disk of each field, index and metadata left out.
+
+    How many elements the pyramids have is known of all images; of boxes and what belongs to them, the images are taken
+    to have as many as the sampled ones have on average.
 
     Args:
-        records: what the teacher said of some images.
-        spec: of the cache.
+        records: what the teacher said of some of the images, in one view.
+        images: that are to be cached.
+        spec: of the cache. Of proposals that are more than it takes, the best count.
 
     Raises:
         CacheError: a record does not fit the specification.
     """
-    arrays: dict[str, list[Block]] = {}
+    blocks: dict[str, list[Block]] = {}
     for record in records:
-        encoded = encode_record(record, spec)
-        found = dict(encoded.rows)
+        encoded = encode_record(best_proposals(record, spec.proposals), spec)
+        for name, values in encoded.rows.items():
+            blocks.setdefault(name, []).append(values)
         if encoded.features is not None:
-            found["features"] = encoded.features
+            blocks.setdefault("features", []).append(encoded.features)
         if encoded.scale is not None:
-            found["scale"] = encoded.scale[None]
-        for name, values in found.items():
-            arrays.setdefault(name, []).append(values)
-    raw, stored = Counter[str](), Counter[str]()
-    layout = part_layout(spec)
-    for name, blocks in arrays.items():
-        values, files = np.concatenate(blocks), WrittenFiles(MemoryStore())
-        write_array(files, name, layout[name], values)
-        field = FIELD_OF_ARRAY.get(name, name)
+            blocks.setdefault("scale", []).append(encoded.scale[None])
+    raw, stored, layout = Counter[str](), Counter[str](), part_layout(spec)
+    for name, found in blocks.items():
+        values, field = np.concatenate(found), FIELD_OF_ARRAY.get(name, name)
         raw[field] += values.nbytes
-        stored[field] += sum(size for file, (size, _) in files.files.items() if not file.endswith("zarr.json"))
-    return {field: stored[field] / raw[field] if raw[field] else 1.0 for field in spec.fields}
+        stored[field] += stored_bytes(values, layout[name])
+    of_images = len(images) * len(spec.views) / len(records)
+    sizes = {field: round(stored[field] * of_images) for field in spec.fields}
+    if "features" in sizes:
+        sizes["features"] = round(raw_bytes(images, spec)["features"] * stored["features"] / raw["features"])
+    return sizes
 
 
-def disk_bytes(images: Sequence[ImageInfo], spec: CacheSpec, ratios: Mapping[str, float]) -> dict[str, int]:
-    """Bytes on disk of each field, index and metadata left out.
+def best_proposals(record: TeacherRecord, count: int) -> TeacherRecord:
+    """A record without the proposals that follow the first so many, which are the best."""
+    if record.num_proposals <= count:
+        return record
+    rows = torch.cat([torch.arange(count), torch.arange(record.num_proposals, len(record.boxes))])
 
-    Args:
-        images: that are to be cached.
-        spec: of the cache.
-        ratios: by field, as `compression` gives them.
-    """
-    return {field: round(size * ratios[field]) for field, size in raw_bytes(images, spec).items()}
+    def of(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows.to(values.device)]
+
+    return replace(
+        record,
+        num_proposals=count,
+        boxes=record.boxes[rows.to(record.boxes.device)],
+        logits=of(record.logits),
+        deltas=of(record.deltas),
+        embeddings=of(record.embeddings),
+        roi_features=of(record.roi_features),
+    )
+
+
+def stored_bytes(values: Block, layout: ArrayLayout) -> int:
+    """Bytes on disk of an array, its metadata left out."""
+    files = WrittenFiles(MemoryStore())
+    write_array(files, "x", layout, values)
+    return sum(size for file, (size, _) in files.files.items() if not file.endswith("zarr.json"))

@@ -1,9 +1,10 @@
 """Writes the weights of the teacher's RPN and RoI head."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.format.head import HEAD, parameter_layout
@@ -33,18 +34,31 @@ def write_head(location: Location, state: Mapping[str, Tensor], root: str, codec
             return
         with location.staging(HEAD) as folder:
             files = WrittenFiles(LocalStore(folder / "new"))
-            parameters = {}
-            for name in sorted(state):
-                values = state[name].detach()
-                values = (values.float() if values.is_floating_point() else values).cpu().contiguous()
-                parameters[name] = {"shape": list(values.shape), "dtype": str(values.numpy().dtype)}
-                layout, rows = parameter_layout(parameters[name], codec)
-                write_array(files, name, layout, values.numpy().reshape(rows, *layout.row_shape))
+            parameters = _write_parameters(files, state, codec)
             write_record(folder, {"parameters": parameters, "root": root}, files.files)
             while not location.publish(folder, HEAD):
                 if is_head_whole(location, root):
                     return
                 location.discard(HEAD)
+
+
+def head_bytes(state: Mapping[str, Tensor], codec: str) -> int:
+    """Bytes on disk of the weights, as `write_head` would store them."""
+    files = WrittenFiles(MemoryStore())
+    _write_parameters(files, state, codec)
+    return sum(size for size, _ in files.files.values())
+
+
+def _write_parameters(files: WrittenFiles, state: Mapping[str, Tensor], codec: str) -> dict[str, Any]:
+    """Write an array per parameter; shape and type of each."""
+    parameters: dict[str, Any] = {}
+    for name in sorted(state):
+        values = state[name].detach()
+        values = (values.float() if values.is_floating_point() else values).cpu().contiguous()
+        parameters[name] = {"shape": list(values.shape), "dtype": str(values.numpy().dtype)}
+        layout, rows = parameter_layout(parameters[name], codec)
+        write_array(files, name, layout, values.numpy().reshape(rows, *layout.row_shape))
+    return parameters
 
 
 def is_head_whole(location: Location, root: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantize_rows
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
@@ -28,7 +29,7 @@ def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDete
 
 
 def targets(pair: "type[Pair]", seed: int, rois: int = 12, positives: int = 4) -> RoiTargets:
-    """Made-up targets, whose RoI features stand in for a cache of the `roi` tier."""
+    """Made-up targets, whose RoI features stand in for a cache of the `objects` tier."""
     g = torch.Generator().manual_seed(seed)
     corner = torch.rand(rois, 2, generator=g) * 30
     boxes = torch.cat([corner, corner + 4 + torch.rand(rois, 2, generator=g) * 25], dim=1)
@@ -42,18 +43,8 @@ def targets(pair: "type[Pair]", seed: int, rois: int = 12, positives: int = 4) -
         logits=torch.randn(rois, pair.classes + 1, generator=g).half(),
         deltas=torch.randn(rois, pair.classes, 4, generator=g).half(),
         embeddings=torch.randn(rois, pair.spec.embedding_dim, generator=g).half(),
-        teacher=_RoiFeatures(torch.randn(positives, pair.spec.channels, 7, 7, generator=g)),  # type: ignore[arg-type]
+        features=torch.randn(positives, pair.spec.channels, 7, 7, generator=g),
     )
-
-
-class _RoiFeatures:
-    features = None
-
-    def __init__(self, features: Tensor) -> None:
-        self._features = features
-
-    def rois(self) -> Tensor:
-        return self._features
 
 
 def step(pair: "type[Pair]", model: DistilledDetector, shown: list[RoiTargets]) -> dict[str, Tensor]:
@@ -92,6 +83,27 @@ def test_losses_are_those_of_the_student_at_the_given_rois(pair: "type[Pair]") -
     torch.testing.assert_close(losses["loss_kd_cls"], classification_kd_loss(said.logits, logits))
     torch.testing.assert_close(losses["loss_kd_reg"], regression_kd_loss(said.deltas, deltas, labels))
     torch.testing.assert_close(losses["loss_kd_careg"], class_aware_regression_kd_loss(said.deltas, deltas, logits))
+
+
+def test_whole_numbers_with_a_scale_are_what_they_stand_for(pair: "type[Pair]") -> None:
+    """As `objects` caches hold features and embeddings; in one image the features are mirrored."""
+    stored, plain = [], []
+    for seed, view in ((1, "exact"), (2, "mirrored")):
+        shown = replace(targets(pair, seed), view=view)
+        assert shown.features is not None
+        assert shown.embeddings is not None
+        features, feature_scale = quantize(shown.features, torch.float16)
+        embeddings, embedding_scale = quantize_rows(shown.embeddings)
+        whole = replace(shown, embeddings=embeddings, embedding_scale=embedding_scale)
+        stored.append(replace(whole, features=features, feature_scale=feature_scale))
+        decoded = dequantize_rows(embeddings, embedding_scale), dequantize(features, feature_scale)
+        plain.append(replace(shown, embeddings=decoded[0], features=decoded[1]))
+    model = detector(pair, "sgfi", "ckd")
+    found = {name: value for name, value in step(pair, model, stored).items() if "sgfi" in name or name == "loss_ckd"}
+    wanted = step(pair, detector(pair, "sgfi", "ckd"), plain)
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    unmirrored = step(pair, detector(pair, "sgfi", "ckd"), [replace(x, view="exact") for x in plain])
+    assert not torch.equal(unmirrored["loss_sgfi"], wanted["loss_sgfi"])
 
 
 def test_deltas_of_another_box_coder_are_compared_in_the_same_unit(pair: "type[Pair]") -> None:
@@ -184,13 +196,21 @@ def test_methods_that_cannot_be(methods: tuple[str, ...]) -> None:
     ("tier", "loss", "again"),
     [
         ("predictions", "ckd", "embeddings"),
-        ("embeddings", "sgfi", "pyramid or roi"),
+        ("embeddings", "sgfi", "pyramid or objects"),
         ("predictions", "sgfi", "pyramid"),
     ],
 )
 def test_a_tier_that_cannot_serve_a_loss(pair: "type[Pair]", tier: str, loss: str, again: str) -> None:
     with pytest.raises(ContractError, match=f"{loss}.*--targets {again}"):
         check_contract(replace(pair.spec, tier=tier), (loss,))
+
+
+def test_levels_that_a_loss_cannot_do_without(pair: "type[Pair]") -> None:
+    without_p2, without_p6 = (replace(pair.spec, levels=levels) for levels in ((1, 2, 3, 4), (0, 1, 2, 3)))
+    with pytest.raises(ContractError, match=r"'sgfi' needs .* lacks P2 \(it holds P3, P4, P5, P6\).*--targets objects"):
+        check_contract(without_p2, ("ckd", "sgfi"))
+    check_contract(without_p2, ("ckd", "cls", "careg"))
+    check_contract(without_p6, ("sgfi",))
 
 
 def test_class_agnostic_sides_cannot_be_class_aware(pair: "type[Pair]") -> None:

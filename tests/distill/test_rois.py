@@ -1,6 +1,7 @@
 """Sampling of RoIs, levels and RoI features, against plain loops and mmdet's own extractor."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,7 @@ GT = torch.tensor([[10.0, 10.0, 50.0, 60.0], [30.0, 30.0, 90.0, 70.0], [120.0, 2
 LABELS = torch.tensor([2, 0, 4])
 
 
-def sample(
-    boxes: Tensor, num_proposals: int, gt: Tensor = GT, labels: Tensor = LABELS, **options: float
-) -> SampledRois:
+def sample(boxes: Tensor, num_proposals: int, gt: Tensor = GT, labels: Tensor = LABELS, **options: Any) -> SampledRois:
     seed = int(options.pop("seed", 0))
     num = int(options.pop("num", 16))
     generator = torch.Generator().manual_seed(seed)
@@ -85,6 +84,17 @@ def test_the_threshold_itself_is_positive() -> None:
     gt = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     boxes = torch.tensor([[0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 4.9]])
     assert sample(boxes, 2, gt, LABELS[:1], positive_fraction=1.0).positive.tolist() == [True, False]
+
+
+def test_positives_are_drawn_from_those_that_are_eligible() -> None:
+    boxes = torch.cat([boxes_near(GT, 6, seed=1), GT, GT + 300])
+    every = sample(boxes, len(boxes), num=100, positive_fraction=1.0)
+    eligible = torch.arange(len(boxes)) % 2 == 0
+    found = sample(boxes, len(boxes), num=100, positive_fraction=1.0, eligible=eligible)
+    assert found.rows[found.positive].tolist() == [row for row in every.rows[every.positive].tolist() if row % 2 == 0]
+    assert found.rows[~found.positive].equal(every.rows[~every.positive]), "negatives are"
+    same = sample(boxes, len(boxes), num=5, positive_fraction=1.0, eligible=torch.ones(len(boxes), dtype=torch.bool))
+    assert same.rows.equal(sample(boxes, len(boxes), num=5, positive_fraction=1.0).rows)
 
 
 def test_the_generator_alone_decides() -> None:

@@ -31,7 +31,14 @@ def built(pair: "type[Pair]", style: str, **options: Any) -> tuple[Any, Any, dic
         for name, low in {"weight": 0.5, "bias": -1.0, "running_mean": -1.0, "running_var": 1.0}.items():
             norm.state_dict()[name].uniform_(low, low + 1.5)
     state = {f"roi_head.shared_head.{name}": value for name, value in stage.state_dict().items()}
-    changes = {"channels": 1024, "embedding_dim": 2048, "strides": (16,), "roi_levels": 1, "shared_style": style}
+    changes = {
+        "channels": 1024,
+        "embedding_dim": 2048,
+        "strides": (16,),
+        "levels": (),
+        "roi_levels": 1,
+        "shared_style": style,
+    }
     return stage, head, state | pair.state(head), replace(pair.spec, **changes)  # type: ignore[arg-type]
 
 

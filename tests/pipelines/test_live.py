@@ -14,11 +14,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.distill.cached_rois import read_roi_targets
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.rois import roi_align_levels
 from kdpipe.distill.sgfi import SGFI
-from kdpipe.distill.targets import BatchRois, RoiTargets, read_roi_targets, teacher_roi_features
+from kdpipe.distill.targets import BatchRois, RoiTargets, teacher_roi_features
 from kdpipe.distill.teacher_head import TeacherHead
 from kdpipe.distill.teacher_view import TeacherView, ask_teacher, read_teacher_view
 from kdpipe.pipelines.checkpoints import load_checkpoint

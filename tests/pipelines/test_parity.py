@@ -13,7 +13,8 @@ from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
 from kdpipe.cache.write.writer import CacheWriter
-from kdpipe.distill.targets import RoiTargets, read_roi_targets, teacher_roi_features
+from kdpipe.distill.cached_rois import read_roi_targets
+from kdpipe.distill.targets import RoiTargets, teacher_roi_features
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image
 from kdpipe.pipelines.teacher import Teacher
