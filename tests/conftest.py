@@ -1,12 +1,17 @@
 """What all tests share."""
 
+import contextlib
+import http.client
+import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +121,156 @@ class Forked:
 def forking() -> type[Forks]:
     """The class `Forks`, for fixtures that know what to import."""
     return Forks
+
+
+class S3:
+    """An S3 server of this machine, started by a test and ended with it.
+
+    Args:
+        command: of the server; `{port}` stands for its port.
+        folder: that it runs in.
+        **options: of the store, for those that use it.
+    """
+
+    def __init__(self, command: list[str], folder: Path, **options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.options = {"endpoint": self.url, "region": "us-east-1", **options}
+        self._command = [word.format(port=self.port) for word in command]
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again if it was stopped, and wait until it answers."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
+        until = time.monotonic() + 60
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.stop()
+                pytest.fail(f"the server did not start:\n{(self._folder / 'server.log').read_text()[-4000:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it at once, in the middle of whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            try:
+                connection.request("GET", "/")
+                return connection.getresponse().status < 500
+            except (OSError, http.client.HTTPException):
+                return False
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port at which nobody answers."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A small S3 server with the bucket `kdpipe`, which keeps its objects in memory."""
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}"]
+    server = S3(command, tmp_path_factory.mktemp("moto"), access_key_id="writer", secret_access_key="not-so-secret")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as connection:
+        connection.request("PUT", "/kdpipe")
+        assert connection.getresponse().status == 200
+    yield server
+    server.stop()
+
+
+Fault = Callable[[str, str], "int | float | str | None"]
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to a server, and does wrong what `fault(method, path)` says.
+
+    A whole number is the status of an answer in place of the server's, a fraction the seconds until the request is
+    passed on; "lost" passes it on and cuts the connection in place of an answer, "cut" cuts it before.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.origin = port
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.fault: Fault = lambda method, path: None
+        self.requests: list[str] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections that clients end are no matter."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(f"{self.command} {self.path.partition('?')[0]}")
+        fault = self.server.fault(self.command, self.path)
+        if isinstance(fault, float):
+            threading.Event().wait(fault)
+        if fault == "cut":
+            self.close_connection = True
+            return
+        if isinstance(fault, int):
+            self.reply(fault, {}, b"<Error><Code>Test</Code></Error>")
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.origin)
+        connection.request(self.command, self.path, body or None, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self.reply(answer.status, dict(answer.getheaders()), data)
+
+    def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response_only(status)
+        dropped = ("connection", "transfer-encoding", "content-length")
+        for name, value in headers.items():
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.fixture
+def proxy(moto: S3) -> Iterator[Proxy]:
+    server = Proxy(moto.port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test uses the keys and proxies of whoever runs it."""
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")

@@ -1,0 +1,260 @@
+"""Object stores as the place of a cache: what appears there, what stays, what is told, and what goes wrong."""
+
+import asyncio
+import hashlib
+import os
+import pickle
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+import zarr
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.format.record import check_sizes, files_key, read_files, read_record, write_record
+from kdpipe.cache.store import bucket as bucket_module
+from kdpipe.cache.store import client as client_module
+from kdpipe.cache.store.bucket import Bucket
+from kdpipe.cache.store.folder import Folder
+from kdpipe.cache.store.location import GoneError, Location
+
+_count = iter(range(1_000_000))
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for seconds."""
+    monkeypatch.setattr(client_module, "_FIRST_PATIENCE", 1.0)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.02)
+
+
+@pytest.fixture(params=["memory", "moto"])
+def location(request: pytest.FixtureRequest) -> Bucket:
+    """An empty place in an object store."""
+    name = f"cache-{os.getpid()}-{next(_count)}.zarr"
+    if request.param == "memory":
+        return Bucket(f"memory://{name}", {})
+    return Bucket(f"s3://kdpipe/tests/{name}", request.getfixturevalue("moto").options)
+
+
+@pytest.fixture
+def faulty(moto: Any, proxy: Any) -> Bucket:
+    """An empty place in an object store behind a proxy."""
+    return Bucket(f"s3://kdpipe/tests/faulty-{os.getpid()}-{next(_count)}", {**moto.options, "endpoint": proxy.url})
+
+
+CONTENT = {"boxes/c.0": b"boxes" * 1000, "boxes/zarr.json": b"{}", "index/c.0": bytes(range(256)) * 300}
+
+
+def make(location: Location, key: str, content: dict[str, bytes] | None = None) -> bool:
+    """Write and publish a group of files with a record."""
+    content = CONTENT if content is None else content
+    with location.staging(key) as folder:
+        for name, data in content.items():
+            (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "new" / name).write_bytes(data)
+        files = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
+        write_record(folder, {"part": 0}, files)
+        return location.publish(folder, key)
+
+
+def everything(location: Bucket) -> dict[str, bytes]:
+    store = location._client.open()
+    return {meta["path"]: bytes(obstore.get(store, meta["path"]).bytes()) for meta in obstore.list(store).collect()}
+
+
+def test_appears_as_it_does_in_a_folder(location: Bucket, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "cache")
+    assert location.check_new()
+    for place in (location, folder):
+        assert make(place, "parts/00000")
+    files = sorted(path for path in folder.path.rglob("*") if path.is_file())
+    assert everything(location) == {str(path.relative_to(folder.path)): path.read_bytes() for path in files}
+    assert not location.check_new()
+    record = read_record(location, "parts/00000")
+    assert record is not None
+    place = files_key("parts/00000", record)
+    listed = read_files(location, place, record["files"])
+    assert listed is not None
+    assert check_sizes(location, place, listed) == []
+    assert location.read("parts/00001/zarr.json") is None
+    assert b"".join(location.stream(f"{place}/index/c.0")) == CONTENT["index/c.0"]
+    with pytest.raises(GoneError):
+        list(location.stream(f"{place}/none"))
+
+
+def test_the_second_writer_is_told(location: Bucket) -> None:
+    assert make(location, "parts/00000")
+    before = everything(location)
+    assert not make(location, "parts/00000")
+    assert everything(location) == before
+    assert not make(location, "parts/00000", {"boxes/c.0": b"other"})
+    after = everything(location)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 2  # its files, which no record names
+
+
+def test_record_comes_last(faulty: Bucket, proxy: Any) -> None:
+    make(faulty, "parts/00000")
+    uploads = [request.rpartition("/")[2] for request in proxy.requests if request.startswith("PUT")]
+    assert uploads[-1] == "zarr.json"
+    assert len(uploads) == len(CONTENT) + 2
+
+
+def test_large_files_go_and_come_in_order(location: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_module, "_BLOCK", 1000)
+    data = os.urandom(12_500)
+    make(location, "head", {"big": data, "empty": b""})
+    record = read_record(location, "head")
+    assert record is not None
+    blocks = list(location.stream(f"{files_key('head', record)}/big"))
+    assert b"".join(blocks) == data
+    assert max(map(len, blocks)) == 1000
+    assert list(location.stream(f"{files_key('head', record)}/empty")) == []
+
+
+def test_discard_removes_the_record_first(faulty: Bucket, proxy: Any) -> None:
+    make(faulty, "parts/00000")
+    make(faulty, "parts/000001")
+    proxy.requests.clear()
+    faulty.discard("parts/00000")
+    assert faulty.read("parts/00000/zarr.json") is None
+    assert {name.split("/")[1] for name in everything(faulty)} == {"000001"}
+    faulty.discard("parts/00000")
+    assert faulty.read("parts/000001/zarr.json") is not None
+
+
+def test_staging_is_removed(location: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    make(location, "parts/00000")
+    left = tmp_path / f"kdpipe-{os.getuid()}"
+    assert list(left.iterdir()) == []
+    assert left.stat().st_mode & 0o077 == 0
+    (left / ".parts-00000.0123456789abcdef.tmp").mkdir()  # of a process that was killed
+    with location.staging("parts/00001"):
+        location.tidy()
+        assert [path.name.split(".")[1] for path in left.iterdir()] == ["parts-00001"]
+
+
+def test_leftovers(location: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(location, "parts/00000")
+    make(location, "parts/00000", {"boxes/c.0": b"other"})
+    known = {"parts/00000/zarr.json"}
+    record = read_record(location, "parts/00000")
+    assert record is not None
+    place = files_key("parts/00000", record)
+    known |= {f"{place}/files.json", f"{place}/index/", *(f"{place}/{name}" for name in CONTENT)}
+    before = everything(location)
+    store = location._client.open()
+    obstore.put(store, "parts/00003/0123456789abcdef/boxes/c.0", b"of a writer that died")
+    obstore.put(store, "notes/mine.txt", b"of the user")
+    obstore.put(store, f"{place}/boxes/more", b"of the user")
+    (other,) = {"/".join(name.split("/")[:3]) for name in before if name.count("/") > 2} - {place}
+    found = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known)}
+    assert found.pop(other) == (False, False)
+    assert found == {
+        "parts/00003/0123456789abcdef": (False, False),
+        "notes": (False, True),
+        f"{place}/boxes/more": (False, True),
+    }
+    monkeypatch.setattr(bucket_module, "_REST", timedelta(0))
+    found = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known)}
+    assert found["parts/00003/0123456789abcdef"] == found[other] == (True, True)
+    assert found["notes"] == found[f"{place}/boxes/more"] == (False, True)
+    location.discard(other)
+    location.discard("parts/00003/0123456789abcdef")
+    assert {left.key for left in location.leftovers(known)} == {"notes", f"{place}/boxes/more"}
+
+
+def test_not_within_another_cache(moto: Any) -> None:
+    outer = f"s3://kdpipe/outer-{os.getpid()}-{next(_count)}"
+    make(Bucket(outer, moto.options), "")
+    inner = Bucket(f"{outer}/a/b", moto.options)
+    with pytest.raises(CacheError, match="lies in a cache at /outer"):
+        inner.check_new()
+    assert Bucket(f"{outer}-2", moto.options).check_new()
+
+
+def get(location: Bucket, key: str, request: Any = None) -> bytes:
+    found = sync(location.zarr_store().get(key, default_buffer_prototype(), request))
+    return found.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("none", None),
+        ("none", RangeByteRequest(0, 2)),
+        ("none", SuffixByteRequest(2)),
+        ("short", RangeByteRequest(10, 20)),
+        ("empty", None),
+        ("empty", SuffixByteRequest(8)),
+    ],
+)
+def test_nothing_missing_reads_as_zeros(location: Bucket, name: str, request_: Any) -> None:
+    store = location._client.open()
+    obstore.put(store, "short", b"12345")
+    obstore.put(store, "empty", b"")
+    with pytest.raises(GoneError, match=name):
+        get(location, name, request_)
+    assert get(location, "short", RangeByteRequest(1, 3)) == b"23"
+
+
+def test_indices_are_asked_for_once(faulty: Bucket, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = faulty._client.open()
+    for number in range(5):
+        obstore.put(client, f"shard{number}", f"data index{number}".encode())
+    proxy.requests.clear()
+    store = faulty.zarr_store()
+    prototype = default_buffer_prototype()
+
+    async def read(numbers: range) -> list[bytes]:
+        found = await asyncio.gather(
+            *(store.get(f"shard{number}", prototype, SuffixByteRequest(6)) for number in numbers for _ in range(3))
+        )
+        return [data.to_bytes() for data in found]
+
+    assert sync(read(range(5))) == [f"index{number}".encode() for number in range(5) for _ in range(3)]
+    assert len(proxy.requests) == 5
+    sync(read(range(5)))
+    assert len(proxy.requests) == 5
+    monkeypatch.setattr("kdpipe.cache.store.remote_arrays._INDEX_BYTES", 20)
+    store = faulty.zarr_store()
+    for _ in range(2):
+        assert sync(read(range(5)))[::3] == [f"index{number}".encode() for number in range(5)]
+    assert len(store._indices) == 3
+    assert len(proxy.requests) > 5 + 5
+
+
+def test_many_requests_at_once(moto: Any) -> None:
+    with zarr.config.set({"async.concurrency": 10}):
+        Bucket("s3://kdpipe/any", moto.options).zarr_store()
+        assert zarr.config.get("async.concurrency") == 100
+
+
+def test_goes_to_other_processes(location: Bucket) -> None:
+    make(location, "parts/00000")
+    assert read_record(pickle.loads(pickle.dumps(location)), "parts/00000") == read_record(location, "parts/00000")
+
+
+def test_a_forked_process_is_told(location: Bucket) -> None:
+    make(location, "parts/00000")
+    if location.name.startswith("memory"):
+        return  # has no threads of its own
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        with os.fdopen(writing, "w") as out:
+            try:
+                location.read("parts/00000/zarr.json")
+            except CacheError as error:
+                out.write(str(error))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        assert "forkserver" in answer.read()
+    os.waitpid(pid, 0)
