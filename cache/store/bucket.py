@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import obstore
 import zarr
@@ -48,12 +48,15 @@ class Bucket(Location):
         CacheError: the URL is of no kind that is known, or an option is not.
     """
 
-    is_local = False
     threads = 32
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
         self._client = Client(url, options)
-        self.name = self._client.name
+        self.name = self.address = self._client.name
+        self._arrays: RemoteArrays | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}
 
     def check_new(self) -> bool:
         parents = PurePosixPath(self._client.prefix).parents if self._client.prefix else ()
@@ -61,7 +64,13 @@ class Bucket(Location):
             place = "" if parent == "." else parent
             if not self.name.startswith("memory:") and self._get(RECORD, self._client.open(place)) is not None:
                 raise CacheError(f"{self} lies in a cache at /{place} of its bucket: choose another --out.")
+        return self.is_absent()
+
+    def is_absent(self) -> bool:
         return not self._list("")
+
+    def local_path(self, key: str) -> None:
+        return None
 
     def read(self, key: str) -> bytes | None:
         return self._get(key)
@@ -81,7 +90,8 @@ class Bucket(Location):
 
     def zarr_store(self) -> RemoteArrays:
         zarr.config.set({"async.concurrency": max(_ZARR_CONCURRENCY, zarr.config.get("async.concurrency"))})
-        return RemoteArrays(self._client)
+        self._arrays = self._arrays or RemoteArrays(self._client)
+        return self._arrays
 
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
@@ -118,6 +128,7 @@ class Bucket(Location):
     def discard(self, key: str) -> None:
         record = f"{key}/{RECORD}" if key else RECORD
         below = [meta["path"] for meta in self._list(key) if meta["path"] != record]
+        self._arrays = None  # which remembers indices
         self._delete([record])
         if below or key:
             self._delete(below or [key])
@@ -154,7 +165,7 @@ class Bucket(Location):
         try:
             yield
         except GoneError as error:
-            raise CacheError(f"{what} failed: {error} of {self} is gone, or cut off.") from error
+            raise CacheError(f"{what} failed: {error} in {self}.") from error
         except BaseError as error:
             raise CacheError(f"{what} failed. {advice(error, self.name)}.") from None
         except FileNotFoundError as error:

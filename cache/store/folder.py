@@ -132,7 +132,7 @@ class Folder(Location):
         try:
             yield
         except GoneError as error:
-            raise CacheError(f"{what} failed: {error} of {self} is gone.") from error
+            raise CacheError(f"{what} failed: {error} in {self}.") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 advice = (

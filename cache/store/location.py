@@ -35,7 +35,14 @@ class Leftover:
 
 
 class GoneError(Exception):
-    """Something that was committed is not there, or no longer as long as it was."""
+    """Something that was committed is not there, or no longer as long as it was.
+
+    Args:
+        key: of the file.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is missing or cut off")
 
 
 class Location(ABC):
