@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
 from kdpipe.cache.format.record import Files, check_sizes
-from kdpipe.cache.format.zarr_arrays import FileArray, StoreArray, check_metadata, may_read_files
+from kdpipe.cache.format.zarr_arrays import FileArray, Reading, StoreArray, check_metadata, may_read_files
 from kdpipe.cache.store.location import GoneError, Location
+
+# What tensorstore begins an error of the system with. All others say that the data are not as they should be.
+_SYSTEM = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED")
 
 
 class DamagedError(Exception):
@@ -57,15 +60,15 @@ class ArrayReader:
             self._array = StoreArray(location.zarr_store(), place, layout, rows)
         self._layout = layout
 
-    def check(self, rows: range) -> range:
-        """The rows as they are; those that the array has not are an error.
+    def start(self, rows: range) -> Reading:
+        """Begin to read rows.
 
         Raises:
-            DamagedError: it has fewer.
+            DamagedError: the array has fewer.
         """
         if not 0 <= rows.start <= rows.stop <= self.rows:
             raise DamagedError(self.name, f"it has {self.rows} rows, and rows {rows.start} to {rows.stop} are needed")
-        return rows
+        return self._array.start(rows)
 
 
 def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
@@ -75,7 +78,7 @@ def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
         DamagedError: what is stored is not what was written, or is missing.
         OSError: it cannot be read.
     """
-    started = [reader._array.start(reader.check(rows)) for reader, rows in wanted]
+    started = [reader.start(rows) for reader, rows in wanted]
     blocks: list[Block] = []
     failed: list[tuple[str, Exception]] = []
     for (reader, _), reading in zip(wanted, started, strict=True):
@@ -84,9 +87,7 @@ def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
         except (ValueError, RuntimeError, GoneError, OSError) as error:
             failed.append((reader.name, error))  # the others are waited for
     for name, reason in failed:
-        if isinstance(reason, OSError):
-            raise reason
-        raise DamagedError(name, _first_line(reason)) from reason
+        raise _explained(name, reason) from reason
     return blocks
 
 
@@ -101,6 +102,9 @@ def read_array(location: Location, key: str, name: str, layout: ArrayLayout, row
     return block
 
 
-def _first_line(error: Exception) -> str:
-    """What an error of a library says, without the places in its source."""
-    return str(error).split("\n")[0].split(" [source locations")[0].split(" [tensorstore_spec")[0]
+def _explained(name: str, error: Exception) -> DamagedError | OSError:
+    """What an error of tensorstore or zarr means, in their words without the places in their source."""
+    text = str(error).split("\n")[0].split(" [source locations")[0].split(" [tensorstore_spec")[0]
+    if isinstance(error, OSError) or text.startswith(_SYSTEM):
+        return error if isinstance(error, OSError) else OSError(text)
+    return DamagedError(name, text)

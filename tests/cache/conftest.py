@@ -114,6 +114,12 @@ class Kit:
         }
 
     @staticmethod
+    def files(path: Path, key: str) -> Path:
+        """The folder of files of a part, of the head, or of the plan."""
+        (folder,) = (entry for entry in (path / key).iterdir() if entry.is_dir())
+        return folder
+
+    @staticmethod
     def tree(path: Path) -> dict[str, str]:
         """Digest of each file below a folder, and the names of the folders."""
         return {

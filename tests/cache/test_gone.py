@@ -5,14 +5,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from kdpipe.cache import CacheError, open_cache
-
-if TYPE_CHECKING:
-    pass
+from kdpipe.cache.store.location import GoneError
 
 
 def remove_cache(path: Path) -> None:
@@ -59,19 +57,51 @@ def test_the_head_of_a_cache_that_is_gone(cache_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
-def test_what_the_system_says_is_passed_on(cache_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Of the record of a part, and of its arrays when the record was read before."""
-    first, second = open_cache(cache_path), open_cache(cache_path)
-    second.targets(1000)
+@pytest.mark.parametrize("name", ["parts/00000/zarr.json", "boxes/zarr.json"])
+def test_what_the_system_says_is_passed_on(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    cache, plain_open = open_cache(cache_path), os.open
 
-    def fail(*args: Any, **options: Any) -> bytes:
-        raise OSError(number, os.strerror(number), str(args[0]))
+    def fail(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number), str(path))
+        return plain_open(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    monkeypatch.setattr("kdpipe.cache.read.array_reader.os.open", fail)
-    for cache in (first, second):
-        with pytest.raises(CacheError) as caught:
-            cache.targets(1000)
-        assert os.strerror(number) in str(caught.value)
-        assert "sound" in str(caught.value)
-        assert "damaged" not in str(caught.value)
+    monkeypatch.setattr("kdpipe.cache.store.folder.os.open", fail)
+    with pytest.raises(CacheError) as caught:
+        cache.targets(1000)
+    assert os.strerror(number) in str(caught.value)
+    assert "sound" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (ValueError("DATA_LOSS: Digest mismatch [source locations='x.cc:1']"), True),
+        (ValueError("NOT_FOUND: chunk is missing"), True),
+        (RuntimeError("decompression failed"), True),
+        (GoneError("parts/00000/boxes/c.0.0"), True),
+        (ValueError("PERMISSION_DENIED: Error opening file [OS error 13: EACCES]"), False),
+        (ValueError("RESOURCE_EXHAUSTED: Error opening file [OS error 24: EMFILE]"), False),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), False),
+    ],
+)
+def test_what_libraries_say_of_data(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_damage: bool
+) -> None:
+    """tensorstore and zarr have one type of error for many things."""
+
+    class Failing:
+        def result(self) -> None:
+            raise error
+
+    cache = open_cache(cache_path)
+    cache.targets(1000)
+    monkeypatch.setattr("kdpipe.cache.read.arrays.ArrayReader.start", lambda *arguments: Failing())
+    with pytest.raises(CacheError) as caught:
+        cache.targets(1000)
+    assert ("is damaged" in str(caught.value)) == is_damage
+    assert ("cannot be read" in str(caught.value)) != is_damage
+    assert "source locations" not in str(caught.value)

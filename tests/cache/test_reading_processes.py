@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 
-# Of a spec whose images take memory of `kdpipe.cache.read.buffers`, a quarter of a megabyte each.
+# Of a spec whose images are some megabytes each.
 LARGE = {"channels": 1024, "dtype": "float16", "codec": "none"}
 
 LOADERS = """
@@ -94,7 +94,7 @@ def test_more_parts_than_files_may_be_open(tmp_path: Path, kit: "type[Kit]") -> 
     images = kit.images(30)
     writer = kit.writer(tmp_path / "x.zarr", kit.spec(tier="predictions"), images, part_size=1)
     kit.fill(writer)
-    cache = open_cache(writer.path)
+    cache = open_cache(writer.location)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 10, limits[1]))
     try:

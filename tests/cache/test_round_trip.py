@@ -2,20 +2,19 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, CacheSpec, TeacherRecord, TeacherTargets, open_cache
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.cache.views import view_matrix
+from kdpipe.cache.write.encode import encode_record
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -27,18 +26,12 @@ def check(record: TeacherRecord, targets: TeacherTargets, spec: CacheSpec) -> No
         assert getattr(targets, name) == getattr(record, name)
     expected = view_matrix(record.original_size, record.input_size, record.view == "hflip")
     np.testing.assert_array_equal(targets.matrix, expected)
-    for field in ("boxes", "logits", "deltas", "embeddings"):
-        stored, given_values = getattr(targets, field), getattr(record, field)
-        if field in spec.fields:
-            dtype = getattr(torch, spec.field_dtype(field))
-            torch.testing.assert_close(stored, given_values.to(dtype), rtol=0, atol=0)
-        else:
-            assert stored is None
-    if "roi_features" in spec.fields:
-        assert record.roi_features is not None
-        check_values(targets.roi_features, targets.roi_scale, targets.rois(), record.roi_features, spec)
-    else:
-        assert targets.roi_features is targets.roi_scale is None
+    encoded = encode_record(record, spec).rows
+    for name in ("boxes", "logits", "deltas", "embeddings", "embedding_scale", "roi_rows", "roi_features", "roi_scale"):
+        stored = getattr(targets, name)
+        assert (stored is None) == (name not in encoded), name
+        if stored is not None:
+            np.testing.assert_array_equal(stored.numpy(), encoded[name])
     if "features" in spec.fields:
         assert record.features is not None
         assert targets.features is not None
@@ -59,8 +52,11 @@ def check_values(
 ) -> None:
     assert stored is not None
     assert floats is not None
-    assert stored.dtype == getattr(torch, spec.dtype)
-    if spec.dtype == "int8":
+    assert stored.dtype == getattr(torch, spec.element_dtype)
+    if spec.dtype == "int4":
+        assert scale is not None
+        assert (floats.abs() <= 7 * scale[..., None, None] * 1.0001).all()
+    elif spec.dtype == "int8":
         assert scale is not None
         torch.testing.assert_close(scale, wanted.abs().amax((-2, -1)) / 127)
         assert ((floats - wanted).abs() <= 0.5001 * scale[..., None, None]).all()
@@ -68,8 +64,8 @@ def check_values(
         torch.testing.assert_close(floats, wanted.to(stored.dtype).float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tier", ["predictions", "embeddings", "roi", "pyramid"])
-@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("tier", ["predictions", "embeddings", "objects", "pyramid"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "float32"])
 @pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
 def test_every_tier_type_and_codec(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> None:
     spec = kit.spec(tier=tier, dtype=dtype, codec=codec, class_agnostic=codec == "lz4")
@@ -80,7 +76,7 @@ def test_every_tier_type_and_codec(tmp_path: Path, kit: "type[Kit]", tier: str, 
         check(kit.record(image, "identity", spec), cache.targets(image.image_id), spec)
 
 
-@pytest.mark.parametrize("tier", ["roi", "pyramid"])
+@pytest.mark.parametrize("tier", ["objects", "pyramid"])
 def test_both_views(tmp_path: Path, kit: "type[Kit]", tier: str) -> None:
     spec = kit.spec(tier=tier, views=("identity", "hflip"))
     cache = open_cache(kit.make(tmp_path / "x.zarr", spec))
@@ -92,7 +88,7 @@ def test_both_views(tmp_path: Path, kit: "type[Kit]", tier: str) -> None:
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 40), st.integers(30, 120), st.integers(30, 120)), min_size=1, max_size=6),
-    tier=st.sampled_from(["roi", "pyramid"]),
+    tier=st.sampled_from(["objects", "pyramid"]),
     dtype=st.sampled_from(["int8", "float32"]),
     part_size=st.integers(1, 200_000),
 )
@@ -111,7 +107,7 @@ def test_ragged_sizes(
         with writer.part(index) as part:
             for n in span:
                 part.add(kit.record(images[n], "identity", spec, rois=sizes[n][0]))
-    cache = open_cache(writer.path)
+    cache = open_cache(writer.location)
     for image, (rois, _, _) in zip(images, sizes, strict=True):
         check(kit.record(image, "identity", spec, rois=rois), cache.targets(image.image_id), spec)
 
@@ -176,20 +172,22 @@ def test_some_levels(cache_path: Path, levels: list[int]) -> None:
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tier", ["roi", "pyramid"])
+@pytest.mark.parametrize("tier", ["objects", "pyramid"])
 @pytest.mark.parametrize("rois", [[0, 1, 2], [13, 0, 7, 0], [14], [], list(range(15))])
 def test_some_rois(tmp_path: Path, kit: "type[Kit]", tier: str, rois: list[int]) -> None:
     cache = open_cache(kit.make(tmp_path / "x.zarr", kit.spec(tier=tier), count=4))
     image_id = kit.images()[3].image_id  # 12 proposals, 3 ground-truth boxes
     everything, some = cache.targets(image_id), cache.targets(image_id, rois=np.array(rois, dtype=np.int64))
-    for name in (*(f for f in cache.spec.fields if f != "features"), *(["roi_scale"] if tier == "roi" else [])):
+    for name in cache.spec.box_arrays():
         torch.testing.assert_close(getattr(some, name), getattr(everything, name)[rois], rtol=0, atol=0)
+    for name in cache.spec.object_arrays():  # of the boxes that they are of, whichever were asked for
+        torch.testing.assert_close(getattr(some, name), getattr(everything, name), rtol=0, atol=0)
     assert some.num_proposals == sum(roi < 12 for roi in rois)
 
 
 def test_only_what_is_asked_for_is_read(cache_path: Path, kit: "type[Kit]") -> None:
     for name in ("features", "deltas", "embeddings", "scale"):
-        for file in cache_path.glob(f"parts/*/{name}/c.*"):
+        for file in cache_path.glob(f"parts/*/*/{name}/c.*"):
             kit.flip_bit(file)
     targets = open_cache(cache_path).targets(1000, fields=["logits"])
     assert targets.logits is not None
@@ -214,33 +212,6 @@ def test_only_what_is_asked_for_is_read(cache_path: Path, kit: "type[Kit]") -> N
 def test_wrong_questions(cache_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CacheError, match=message):
         open_cache(cache_path).targets(**{"image_id": 1000, **arguments})
-
-
-def test_opens_with_plain_zarr(cache_path: Path, kit: "type[Kit]") -> None:
-    cache = open_cache(cache_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        group = zarr.open_group(cache_path, mode="r")
-        assert sorted(name for name, _ in group.members()) == ["head", "parts", "plan"]
-        assert group.attrs["kdpipe"]["spec"]["tier"] == "pyramid"  # type: ignore[index, call-overload]
-        part = group["parts/00000"]
-        assert isinstance(part, zarr.Group)
-        arrays = {name: array for name, array in part.members() if isinstance(array, zarr.Array)}
-        index = np.asarray(arrays["index"][:])
-        columns = list(arrays["index"].attrs["columns"])  # type: ignore[arg-type]
-        row = dict(zip(columns, index[0].tolist(), strict=True))
-        names = np.asarray(arrays["file_names"][:])
-        boxes = np.asarray(arrays["boxes"][row["row_start"] : row["row_stop"]])
-        cells = row["level0_height"] * row["level0_width"] * 6
-        level = np.asarray(arrays["features"][row["element_start"] : row["element_start"] + cells])
-    targets = cache.targets(row["image_id"])
-    assert names[row["name_start"] : row["name_stop"]].tobytes().decode() == targets.file_name
-    np.testing.assert_array_equal(boxes, targets.boxes.numpy())
-    assert targets.features is not None
-    assert targets.features[0] is not None
-    np.testing.assert_array_equal(level, targets.features[0].numpy().ravel())
-    members = set(arrays)
-    assert members == {"features", "scale", "boxes", "logits", "deltas", "embeddings", "index", "file_names"}
 
 
 SPAWNED = """
@@ -291,7 +262,7 @@ def test_many_parts_with_few_kept_in_memory(
     images = kit.images(9)
     writer = kit.writer(tmp_path / "x.zarr", spec, images, part_size=1)
     kit.fill(writer)
-    cache = open_cache(writer.path)
+    cache = open_cache(writer.location)
     for image in images + images[::-1]:
         check(kit.record(image, "identity", spec), cache.targets(image.image_id), spec)
 
