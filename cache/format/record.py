@@ -29,14 +29,14 @@ def write_record(folder: Path, content: Mapping[str, Any], files: Files, within:
         files: below that sub-folder.
         within: folder of the group in which the folder of files is.
     """
-    listed = canonical_json({name: list(entry) for name, entry in sorted(files.items())}) + b"\n"
+    listed = canonical_json({name: list(entry) for name, entry in sorted(files.items())})
     digest = hashlib.sha256(listed).hexdigest()
     (folder / within / "new" / FILES).write_bytes(listed)
     (folder / within / "new").rename(folder / within / digest[:_NAME_DIGITS])
     record = {**content, "files": digest}
     record["checksum"] = digest_json(record)
     group = {"zarr_format": 3, "node_type": "group", "attributes": {"kdpipe": record}}
-    (folder / RECORD).write_bytes(canonical_json(group) + b"\n")
+    (folder / RECORD).write_bytes(canonical_json(group))
 
 
 def parse_record(data: bytes | None) -> dict[str, Any] | None:

@@ -58,14 +58,13 @@ class CacheWriter:
         if not self.images:
             raise CacheError(f"There are no images to cache at {location}: check the annotation file.")
         with location.explained("Creating the cache"):
-            if location.check_new() and create_root(
-                location, spec, self.images, self.parts, part_size, identity, metadata
-            ):
+            is_new = location.check_new()
+            location.tidy()
+            if is_new and create_root(location, spec, self.images, self.parts, part_size, identity, metadata):
                 return
             root = read_root(location)
             found = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
             _check_same(location, found, {**identity, "spec": spec.to_json(), "plan": plan})
-            location.tidy()
 
     def pending(self) -> list[int]:
         """Numbers of the parts that are not committed, or whose files are missing or cut short."""
