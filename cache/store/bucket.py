@@ -100,38 +100,28 @@ class Bucket(Location):
             yield folder / "new"
 
     def publish(self, folder: Path, key: str) -> bool:
-        files = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()}
-        before = f"{key}/" if key else ""
-        turns = asyncio.Semaphore(_UPLOADS)
-
-        async def put(path: Path, to: str) -> None:
-            async with turns:
-                # in one request: what is left of one in several would be invisible, and cost money
-                await self._client.upload(lambda store: obstore.put_async(store, to, path, use_multipart=False))
-
-        async def put_all(store: ObjectStore) -> None:
-            tasks = [asyncio.create_task(put(path, before + name)) for path, name in files.items() if name != RECORD]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-        self._client.run(put_all)
-        record = (folder / RECORD).read_bytes()
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / RECORD)
+        files = {path.relative_to(folder).as_posix(): path for path in paths}
+        record, place = (folder / RECORD).read_bytes(), _join(key, RECORD)
+        self._upload(key, files)
         try:
-            self._client.run(lambda store: obstore.put_async(store, before + RECORD, record, mode="create"))
+            self._client.run(lambda store: obstore.put_async(store, place, record, mode="create"))
         except AlreadyExistsError:
             return False
+        # what another process took for the leftovers of a dead writer of this part, and removed meanwhile
+        there = self.sizes(key, files)
+        self._upload(key, {name: path for name, path in files.items() if name not in there})
         return True
 
     def discard(self, key: str) -> None:
-        record = f"{key}/{RECORD}" if key else RECORD
-        below = [meta["path"] for meta in self._list(key) if meta["path"] != record]
+        """Remove a record, and of what is below it that which no writer can be at work on: what is a day old."""
         self._arrays = None  # which remembers indices
-        self._delete([record])
-        if below or key:
-            self._delete(below or [key])
+        self._delete([_join(key, RECORD)])
+        limit = datetime.now(timezone.utc) - _REST
+        below = self._list(key)
+        self._delete([meta["path"] for meta in below if meta["last_modified"] < limit])
+        if key and not below:
+            self._delete([key])
 
     def tidy(self) -> None:
         """Remove what dead writers left in the local temporary folder; in the store itself nothing is certain."""
@@ -211,15 +201,40 @@ class Bucket(Location):
                 raise
             return b"", 0
 
+    def _upload(self, key: str, files: Mapping[str, Path]) -> None:
+        turns = asyncio.Semaphore(_UPLOADS)
+
+        async def put(name: str, path: Path) -> None:
+            async with turns:
+                # in one request: what is left of one in several would be invisible, and cost money
+                await self._client.upload(
+                    lambda store: obstore.put_async(store, _join(key, name), path, use_multipart=False)
+                )
+
+        async def put_all(store: ObjectStore) -> None:
+            tasks = [asyncio.create_task(put(name, path)) for name, path in files.items()]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        self._client.run(put_all)
+
     def _delete(self, keys: Sequence[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._client.run(lambda store: obstore.delete_async(store, keys))
+            if keys:
+                self._client.run(lambda store: obstore.delete_async(store, keys))
 
     def _list(self, key: str) -> "Sequence[ObjectMeta]":
         async def collect(store: ObjectStore) -> "Sequence[ObjectMeta]":
             return await obstore.list(store, key or None).collect_async()
 
         return self._client.run(collect)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}/{name}" if key else name
 
 
 def _scratch() -> Path:

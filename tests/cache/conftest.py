@@ -10,6 +10,7 @@ import torch
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord
 from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.store.location import Place
 from kdpipe.cache.views import input_size
 
 
@@ -79,7 +80,7 @@ class Kit:
         )
 
     @classmethod
-    def writer(cls, path: Path, spec: CacheSpec, images: Sequence[ImageInfo], **changes: Any) -> CacheWriter:
+    def writer(cls, path: Place, spec: CacheSpec, images: Sequence[ImageInfo], **changes: Any) -> CacheWriter:
         values: dict[str, Any] = {
             "part_size": 6_000,
             "identity": {"teacher": "t1", "data": "d1", "options": {"device": "cpu"}},

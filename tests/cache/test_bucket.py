@@ -118,15 +118,35 @@ def test_large_files_go_and_come_in_order(location: Bucket, monkeypatch: pytest.
     assert list(location.stream(f"{files_key('head', record)}/empty")) == []
 
 
-def test_discard_removes_the_record_first(faulty: Bucket, proxy: Any) -> None:
+def test_discard(faulty: Bucket, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make(faulty, "parts/00000")
     make(faulty, "parts/000001")
-    proxy.requests.clear()
+    before = everything(faulty)
     faulty.discard("parts/00000")
     assert faulty.read("parts/00000/zarr.json") is None
+    assert len(everything(faulty)) == len(before) - 1  # the rest may be that of a writer at work
+    monkeypatch.setattr(bucket_module, "_REST", timedelta(seconds=-5))
+    proxy.requests.clear()
+    faulty.discard("parts/00000")
     assert {name.split("/")[1] for name in everything(faulty)} == {"000001"}
     faulty.discard("parts/00000")
     assert faulty.read("parts/000001/zarr.json") is not None
+    faulty.discard("parts/000001/zarr.json")
+    assert faulty.read("parts/000001/zarr.json") is None
+
+
+def test_files_that_were_taken_for_leftovers(faulty: Bucket, proxy: Any) -> None:
+    """Another process removes the old files of a dead writer while the same ones are uploaded."""
+    store = faulty._client.open()
+
+    def fault(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("parts/00000/zarr.json"):
+            proxy.fault = lambda method, path: None
+            obstore.delete(store, [name for name in everything(faulty) if name.endswith("c.0")])
+
+    proxy.fault = fault
+    make(faulty, "parts/00000")
+    assert len(everything(faulty)) == len(CONTENT) + 2
 
 
 def test_staging_is_removed(location: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
