@@ -32,7 +32,9 @@ def partial(kit: "Kit", work: Path) -> Path:
         logits[:, 1] = torch.tensor([1.0, 9.0, 3.0, 2.0])
         boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]]).repeat(4, 1)
         deltas = torch.zeros(4, spec.num_classes, 4)
-        part.add(TeacherRecord(1, "identity", IMAGES[0].file_name, (96, 128), (96, 128), 3, boxes, logits, deltas))
+        labels = torch.zeros(1, dtype=torch.int64)
+        record = TeacherRecord(1, "identity", IMAGES[0].file_name, (96, 128), (96, 128), 3, boxes, logits, deltas)
+        part.add(replace(record, gt_labels=labels))
     with writer.part(1) as part:
         part.skip(2, "b.jpg", "not an image \x1b[31m[red]")
     return work / "x.zarr"
@@ -46,11 +48,13 @@ def test_a_whole_cache(kit: "Kit", work: Path) -> None:
     assert "missing" not in ended.out
     values = json.loads(kit.run("inspect", kit.cache, "--json").out)
     sizes = values["fields"]
-    files = [file for file in (kit.cache / "parts").rglob("*") if file.is_file() and file.parent.parent.name == "00000"]
+    files = [file for file in kit.cache.glob("parts/00000/*/*/*") if file.is_file()]
     assert sum(size["disk"] for size in sizes.values()) == sum(file.stat().st_size for file in files)
     cache = open_cache(kit.cache)
     rows = sum(cache.index(image_id).num_rois for image_id in cache.image_ids.tolist())
-    assert sizes["embeddings"]["raw"] == rows * cache.spec.row_bytes()["embeddings"]
+    assert sizes["embeddings"]["raw"] == rows * (
+        cache.spec.row_bytes()["embeddings"] + cache.spec.row_bytes()["embedding_scale"]
+    )
     assert values["spec"] == cache.spec.to_json()
 
 
