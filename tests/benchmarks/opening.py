@@ -14,23 +14,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from zarr.storage import LocalStore
 
 from kdpipe.cache import CacheSpec, ImageInfo
-from kdpipe.cache.codecs import Block
-from kdpipe.cache.format.record import part_folder, write_record
-from kdpipe.cache.format.root import create_root, read_root
+from kdpipe.cache.format.layout import index_columns, part_layout
+from kdpipe.cache.format.record import write_record
+from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.plan import level_shapes, plan_parts, raw_bytes
-from kdpipe.cache.spec import TIERS
-from kdpipe.cache.store.files import FileRecord
-from kdpipe.cache.write.arrays import ArrayWriter
-from kdpipe.cache.write.encode import index_columns
+from kdpipe.cache.read.root import read_root
+from kdpipe.cache.spec import MAX_OBJECTS, TIERS
+from kdpipe.cache.store.location import open_location, part_key
+from kdpipe.cache.write.arrays import write_array
+from kdpipe.cache.write.root import create_root
 
 # Images as they are in COCO: 640 x 480, with 7 boxes, at 1333 x 800.
 HEIGHT, WIDTH, BOXES = 480, 640, 7
@@ -63,15 +63,6 @@ print(json.dumps([len(cache), seconds, memory, peak, look_up, first, again]))
 """
 
 
-class Inline(Executor):
-    """Runs what is submitted at once."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
 def make_spec(tier: str, dtype: str) -> CacheSpec:
     return CacheSpec(
         tier=tier,
@@ -97,39 +88,39 @@ def make_spec(tier: str, dtype: str) -> CacheSpec:
 
 
 def make_part(out: Path, number: int, span: range, images: list[ImageInfo], spec: CacheSpec, root: str) -> None:
-    """A part's record, index and names."""
-    folder = part_folder(out, number)
-    folder.mkdir()
-    columns = index_columns(spec)
+    """A part's record, list of files, index and names."""
+    folder = out / part_key(number)
+    layout, columns = part_layout(spec), index_columns(spec)
     shapes = level_shapes(INPUT, spec.strides)
-    elements = sum(height * width for height, width in shapes) * spec.channels
-    index = np.zeros((len(span), len(columns)), dtype=np.int64)
-    rows = np.arange(len(span))
+    count, boxes, objects = len(span), spec.proposals + BOXES, MAX_OBJECTS if spec.object_arrays() else 0
+    elements = sum(spec.stored_elements(level, height * width) for level, (height, width) in enumerate(shapes))
+    elements = elements if "features" in spec.fields else 0
+    rows = np.arange(count)
     names = [images[n].file_name.encode() for n in span]
     ends = np.cumsum([len(name) for name in names])
     values: dict[str, Any] = {
-        **{"image_id": [images[n].image_id for n in span], "height": HEIGHT, "width": WIDTH, "num_proposals": 512},
-        **{"input_height": INPUT[0], "input_width": INPUT[1], "row_start": rows * 519, "row_stop": (rows + 1) * 519},
-        **{"element_start": rows * elements, "name_start": ends - [len(name) for name in names], "name_stop": ends},
+        **{"image_id": [images[n].image_id for n in span], "height": HEIGHT, "width": WIDTH},
+        **{"input_height": INPUT[0], "input_width": INPUT[1], "num_proposals": spec.proposals},
+        **{"box_start": rows * boxes, "box_stop": (rows + 1) * boxes},
+        **{"object_start": rows * objects, "object_stop": (rows + 1) * objects, "element_start": rows * elements},
+        **{"name_start": ends - [len(name) for name in names], "name_stop": ends},
         **{f"level{n}_height": height for n, (height, _) in enumerate(shapes)},
         **{f"level{n}_width": width for n, (_, width) in enumerate(shapes)},
     }
+    index = np.zeros((count, len(columns)), dtype=np.int64)
     for position, column in enumerate(columns):
         index[:, position] = values.get(column, 0)
-    files: dict[str, FileRecord] = {}
-    arrays: dict[str, tuple[Block, int, dict[str, Any]]] = {
-        "index": (index, 1024, {"columns": columns}),
-        "file_names": (np.frombuffer(b"".join(names), np.uint8), 1 << 16, {}),
-    }
-    for name, (content, chunk, attributes) in arrays.items():
-        writer = ArrayWriter(folder / name, content.shape[1:], str(content.dtype), chunk, "zstd", Inline(), attributes)
-        writer.append(content)
-        files |= {f"{name}/{file}": entry for file, entry in writer.close().items()}
-    for name in [*spec.box_arrays(), *(["features", "scale"] if "features" in spec.fields else [])]:
-        for file in ("c.0.0", "zarr.json"):
-            files[f"{name}/{file}"] = (123_456_789, hashlib.sha256(f"{number} {name}".encode()).hexdigest())
-    record = {"part": number, "images": [span.start, span.stop], "rows": len(span), "rois": len(span) * 519}
-    write_record(folder, {**record, "root": root, "skipped": []}, files)
+    written = WrittenFiles(LocalStore(folder / "new"))
+    write_array(written, "index", layout["index"], index)
+    write_array(written, "file_names", layout["file_names"], np.frombuffer(b"".join(names), np.uint8))
+    per = {"view": count, "box": count * boxes, "object": count * objects, "element": count * elements}
+    per["byte"] = int(ends[-1])
+    files = dict(written.files)
+    for name in layout.keys() - {"index", "file_names"}:
+        for file in ("zarr.json", *layout[name].files(per[layout[name].per])):
+            files[f"{name}/{file}"] = (12_345_678, hashlib.sha256(f"{number} {name} {file}".encode()).hexdigest())
+    content = {"part": number, "images": [span.start, span.stop], "rows": per, "skipped": [], "root": root}
+    write_record(folder, content, files)
 
 
 @click.command()
@@ -151,8 +142,9 @@ def main(out: Path, images: int, tier: str, dtype: str, part_size: int, rounds: 
     parts = plan_parts(listed, spec, part_size)
     os.fsync = lambda handle: None  # type: ignore[assignment]  # nothing here has to survive a power cut
     start = time.perf_counter()
-    create_root(out, spec, listed, parts, part_size, {"teacher": "made up"}, {})
-    digest = read_root(out).digest
+    location = open_location(out)
+    create_root(location, spec, listed, parts, part_size, {"teacher": "made up"}, {})
+    digest = read_root(location).digest
     for number, span in enumerate(parts):
         make_part(out, number, span, listed, spec, digest)
     try:
@@ -163,13 +155,15 @@ def main(out: Path, images: int, tier: str, dtype: str, part_size: int, rounds: 
         )
         click.echo(
             f"\n{tier}, {dtype}: {images} images in {len(parts)} parts, made in {time.perf_counter() - start:.0f} s. "
-            f"Root and plan {root / 1e6:.1f} MB, commit records {records / 1e6:.1f} MB, indices and names of the parts "
+            f"Root and plan {root / 1e6:.1f} MB, commit records {records / 1e6:.1f} MB, lists of files, indices and names of the parts "
             f"{(sum(sizes.values()) - root - records) / 1e6:.1f} MB, in {len(sizes)} files.\n"
         )
         click.echo("| images | open, s | memory, MB | peak, MB | `id in cache`, us | first index(id), us | again, us |")
         click.echo("|---|---|---|---|---|---|---|")
         for _ in range(rounds):
-            answer = subprocess.run([sys.executable, "-c", OPEN, str(out)], check=True, capture_output=True, text=True)
+            answer = subprocess.run(
+                [sys.executable, "-c", OPEN, str(out)], check=True, stdout=subprocess.PIPE, text=True
+            )
             count, seconds, memory, peak, *times = json.loads(answer.stdout)
             cells = " | ".join(f"{1e6 * value:.1f}" for value in times)
             click.echo(f"| {count} | {seconds:.2f} | {memory / 1e6:.0f} | {peak / 1e6:.0f} | {cells} |")
