@@ -155,8 +155,8 @@ def main(out: Path, images: int, tier: str, dtype: str, part_size: int, rounds: 
         )
         click.echo(
             f"\n{tier}, {dtype}: {images} images in {len(parts)} parts, made in {time.perf_counter() - start:.0f} s. "
-            f"Root and plan {root / 1e6:.1f} MB, commit records {records / 1e6:.1f} MB, lists of files, indices and names of the parts "
-            f"{(sum(sizes.values()) - root - records) / 1e6:.1f} MB, in {len(sizes)} files.\n"
+            f"Root and plan {root / 1e6:.1f} MB, commit records {records / 1e6:.1f} MB, lists of files, indices "
+            f"and names of the parts {(sum(sizes.values()) - root - records) / 1e6:.1f} MB, in {len(sizes)} files.\n"
         )
         click.echo("| images | open, s | memory, MB | peak, MB | `id in cache`, us | first index(id), us | again, us |")
         click.echo("|---|---|---|---|---|---|---|")
