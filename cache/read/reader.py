@@ -246,6 +246,11 @@ class TeacherCache:
         count = len(self.spec.strides)
         if levels is not None and any(not 0 <= level < count for level in levels):
             raise CacheError(f"The cache has the pyramid levels 0 to {count - 1}, asked for {list(levels)}.")
+        if missing := [self.spec.level_name(level) for level in levels or () if level not in self.spec.levels]:
+            raise CacheError(
+                f"The cache {self.location} does not hold {', '.join(missing)} of the pyramid: cache the teacher again "
+                "with these among --levels."
+            )
         return levels
 
 

@@ -1,43 +1,80 @@
-"""Estimates of a cache's size, against caches that were written."""
-
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from kdpipe.cache.plan import raw_bytes
-from kdpipe.cache.spec import CODECS, DTYPES
-from kdpipe.cache.write.estimate import compression, disk_bytes
+from kdpipe.cache.spec import FIELD_OF_ARRAY
+from kdpipe.cache.write.encode import encode_record
+from kdpipe.cache.write.estimate import best_proposals, disk_bytes
+from kdpipe.cache.write.head import head_bytes
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
 
-FOLDERS = {"features": ("features", "scale"), "roi_features": ("roi_features", "roi_scale")}
+
+def stored_bytes(path: Path, group: str) -> dict[str, int]:
+    """Bytes of the files of each array below a group."""
+    sizes: dict[str, int] = {}
+    for file in path.glob(f"{group}/*/c.*"):
+        sizes[file.parent.name] = sizes.get(file.parent.name, 0) + file.stat().st_size
+    return sizes
 
 
-@pytest.mark.parametrize("tier", ["roi", "pyramid"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", CODECS)
-def test_all_images_sampled_give_the_size_of_the_files(
-    kit: "type[Kit]", tmp_path: Path, tier: str, dtype: str, codec: str
+@pytest.mark.parametrize("tier", ["objects", "pyramid"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float32"])
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_every_image_sampled_is_what_is_stored(
+    tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str
 ) -> None:
-    spec = kit.spec(tier=tier, dtype=dtype, codec=codec, channels=32, scale=(192, 128))
+    spec = kit.spec(tier=tier, dtype=dtype, codec=codec)
     images = kit.images(6)
-    found = disk_bytes(images, spec, compression([kit.record(image, "identity", spec) for image in images], spec))
-    assert set(found) == set(spec.fields)
+    found = disk_bytes([kit.record(image, "identity", spec) for image in images], images, spec)
+    assert tuple(found) == spec.fields
     kit.fill(kit.writer(tmp_path / "x.zarr", spec, images, part_size=1 << 30))
-    for field, estimated in found.items():
-        folders = [tmp_path / "x.zarr" / "parts" / "00000" / name for name in FOLDERS.get(field, (field,))]
-        stored = sum(file.stat().st_size for folder in folders for file in folder.glob("c*"))
-        if codec == "none":  # the last chunk is filled with zeros
-            assert raw_bytes(images, spec)[field] == estimated < stored
-        else:
-            assert estimated == pytest.approx(stored, rel=0.06, abs=400)  # the shard index, and zeros at the end
+    stored = dict.fromkeys(spec.fields, 0)
+    for array, size in stored_bytes(tmp_path / "x.zarr", "parts/00000/*").items():
+        if (field := FIELD_OF_ARRAY.get(array, array)) in stored:
+            stored[field] += size
+    assert found == pytest.approx(stored, rel=1e-4)
+
+
+def test_a_sample_speaks_for_all(tmp_path: Path, kit: "type[Kit]") -> None:
+    spec = kit.spec(tier="pyramid", views=("identity", "hflip"))
+    images = kit.images(24)
+    found = disk_bytes([kit.record(image, "identity", spec) for image in images[8:16]], images, spec)
+    kit.fill(kit.writer(tmp_path / "x.zarr", spec, images, part_size=1 << 30))
+    assert sum(found.values()) == pytest.approx(
+        sum(stored_bytes(tmp_path / "x.zarr", "parts/00000/*").values()), rel=0.1
+    )
 
 
 def test_images_without_boxes(kit: "type[Kit]") -> None:
     spec = kit.spec()
     (image,) = kit.images(1)
-    ratios = compression([kit.record(image, "identity", spec, rois=0)], spec)
-    assert ratios["boxes"] == 1.0
-    assert 0 < ratios["features"] < 1.1
+    sizes = disk_bytes([kit.record(image, "identity", spec, rois=0)], [image], spec)
+    assert sizes["boxes"] < 50  # the index of a shard
+    assert 0 < sizes["features"] < 2 * raw_bytes([image], spec)["features"]
+
+
+def test_the_best_proposals_and_all_of_the_ground_truth(kit: "type[Kit]") -> None:
+    few, many = kit.spec(tier="objects", proposals=5), kit.spec(tier="objects")
+    image = kit.images()[3]
+    record = kit.record(image, "identity", many)
+    cut = best_proposals(record, 5)
+    rows = [*range(5), *range(12, 15)]
+    assert cut.num_proposals == 5
+    for name in ("boxes", "logits", "deltas", "embeddings", "roi_features"):
+        assert torch.equal(getattr(cut, name), getattr(record, name)[rows])
+    assert len(encode_record(cut, few).rows["boxes"]) == 8
+    assert disk_bytes([record], [image], few) == disk_bytes([cut], [image], few)
+    assert best_proposals(record, 12) is record
+    assert best_proposals(dataclasses.replace(record, embeddings=None), 5).embeddings is None
+
+
+def test_the_head_is_measured_as_it_is_written(tmp_path: Path, kit: "type[Kit]") -> None:
+    kit.writer(tmp_path / "x.zarr", kit.spec(), kit.images()).write_head(kit.head())
+    stored = sum(file.stat().st_size for file in (tmp_path / "x.zarr").glob("head/*/*/*"))
+    assert head_bytes(kit.head(), "zstd") == stored > 0

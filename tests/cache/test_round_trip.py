@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kdpipe.cache import CacheError, CacheSpec, TeacherRecord, TeacherTargets, open_cache
 from kdpipe.cache.plan import ImageInfo
+from kdpipe.cache.quantize import dequantize, quantize4
 from kdpipe.cache.views import view_matrix
 from kdpipe.cache.write.encode import encode_record
 
@@ -36,6 +37,9 @@ def check(record: TeacherRecord, targets: TeacherTargets, spec: CacheSpec) -> No
         assert record.features is not None
         assert targets.features is not None
         for level, wanted in enumerate(record.features):
+            if level not in spec.levels:
+                assert targets.features[level] is None
+                continue
             scale = None if targets.scale is None else targets.scale[level]
             check_values(targets.features[level], scale, targets.pyramid()[level], wanted, spec)
     else:
@@ -55,7 +59,9 @@ def check_values(
     assert stored.dtype == getattr(torch, spec.element_dtype)
     if spec.dtype == "int4":
         assert scale is not None
-        assert (floats.abs() <= 7 * scale[..., None, None] * 1.0001).all()
+        for found, expected in zip((stored, scale), quantize4(wanted), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(floats, dequantize(stored, scale))
     elif spec.dtype == "int8":
         assert scale is not None
         torch.testing.assert_close(scale, wanted.abs().amax((-2, -1)) / 127)
@@ -74,6 +80,23 @@ def test_every_tier_type_and_codec(tmp_path: Path, kit: "type[Kit]", tier: str, 
     assert cache.spec == spec
     for image in kit.images(4):
         check(kit.record(image, "identity", spec), cache.targets(image.image_id), spec)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("int4", 5), ("int8", 6), ("float16", 6)])
+@pytest.mark.parametrize("levels", [(1, 2, 3), (0, 2), (3,)])
+def test_a_part_of_the_levels(
+    tmp_path: Path, kit: "type[Kit]", dtype: str, channels: int, levels: tuple[int, ...]
+) -> None:
+    spec = kit.spec(dtype=dtype, channels=channels, levels=levels)
+    cache = open_cache(kit.make(tmp_path / "x.zarr", spec, count=4))
+    for image in kit.images(4):
+        check(kit.record(image, "identity", spec), cache.targets(image.image_id), spec)
+        some = cache.targets(image.image_id, levels=levels[-1:]).features
+        assert some is not None
+        assert [level is not None for level in some] == [level == levels[-1] for level in range(4)]
+    missing = next(level for level in range(4) if level not in levels)
+    with pytest.raises(CacheError, match=rf"does not hold P{missing + 3} of the pyramid.*--levels"):
+        cache.targets(image.image_id, levels=[missing])
 
 
 @pytest.mark.parametrize("tier", ["objects", "pyramid"])
