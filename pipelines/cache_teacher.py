@@ -17,6 +17,7 @@ from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.part_writer import PartWriter
 from kdpipe.cache.write.writer import CacheWriter, check_resumable
 from kdpipe.pipelines.checkpoints import Checkpoint, class_names
@@ -26,7 +27,7 @@ from kdpipe.pipelines.credentials import masked
 from kdpipe.pipelines.data_report import report_data
 from kdpipe.pipelines.datasets import DetectionData, ImageError
 from kdpipe.pipelines.decoding import Decoding
-from kdpipe.pipelines.dry_run import check_space, folder_bytes
+from kdpipe.pipelines.dry_run import check_space
 from kdpipe.pipelines.images import Picture, load_picture
 from kdpipe.pipelines.mirroring import mirror_errors, mirror_table
 from kdpipe.pipelines.picture_checks import usable_images
@@ -46,7 +47,7 @@ class CachingResult:
     """What a run of `cache_teacher` did.
 
     Attributes:
-        path: The cache.
+        location: Of the cache.
         images: Images in it.
         new_images: Images that this run added.
         skipped: Unreadable images that it records.
@@ -56,7 +57,7 @@ class CachingResult:
         head_bytes: Bytes of the files of the teacher's heads.
     """
 
-    path: Path
+    location: Location
     images: int
     new_images: int
     skipped: int
@@ -70,7 +71,7 @@ def cache_teacher(
     checkpoint: Checkpoint,
     cfg: Config,
     source: DataSource,
-    out: Path,
+    out: Location,
     options: CacheOptions,
     *,
     device: torch.device,
@@ -117,7 +118,8 @@ def cache_teacher(
         "data": source.record(),
     }
     ranks = ranks or Ranks()
-    fresh = not out.exists()
+    with out.explained("Reading the cache"):
+        fresh = out.is_absent()
     if fresh:
         check_space(teacher, data, data.images, spec, out)
     writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
@@ -130,14 +132,15 @@ def cache_teacher(
         console.print("Flipped images get mirrored targets (--views identity,hflip caches the true ones, too):")
         console.print(mirror_table(mirror_errors(teacher, data, spec, _MIRRORED), min(_MIRRORED, len(data.images))))
     cache = open_cache(out, allow_partial=not ranks.first)
-    head_bytes = folder_bytes(out / "head")
+    with out.explained("Reading the cache"):
+        head_bytes, all_bytes = out.size("head"), out.size("")
     return CachingResult(
-        path=out,
+        location=out,
         images=len(cache),
         new_images=new_images,
         skipped=len(cache.skipped),
         seconds=seconds,
-        disk_bytes=folder_bytes(out) - head_bytes,
+        disk_bytes=all_bytes - head_bytes,
         raw_bytes=sum(raw_bytes(data.images, spec).values()),
         head_bytes=head_bytes,
     )

@@ -11,11 +11,13 @@ from kdpipe.pipelines.cli_options import (
     IMAGE_ID,
     LEVELS,
     PATH,
+    PLACE,
     PROPOSALS,
     Bytes,
     Choices,
     Scale,
     data_options,
+    store_option,
     trust_option,
 )
 from kdpipe.pipelines.console import bytes_text, command_console
@@ -27,7 +29,8 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--ckpt", type=PATH, required=True, help="The teacher's checkpoint.")
 @click.option("--config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
 @data_options
-@click.option("--out", type=PATH, help="The cache. Default: named after the data set, such as coco.zarr.")
+@click.option("--out", type=PLACE, help="The cache; may be s3://bucket/path, ... Default: named after the data set.")
+@store_option
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default=DEFAULT_DTYPE, show_default=True, help="How features are kept."
@@ -51,7 +54,8 @@ def cache_teacher_command(
     voc: Path | None,
     split: str | None,
     strict_data: bool,
-    out: Path | None,
+    out: str | None,
+    store_options: dict[str, str],
     tier: str,
     dtype: str,
     codec: str,
@@ -71,6 +75,7 @@ def cache_teacher_command(
     Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
     the work.
     """
+    from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.cache_teacher import cache_teacher
     from kdpipe.pipelines.checkpoints import class_names, load_checkpoint
     from kdpipe.pipelines.data_report import report_data
@@ -81,12 +86,13 @@ def cache_teacher_command(
     from kdpipe.pipelines.teacher_setup import CacheOptions, prepare_teacher, with_classes
 
     console = command_console()
+    location = None if out is None else open_location(out, store_options)
     try:
         with Ranks.launched() as ranks:
             checkpoint = load_checkpoint(ckpt, trust=trust)
             cfg = teacher_config(checkpoint, config)
             source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, limit=limit)
-            out = out or source.cache_path()
+            location = location or open_location(source.cache_path(), store_options)
             options = CacheOptions(
                 tier=tier,
                 dtype=dtype,
@@ -104,13 +110,13 @@ def cache_teacher_command(
                 spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
                 report_data(data, console, trained=True, strict=strict_data)
                 costs = estimate(teacher, data, data.images, spec)
-                print_estimate(console, costs, spec, len(data.images), out)
+                print_estimate(console, costs, spec, len(data.images), location)
                 return
             result = cache_teacher(
                 checkpoint,
                 cfg,
                 source,
-                out,
+                location,
                 options,
                 device=torch_device(device),
                 console=console,
@@ -120,7 +126,7 @@ def cache_teacher_command(
         console.print("Stopped. What is cached is valid; the same command goes on from there.")
         raise
     console.print(
-        f"{result.path}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
+        f"{result.location}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
         f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes), and "
         f"{bytes_text(result.head_bytes)} of the teacher's heads; "
         f"{result.new_images} new images in {result.seconds:.1f} s"
@@ -128,7 +134,8 @@ def cache_teacher_command(
 
 
 @click.command("verify")
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache", metavar="CACHE", type=PLACE)
+@store_option
 @click.option("--repair", is_flag=True, help="Remove what is bad, so that cache-teacher makes it anew.")
 @click.option("--ckpt", type=PATH, help="The teacher: compare with what it says of some images.")
 @click.option("--config", help="Its config: a zoo name, or a file. Default: the one that the cache records.")
@@ -138,7 +145,8 @@ def cache_teacher_command(
 @data_options
 @trust_option
 def verify_command(
-    cache_path: Path,
+    cache: str,
+    store_options: dict[str, str],
     repair: bool,
     ckpt: Path | None,
     config: str | None,
@@ -156,18 +164,20 @@ def verify_command(
 
     Where its images are at hand, they are compared with those that the teacher saw.
     """
+    from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.picture_comparison import verify_pictures
     from kdpipe.pipelines.verify import check_ckpt, verify_files, verify_teacher
 
     console = command_console(shared=False)
+    location = open_location(cache, store_options)
     if ckpt is not None:
         check_ckpt(ckpt, config, device, trust=trust)
-    good = verify_files(cache_path, repair=repair, console=console)
+    good = verify_files(location, repair=repair, console=console)
     if good:
-        good = verify_pictures(cache_path, img_dir=img_dir, voc=voc, console=console)
+        good = verify_pictures(location, img_dir=img_dir, voc=voc, console=console)
     if good and (ckpt is not None or ap):
         good = verify_teacher(
-            cache_path,
+            location,
             ckpt,
             config=config,
             sample=sample,
@@ -185,12 +195,18 @@ def verify_command(
 
 
 @click.command("inspect")
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache", metavar="CACHE", type=PLACE)
+@store_option
 @click.option("--image", type=IMAGE_ID, help="Show what is kept of the image with this id.")
 @click.option("--view", type=click.Choice(VIEWS), help="In this view. Default: the first of the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def inspect_command(cache_path: Path, image: int | None, view: str | None, as_json: bool) -> None:
+def inspect_command(
+    cache: str, store_options: dict[str, str], image: int | None, view: str | None, as_json: bool
+) -> None:
     """Show what a cache is, what it holds, how large it is, and which losses it serves."""
+    from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.inspect import inspect_cache
 
-    inspect_cache(cache_path, image, view, as_json=as_json, console=command_console(shared=False))
+    inspect_cache(
+        open_location(cache, store_options), image, view, as_json=as_json, console=command_console(shared=False)
+    )

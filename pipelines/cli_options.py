@@ -15,6 +15,7 @@ __all__ = [
     "IMAGE_ID",
     "LEVELS",
     "PATH",
+    "PLACE",
     "PROPOSALS",
     "Bytes",
     "Choices",
@@ -23,6 +24,7 @@ __all__ = [
     "WholeRange",
     "data_options",
     "skip_option",
+    "store_option",
     "training_options",
     "trust_option",
     "val_options",
@@ -104,6 +106,32 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
         return tuple(name for name in self.allowed if name in names)
 
 
+class Place(click.ParamType):  # type: ignore[type-arg]
+    """A path, or the URL of a cache in an object store."""
+
+    name = "PATH|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value):
+            self.fail("expected a path, or a URL such as s3://bucket/coco.zarr.", param, ctx)
+        return str(value)
+
+
+class Assignments(click.ParamType):  # type: ignore[type-arg]
+    """`KEY=VALUE` -> `(KEY, VALUE)`; a value is never shown, since it may be a key to a store."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, content = value.partition("=")
+        if not key.strip() or not equals:
+            self.fail("expected KEY=VALUE, such as endpoint=http://127.0.0.1:9000.", param, ctx)
+        return key.strip().lower(), content.strip()
+
+
+PLACE = Place()
 COUNT = WholeRange(1, 10**9)
 IMAGE_ID = WholeRange(-(1 << 63), (1 << 63) - 1)  # what a cache can hold
 LEVELS = Choices(tuple(f"P{number}" for number in range(1, 9)))
@@ -157,6 +185,15 @@ training_options = _options(
     click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
     click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4."),
     click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
+)
+store_option = click.option(
+    "--store-option",
+    "store_options",
+    multiple=True,
+    type=Assignments(),
+    callback=lambda ctx, param, value: dict(value),
+    help="Of the object store of a cache s3://, gs:// or az://: endpoint=..., region=..., skip_signature=true, ... "
+    "Never recorded.",
 )
 skip_option = click.option(
     "--skip-bad-images",

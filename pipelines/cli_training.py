@@ -13,9 +13,11 @@ from kdpipe.pipelines.cli_options import (
     BATCH,
     EPOCHS,
     PATH,
+    PLACE,
     Scale,
     data_options,
     skip_option,
+    store_option,
     training_options,
     trust_option,
     val_options,
@@ -29,7 +31,8 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 
 
 @click.command("train-student")
-@click.option("--cache", "cache_path", type=PATH, help="The cache that cache-teacher wrote.")
+@click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ...")
+@store_option
 @click.option("--teacher-ckpt", type=PATH, help="In place of a cache: the teacher, which runs in every step.")
 @click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
@@ -69,7 +72,8 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @trust_option
 @trained_together
 def train_student_command(
-    cache_path: Path | None,
+    cache: str | None,
+    store_options: dict[str, str],
     teacher_ckpt: Path | None,
     teacher_config: str | None,
     student: str,
@@ -96,6 +100,7 @@ def train_student_command(
     With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.read.reader import open_cache
+    from kdpipe.cache.store.location import open_location, share_location
     from kdpipe.distill.methods import expand_methods
     from kdpipe.pipelines.configs import find_config
     from kdpipe.pipelines.live_teacher import online_teacher
@@ -106,11 +111,12 @@ def train_student_command(
 
     console = command_console()
     teacher: Any
-    if (cache_path is None) == (teacher_ckpt is None):
+    if (cache is None) == (teacher_ckpt is None):
         raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
     for option, idle, of in (
-        ("--missing-view", missing_view is not None and cache_path is None, "--cache"),
-        ("--allow-partial", allow_partial and cache_path is None, "--cache"),
+        ("--missing-view", missing_view is not None and cache is None, "--cache"),
+        ("--allow-partial", allow_partial and cache is None, "--cache"),
+        ("--store-option", store_options and cache is None, "--cache"),
         ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
     ):
         if idle:
@@ -119,8 +125,10 @@ def train_student_command(
     asked = None if methods is None else [name.strip() for name in methods.split(",")] if methods != "none" else []
     expand_methods(asked or [], "roi_head" not in config.model)  # a wrong name is told before a teacher is loaded
     source: Any
-    if cache_path is not None:
-        teacher = open_cache(cache_path, allow_partial=allow_partial)
+    if cache is not None:
+        location = open_location(cache, store_options)
+        share_location(location)
+        teacher = open_cache(location, allow_partial=allow_partial)
         source = cached_source(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     elif teacher_ckpt is not None:
         teacher, source = online_teacher(

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.store.location import open_location
 from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
 from kdpipe.pipelines.configs import find_config
 from kdpipe.pipelines.console import ProgressBar, bytes_text
 from kdpipe.pipelines.datasets import DetectionData, load_coco
 from kdpipe.pipelines.demo_journal import Journal, Outcome
-from kdpipe.pipelines.dry_run import folder_bytes
 from kdpipe.pipelines.evaluate import evaluate
 from kdpipe.pipelines.shapes import draw_shapes
 from kdpipe.pipelines.sources import DataSource
@@ -171,7 +171,7 @@ def _draw(out: Path, settings: DemoSettings, console: Console) -> Outcome:
             progress.update(done, f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
         draw_shapes(out / "shapes", train=settings.train, val=settings.val, size=settings.size, progress=update)
-    return Outcome(size=folder_bytes(out / "shapes"))
+    return Outcome(size=open_location(out / "shapes").size(""))
 
 
 def _data(out: Path, split: str) -> DetectionData:
@@ -199,7 +199,7 @@ def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
         checkpoint,
         teacher_config(checkpoint, None),
         source,
-        out / "shapes.zarr",
+        open_location(out / "shapes.zarr"),
         CacheOptions(proposals=settings.proposals, scale=settings.scale, part_size=1 << 26),
         device=_device(),
         console=console,

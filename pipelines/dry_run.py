@@ -1,13 +1,9 @@
 """What caching a teacher will cost in bytes and time, measured on a few images before anything is written."""
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +11,7 @@ from rich.table import Table
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import DEFAULT_DTYPE, DTYPES, TIERS, CacheSpec
+from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.cache.write.estimate import disk_bytes
 from kdpipe.cache.write.head import head_bytes
@@ -24,7 +21,7 @@ from kdpipe.pipelines.images import load_picture
 from kdpipe.pipelines.teacher import Teacher
 from kdpipe.pipelines.teacher_setup import default_proposals
 
-__all__ = ["Estimate", "check_space", "estimate", "folder_bytes", "free_bytes", "print_estimate"]
+__all__ = ["Estimate", "check_space", "estimate", "print_estimate"]
 
 _SAMPLES = 8
 
@@ -116,25 +113,9 @@ def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
     )
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, in which other processes may be at work."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += (Path(parent) / name).stat().st_size
-    return total
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that are free on the disk where a path is, or will be."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def check_space(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo], spec: CacheSpec, out: Path) -> None:
+def check_space(
+    teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo], spec: CacheSpec, out: Location
+) -> None:
     """Refuse to begin what cannot fit on the disk. Images are sampled only where the raw bytes would not fit.
 
     Args:
@@ -147,8 +128,8 @@ def check_space(teacher: Teacher, data: DetectionData, images: Sequence[ImageInf
     Raises:
         DataError: It does not fit.
     """
-    free = free_bytes(out)
-    if not images:
+    free = out.free_bytes()
+    if not images or free is None:
         return
     head = sum(value.numel() * 4 for value in teacher.head_state().values())
     if sum(raw_bytes(images, spec).values()) + head <= free:
@@ -179,7 +160,7 @@ def _cheaper(found: Estimate, free: int) -> str:
     return "".join(lines)
 
 
-def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: int, out: Path) -> None:
+def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: int, out: Location) -> None:
     """Show bytes per field, the cost of other choices, the free disk and the time."""
     table = Table(title=f"{images} images, {spec.tier}, {spec.dtype}, {spec.codec}, views {', '.join(spec.views)}")
     for column in ("field", "raw", "on disk"):
@@ -194,13 +175,14 @@ def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: i
     for tier in TIERS:
         others.add_row(tier, *(bytes_text(found.choices[tier, dtype]) for dtype in DTYPES))
     console.print(others)
-    free = free_bytes(out)
+    free = out.free_bytes()
     seconds = timedelta(seconds=round(images / found.images_per_second))
     console.print(
         f"On disk is an estimate from {found.samples} images. Raw bytes of features are exact; boxes and what belongs "
         f"to them are counted with all {spec.proposals} proposals.\n"
         f"--targets objects: {bytes_text(found.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone.\n"
-        f"Time: about {seconds} at {found.images_per_second:.2f} images/s.\n"
-        f"Free at {out}: {bytes_text(free)}. "
-        + ("It fits." if found.needed <= free else f"It does not fit:{_cheaper(found, free)}")
+        f"Time: about {seconds} at {found.images_per_second:.2f} images/s."
     )
+    if free is not None:
+        fits = "It fits." if found.needed <= free else f"It does not fit:{_cheaper(found, free)}"
+        console.print(f"Free at {out}: {bytes_text(free)}. {fits}")

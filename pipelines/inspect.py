@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
-from kdpipe.cache.store.location import Location, open_location, part_key
+from kdpipe.cache.store.location import Location, part_key
 from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.console import bytes_text, plain
 
@@ -29,11 +28,13 @@ _TOP_BOXES = 10
 _SHOWN = 20
 
 
-def inspect_cache(path: Path, image_id: int | None, view: str | None, *, as_json: bool, console: Console) -> None:
+def inspect_cache(
+    location: Location, image_id: int | None, view: str | None, *, as_json: bool, console: Console
+) -> None:
     """Print what a cache is, or what it holds of one image.
 
     Args:
-        path: The cache; parts may be missing.
+        location: Of the cache; parts may be missing.
         image_id: Of the image to show; None shows the cache.
         view: Of the image; None takes the first view of the cache.
         as_json: Print JSON.
@@ -42,9 +43,9 @@ def inspect_cache(path: Path, image_id: int | None, view: str | None, *, as_json
     Raises:
         CacheError: there is no cache, or its root is damaged; with an image also where that is not there, or damaged.
     """
-    values = describe_cache(path) if as_json or image_id is None else {}
+    values = describe_cache(location) if as_json or image_id is None else {}
     if image_id is not None:
-        cache = open_cache(path, allow_partial=True)
+        cache = open_cache(location, allow_partial=True)
         values["image"] = describe_image(cache, image_id, view or cache.spec.views[0])
     if as_json:
         text = json.dumps(values, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
@@ -55,16 +56,15 @@ def inspect_cache(path: Path, image_id: int | None, view: str | None, *, as_json
         _show_image(values["image"], console)
 
 
-def describe_cache(path: Path) -> dict[str, Any]:
+def describe_cache(location: Location) -> dict[str, Any]:
     """What a cache is and holds, as JSON values. No data is read: sizes come from the commit records.
 
     Args:
-        path: The cache; parts may be missing.
+        location: Of the cache; parts may be missing.
 
     Raises:
         CacheError: there is no cache, or its root is damaged.
     """
-    location = open_location(path)
     cache, root = open_cache(location, allow_partial=True), read_root(location)
     missing, disk, raw, digest = [], Counter({"index": 0}), Counter({"index": 0}), root.digest
     with location.explained("Reading the cache"):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.cache.store.location import Location
 from kdpipe.pipelines.console import ProgressBar, plain
 from kdpipe.pipelines.images import ImageError, image_digest
 
@@ -32,11 +33,11 @@ def compare_picture(cache: TeacherCache, image_id: int, path: Path) -> None:
         )
 
 
-def verify_pictures(path: Path, *, img_dir: Path | None, voc: Path | None, console: Console) -> bool:
+def verify_pictures(location: Location, *, img_dir: Path | None, voc: Path | None, console: Console) -> bool:
     """Compare all images of a sound cache with those that the teacher saw, and print what differs.
 
     Args:
-        path: The cache.
+        location: Of the cache.
         img_dir: Where the images moved.
         voc: Where the VOC folder moved that they are of.
         console: Where all is shown.
@@ -47,12 +48,12 @@ def verify_pictures(path: Path, *, img_dir: Path | None, voc: Path | None, conso
     Raises:
         KdpipeError: The folder that was named does not exist.
     """
-    cache = open_cache(path)
+    cache = open_cache(location)
     named = img_dir or (voc and voc / "JPEGImages")
     folder = named or _recorded_folder(cache)
     if folder is None or not folder.is_dir():
         if named is not None:
-            raise KdpipeError(f"image folder {named} does not exist. Say where the images of {path} are.")
+            raise KdpipeError(f"image folder {named} does not exist. Say where the images of {location} are.")
         where = f" is not there: {folder}" if folder else " is not recorded"
         console.print(
             plain(f"The images were not compared: their folder{where}. Say where they are: --img-dir."), markup=False

@@ -9,6 +9,7 @@ from rich.console import Console
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.read.root import read_root
+from kdpipe.cache.store.location import Location
 from kdpipe.cache.verify.verification import Fault, Verification, remove_faults, verify_cache
 from kdpipe.pipelines.console import ProgressBar, bytes_text, plain
 
@@ -17,11 +18,11 @@ __all__ = ["check_ckpt", "verify_files", "verify_teacher"]
 _SHOWN_IDS = 10
 
 
-def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
+def verify_files(location: Location, *, repair: bool, console: Console) -> bool:
     """Check all files of a cache, print what is wrong, a line each, and remove it where that is asked for.
 
     Args:
-        path: The cache.
+        location: Of the cache.
         repair: Remove parts that are bad, a bad head, and what processes that ended left behind.
         console: Where all is shown.
 
@@ -29,7 +30,7 @@ def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
         Whether the cache is good now: complete, and without a fault.
 
     Raises:
-        CacheError: there is no cache at `path`, or its root is damaged.
+        CacheError: there is no cache there, or its root is damaged.
     """
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -41,7 +42,7 @@ def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
             bars[0].update(done >> 20, f"{bytes_text(done / (time.perf_counter() - start))}/s")
 
         try:
-            found = verify_cache(path, progress)
+            found = verify_cache(location, progress)
         except CacheError as error:
             if repair:
                 raise CacheError(
@@ -52,14 +53,14 @@ def verify_files(path: Path, *, repair: bool, console: Console) -> bool:
         console.print(_line(fault), markup=False)
     for note in found.notes:
         console.print(f"note: {plain(note)}", markup=False)
-    _summary(path, found, time.perf_counter() - start, console)
+    _summary(location, found, time.perf_counter() - start, console)
     faults = found.faults
     if repair and faults:
-        removed = remove_faults(path, found)
+        removed = remove_faults(location, found)
         for place in removed:
-            console.print(f"removed {plain(path)}/{plain(place)}", markup=False)
+            console.print(f"removed {plain(location)}/{plain(place)}", markup=False)
         faults = tuple(fault for fault in faults if not fault.is_stray)
-    _advise(path, found, faults, repair, console)
+    _advise(location, found, faults, repair, console)
     return not faults
 
 
@@ -70,23 +71,25 @@ def _line(fault: Fault) -> str:
     return plain(f"{fault.where}: {fault.message}{images}")
 
 
-def _summary(path: Path, found: Verification, seconds: float, console: Console) -> None:
+def _summary(location: Location, found: Verification, seconds: float, console: Console) -> None:
     bad = len(found.bad_parts)
     parts = f"{found.parts} part{'s' * (found.parts > 1)}" + (f", of which {bad} are bad or missing" if bad else "")
     read = f"{bytes_text(found.bytes_read)} read in {seconds:.1f} s"
     count = len(found.faults)
     faults = "no faults" if not count else f"{count} fault{'s' * (count > 1)}"
     skipped = f" ({found.skipped} skipped)" if found.skipped else ""
-    console.print(f"{plain(path)}: {found.images} images{skipped}, {parts}, {read}: {faults}", markup=False)
+    console.print(f"{plain(location)}: {found.images} images{skipped}, {parts}, {read}: {faults}", markup=False)
 
 
-def _advise(path: Path, found: Verification, faults: tuple[Fault, ...], repaired: bool, console: Console) -> None:
+def _advise(
+    location: Location, found: Verification, faults: tuple[Fault, ...], repaired: bool, console: Console
+) -> None:
     """What to do now."""
     if not faults:
         return
     if any(not fault.repairable and fault.where == "the root" for fault in faults):
         console.print(
-            f"The root of a cache cannot be repaired: restore it, or move {plain(path)} away and cache the teacher "
+            f"The root of a cache cannot be repaired: restore it, or move {plain(location)} away and cache the teacher "
             "again.",
             markup=False,
         )
@@ -94,13 +97,13 @@ def _advise(path: Path, found: Verification, faults: tuple[Fault, ...], repaired
         return
     if not repaired and any(fault.remove is not None for fault in faults):
         console.print(
-            f"Run `kdpipe verify {plain(path)} --repair`, then `kdpipe cache-teacher` with the same options.",
+            f"Run `kdpipe verify {plain(location)} --repair`, then `kdpipe cache-teacher` with the same options.",
             markup=False,
         )
         return
     from kdpipe.pipelines.recorded import remake_command
 
-    cache = open_cache(path, allow_partial=True)
+    cache = open_cache(location, allow_partial=True)
     command = remake_command(cache, int(read_root(cache.location).plan["part_size"]))
     console.print(
         f"What is missing is made by `kdpipe cache-teacher` with the same options (and --config where it was given):\n"
@@ -132,7 +135,7 @@ def check_ckpt(ckpt: Path, config: str | None, device: str | None, *, trust: boo
 
 
 def verify_teacher(
-    path: Path,
+    location: Location,
     ckpt: Path | None,
     *,
     config: str | None,
@@ -150,7 +153,7 @@ def verify_teacher(
     """Compare a sound cache with its live teacher, and compute the teacher's AP from the cache; print both.
 
     Args:
-        path: The cache.
+        location: Of the cache.
         ckpt: The teacher's checkpoint; None does not compare.
         config: Its config; None takes the one that the cache records.
         sample: How many images are compared.
@@ -177,7 +180,7 @@ def verify_teacher(
     from kdpipe.pipelines.recorded import recorded_config, recorded_data
     from kdpipe.pipelines.sources import torch_device
 
-    cache, teacher = open_cache(path), None
+    cache, teacher = open_cache(location), None
     if ckpt is not None:
         teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
     data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)

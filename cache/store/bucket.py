@@ -69,6 +69,9 @@ class Bucket(Location):
     def is_absent(self) -> bool:
         return not self._list("")
 
+    def size(self, key: str) -> int:
+        return sum(meta["size"] for meta in self._list(key))
+
     def local_path(self, key: str) -> None:
         return None
 

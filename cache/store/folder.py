@@ -82,6 +82,14 @@ class Folder(Location):
                     found[name] = state.st_size
         return found
 
+    def size(self, key: str) -> int:
+        total = 0
+        for parent, _, names in os.walk(self.path / key):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += (Path(parent) / name).stat().st_size
+        return total
+
     def local_path(self, key: str) -> Path:
         return self.path / key
 

@@ -93,6 +93,10 @@ class Location(ABC):
         """Bytes of those of the named files below a key that are there, by name."""
 
     @abstractmethod
+    def size(self, key: str) -> int:
+        """Bytes of all files below a key, where others may be at work."""
+
+    @abstractmethod
     def local_path(self, key: str) -> Path | None:
         """Where a key lies on a local file system; None where it does not."""
 
@@ -150,6 +154,17 @@ def part_key(index: int) -> str:
     return f"parts/{index:05d}"
 
 
+_shared: dict[str, Location] = {}
+
+
+def share_location(location: Location) -> None:
+    """Let `open_location` give this location for its address in this process, with the options that it was opened by.
+
+    What a run records, and its parts are built from, is the address alone.
+    """
+    _shared[location.address] = location
+
+
 # A path, a URL such as `s3://bucket/coco.zarr`, or a location.
 Place = str | os.PathLike[str] | Location
 
@@ -168,6 +183,8 @@ def open_location(place: Place, options: "dict[str, str] | None" = None) -> Loca
 
     if isinstance(place, Location):
         return place
+    if not options and str(place) in _shared:
+        return _shared[str(place)]
     if isinstance(place, str) and "://" in place and not place.startswith("file://"):
         from kdpipe.cache.store.bucket import Bucket
 

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, raw_bytes
 from kdpipe.cache.spec import CODECS, DTYPES
+from kdpipe.cache.store.location import open_location
 from kdpipe.cache.views import input_size
 from kdpipe.pipelines.cache_teacher import cache_teacher
 from kdpipe.pipelines.checkpoints import load_checkpoint
@@ -104,7 +105,9 @@ def against_forward(data: DetectionData, rounds: int) -> None:
             out = work / f"{number}.zarr"
             options = CacheOptions(scale=SCALE, part_size=64 << 20)  # three images of this size
             source, quiet = DataSource(data.ann_file, data.img_dir, limit=len(data.images)), Console(quiet=True)
-            result = cache_teacher(checkpoint, config, source, out, options, device=device, console=quiet)
+            result = cache_teacher(
+                checkpoint, config, source, open_location(out), options, device=device, console=quiet
+            )
             cached.append(result.seconds)
             shutil.rmtree(out)
         print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from kdpipe.pipelines.dry_run import free_bytes
+from kdpipe.cache.store.folder import Folder
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -80,5 +80,5 @@ def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path, monkeypatch:
         return Usage(2, 1, 1)
 
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
-    assert free_bytes(tmp_path / "a" / "b" / "x.zarr") == 1
+    assert Folder(tmp_path / "a" / "b" / "x.zarr").free_bytes() == 1
     assert asked == [tmp_path]
