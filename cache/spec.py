@@ -20,6 +20,9 @@ VIEWS = ("identity", "hflip")
 # RoI features are stored of at most so many boxes of an image, and of all its ground-truth boxes.
 MAX_OBJECTS = 64
 
+# Of one row of an array, which is never divided: RoI features of the largest teachers have a hundredth of it.
+MAX_ROW_BYTES = 64 << 20
+
 # The format of development versions, which had other arrays.
 _UNRELEASED = 2
 
@@ -132,6 +135,11 @@ class CacheSpec:
         positive |= {"cascade_stds": min((std for stds in self.cascade_stds for std in stds), default=1.0)}
         if wrong := [f"{name} = {getattr(self, name)}" for name, value in positive.items() if value <= 0]:
             raise CacheError(f"Numbers of a cache specification must be positive, found {', '.join(wrong)}.")
+        numbers = (self.channels, self.roi_size, self.embedding_dim, self.proposals, self.finest_scale, *self.scale)
+        if max(*numbers, *self.strides, len(self.strides) << 24, abs(self.roi_sampling_ratio)) >= 1 << 30:
+            raise CacheError("A number of a cache specification is larger than that of any teacher.")
+        if largest := [name for name, size in self.row_bytes().items() if size > MAX_ROW_BYTES]:
+            raise CacheError(f"One row of {largest[0]} takes more than {MAX_ROW_BYTES >> 20} MiB: no teacher's does.")
         if not 0 < self.roi_levels <= len(self.strides):
             raise CacheError(
                 f"The RoI extractor reads 1 to {len(self.strides)} of the stored levels, found {self.roi_levels}."
@@ -295,8 +303,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list) or (fixed is not None and len(value) != fixed):
             raise CacheError(f"The entry {name!r} of the cache specification should be a list, found {value!r}.")
         return tuple(_typed(name, item, kinds[0]) for item in value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
-    if type(value) is not hint:
+    if type(value) is not hint or (type(value) is int and not -(1 << 63) <= value < 1 << 63):
         raise CacheError(f"The entry {name!r} of the cache specification should be {hint.__name__}, found {value!r}.")
     return value

@@ -26,6 +26,10 @@ _SHARD_BYTES, _SHARD_CHUNKS = 64 << 20, 512
 _LEVELS: dict[Literal["zstd", "lz4"], int] = {"zstd": 1, "lz4": 5}
 
 
+# What the arrays of a part have rows for.
+PER = ("view", "box", "object", "element", "byte")
+
+
 @dataclass(frozen=True)
 class ArrayLayout:
     """One array of a cache.
@@ -65,14 +69,21 @@ class ArrayLayout:
             "codecs": [_sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)],
         }
 
+    def num_files(self, rows: int) -> int:
+        """How many files `files` would give; a number that was not checked may be too many to list."""
+        return len(self._starts(rows))
+
     def files(self, rows: int) -> dict[str, range]:
         """The rows in each of its files, by name, of an array of so many rows."""
-        starts = range(0, rows, self.shard(rows))
+        starts = self._starts(rows)
         zeros = ["0"] * len(self.row_shape)
         return {
             ".".join(["c", str(number), *zeros]): range(start, min(start + self.shard(rows), rows))
             for number, start in enumerate(starts)
         }
+
+    def _starts(self, rows: int) -> range:
+        return range(0, rows, self.shard(rows))
 
 
 @functools.cache

@@ -7,17 +7,26 @@ file unless it is the same.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.format.head import HEAD, is_head
+from kdpipe.cache.format.layout import PER
 from kdpipe.cache.identity import canonical_json, digest_json
+from kdpipe.cache.plan import MAX_PART_IMAGES
 from kdpipe.cache.store.location import RECORD, Location, part_key
 
 # Size in bytes and sha256 of each file, by its path in the folder of files.
 Files = dict[str, tuple[int, str]]
 FILES = "files.json"
 _NAME_DIGITS = 16
+
+# Numbers beyond this are none of bytes or rows.
+_MOST = 1 << 48
+_MOST_IMAGES = 1 << 26
 
 
 def write_record(folder: Path, content: Mapping[str, Any], files: Files, within: str = "") -> None:
@@ -35,17 +44,25 @@ def write_record(folder: Path, content: Mapping[str, Any], files: Files, within:
     (folder / within / "new").rename(folder / within / digest[:_NAME_DIGITS])
     record = {**content, "files": digest}
     record["checksum"] = digest_json(record)
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {"kdpipe": record}}
-    (folder / RECORD).write_bytes(canonical_json(group))
+    (folder / RECORD).write_bytes(_group(record))
+
+
+def _group(record: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` that holds a record."""
+    return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {"kdpipe": record}})
 
 
 def parse_record(data: bytes | None) -> dict[str, Any] | None:
-    """The record in a `zarr.json`; None where there is none, or it is not as it was written."""
+    """The record in a `zarr.json`; None where there is none, or it is not byte for byte as it was written.
+
+    Its entry `files` is a sha256. What else is in it may be anything that is JSON: see `read_part_record` and the like.
+    """
     try:
         record = json.loads(data or b"")["attributes"]["kdpipe"]
+        whole = data == _group(record)
         checksum = record.pop("checksum")
-        whole = isinstance(record["files"], str) and checksum == digest_json(record)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = whole and is_digest(record["files"]) and checksum == digest_json(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CacheError):
         return None
     return record if whole else None
 
@@ -56,7 +73,7 @@ def read_record(location: Location, key: str) -> dict[str, Any] | None:
 
 
 def read_part_record(location: Location, index: int, images: range, root: str) -> dict[str, Any] | None:
-    """The record of a part, if it is valid.
+    """The record of a part, if it is valid: every entry is there, and of its type.
 
     Args:
         location: of the cache.
@@ -68,7 +85,47 @@ def read_part_record(location: Location, index: int, images: range, root: str) -
     wanted = {"part": index, "images": [images.start, images.stop], "root": root}
     if record is None or any(record.get(name) != value for name, value in wanted.items()):
         return None
+    rows, skipped = record.get("rows"), record.get("skipped")
+    sound = isinstance(rows, dict) and rows.keys() == set(PER) and all(map(is_size, rows.values()))
+    return record if sound and isinstance(skipped, list) and all(map(_is_skipped, skipped)) else None
+
+
+def read_head_record(location: Location) -> dict[str, Any] | None:
+    """The record of the head, if it is whole and its parameters are some that can be stored."""
+    record = read_record(location, HEAD)
+    if record is None or not isinstance(record.get("root"), str) or not is_head(record.get("parameters")):
+        return None
     return record
+
+
+def parse_root_record(data: bytes) -> dict[str, Any] | None:
+    """The record of a cache, if it is whole and every entry is there, and of its type; `spec` may be any mapping."""
+    record = parse_record(data)
+    groups = ("spec", "identity", "metadata", "plan")
+    if record is None or not all(isinstance(record.get(name), dict) for name in groups):
+        return None
+    plan, counts = record["plan"], ("images", "parts", "part_size")
+    if plan.keys() != {*counts, "digest"} or not is_digest(plan["digest"]) or not all(is_size(plan[n]) for n in counts):
+        return None
+    most = min(_MOST_IMAGES, plan["parts"] * MAX_PART_IMAGES)
+    return record if plan["parts"] <= plan["images"] <= most else None
+
+
+def is_size(value: Any) -> bool:
+    """Whether a JSON value is a number of bytes or rows."""
+    return type(value) is int and 0 <= value < _MOST
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a JSON value is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_skipped(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"image_id", "file_name", "reason"}:
+        return False
+    texts = isinstance(entry["file_name"], str) and isinstance(entry["reason"], str)
+    return texts and type(entry["image_id"]) is int and -(1 << 63) <= entry["image_id"] < 1 << 63
 
 
 def files_key(key: str, record: Mapping[str, Any]) -> str:
@@ -87,7 +144,18 @@ def read_files(location: Location, key: str, digest: str) -> Files | None:
     data = location.read(f"{key}/{FILES}")
     if data is None or hashlib.sha256(data).hexdigest() != digest:
         return None
-    return {name: (size, sha) for name, (size, sha) in json.loads(data).items()}
+    try:
+        found = json.loads(data)
+        files = {name: (size, sha) for name, (size, sha) in found.items() if is_size(size) and is_digest(sha)}
+        sound = len(files) == len(found) and all(map(_is_file, files)) and data == canonical_json(found)
+    except (ValueError, TypeError, AttributeError, RecursionError, CacheError):
+        return None
+    return files if sound else None
+
+
+def _is_file(name: str) -> bool:
+    """Whether a path leads to a file below the folder that it is relative to."""
+    return all(part.isprintable() and part.strip(".") for part in name.split("/"))
 
 
 def check_sizes(location: Location, key: str, files: Files) -> list[str]:

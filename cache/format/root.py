@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kdpipe.cache.format.layout import array_layout
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.plan import ImageInfo, digest_images
+from kdpipe.cache.plan import MAX_PART_IMAGES, ImageInfo, digest_images
 from kdpipe.cache.spec import CacheSpec
 
 # Key of the plan's arrays, `image_ids` and `part_starts`.
@@ -53,6 +53,18 @@ class Root:
 def digest_root(spec: CacheSpec, identity: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     """sha256 of all that decides the content of a cache."""
     return digest_json({"spec": spec.to_json(), "identity": identity, "plan": plan})
+
+
+def starts_fault(part_starts: npt.NDArray[np.int64], images: int) -> str | None:
+    """What is wrong with where the parts of so many images start; None where nothing is."""
+    if part_starts[0] != 0 or part_starts[-1] != images:
+        return f"the parts should have the images 0 to {images}, found {part_starts[0]} to {part_starts[-1]}"
+    if (part_starts < 0).any() or (part_starts > images).any():
+        return "a part has images that there are not"
+    sizes = np.diff(part_starts)
+    if (sizes < 1).any() or (sizes > MAX_PART_IMAGES).any():
+        return f"a part has no image, or more than {MAX_PART_IMAGES}"
+    return None
 
 
 def describe_plan(images: Sequence[ImageInfo], parts: Sequence[range], part_size: int) -> dict[str, Any]:

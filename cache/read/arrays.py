@@ -43,8 +43,8 @@ class ArrayReader:
     def __init__(self, location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> None:
         self.name, self.rows = name, rows
         own = {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}
-        if own.keys() != {"zarr.json", *layout.files(rows)}:
-            raise DamagedError(name, f"its files are not those of {rows} rows: {', '.join(sorted(own))}")
+        if len(own) != 1 + layout.num_files(rows) or own.keys() != {"zarr.json", *layout.files(rows)}:
+            raise DamagedError(name, f"its {len(own)} files are not those of {rows} rows")
         place = f"{key}/{name}"
         if wrong := check_sizes(location, place, own):
             raise DamagedError(name, "; ".join(wrong))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
+from kdpipe.cache.format.index import index_fault, rows_fault
 from kdpipe.cache.format.layout import Block, index_columns, part_layout
 from kdpipe.cache.format.record import files_key, read_files
 from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
@@ -38,7 +39,11 @@ class PartReader:
         self._columns = {name: position for position, name in enumerate(index_columns(spec))}
         self._arrays: dict[str, ArrayReader] = {}
         self._files = read_files(location, self._key, record["files"])
+        if fault := rows_fault(record, spec):
+            raise self._damaged(DamagedError("index", f"it {fault}"), [])
         index, names = self._read([("index", None), ("file_names", None)], [])
+        if fault := index_fault(index, names, record["rows"], spec):
+            raise self._damaged(DamagedError("index", f"it {fault}"), [])
         self._index: npt.NDArray[np.int64] = index
         self._names = names.tobytes()
         self._arrays.clear()  # these are read once

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.format.head import HEAD, parameter_layout
-from kdpipe.cache.format.record import files_key, read_files, read_part_record, read_record
+from kdpipe.cache.format.record import files_key, read_files, read_head_record, read_part_record
 from kdpipe.cache.format.root import Root
 from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.read.gone import gone_error, unreadable_error
@@ -120,13 +120,13 @@ class TeacherCache:
             raise gone
         remedy = f"run `kdpipe verify {self.location} --repair`, then `kdpipe cache-teacher` with the same options"
         with self.location.explained("Reading the head"):
-            record = read_record(self.location, HEAD)
-            if record is None or record.get("root") != self._root:
+            record = read_head_record(self.location)
+            if record is None or record["root"] != self._root:
                 state = "missing, damaged, or was made for another cache"
                 raise CacheError(f"The teacher's head in the cache {self.location} is {state}: {remedy}.")
             try:
                 return self._read_head(record)
-            except (DamagedError, ValueError) as error:
+            except DamagedError as error:
                 raise CacheError(
                     f"The teacher's head in the cache {self.location} is damaged ({error}): {remedy}."
                 ) from error
@@ -135,7 +135,7 @@ class TeacherCache:
         key = files_key(HEAD, record)
         files = read_files(self.location, key, record["files"])
         if files is None:
-            raise ValueError("its list of files is missing or has other content than was written")
+            raise DamagedError(HEAD, "its list of files is missing or has other content than was written")
         wanted = []
         for name, entry in record["parameters"].items():
             layout, rows = parameter_layout(entry, self.spec.codec)

@@ -3,8 +3,8 @@
 import json
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.record import files_key, parse_record, read_files
-from kdpipe.cache.format.root import PLAN, PLAN_LAYOUT, Root
+from kdpipe.cache.format.record import files_key, parse_root_record, read_files
+from kdpipe.cache.format.root import PLAN, PLAN_LAYOUT, Root, starts_fault
 from kdpipe.cache.read.arrays import DamagedError, read_array
 from kdpipe.cache.spec import CacheSpec, check_version
 from kdpipe.cache.store.location import RECORD, Location
@@ -37,9 +37,10 @@ def _parse(location: Location, data: bytes) -> Root:
     except (KeyError, TypeError):
         raise CacheError(f"{location} is not a kdpipe cache: its {RECORD} has no `kdpipe` attribute.") from None
     check_version(version)
-    record = parse_record(data)
+    record = parse_root_record(data)
     if record is None:
-        raise CacheError(f"{damaged} (its checksum does not fit)")
+        raise CacheError(f"{damaged} (its checksum does not fit, or an entry is missing or of another type)")
+    spec = CacheSpec.from_json(record["spec"])
     plan, key = record["plan"], files_key(PLAN, record)
     rows = {"image_ids": plan["images"], "part_starts": plan["parts"] + 1}
     files = read_files(location, key, record["files"])
@@ -47,7 +48,8 @@ def _parse(location: Location, data: bytes) -> Root:
         if files is None:
             raise DamagedError(PLAN, "its list of files is missing or has other content than was written")
         arrays = [read_array(location, key, name, PLAN_LAYOUT, rows[name], files) for name in rows]
+        if fault := starts_fault(arrays[1], plan["images"]):
+            raise DamagedError("part_starts", fault)
     except DamagedError as error:
         raise CacheError(f"The plan of the cache {location} is damaged ({error}): {advice}.") from error
-    spec = CacheSpec.from_json(record["spec"])
     return Root(spec, record["identity"], record["metadata"], plan, arrays[0], arrays[1])

@@ -6,8 +6,11 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Iterator
+from io import FileIO
 from pathlib import Path
 
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from kdpipe.cache.errors import CacheError
@@ -52,22 +55,14 @@ class Folder(Location):
 
     def read(self, key: str) -> bytes | None:
         try:
-            file = os.open(f"{self.path}/{key}", os.O_RDONLY)
+            with _open(f"{self.path}/{key}") as file:
+                return file.read()
         except _ABSENT:
             return None
-        try:
-            data = os.read(file, os.fstat(file).st_size)
-            while more := os.read(file, _BLOCK):
-                data += more
-            return data
-        except IsADirectoryError:
-            return None
-        finally:
-            os.close(file)
 
     def stream(self, key: str) -> Iterator[bytes]:
         try:
-            with (self.path / key).open("rb") as file:
+            with _open(f"{self.path}/{key}") as file:
                 while block := file.read(_BLOCK):
                     yield block
         except _ABSENT as error:
@@ -97,11 +92,11 @@ class Folder(Location):
         return not os.path.lexists(self.path)
 
     def zarr_store(self) -> LocalStore:
-        return LocalStore(self.path, read_only=True)
+        return _LocalArrays(self.path, read_only=True)
 
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
-        with temporary_folder(self.path / key) as folder:
+        with temporary_folder(self._inside(key)) as folder:
             (folder / "new").mkdir()
             yield folder / "new"
 
@@ -118,20 +113,36 @@ class Folder(Location):
         return True
 
     def discard(self, key: str) -> None:
-        with temporary_folder(self.path / key) as aside, contextlib.suppress(FileNotFoundError):
+        with temporary_folder(self._inside(key)) as aside, contextlib.suppress(FileNotFoundError):
             (self.path / key).rename(aside / "old")
 
     def tidy(self) -> None:
         remove_dead(self.path.parent, self.path.name)
         remove_dead(self.path)
-        remove_dead(self.path / "parts")
+        if not (self.path / "parts").is_symlink():
+            remove_dead(self.path / "parts")
+
+    def _inside(self, key: str) -> Path:
+        """Where a key lies, if that is in this folder.
+
+        Raises:
+            CacheError: a link leads elsewhere; there may be another cache.
+        """
+        place = self.path / key
+        if key and not place.parent.resolve().is_relative_to(self.path.resolve()):
+            raise CacheError(
+                f"{place.parent} is a link that leads out of the cache {self}: nothing is written there. Put the "
+                "folder in the place of the link."
+            )
+        return place
 
     def leftovers(self, known: Collection[str]) -> list[Leftover]:
         found = []
         for key in _strays(self.path, known):
-            if not TEMPORARY.fullmatch(Path(key).name):
+            place = self.path / key
+            if not TEMPORARY.fullmatch(place.name) or place.is_symlink() or place.is_file():
                 found.append(Leftover(key, FOREIGN, False, True))
-            elif state := writer_state(self.path / key):
+            elif state := writer_state(place):
                 found.append(Leftover(key, STATES[state], state == "dead", state == "dead"))
         return found
 
@@ -159,6 +170,39 @@ class Folder(Location):
         while not path.exists():
             path = path.parent
         return shutil.disk_usage(path).free
+
+
+class _LocalArrays(LocalStore):
+    """A store of zarr, which takes for zeros what is missing: here it is an error."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer:
+        """The bytes of a file.
+
+        Raises:
+            GoneError: it is missing or empty.
+        """
+        found = await super().get(key, prototype, byte_range)
+        if not found:
+            raise GoneError(key)
+        return found
+
+
+def _open(path: str) -> FileIO:
+    """Open a file for reading; only files that have an end.
+
+    Raises:
+        FileNotFoundError: there is none, or something else is in its place.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return os.fdopen(handle, "rb", buffering=0)
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def _sync(path: Path) -> None:

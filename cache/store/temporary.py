@@ -50,7 +50,7 @@ class _NoLocksError(Exception):
 def _lock(folder: Path) -> int | None:
     """Take the lock of a temporary folder: a descriptor that holds it; None where another process has it."""
     try:
-        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # the folder is gone
         return None
     try:
@@ -71,14 +71,14 @@ def _lock(folder: Path) -> int | None:
 
 def writer_state(folder: Path, remove: bool = False) -> str | None:
     """Of the writer of a temporary folder: "dead", "alive" or "unknown"; None where the folder has gone meanwhile."""
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         return None
     try:
         lock = _lock(folder)
     except (_NoLocksError, PermissionError):
         return "unknown"
     except OSError as error:
-        if error.errno == errno.EROFS:
+        if error.errno in (errno.EROFS, errno.ELOOP, errno.EISDIR):  # the last two: it is no lock of kdpipe's
             return "unknown"
         raise
     if lock is None:

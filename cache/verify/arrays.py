@@ -1,7 +1,7 @@
 """Checks the arrays of a group: files by size and digest, values by looking at them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
@@ -43,6 +43,11 @@ class GroupFiles:
     location: Location
     key: str
     files: Files
+
+    def unknown_files(self, arrays: Collection[str]) -> str | None:
+        """What is wrong with the list where files of none of the arrays are in it, to follow its name."""
+        unknown = [name for name in self.files if name.split("/")[0] not in arrays]
+        return f"lists {len(unknown)} files of no array, such as {unknown[0]}" if unknown else None
 
     def wrong_file(self, name: str, tick: Tick) -> str | None:
         """What is wrong with a file, every byte of which is read; None where nothing is."""

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.cache.format.index import index_fault, rows_fault
 from kdpipe.cache.format.layout import ArrayLayout, Block, index_columns, part_layout
-from kdpipe.cache.format.record import files_key, read_files
+from kdpipe.cache.format.record import FILES, files_key, read_files
 from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.store.location import Location, part_key
 from kdpipe.cache.verify.arrays import Finding, GroupFiles, Look, Tick, grouped, metadata_fault
 from kdpipe.cache.verify.fault import Fault
-from kdpipe.cache.views import ViewError, input_size
 
 # Boxes are mapped to the network input and back in float32: so many pixels beyond the image are rounding.
 _BOX_TOLERANCE = 0.01
@@ -44,7 +44,11 @@ def check_part(
     files = read_files(location, key, record["files"])
     part = _Part(number, image_ids, record, spec, GroupFiles(location, key, files or {}))
     if files is None:
-        return [part.fault("files.json", "is missing or has other content than was written")], []
+        return [part.fault(FILES, "is missing or has other content than was written")], []
+    if wrong := rows_fault(record, spec):
+        return [part.fault("index", wrong, "index")], []
+    if wrong := part.group.unknown_files(part.layout):
+        return [part.fault(FILES, wrong)], []
     for name in part.layout:
         if wrong := metadata_fault(part.group, name, part.layout[name], part.rows(name)):
             return [part.fault(f"{name}:", wrong, name)], []
@@ -114,54 +118,12 @@ class _Part:
         """What is wrong with the rows of the index, of which `record` and plan say how they have to be."""
         skipped = {entry["image_id"] for entry in self.record["skipped"]}
         kept = [image_id for image_id in self.image_ids.tolist() if image_id not in skipped]
-        wanted = [(image_id, VIEWS.index(view)) for image_id in kept for view in self.spec.views]
         if len(kept) + len(skipped) != len(self.image_ids):
             return "records skipped images that are not of this part"
-        if index[:, :2].tolist() != [list(pair) for pair in wanted]:
+        wanted = [[image_id, VIEWS.index(view)] for image_id in kept for view in self.spec.views]
+        if index[:, :2].tolist() != wanted:
             return f"has not the images and views of the plan: expected {len(wanted)} rows, found {len(index)}"
-        sizes = [name for name in self.columns if name.endswith(("height", "width"))]
-        if len(index) and min(int(self.column(name).min()) for name in sizes) < 1:
-            return "has a size that is not positive"
-        levels = range(len(self.spec.strides) if "features" in self.spec.fields else 0)
-        elements = [
-            sum(self.spec.stored_elements(level, cells) for level, cells in enumerate(row))
-            for row in zip(
-                *((self.column(f"level{n}_height") * self.column(f"level{n}_width")).tolist() for n in levels),
-                strict=True,
-            )
-        ]
-        boxes, proposals = self.column("box_stop") - self.column("box_start"), self.column("num_proposals")
-        counts = {
-            "box_start": boxes,
-            "object_start": self.column("object_stop") - self.column("object_start"),
-            "element_start": np.array(elements or [0] * len(index), dtype=np.int64),
-            "name_start": self.column("name_stop") - self.column("name_start"),
-        }
-        for start, count in counts.items():
-            if count.min(initial=0) < 0 or not np.array_equal(self.column(start), np.cumsum(count) - count):
-                return f"has values of {start} that leave gaps or overlap"
-        found: dict[str, Any] = {"view": len(index), "box": counts["box_start"], "object": counts["object_start"]}
-        found |= {"element": counts["element_start"], "byte": counts["name_start"]}
-        for per, rows in self.record["rows"].items():
-            total = int(np.sum(found[per]))
-            if total != rows:
-                return f"has {total} rows per {per}, and the commit record {rows}"
-        if (proposals < 0).any() or (proposals > np.minimum(boxes, self.spec.proposals)).any():
-            return "has impossible numbers of proposals"
-        return self._check_names_and_sizes(names)
-
-    def _check_names_and_sizes(self, names: Block) -> str | None:
-        for row in self.index:
-            entry = dict(zip(self.columns, row.tolist(), strict=True))
-            try:
-                names[entry["name_start"] : entry["name_stop"]].tobytes().decode()
-                expected = input_size((entry["height"], entry["width"]), self.spec.scale)
-            except (UnicodeDecodeError, ViewError) as error:
-                return f"is wrong about image {entry['image_id']}: {error}"
-            found = (entry["input_height"], entry["input_width"])
-            if found != expected:
-                return f"gives image {entry['image_id']} the network input {found}, expected {expected}"
-        return None
+        return index_fault(index, names, self.record["rows"], self.spec)
 
     def task(self, name: str, file: str) -> Task:
         """The check of one file."""

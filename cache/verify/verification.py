@@ -11,7 +11,15 @@ import numpy as np
 
 from kdpipe.cache.format.head import HEAD, parameter_layout
 from kdpipe.cache.format.layout import Block
-from kdpipe.cache.format.record import FILES, Files, files_key, read_files, read_part_record, read_record
+from kdpipe.cache.format.record import (
+    FILES,
+    Files,
+    files_key,
+    read_files,
+    read_head_record,
+    read_part_record,
+    read_record,
+)
 from kdpipe.cache.format.root import PLAN, Root
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.location import RECORD, Location, Place, open_location, part_key
@@ -139,7 +147,7 @@ def _without_record(
 def _known_files(location: Location, records: dict[int, dict[str, Any] | None]) -> tuple[set[str], int]:
     """Keys of all files that belong to the cache, and their bytes; a key that ends in `/` stands for what is below."""
     known, total = {RECORD}, 0
-    groups = [("", PLAN, read_record(location, "")), (HEAD, HEAD, read_record(location, HEAD))]
+    groups = [("", PLAN, read_record(location, "")), (HEAD, HEAD, read_head_record(location))]
     groups += [(part_key(number), part_key(number), record) for number, record in records.items()]
     for key, files_of, record in groups:
         if record is None:
@@ -187,10 +195,10 @@ def _check_plan(location: Location, root: Root, tick: Tick) -> list[Fault]:
     files: Files = read_files(location, key, record["files"]) or {}
     group = GroupFiles(location, key, files)
     wrong = [f"{PLAN}/{name} {reason}" for name in files if (reason := group.wrong_file(name, tick))]
-    starts = root.part_starts
-    sound = (starts[0], starts[-1]) == (0, len(root.image_ids)) and bool((np.diff(starts) > 0).all())
-    if not sound or len(np.unique(root.image_ids)) < len(root.image_ids):
-        wrong.append("has a plan that gives some image to no part, or to two")
+    if unknown := group.unknown_files(("image_ids", "part_starts")):
+        wrong.append(f"{PLAN}/{FILES} {unknown}")
+    if len(np.unique(root.image_ids)) < len(root.image_ids):
+        wrong.append("has a plan that gives an image to two parts")
     return [Fault("the root", line, repairable=False) for line in wrong]
 
 
@@ -224,17 +232,19 @@ def _collect(pending: "set[Future[list[Fault]]]", faults: list[Fault]) -> "set[F
 
 def _check_head(location: Location, root: Root, tick: Tick) -> list[Fault]:
     """Everything of the teacher's head: it is small, and read as one."""
-    record = read_record(location, HEAD)
+    record = read_head_record(location)
     if record is None:
         there = location.read(f"{HEAD}/{RECORD}") is not None
         return [Fault("the head", _no_record(there), remove=HEAD if there else None)]
-    if record.get("root") != root.digest:
+    if record["root"] != root.digest:
         return [Fault("the head", "was made for another cache", remove=HEAD)]
     key = files_key(HEAD, record)
     files = read_files(location, key, record["files"])
     if files is None:
-        return [Fault("the head", "files.json is missing or has other content than was written", remove=HEAD)]
+        return [Fault("the head", f"{FILES} is missing or has other content than was written", remove=HEAD)]
     group, faults = GroupFiles(location, key, files), []
+    if unknown := group.unknown_files(record["parameters"]):
+        faults.append(Fault("the head", f"{FILES} {unknown}", remove=HEAD))
     for name, entry in record["parameters"].items():
         lines = _check_parameter(group, name, entry, root.spec.codec, tick)
         faults += [Fault("the head", line, array=name, remove=HEAD) for line in lines]
@@ -243,10 +253,7 @@ def _check_head(location: Location, root: Root, tick: Tick) -> list[Fault]:
 
 def _check_parameter(group: GroupFiles, name: str, entry: dict[str, Any], codec: str, tick: Tick) -> list[str]:
     """What is wrong with one parameter."""
-    try:
-        layout, rows = parameter_layout(entry, codec)
-    except ValueError as error:
-        return [f"{name} is damaged: {error}"]
+    layout, rows = parameter_layout(entry, codec)
     if wrong := metadata_fault(group, name, layout, rows):
         return [f"{name}: {wrong}"]
 

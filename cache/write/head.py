@@ -7,8 +7,8 @@ from torch import Tensor
 from zarr.storage import LocalStore, MemoryStore
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.head import HEAD, parameter_layout
-from kdpipe.cache.format.record import is_whole, read_record, write_record
+from kdpipe.cache.format.head import HEAD, is_parameter_name, parameter_layout
+from kdpipe.cache.format.record import is_whole, read_head_record, write_record
 from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.arrays import write_array
@@ -27,7 +27,7 @@ def write_head(location: Location, state: Mapping[str, Tensor], root: str, codec
         CacheError: a name cannot be stored, or writing failed.
     """
     for name in state:
-        if "/" in name or name.startswith("__") or not name.strip(".") or name.endswith(".json"):
+        if not is_parameter_name(name):
             raise CacheError(f"The parameter name {name!r} cannot be the name of an array.")
     with location.explained("Writing the head"):
         if is_head_whole(location, root):
@@ -63,5 +63,5 @@ def _write_parameters(files: WrittenFiles, state: Mapping[str, Tensor], codec: s
 
 def is_head_whole(location: Location, root: str) -> bool:
     """Whether the head of this cache is stored, and its files are there in their sizes."""
-    record = read_record(location, HEAD)
-    return record is not None and record.get("root") == root and is_whole(location, HEAD, record)
+    record = read_head_record(location)
+    return record is not None and record["root"] == root and is_whole(location, HEAD, record)

@@ -13,7 +13,7 @@ import numpy as np
 from zarr.storage import LocalStore
 
 from kdpipe.cache.errors import CacheError
-from kdpipe.cache.format.layout import index_columns, part_layout
+from kdpipe.cache.format.layout import PER, index_columns, part_layout
 from kdpipe.cache.format.record import is_whole, read_part_record, write_record
 from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.plan import ImageInfo
@@ -184,7 +184,7 @@ class _PartFiles:
     @property
     def rows(self) -> dict[str, int]:
         """How many views, boxes, objects, elements and bytes there are: the rows of the arrays."""
-        return {per: self._counts[per] for per in sorted({layout.per for layout in self._layout.values()})}
+        return {per: self._counts[per] for per in PER}
 
     def append(self, encoded: EncodedRecord) -> None:
         """Write one record."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kdpipe.cache import CacheError, open_cache
-from kdpipe.cache.identity import digest_json
+from kdpipe.cache.identity import canonical_json, digest_json
 from kdpipe.cache.verify.verification import remove_faults, verify_cache
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def test_a_sound_checksum_over_a_wrong_spec(cache_path: Path) -> None:
     record = group["attributes"]["kdpipe"]
     del record["spec"]["channels"], record["checksum"]
     record["checksum"] = digest_json(record)
-    (cache_path / "zarr.json").write_text(json.dumps(group))
+    (cache_path / "zarr.json").write_bytes(canonical_json(group))
     with pytest.raises(CacheError, match="missing entries"):
         open_cache(cache_path)
 

@@ -99,7 +99,7 @@ def test_every_changed_byte_makes_a_record_none(tmp_path: Path, kit: "type[Kit]"
     assert read_part_record(location, 0, span, root) is None
     for at in range(len(data)):
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert read_part_record(location, 0, span, root) in (None, record)  # white space and names beside the record
+        assert read_part_record(location, 0, span, root) is None, at
     for length in range(0, len(data) - 1, 37):
         file.write_bytes(data[:length])
         assert read_part_record(location, 0, span, root) is None
