@@ -10,10 +10,16 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.cascade_head import CascadeHead, frozen_head
-from kdpipe.distill.ckd import CKD, exclude_pairs
-from kdpipe.distill.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent
-from kdpipe.distill.head_transfer import HeadTransfer
+from kdpipe.distill.losses.ckd import CKD, exclude_pairs
+from kdpipe.distill.losses.prediction import (
+    class_aware_regression_kd_loss,
+    classification_kd_loss,
+    dense_classification_kd_loss,
+    recode_deltas,
+    regression_kd_loss,
+)
+from kdpipe.distill.losses.sgfi import SGFI
+from kdpipe.distill.losses.shares import gradient_shares
 from kdpipe.distill.methods import (
     HEAD_TRANSFER,
     ContractError,
@@ -22,23 +28,17 @@ from kdpipe.distill.methods import (
     loss_name,
     needed_fields,
 )
-from kdpipe.distill.prediction import (
-    class_aware_regression_kd_loss,
-    classification_kd_loss,
-    dense_classification_kd_loss,
-    recode_deltas,
-    regression_kd_loss,
-)
 from kdpipe.distill.preprocessor import DistilledPreprocessor
-from kdpipe.distill.rois import roi_align_levels
-from kdpipe.distill.sgfi import SGFI
-from kdpipe.distill.shared_stage import SharedStageHead
-from kdpipe.distill.shares import gradient_shares
-from kdpipe.distill.source import CachedTeacher, TeacherSource
-from kdpipe.distill.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
-from kdpipe.distill.teacher_head import TeacherHead
-from kdpipe.distill.teacher_view import TeacherView, ask_teacher
-from kdpipe.distill.two_stage import OwnLoss, TwoStageStudent
+from kdpipe.distill.rois.sampling import roi_align_levels
+from kdpipe.distill.students.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent
+from kdpipe.distill.students.head_transfer import HeadTransfer
+from kdpipe.distill.students.two_stage import OwnLoss, TwoStageStudent
+from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher
+from kdpipe.distill.teacher.heads.cascade import CascadeHead, frozen_head
+from kdpipe.distill.teacher.heads.fc import TeacherHead
+from kdpipe.distill.teacher.heads.shared_stage import SharedStageHead
+from kdpipe.distill.teacher.source import CachedTeacher, TeacherSource
+from kdpipe.distill.teacher.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
 
 MODELS.register_module(module=CachedTeacher)
 

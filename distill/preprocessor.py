@@ -5,7 +5,7 @@ from typing import Any
 from mmdet.registry import MODELS
 from mmengine.model import BaseDataPreprocessor
 
-from kdpipe.distill.source import TeacherSource
+from kdpipe.distill.teacher.source import TeacherSource
 
 
 @MODELS.register_module()

@@ -1,5 +1,5 @@
 """The commands, and all that is mmdet's."""
 
-from kdpipe.pipelines.openmmlab import install_bridge
+from kdpipe.pipelines.mmcv_ops.bridge import install_bridge
 
 install_bridge()

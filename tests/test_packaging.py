@@ -66,7 +66,7 @@ def test_the_changelog_has_the_version() -> None:
 
 def test_the_command_is_installed() -> None:
     (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "kdpipe"]
-    assert script.value == "kdpipe.pipelines.cli:main"
+    assert script.value == "kdpipe.pipelines.cli.main:main"
 
 
 def test_what_is_imported_is_declared(wheel: Path) -> None:

@@ -52,7 +52,7 @@ def write_file(path: Path, images: int, annotations: int, masks: bool) -> None:
 
 def run_step(step: str, path: Path) -> None:
     """Prints the seconds of a step, and this process's memory at its end."""
-    from kdpipe.pipelines.datasets import load_coco
+    from kdpipe.pipelines.data.datasets import load_coco
 
     start = time.process_time()
     if step == "json.loads":

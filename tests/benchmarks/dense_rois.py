@@ -21,8 +21,8 @@ def measure(name: str, what: str, rounds: int) -> None:
     from mmdet.utils import register_all_modules
 
     import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
-    from kdpipe.distill.dense import DenseLoss, DenseStudent
-    from kdpipe.pipelines.configs import find_config
+    from kdpipe.distill.students.dense import DenseLoss, DenseStudent
+    from kdpipe.pipelines.detectors.configs import find_config
 
     register_all_modules(init_default_scope=True)
     config = find_config(STUDENTS[name]).model

@@ -32,14 +32,14 @@ from kdpipe.cache.codecs import encode_chunk
 from kdpipe.cache.read.buffers import Buffers
 from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import map_boxes
-from kdpipe.distill.ckd import ckd_loss, exclude_pairs
-from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss
-from kdpipe.distill.rois import roi_align_assigned, roi_align_levels
-from kdpipe.distill.sgfi import SGFI
-from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.datasets import load_coco
-from kdpipe.pipelines.images import read_image
-from kdpipe.pipelines.teacher import load_teacher, teacher_config
+from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
+from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss
+from kdpipe.distill.losses.sgfi import SGFI
+from kdpipe.distill.rois.sampling import roi_align_assigned, roi_align_levels
+from kdpipe.pipelines.data.datasets import load_coco
+from kdpipe.pipelines.data.images import read_image
+from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
+from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 
 FIELDS = ("features", "logits", "deltas", "embeddings")
 LOSSES = ("sgfi", "ckd", "pred")

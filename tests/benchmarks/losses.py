@@ -27,14 +27,14 @@ from torchvision.ops import roi_align
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
-from kdpipe.distill.ckd import ckd_loss
-from kdpipe.distill.rois import roi_align_assigned, roi_align_levels
-from kdpipe.distill.sgfi import SGFI, sgfi_loss
-from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.configs import find_config
-from kdpipe.pipelines.datasets import load_coco
-from kdpipe.pipelines.images import read_image
-from kdpipe.pipelines.teacher import load_teacher, teacher_config
+from kdpipe.distill.losses.ckd import ckd_loss
+from kdpipe.distill.losses.sgfi import SGFI, sgfi_loss
+from kdpipe.distill.rois.sampling import roi_align_assigned, roi_align_levels
+from kdpipe.pipelines.data.datasets import load_coco
+from kdpipe.pipelines.data.images import read_image
+from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
+from kdpipe.pipelines.detectors.configs import find_config
+from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 
 SIZE = (800, 1333)
 STRIDES = (4, 8, 16, 32, 64)

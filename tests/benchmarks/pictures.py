@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from kdpipe.pipelines.images import check_picture, image_digest, image_size, load_picture
+from kdpipe.pipelines.data.images import check_picture, image_digest, image_size, load_picture
 
 REPEATS = 5
 

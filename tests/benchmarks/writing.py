@@ -28,13 +28,13 @@ from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord, raw_b
 from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.store.location import open_location
 from kdpipe.cache.views import input_size
-from kdpipe.pipelines.cache_teacher import cache_teacher
-from kdpipe.pipelines.checkpoints import load_checkpoint
-from kdpipe.pipelines.configs import find_config, set_num_classes
-from kdpipe.pipelines.datasets import DetectionData, load_coco, read_image
-from kdpipe.pipelines.sources import DataSource
-from kdpipe.pipelines.teacher import Teacher, load_teacher, teacher_config
-from kdpipe.pipelines.teacher_setup import CacheOptions
+from kdpipe.pipelines.commands.cache_teacher import cache_teacher
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco, read_image
+from kdpipe.pipelines.data.find import DataSource
+from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
+from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
+from kdpipe.pipelines.teacher.setup import CacheOptions
+from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
 SCALE = (1333, 800)
 

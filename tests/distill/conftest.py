@@ -12,8 +12,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.teacher_view import TeacherView
-from kdpipe.pipelines.configs import find_config
+from kdpipe.distill.teacher.any_box import TeacherView
+from kdpipe.pipelines.detectors.configs import find_config
 
 
 class HeadOnly:

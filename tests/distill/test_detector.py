@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantize_rows
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
-from kdpipe.distill.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
-from kdpipe.distill.source import CachedTeacher
-from kdpipe.distill.targets import RoiTargets
-from kdpipe.distill.two_stage import TwoStageStudent
+from kdpipe.distill.students.two_stage import TwoStageStudent
+from kdpipe.distill.teacher.source import CachedTeacher
+from kdpipe.distill.teacher.targets import RoiTargets
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair

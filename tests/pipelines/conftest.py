@@ -21,13 +21,13 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from kdpipe.pipelines.cli import main
-from kdpipe.pipelines.configs import apply_options, find_config, set_num_classes
-from kdpipe.pipelines.console import stop
-from kdpipe.pipelines.layouts import dictionaries
-from kdpipe.pipelines.seeding import SeedStepHook
-from kdpipe.pipelines.shapes import CLASS_NAMES, draw_shapes
-from kdpipe.pipelines.transforms import set_scale
+from kdpipe.pipelines.cli.main import main
+from kdpipe.pipelines.demo.drawing import CLASS_NAMES, draw_shapes
+from kdpipe.pipelines.detectors.configs import apply_options, find_config, set_num_classes
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries
+from kdpipe.pipelines.runtime.console import stop
+from kdpipe.pipelines.training.seeding import SeedStepHook
+from kdpipe.pipelines.training.transforms import set_scale
 
 SCALE = (128, 96)  # (w, h) of the drawn pictures too
 
@@ -140,7 +140,7 @@ class Kit:
     def start(*args: object, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
         """Start a command in a process, and a session, of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "kdpipe.pipelines.cli", *map(str, args)],
+            [sys.executable, "-m", "kdpipe.pipelines.cli.main", *map(str, args)],
             cwd=cwd,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment},
             stdout=subprocess.PIPE,

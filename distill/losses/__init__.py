@@ -1,0 +1,1 @@
+"""One file per loss, its equation in the docstring."""

@@ -1,0 +1,155 @@
+"""Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdpipe.distill.losses.numeric import (
+    LossInputError,
+    check_dims,
+    check_shape,
+    full_precision,
+    mean_or_zero,
+    no_autocast,
+)
+
+
+def sgfi_loss(
+    student_rois: Tensor, teacher_rois: Tensor, embed: nn.Module, temperature: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mean square error between the teacher's RoI features and the student's, mixed over levels (G-DetKD, eq. 1).
+
+    For every RoI: keys `embed(S^l)` of each level and `embed(T)`; weights = softmax over the levels of their dot
+    products / temperature; the weighted sum of the student's levels is compared with T, as a mean over channels and
+    cells, then over RoIs. Computed in float32 (float64 for float64 input), autocast or not.
+
+    Args:
+        student_rois: Tensor[R, L, C, H, W], RoI features of every level, already adapted to the teacher's channels.
+        teacher_rois: Tensor[R, C, H, W], from the level that the teacher assigns. A constant: it gets no gradient.
+        embed: maps [N, C, H, W] to keys [N, key].
+        temperature: tau > 0, a number or a tensor of one element.
+
+    Returns:
+        The loss, a scalar (0 for R = 0, still part of the graph), and the level weights Tensor[R, L] in [0, 1].
+
+    Raises:
+        LossInputError: shapes that do not fit, or a temperature that is a number and not positive.
+    """
+    check_dims("student_rois", student_rois, "[R, L, C, H, W]")
+    num_rois, num_levels, *feature_shape = student_rois.shape
+    check_shape(
+        "teacher_rois", teacher_rois, (num_rois, *feature_shape), f"student_rois {list(student_rois.shape)} [R, L, ...]"
+    )
+    if num_levels == 0 or (not isinstance(temperature, Tensor) and temperature <= 0):
+        raise LossInputError(f"SGFI needs a level and a temperature above 0, found {num_levels} levels, {temperature}.")
+    with no_autocast(student_rois):
+        student, teacher = full_precision(student_rois, teacher_rois.detach())
+        student_keys = embed(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))  # [R, L, key]
+        level_weights = _level_weights(student_keys, embed(teacher), temperature)  # [R, L]
+        loss = _imitation(_mix(student, level_weights), teacher)
+    return loss, level_weights
+
+
+def _level_weights(student_keys: Tensor, teacher_keys: Tensor, temperature: Tensor | float) -> Tensor:
+    """Softmax over the levels, Tensor[R, L], of the products of keys Tensor[R, L, key] and Tensor[R, key]."""
+    similarity = torch.einsum("rlk,rk->rl", student_keys, teacher_keys)
+    return (similarity / temperature).softmax(dim=1)
+
+
+def _mix(rois: Tensor, level_weights: Tensor) -> Tensor:
+    """Weighted sum over the levels, Tensor[R, L, C, H, W] -> Tensor[R, C, H, W]."""
+    channels_last = rois.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
+    return torch.einsum("rl,rlhwc->rhwc", level_weights, channels_last).permute(0, 3, 1, 2)
+
+
+def _imitation(mixed: Tensor, teacher: Tensor) -> Tensor:
+    """Square error, a mean over channels and cells, then over RoIs."""
+    return mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
+
+
+class SGFI(nn.Module):
+    """Parameters of SGFI: f_adapt, f_embed and the temperature. Needed in training only.
+
+    f_embed is two 3 x 3 convolutions of stride 2 without padding, each followed by ReLU, of widths C/2 and C/4, which
+    takes 7 x 7 RoI features to one key. The temperature is the exponential of a parameter, so that it stays positive.
+
+    Args:
+        student_channels: channels of the student's pyramid.
+        teacher_channels: channels C of the teacher's pyramid.
+        kernel_size: of the convolution f_adapt, odd; it is padded so that RoI features keep their size.
+
+    Raises:
+        LossInputError: `kernel_size` is not odd and positive.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, kernel_size: int = 1) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise LossInputError(f"The kernel size of f_adapt must be odd and positive, found {kernel_size}.")
+        widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
+        self._padding = kernel_size // 2
+        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
+        self.embed = nn.Sequential(
+            nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(widths[0], widths[1], 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+        )
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau, a scalar above 0; 1 at the start."""
+        return self.log_temperature.exp()
+
+    def forward(self, student_rois: Tensor, teacher_rois: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the level weights of `sgfi_loss`, after adapting every level with the same weights.
+
+        f_adapt is affine and the level weights sum to 1, so that the mixture is adapted in place of every level: the
+        same values with a fraction of the arithmetic and memory.
+
+        Args:
+            student_rois: Tensor[R, L, student channels, 7, 7].
+            teacher_rois: Tensor[R, teacher channels, 7, 7]; gets no gradient.
+
+        Returns:
+            The loss, a scalar, and the level weights Tensor[R, L].
+
+        Raises:
+            LossInputError: shapes that do not fit.
+        """
+        check_dims("student_rois", student_rois, "[R, L, C, 7, 7]")
+        num_rois, num_levels = student_rois.shape[:2]
+        expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
+        check_shape("student_rois", student_rois, expected, f"an adapter of {self.adapt.in_channels} channels")
+        check_shape("teacher_rois", teacher_rois, (num_rois, self.adapt.out_channels, 7, 7), f"{num_rois} RoIs")
+        with no_autocast(student_rois):
+            student, teacher = (x.to(self.adapt.weight.dtype) for x in (student_rois, teacher_rois.detach()))
+            student_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))
+            level_weights = _level_weights(student_keys, self.embed(teacher), self.temperature)  # [R, L]
+            loss = _imitation(self.adapt(_mix(student, level_weights)), teacher)
+        return loss, level_weights
+
+    def _adapted_keys(self, rois: Tensor) -> Tensor:
+        """`embed(adapt(rois))`, Tensor[N, student channels, 7, 7] -> Tensor[N, key], without the adapted features.
+
+        f_adapt and the first convolution of f_embed, with nothing between them, are one convolution.
+        """
+        first: Any = self.embed[0]
+        weight = functional.conv2d(
+            self.adapt.weight.transpose(0, 1), first.weight.flip(2, 3), padding=first.kernel_size[0] - 1
+        ).transpose(0, 1)  # [C / 2, student channels, 3, 3] for an f_adapt of 1 x 1
+        bias = first.bias + first.weight.sum(dim=(2, 3)) @ self.adapt.bias
+        layout = torch.channels_last
+        hidden = functional.conv2d(
+            rois.contiguous(memory_format=layout),
+            weight.contiguous(memory_format=layout),
+            bias,
+            first.stride,
+            self._padding,
+        )
+        keys: Tensor = self.embed[1:](hidden)
+        return keys

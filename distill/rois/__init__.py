@@ -1,0 +1,1 @@
+"""Which boxes the losses look at, and their features."""

@@ -1,0 +1,1 @@
+"""What students of mmdet show to the losses."""

@@ -1,0 +1,275 @@
+"""What a dense student of mmdet, with anchors or without, shows to the losses."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+
+from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.rois.pairing import pair_boxes
+from kdpipe.distill.rois.sampling import sample_rois
+from kdpipe.distill.students.structure import dense_problem
+from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
+from kdpipe.distill.teacher.targets import BatchRois
+
+CKD_BRANCHES = ("classification", "localization", "combined")
+
+# Heads whose forward gives class scores and box regression per level, decoded as `DenseStudent.boxes` does.
+_FORWARD = (RetinaHead, FCOSHead, ATSSHead, GFLHead)
+
+
+@dataclass(frozen=True)
+class DenseOutputs:
+    """What a dense head says at R of its predictions.
+
+    Attributes:
+        embeddings: Tensor[R, C], feature of the last convolution of a branch at the location of the prediction.
+        logits: Tensor[R, K + 1], background last. The background of a sigmoid head is 0, since
+            sigmoid(x) = softmax(x, 0)[0].
+        anchors: Tensor[R] int64, which of the location's predictions it is.
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    anchors: Tensor
+
+    def select(self, rows: Tensor) -> "DenseOutputs":
+        """Those of a mask or of row numbers."""
+        return DenseOutputs(self.embeddings[rows], self.logits[rows], self.anchors[rows])
+
+
+class DenseStudent:
+    """Reads pyramid and dense head of an mmdet single-stage detector, which stays unmodified.
+
+    Args:
+        detector: RetinaNet, FCOS, ATSS, GFL, PAA, or another whose head computes its outputs as one of these.
+        branch: Which branch of the head the embeddings are of: one of `CKD_BRANCHES`; `combined` is the sum of both
+            (G-DetKD, table 12).
+        num: RoIs to sample per image.
+        positive_fraction: Largest share of positives: 1/4 is the paper's 1:3.
+
+    Raises:
+        StudentError: The detector has another structure.
+    """
+
+    def __init__(
+        self, detector: Any, branch: str = "classification", num: int = 512, positive_fraction: float = 0.25
+    ) -> None:
+        head: Any = getattr(detector, "bbox_head", None)
+        _check_head(detector, head)
+        check_batch_augments(detector)
+        if branch not in CKD_BRANCHES:
+            raise StudentError(f"The branch is {branch!r}; expected one of {', '.join(CKD_BRANCHES)}.")
+        self.detector, self.head = detector, head
+        self.branch, self.num, self.positive_fraction = branch, num, positive_fraction
+        self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
+        self.channels = int(head.in_channels)
+        self.embedding_dim = int(head.feat_channels)
+        self.num_anchors = int(head.num_base_priors)
+        self.num_classes = int(head.num_classes)
+        self.class_agnostic = True
+        self.stage, self.weight = 0, 1.0  # a cascade of one
+
+    @contextmanager
+    def watch(self) -> Iterator["DenseLoss"]:
+        """Collect pyramid, features and outputs of the head while the detector makes them for its own loss.
+
+        Nothing is computed twice and no random number is drawn, so that the detector's own loss stays what it is.
+
+        Yields:
+            What is filled in by the forward pass.
+        """
+        own = DenseLoss(self)
+        loss_by_feat = self.head.loss_by_feat
+
+        def keep_outputs(scores: Sequence[Tensor], regression: Sequence[Tensor], *others: Any, **options: Any) -> Any:
+            own.scores, own.regression = list(scores), list(regression)
+            own.truths, own.metas = others[-3], others[-2]  # then those to ignore
+            return loss_by_feat(scores, regression, *others, **options)
+
+        hooks = [self.detector.neck.register_forward_hook(lambda _, inputs, levels: own.start(levels))]
+        for name, kept in (("cls_convs", own.classification), ("reg_convs", own.localization)):
+            last = getattr(self.head, name)[-1]
+            hooks.append(last.register_forward_hook(lambda _, inputs, level, kept=kept: kept.append(level)))
+        self.head.loss_by_feat = keep_outputs  # of this instance, until the loss is there
+        try:
+            yield own
+        finally:
+            del self.head.loss_by_feat
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def boxes(self, regression: Sequence[Tensor], image: int, size: tuple[int, int]) -> Tensor:
+        """All boxes that the head predicts in one image of the batch.
+
+        Args:
+            regression: Per level Tensor[B, A * E, h_l, w_l] as the head's forward gives it in training.
+            image: Which image of the batch.
+            size: `(h, w)` of that image without padding; boxes are clipped to it.
+
+        Returns:
+            Tensor[N, 4] float32 (x1, y1, x2, y2), N = A * sum of h_l * w_l: level, row, column, anchor.
+        """
+        head, parts = self.head, []
+        shapes = [level.shape[-2:] for level in regression]
+        with no_autocast(regression[0]):
+            levels = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=regression[0].device)
+            for level, priors, stride in zip(regression, levels, self.strides, strict=True):
+                encoded = level[image].float().permute(1, 2, 0)  # [h_l, w_l, A * E]
+                if hasattr(head, "integral"):
+                    encoded = head.integral(encoded) * stride
+                elif getattr(head, "norm_on_bbox", False) and head.training:
+                    encoded = encoded * stride
+                if isinstance(head.bbox_coder, DistancePointBBoxCoder) and priors.shape[1] == 4:
+                    priors = (priors[:, :2] + priors[:, 2:]) / 2
+                parts.append(head.bbox_coder.decode(priors, encoded.reshape(-1, 4)))
+        boxes: Tensor = clip_boxes_to_image(torch.cat(parts), size)
+        return boxes
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Tensor[R, K] of a sigmoid head, or [R, K + 1], as [R, K + 1] with background last."""
+        return torch.cat([scores, scores.new_zeros(len(scores), 1)], dim=1) if self.head.use_sigmoid_cls else scores
+
+
+def _check_head(detector: Any, head: Any) -> None:
+    if reason := dense_problem(detector, _FORWARD):
+        raise StudentError(
+            f"The student, of type {type(detector).__name__}, cannot be distilled: {reason}. Expected a two-stage "
+            "detector, or a single-stage one with a pyramid and the head of RetinaNet, FCOS, ATSS, GFL or PAA, with "
+            "convolutions in both branches."
+        )
+    kind, coder = type(head), getattr(head, "bbox_coder", None)
+    if not isinstance(coder, DeltaXYWHBBoxCoder | DistancePointBBoxCoder):
+        raise StudentError(
+            f"The student's {kind.__name__} encodes boxes by {type(coder).__name__}. Expected DeltaXYWHBBoxCoder or "
+            "DistancePointBBoxCoder."
+        )
+    if isinstance(head, PAAHead) and find_spec("sklearn") is None:
+        raise StudentError("PAA fits Gaussian mixtures with scikit-learn, which is missing: pip install scikit-learn")
+
+
+class DenseLoss:
+    """What a dense student made while it computed its own loss.
+
+    Attributes:
+        pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
+        classification: Per level Tensor[B, C, h_l, w_l], of the last convolution of the classification branch.
+        localization: The same of the localisation branch.
+        scores: Per level Tensor[B, A * K, h_l, w_l], class scores of the head.
+        regression: Per level Tensor[B, A * E, h_l, w_l], encoded boxes.
+        truths: Of each image, `bboxes` and `labels` of the ground truth, pixels of the network input.
+        metas: Of each image, `img_shape` among others.
+    """
+
+    def __init__(self, student: DenseStudent) -> None:
+        self._student = student
+        self.pyramid: list[Tensor] = []
+        self.classification: list[Tensor] = []
+        self.localization: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.regression: list[Tensor] = []
+        self.truths: Sequence[Any] = ()
+        self.metas: Sequence[Any] = ()
+
+    def start(self, levels: Sequence[Tensor]) -> None:
+        """Take in the pyramid, with which a forward pass of the head begins."""
+        self.pyramid[:] = levels
+        self.classification.clear()
+        self.localization.clear()
+
+    @property
+    def chosen(self) -> BatchRois:
+        """A sample of the predicted boxes, matched with the ground truth (G-DetKD, section 4.3.2).
+
+        Positive is an IoU of at least 0.5, as for other RoIs here (the paper: above). Boxes that clipping left empty
+        are none.
+        """
+        return self._sampled[0]
+
+    @property
+    def outputs(self) -> DenseOutputs:
+        """Of the student's head at these RoIs, part of the graph of its own loss."""
+        rois, predictions = self._sampled
+        return self._at(rois.rois[:, 0].long(), predictions)
+
+    @cached_property
+    def _sampled(self) -> tuple[BatchRois, Tensor]:
+        """The RoIs, and which prediction of its image each of them is, Tensor[R] int64."""
+        student = self._student
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())  # follows the seed of the step, and takes no number from it
+        rois, labels, positive, predictions = [], [], [], []
+        for image, truth in enumerate(self.truths):
+            boxes = self._boxes(image)
+            whole = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
+            sample = sample_rois(
+                boxes[whole],
+                len(whole),
+                getattr(truth.bboxes, "tensor", truth.bboxes),
+                truth.labels,
+                num=student.num,
+                positive_fraction=student.positive_fraction,
+                num_classes=student.num_classes,
+                generator=generator,
+            )
+            rois.append(torch.cat([sample.boxes.new_full((len(sample.rows), 1), image), sample.boxes], dim=1))
+            labels.append(sample.labels)
+            positive.append(sample.positive)
+            predictions.append(whole[sample.rows])
+        return BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(predictions)
+
+    def paired(self, rois: Tensor) -> tuple[Tensor, DenseOutputs]:
+        """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
+
+        The overlap of a pair is an IoU of at least 0.5.
+
+        Args:
+            rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
+
+        Returns:
+            Which of the RoIs found a partner, Tensor[R] bool, and the student's outputs at the partners of these.
+        """
+        images = rois[:, 0].long()
+        found, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
+        for image in range(len(self.truths)):
+            rows = (images == image).nonzero().squeeze(1)
+            found[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image))
+        return found, self._at(images[found], predictions[found])
+
+    def _boxes(self, image: int) -> Tensor:
+        return self._student.boxes(self.regression, image, self.metas[image]["img_shape"][:2])
+
+    def _at(self, images: Tensor, predictions: Tensor) -> DenseOutputs:
+        """The outputs of predictions Tensor[R] of images Tensor[R]; every level stays part of the graph."""
+        anchors, start, parts, order = self._student.num_anchors, 0, [], []
+        for level, scores in enumerate(self.scores):
+            end = start + anchors * scores.shape[2] * scores.shape[3]
+            rows = ((predictions >= start) & (predictions < end)).nonzero().squeeze(1)
+            image, local = images[rows], predictions[rows] - start
+            cell, anchor = local // anchors, local % anchors
+            of_class = scores.flatten(2).unflatten(1, (anchors, -1))[image, anchor, :, cell]  # [n, K]
+            parts.append((self._embeddings(level, image, cell), of_class, anchor))
+            order.append(rows)
+            start = end
+        embeddings, logits, which = (torch.cat(part) for part in zip(*parts, strict=True))
+        outputs = DenseOutputs(embeddings.float(), self._student.logits(logits.float()), which)
+        return outputs.select(torch.cat(order).argsort())
+
+    def _embeddings(self, level: int, image: Tensor, cell: Tensor) -> Tensor:
+        """Features of the chosen branch on a level, Tensor[n, C]."""
+        branch = self._student.branch
+        found = [
+            features[level].flatten(2)[image, :, cell]
+            for name, features in (("classification", self.classification), ("localization", self.localization))
+            if branch in (name, "combined")
+        ]
+        return torch.stack(found).sum(dim=0)

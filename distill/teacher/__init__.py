@@ -1,0 +1,1 @@
+"""What the teacher says at the boxes of a student."""

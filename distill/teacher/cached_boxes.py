@@ -1,0 +1,129 @@
+"""What a cache knows at a sample of its boxes of one image: which view, which boxes, and what is read of them."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, visible_boxes
+from kdpipe.distill.rois.sampling import assign_levels, sample_rois
+from kdpipe.distill.teacher.targets import RoiTargets
+
+
+def cached_view(spec: CacheSpec, matrix: npt.NDArray[np.float64]) -> tuple[str, bool]:
+    """Which of the cached views is nearest to what the student sees, and whether it has to be mirrored.
+
+    Raises:
+        ViewError: The student's view is rotated, sheared or upside down.
+    """
+    flipped = is_flipped(matrix)
+    view = "hflip" if flipped and "hflip" in spec.views else spec.views[0]
+    return view, flipped != (view == "hflip")
+
+
+def read_roi_targets(
+    cache: TeacherCache,
+    image_id: int,
+    matrix: npt.NDArray[np.float64],
+    size: tuple[int, int],
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    *,
+    needs: Collection[str],
+    num: int,
+    positive_fraction: float,
+    missing_view: str,
+    generator: torch.Generator,
+) -> RoiTargets:
+    """Sample cached boxes of one image and read what the losses need, and nothing else.
+
+    Where the losses look at RoI features that the cache holds of a few boxes, positives are drawn from these.
+
+    Args:
+        cache: The teacher's cache.
+        image_id: COCO image id.
+        matrix: `[3, 3]` original pixels -> the student's network input.
+        size: `(h, w)` of the student's network input without padding.
+        gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
+        gt_labels: Tensor[G] int64.
+        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
+        num: RoIs to sample.
+        positive_fraction: Largest share of positives.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+        generator: Source of randomness.
+
+    Raises:
+        CacheError: The image is not in the cache, or its data is damaged.
+        ViewError: The student's view is rotated, sheared or upside down.
+    """
+    spec = cache.spec
+    view, mirrored = cached_view(spec, matrix)
+    if mirrored and missing_view == "skip":
+        return _no_rois(spec, needs)
+
+    stored = "features" in needs and "roi_features" in spec.fields
+    fields = [name for name in ("logits", "deltas", "embeddings") if name in needs]
+    known = cache.targets(image_id, view, fields=["boxes", *fields, *(["roi_features"] * stored)])
+    boxes = map_boxes(known.boxes, matrix)
+    visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
+    sample = sample_rois(
+        boxes[visible],
+        int((visible < known.num_proposals).sum()),
+        gt_boxes,
+        gt_labels,
+        num=num,
+        positive_fraction=positive_fraction,
+        num_classes=spec.num_classes,
+        generator=generator,
+        eligible=None if known.roi_rows is None else torch.isin(visible, known.roi_rows),
+    )
+    rows = visible[sample.rows]
+    num_positive = int(sample.positive.sum())
+    deltas = _at(known.deltas, rows)
+    if deltas is not None and mirrored:
+        deltas = mirror_deltas(deltas)
+    targets = RoiTargets(
+        boxes=sample.boxes,
+        labels=sample.labels,
+        num_positive=num_positive,
+        view="mirrored" if mirrored else "exact",
+        logits=_at(known.logits, rows),
+        deltas=deltas,
+        embeddings=_at(known.embeddings, rows),
+        embedding_scale=_at(known.embedding_scale, rows),
+    )
+    positives = rows[:num_positive]
+    if known.roi_rows is not None:
+        objects = torch.searchsorted(known.roi_rows.long(), positives)
+        features, scale = _at(known.roi_features, objects), _at(known.roi_scale, objects)
+        return replace(targets, features=features, feature_scale=scale)
+    if "features" not in needs:
+        return targets
+    teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
+    levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
+    teacher = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
+    return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)
+
+
+def _at(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Rows of what was read; None where nothing was."""
+    return None if values is None else values[rows]
+
+
+def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
+    """The targets of an image that has none."""
+    classes = 1 if spec.class_agnostic else spec.num_classes
+    return RoiTargets(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        num_positive=0,
+        view="skipped",
+        logits=torch.zeros(0, spec.num_classes + 1) if "logits" in needs else None,
+        deltas=torch.zeros(0, classes, 4) if "deltas" in needs else None,
+        embeddings=torch.zeros(0, spec.embedding_dim) if "embeddings" in needs else None,
+    )

@@ -1,0 +1,1 @@
+"""The teacher's box heads, frozen, from the weights in a cache."""

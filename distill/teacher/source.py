@@ -1,0 +1,90 @@
+"""Where a training gets what the teacher says: one interface; the cache is one source, a live teacher another."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.cache.views import map_boxes
+from kdpipe.distill.methods import missing_levels
+from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher, read_teacher_view
+from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.targets import BatchRois, RoiTargets
+
+# A head that is rebuilt rightly gives what is cached but for the storage type, which costs about 1 % (int8).
+_HEAD_TOLERANCE = 0.1
+
+
+class TeacherSource(Protocol):
+    """Where targets come from."""
+
+    def head_state(self) -> Mapping[str, Tensor]:
+        """Weights of the teacher's RPN and RoI head, float32, by their names in its state dict."""
+
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+        """What there is of each image of a batch, on a device.
+
+        Args:
+            data: The batch as the data loader gives it, its images still as the training pipeline left them.
+            device: Where the student is.
+
+        Returns:
+            `RoiTargets` at RoIs that were chosen before, or a `TeacherView` that can be asked about any.
+        """
+
+
+class CachedTeacher:
+    """Targets that loader workers read from a cache (`AddTeacherTargets`), and the head that lies in it.
+
+    Args:
+        cache: Path of the cache.
+    """
+
+    def __init__(self, cache: str) -> None:
+        self.cache = cache
+
+    def head_state(self) -> Mapping[str, Tensor]:
+        return open_cache(self.cache, allow_partial=True).head()
+
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+        return [target.to(device) for target in data.get("targets", ())]
+
+
+def check_serves_student_rois(cache: TeacherCache) -> None:
+    """Make sure that a cache can say what the teacher says of any box: it has pyramid and head, and these agree.
+
+    Raises:
+        TeacherHeadError: It cannot; the message says why.
+        CacheError: The targets of its first image are damaged.
+    """
+    spec = cache.spec
+    if "features" not in spec.fields:
+        raise TeacherHeadError(f"its tier {spec.tier!r} holds no feature pyramid (--targets pyramid does)")
+    if missing := missing_levels(spec, spec.head_levels):
+        raise TeacherHeadError(f"its pyramid lacks {missing}, which the teacher's RoI head reads (--levels)")
+    try:
+        head = frozen_head(cache.head(), spec)
+    except CacheError as error:
+        raise TeacherHeadError(str(error)) from error
+    with_boxes = (image_id for image_id in cache.image_ids.tolist() if cache.index(image_id, spec.views[0]).num_rois)
+    for image_id in itertools.islice(with_boxes, 1):
+        known = cache.targets(image_id, spec.views[0], fields=("logits",))
+        view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
+        boxes = map_boxes(known.boxes, known.matrix)
+        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
+        every = torch.ones(len(rois), dtype=torch.bool)
+        found = ask_teacher([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
+        assert found is not None
+        assert known.logits is not None
+        wanted = known.logits.float()
+        off = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        if not off <= _HEAD_TOLERANCE:
+            raise TeacherHeadError(
+                "the box head in it, applied to the pyramid, does not give the logits that it holds "
+                f"(image {image_id}: {100 * off:.3g} % off): this teacher's head sees more than its pyramid"
+            )

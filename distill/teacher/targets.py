@@ -1,0 +1,196 @@
+"""What a student is shown: RoIs in its own view, and what the teacher said of them."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdpipe.cache.quantize import dequantize, dequantize_rows
+from kdpipe.cache.records import TeacherTargets
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.views import mirror_features
+from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
+
+MISSING_VIEWS = ("mirror", "skip")
+ROIS = ("teacher", "student")
+_OF_PREDICTION = ("logits", "deltas")
+
+
+@dataclass(frozen=True)
+class BatchRois:
+    """R RoIs of a batch; those of an image lie together, its positives first.
+
+    Attributes:
+        rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.
+        labels: Tensor[R] int64, number of classes = background.
+        positive: Tensor[R] bool.
+    """
+
+    rois: Tensor
+    labels: Tensor
+    positive: Tensor
+
+    def select(self, rows: Tensor) -> "BatchRois":
+        """Those of a mask or of row numbers."""
+        return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What a box head says of R RoIs.
+
+    Attributes:
+        embeddings: Tensor[R, D], input of the classifier layer.
+        logits: Tensor[R, K + 1], background last.
+        deltas: Tensor[R, K or 1, 4], normalised by the box coder of that head.
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    deltas: Tensor
+
+    def select(self, rows: Tensor) -> "HeadOutputs":
+        """Those of a mask or of row numbers."""
+        return HeadOutputs(self.embeddings[rows], self.logits[rows], self.deltas[rows])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher says of the RoIs of a batch, in the student's orientation. What no loss asks for is None.
+
+    Attributes:
+        features: Tensor[P, C, size, size] float32, RoI features of the positives.
+        embeddings: Tensor[R, D].
+        logits: Tensor[R, K + 1], background last.
+        deltas: Tensor[R, K or 1, 4], normalised by the teacher's box coder.
+    """
+
+    features: Tensor | None = None
+    embeddings: Tensor | None = None
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Answers":
+        """The features as they are, and the rest at a mask or at row numbers."""
+        of_head = {name: getattr(self, name) for name in ("embeddings", "logits", "deltas")}
+        return replace(self, **{name: value[rows] for name, value in of_head.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class RoiTargets:
+    """S sampled RoIs of one image; the P positives come first.
+
+    Attributes:
+        boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), pixels of the student's network input.
+        labels: Tensor[S] int64, number of classes = background.
+        num_positive: P.
+        view: `exact`, `mirrored` or `skipped` (S = 0).
+        logits: Tensor[S, K + 1] in storage type, or None.
+        deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
+        embeddings: Tensor[S, D] in storage type, or None.
+        embedding_scale: Tensor[S] float32 of int8 embeddings, or None.
+        features: Tensor[P, C, size, size] in storage type, the teacher's of the positives in its own orientation, where
+            they are known already.
+        feature_scale: Tensor[P, C] of int8 features, or None.
+        teacher: The pyramid that the teacher's features of the positives come from, where they are not.
+        teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    num_positive: int
+    view: str
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+    embeddings: Tensor | None = None
+    embedding_scale: Tensor | None = None
+    features: Tensor | None = None
+    feature_scale: Tensor | None = None
+    teacher: TeacherTargets | None = None
+    teacher_boxes: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "RoiTargets":
+        """The same on another device; stored types stay as they are, int8 included."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RoiTargets":
+        """The same in page-locked memory; torch's DataLoader calls this."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+Targets = TypeVar("Targets")
+
+
+def map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets:
+    """Apply a function to every tensor of a dataclass, and of the dataclasses and tuples inside it."""
+    changed: dict[str, object] = {}
+    for field in fields(value):  # type: ignore[arg-type]
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            changed[field.name] = function(item)
+        elif isinstance(item, TeacherTargets):
+            changed[field.name] = map_tensors(item, function)
+        elif isinstance(item, tuple) and any(isinstance(part, Tensor) for part in item):
+            changed[field.name] = tuple(function(part) if isinstance(part, Tensor) else part for part in item)
+    return replace(value, **changed)  # type: ignore[type-var]
+
+
+def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tensor:
+    """The teacher's RoI features of the positives of a batch, in the student's orientation.
+
+    By RoIAlign on the cached pyramids with the teacher's own extractor settings, or as cached in the `objects` tier.
+
+    Args:
+        targets: Of each image.
+        spec: What the teacher is.
+
+    Returns:
+        Tensor[P, C, size, size] float32 on the targets' device.
+    """
+    stored: dict[int, StoredPyramid] = {}
+    rois = [targets[0].boxes.new_zeros(0, 5)]
+    for index, target in enumerate(targets):
+        teacher, boxes = target.teacher, target.teacher_boxes
+        if target.num_positive and boxes is not None and teacher is not None and teacher.features is not None:
+            stored[index] = teacher.features, teacher.scale
+            rois.append(functional.pad(boxes, (1, 0), value=index))
+    asked = torch.cat(rois)
+    pooled = TeacherPyramids(stored, spec).roi_align(asked)
+    parts = []
+    for index, target in enumerate(targets):
+        features = target.features
+        if features is None:
+            features = pooled[asked[:, 0] == index]  # none where there is no pyramid
+        elif target.feature_scale is not None:
+            features = dequantize(features, target.feature_scale)
+        features = features.float()
+        parts.append(mirror_features(features) if target.view == "mirrored" else features)
+    return torch.cat(parts)
+
+
+def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collection[str]) -> tuple[BatchRois, Answers]:
+    """The RoIs of a batch, and what the teacher said of them.
+
+    Args:
+        targets: Of each image.
+        spec: Of the cache that they came from.
+        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
+    """
+    image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
+    boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
+    positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(boxes.device)
+    rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
+    with no_autocast(boxes):  # float16 as it is stored: bfloat16 autocast on the CPU refuses that in `cat`
+        said: dict[str, Tensor] = {
+            name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name in _OF_PREDICTION
+        }
+        if "embeddings" in needs:
+            known = [(x.embeddings, x.embedding_scale) for x in targets if x.embeddings is not None]
+            said["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in known])
+    if "features" in needs:
+        said["features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
+    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)

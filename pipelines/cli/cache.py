@@ -1,0 +1,212 @@
+"""Commands that make caches and look into them: `cache-teacher`, `verify`, `inspect`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from kdpipe.cache.spec import CODECS, DEFAULT_DTYPE, DTYPES, TIERS, VIEWS
+from kdpipe.pipelines.cli.options import (
+    COUNT,
+    IMAGE_ID,
+    LEVELS,
+    PATH,
+    PLACE,
+    PROPOSALS,
+    Bytes,
+    Choices,
+    Scale,
+    data_options,
+    store_option,
+    trust_option,
+)
+from kdpipe.pipelines.runtime.console import bytes_text, command_console
+
+__all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
+
+
+@click.command("cache-teacher")
+@click.option("--ckpt", type=PATH, required=True, help="The teacher's checkpoint.")
+@click.option("--config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
+@data_options
+@click.option("--out", type=PLACE, help="The cache; may be s3://bucket/path, ... Default: named after the data set.")
+@store_option
+@click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default=DEFAULT_DTYPE, show_default=True, help="How features are kept."
+)
+@click.option("--levels", type=LEVELS, help="Kept of the pyramid, such as P3,P4,P5,P6 (P2 has stride 4). Default: all.")
+@click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
+@click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 256 for objects.")
+@click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
+@click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
+@click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
+@click.option("--limit", type=COUNT, help="Only the first N images.")
+@click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
+@click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
+@click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
+@trust_option
+def cache_teacher_command(
+    ckpt: Path,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    strict_data: bool,
+    out: str | None,
+    store_options: dict[str, str],
+    tier: str,
+    dtype: str,
+    codec: str,
+    levels: tuple[str, ...] | None,
+    proposals: int | None,
+    scale: tuple[int, int] | None,
+    views: tuple[str, ...],
+    part_size: int,
+    limit: int | None,
+    device: str | None,
+    skip_bad_images: bool,
+    dry_run: bool,
+    trust: bool,
+) -> None:
+    """Run the teacher once over a data set and keep what it says.
+
+    Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
+    the work.
+    """
+    from kdpipe.cache.store.location import open_location
+    from kdpipe.pipelines.commands.cache_teacher import cache_teacher
+    from kdpipe.pipelines.commands.dry_run import estimate, print_estimate
+    from kdpipe.pipelines.data.find import find_data, torch_device
+    from kdpipe.pipelines.data.report import report_data
+    from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
+    from kdpipe.pipelines.runtime.ranks import Ranks
+    from kdpipe.pipelines.teacher.setup import CacheOptions, prepare_teacher, with_classes
+    from kdpipe.pipelines.teacher.teacher import teacher_config
+
+    console = command_console()
+    location = None if out is None else open_location(out, store_options)
+    try:
+        with Ranks.launched() as ranks:
+            checkpoint = load_checkpoint(ckpt, trust=trust)
+            cfg = teacher_config(checkpoint, config)
+            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, limit=limit)
+            location = location or open_location(source.cache_path(), store_options)
+            options = CacheOptions(
+                tier=tier,
+                dtype=dtype,
+                codec=codec,
+                levels=levels,
+                proposals=proposals,
+                views=views,
+                scale=scale,
+                part_size=part_size,
+                skip_bad_images=skip_bad_images,
+                strict_data=strict_data,
+            )
+            if dry_run:
+                teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
+                spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
+                report_data(data, console, trained=True, strict=strict_data)
+                costs = estimate(teacher, data, data.images, spec)
+                print_estimate(console, costs, spec, len(data.images), location)
+                return
+            result = cache_teacher(
+                checkpoint,
+                cfg,
+                source,
+                location,
+                options,
+                device=torch_device(device),
+                console=console,
+                ranks=ranks,
+            )
+    except KeyboardInterrupt:
+        console.print("Stopped. What is cached is valid; the same command goes on from there.")
+        raise
+    console.print(
+        f"{result.location}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
+        f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes), and "
+        f"{bytes_text(result.head_bytes)} of the teacher's heads; "
+        f"{result.new_images} new images in {result.seconds:.1f} s"
+    )
+
+
+@click.command("verify")
+@click.argument("cache", metavar="CACHE", type=PLACE)
+@store_option
+@click.option("--repair", is_flag=True, help="Remove what is bad, so that cache-teacher makes it anew.")
+@click.option("--ckpt", type=PATH, help="The teacher: compare with what it says of some images.")
+@click.option("--config", help="Its config: a zoo name, or a file. Default: the one that the cache records.")
+@click.option("--sample", type=COUNT, default=16, show_default=True, help="How many images, with --ckpt.")
+@click.option("--device", help="Where the teacher runs. Default: cuda where there is one, else cpu.")
+@click.option("--ap", is_flag=True, help="Compute the teacher's AP from the cache alone.")
+@data_options
+@trust_option
+def verify_command(
+    cache: str,
+    store_options: dict[str, str],
+    repair: bool,
+    ckpt: Path | None,
+    config: str | None,
+    sample: int,
+    device: str | None,
+    ap: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    strict_data: bool,
+    trust: bool,
+) -> None:
+    """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not.
+
+    Where its images are at hand, they are compared with those that the teacher saw.
+    """
+    from kdpipe.cache.store.location import open_location
+    from kdpipe.pipelines.commands.verify import check_ckpt, verify_files, verify_teacher
+    from kdpipe.pipelines.data.picture_comparison import verify_pictures
+
+    console = command_console(shared=False)
+    location = open_location(cache, store_options)
+    if ckpt is not None:
+        check_ckpt(ckpt, config, device, trust=trust)
+    good = verify_files(location, repair=repair, console=console)
+    if good:
+        good = verify_pictures(location, img_dir=img_dir, voc=voc, console=console)
+    if good and (ckpt is not None or ap):
+        good = verify_teacher(
+            location,
+            ckpt,
+            config=config,
+            sample=sample,
+            device=device,
+            ap=ap,
+            ann_file=ann_file,
+            img_dir=img_dir,
+            voc=voc,
+            split=split,
+            strict_data=strict_data,
+            trust=trust,
+            console=console,
+        )
+    sys.exit(0 if good else 1)
+
+
+@click.command("inspect")
+@click.argument("cache", metavar="CACHE", type=PLACE)
+@store_option
+@click.option("--image", type=IMAGE_ID, help="Show what is kept of the image with this id.")
+@click.option("--view", type=click.Choice(VIEWS), help="In this view. Default: the first of the cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect_command(
+    cache: str, store_options: dict[str, str], image: int | None, view: str | None, as_json: bool
+) -> None:
+    """Show what a cache is, what it holds, how large it is, and which losses it serves."""
+    from kdpipe.cache.store.location import open_location
+    from kdpipe.pipelines.commands.inspect import inspect_cache
+
+    inspect_cache(
+        open_location(cache, store_options), image, view, as_json=as_json, console=command_console(shared=False)
+    )

@@ -1,0 +1,142 @@
+"""The command line: `kdpipe cache-teacher`, `train-student`, `train-teacher`, `evaluate`, `verify`, `inspect`, ..."""
+
+import os
+import signal
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.cli.cache import cache_teacher_command, inspect_command, verify_command
+from kdpipe.pipelines.cli.options import PATH
+from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
+from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
+from kdpipe.pipelines.runtime.launch import ToldError, find_launch, is_first
+
+__all__ = ["main"]
+
+EXIT_ERROR, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 3, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Show tracebacks and warnings.")
+@click.version_option(version("kdpipe"), prog_name="kdpipe")
+def cli(debug: bool) -> None:
+    """Distil object detectors offline: cache the teacher once, then train any number of students from the cache."""
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise KdpipeError(
+            f"The current folder cannot be used ({error.strerror}): it was deleted or moved. Go to another one (cd)."
+        ) from error
+
+
+@cli.command("doctor")
+def doctor_command() -> None:
+    """Show versions, devices and mmcv's ops, and what is wrong with them."""
+    from kdpipe.pipelines.commands.doctor import run_doctor
+
+    sys.exit(run_doctor(command_console(shared=False)))
+
+
+@cli.command("demo")
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for what it makes.")
+@click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
+def demo_command(out: Path, fresh: bool) -> None:
+    """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
+    launch = find_launch(os.environ)
+    if launch.size > 1:
+        raise KdpipeError(
+            f"The demo runs in one process, and this is one of {launch.size}. Start it without torchrun and srun; "
+            f"where it is alone, unset {' and '.join(launch.variables)}."
+        )
+    from kdpipe.pipelines.demo.run import run_demo
+
+    run_demo(out, fresh=fresh, console=command_console())
+
+
+for command in (
+    cache_teacher_command,
+    train_student_command,
+    train_teacher_command,
+    evaluate_command,
+    verify_command,
+    inspect_command,
+):
+    cli.add_command(command)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: files are left whole, helper processes are ended."""
+    stop.ask()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: one message and an exit code for whatever goes wrong; `--debug` shows where.
+
+    Exit codes: 0 done, 1 the input or the machine, 2 the command line, 3 a fault of kdpipe, 130 interrupted.
+    """
+    args = sys.argv[1:] if args is None else args
+    stop.forget()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
+    # torch is not loaded yet; it would print its C++ stack where the connection to another process ends
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with robust_output():
+        _run(args, debug="--debug" in args)
+
+
+def _run(args: list[str], *, debug: bool) -> None:
+    try:
+        cli.main(args, prog_name="kdpipe", standalone_mode=False)
+    except click.ClickException as error:
+        if is_first():
+            error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        if is_first():
+            click.echo("Interrupted.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except ToldError:
+        sys.exit(EXIT_ERROR)
+    except Exception as error:
+        if debug:
+            raise
+        told = _user_message(error)
+        if told is None:
+            told = f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where."
+            click.echo(told, err=True)
+            sys.exit(EXIT_INTERNAL)
+        click.echo(f"Error: {told}", err=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to say of an error that is the input's or the machine's; None for a fault of kdpipe."""
+    if isinstance(error, KdpipeError | OSError):
+        return error_text(error)
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"A path or name cannot be written as UTF-8: {ascii(error.object)[1:-1][:200]}. Give it a name in UTF-8, "
+            "or where it is one, set PYTHONUTF8=1."
+        )
+    text = (error_text(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            f"There is too little memory ({text or 'of this machine'}). Use a smaller --scale or --batch-size, fewer "
+            "--workers, or a machine or device (--device) with more of it."
+        )
+    return None
+
+
+if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        # `python -m` looks into the current folder first, where a clone of mmdetection would hide what is installed
+        del sys.path[0]
+    main()

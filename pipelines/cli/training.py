@@ -1,0 +1,277 @@
+"""Commands that train and measure detectors: `train-student`, `train-teacher`, `evaluate`."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kdpipe.pipelines.cli.options import (
+    BATCH,
+    EPOCHS,
+    PATH,
+    PLACE,
+    Scale,
+    data_options,
+    skip_option,
+    store_option,
+    training_options,
+    trust_option,
+    val_options,
+)
+from kdpipe.pipelines.runtime.console import command_console
+from kdpipe.pipelines.runtime.launch import trained_together
+
+__all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
+
+DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
+
+
+@click.command("train-student")
+@click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ...")
+@store_option
+@click.option("--teacher-ckpt", type=PATH, help="In place of a cache: the teacher, which runs in every step.")
+@click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
+@click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
+@click.option(
+    "--methods",
+    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
+    "teacher or student gives one box for all classes.",
+)
+@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: those of --schedule or --recipe.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["1x", "2x-ms"]),
+    default="1x",
+    show_default=True,
+    help="12 epochs, or 24 with multi-scale.",
+)
+@click.option(
+    "--rois",
+    type=click.Choice(["teacher", "student"]),
+    help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
+)
+@click.option(
+    "--ckd-branch",
+    type=click.Choice(["classification", "localization", "combined"]),
+    help="Branch of a dense student's head that ckd compares. Default: classification.",
+)
+@click.option(
+    "--missing-view",
+    type=click.Choice(["mirror", "skip"]),
+    help="Flipped images of which that view is not cached: mirrored targets (default), or none.",
+)
+@click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
+@training_options
+@data_options
+@val_options
+@skip_option
+@trust_option
+@trained_together
+def train_student_command(
+    cache: str | None,
+    store_options: dict[str, str],
+    teacher_ckpt: Path | None,
+    teacher_config: str | None,
+    student: str,
+    methods: str | None,
+    epochs: int | None,
+    schedule: str,
+    rois: str | None,
+    ckd_branch: str | None,
+    missing_view: str | None,
+    allow_partial: bool,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    val_ann_file: Path | None,
+    val_img_dir: Path | None,
+    val_split: str | None,
+    trust: bool,
+    **training: Any,
+) -> None:
+    """Train a student from a cache. Nothing of the teacher is needed.
+
+    Images and annotations are those that the cache names; --ann-file and --img-dir, or --voc, say where they moved.
+    With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
+    """
+    from kdpipe.cache.read.reader import open_cache
+    from kdpipe.cache.store.location import open_location, share_location
+    from kdpipe.distill.methods import expand_methods
+    from kdpipe.pipelines.commands.train_student import train_student
+    from kdpipe.pipelines.data.find import cached_source, training_data
+    from kdpipe.pipelines.detectors.configs import find_config
+    from kdpipe.pipelines.teacher.online import online_teacher
+    from kdpipe.pipelines.training.config import SCHEDULES
+    from kdpipe.pipelines.training.student_choices import choose_methods
+
+    console = command_console()
+    teacher: Any
+    if (cache is None) == (teacher_ckpt is None):
+        raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
+    for option, idle, of in (
+        ("--missing-view", missing_view is not None and cache is None, "--cache"),
+        ("--allow-partial", allow_partial and cache is None, "--cache"),
+        ("--store-option", store_options and cache is None, "--cache"),
+        ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
+    ):
+        if idle:
+            raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
+    config = find_config(student)
+    asked = None if methods is None else [name.strip() for name in methods.split(",")] if methods != "none" else []
+    expand_methods(asked or [], "roi_head" not in config.model)  # a wrong name is told before a teacher is loaded
+    source: Any
+    if cache is not None:
+        location = open_location(cache, store_options)
+        share_location(location)
+        teacher = open_cache(location, allow_partial=allow_partial)
+        source = cached_source(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    elif teacher_ckpt is not None:
+        teacher, source = online_teacher(
+            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, trust=trust
+        )
+    chosen = choose_methods(asked, config, training["options"], teacher.spec, console)
+    named = Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}"
+    work_dir = training.pop("work_dir") or named
+    resume = training.pop("resume")
+    training["scale"] = training["scale"] or teacher.spec.scale
+    multi_scale = schedule == "2x-ms"
+    recipe = _recipe(config, epochs=epochs, default_epochs=SCHEDULES[schedule], multi_scale=multi_scale, **training)
+    result = train_student(
+        config,
+        teacher,
+        partial(training_data, source, val_ann_file, val_img_dir, val_split),
+        chosen,
+        recipe,
+        work_dir,
+        rois=rois,
+        ckd_branch=ckd_branch,
+        missing_view=missing_view or "mirror",
+        resume=resume,
+        console=console,
+    )
+    _report(console, result)
+
+
+@click.command("train-teacher")
+@click.option("--config", required=True, help="mmdet config: a zoo name, or a file.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: 12, or the --recipe's.")
+@training_options
+@data_options
+@val_options
+@skip_option
+@trained_together
+def train_teacher_command(
+    config: str,
+    epochs: int | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    val_ann_file: Path | None,
+    val_img_dir: Path | None,
+    val_split: str | None,
+    **training: Any,
+) -> None:
+    """Train a plain detector, for those who have no teacher for their data yet."""
+    from kdpipe.pipelines.data.find import DataSource, training_data
+    from kdpipe.pipelines.detectors.configs import find_config
+    from kdpipe.pipelines.training.run import train_detector
+
+    console = command_console()
+    if voc is None and (ann_file is None or img_dir is None):
+        raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
+    found = find_config(config)
+    load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir, val_split)
+    work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
+    resume = training.pop("resume")
+    recipe = _recipe(found, epochs=epochs, default_epochs=12, **training)
+    _report(console, train_detector(found, load_data, recipe, work_dir, resume=resume, console=console))
+
+
+@click.command("evaluate")
+@click.option("--ckpt", type=PATH, required=True, help="Checkpoint of any mmdet detector.")
+@click.option("--config", help="Its config: a zoo name, or a file. Default: the checkpoint's own.")
+@data_options
+@click.option("--scale", type=Scale(), help="Network input. Default: the config's test scale.")
+@click.option("--batch-size", type=BATCH, default=1, show_default=True)
+@skip_option
+@trust_option
+def evaluate_command(
+    ckpt: Path,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    strict_data: bool,
+    scale: tuple[int, int] | None,
+    batch_size: int,
+    skip_bad_images: bool,
+    trust: bool,
+) -> None:
+    """Print the COCO AP of a checkpoint."""
+    from kdpipe.pipelines.commands.evaluate import evaluate, metrics_table
+
+    console = command_console(shared=False)
+    metrics = evaluate(
+        ckpt,
+        config=config,
+        ann_file=ann_file,
+        img_dir=img_dir,
+        voc=voc,
+        split=split,
+        scale=scale,
+        batch_size=batch_size,
+        trust=trust,
+        strict_data=strict_data,
+        skip_bad_images=skip_bad_images,
+        console=console,
+    )
+    console.print(metrics_table(metrics))
+
+
+def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **values: Any) -> Any:
+    from kdpipe.pipelines.detectors.configs import apply_known_options
+    from kdpipe.pipelines.training.config import Recipe
+    from kdpipe.pipelines.training.optimisers import check_own_recipe, own_epochs
+
+    config = apply_known_options(config, values["options"])
+    _refuse_contradictions(config, values)
+    if values["batch_size"] is None:
+        values["batch_size"] = (config.get("train_dataloader") or {}).get("batch_size", 2)
+    if values["seed"] is None:
+        values["seed"] = (config.get("randomness") or {}).get("seed") or 0
+    if values["source"] == "config":
+        check_own_recipe(config, values["epochs"], values["lr"], values["amp"], multi_scale)
+        default_epochs = own_epochs(config)
+    values["epochs"] = values["epochs"] or default_epochs
+    return Recipe(multi_scale=multi_scale, **values)
+
+
+def _refuse_contradictions(config: Any, values: Mapping[str, Any]) -> None:
+    """Refuse an option and an override of the config that say different things of one matter."""
+    given = {option.partition("=")[0].strip() for option in values["options"]}
+    for name, flag, key in (
+        ("epochs", "--epochs", "train_cfg.max_epochs"),
+        ("batch_size", "--batch-size", "train_dataloader.batch_size"),
+        ("lr", "--lr", "optim_wrapper.optimizer.lr"),
+        ("seed", "--seed", "randomness.seed"),
+    ):
+        if key in given and values[name] is not None:
+            section, _, rest = key.partition(".")
+            other: Any = config.get(section) or {}
+            for part in rest.split("."):
+                other = other.get(part)
+            if other is not None and other != values[name]:
+                raise click.UsageError(f"{flag} {values[name]} and -o {key}={other} contradict each other: give one.")
+
+
+def _report(console: Console, result: Any) -> None:
+    ap = "AP not measured" if result.ap is None else f"AP {result.ap:.3f}"
+    pace = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.2f} s per step"
+    console.print(f"{result.checkpoint}: {ap}{pace}")

@@ -1,0 +1,139 @@
+"""`kdpipe evaluate`: the COCO AP of a checkpoint."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.data.checked_dataset import CheckedDataset
+from kdpipe.pipelines.data.class_matching import match_classes
+from kdpipe.pipelines.data.find import named_data
+from kdpipe.pipelines.data.picture_checks import usable_images
+from kdpipe.pipelines.data.report import report_data
+from kdpipe.pipelines.detectors.building import building
+from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names, load_checkpoint, load_strict
+from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config, set_num_classes
+from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, kept_ratio_scale, test_steps
+from kdpipe.pipelines.runtime.console import silent_stdout
+from kdpipe.pipelines.training.config import set_validation
+from kdpipe.pipelines.training.progress import AP_NAMES, ProgressHook, coco_metrics
+from kdpipe.pipelines.training.reading import pipeline_decoding
+from kdpipe.pipelines.training.runner import QuietRunner
+
+__all__ = ["evaluate", "metrics_table"]
+
+_TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
+
+
+def evaluate(
+    ckpt: Path,
+    *,
+    config: str | None,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+    scale: tuple[int, int] | None,
+    batch_size: int,
+    trust: bool,
+    strict_data: bool = False,
+    console: Console,
+    skip_bad_images: bool = False,
+) -> dict[str, float]:
+    """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
+
+    Args:
+        ckpt: Checkpoint of any mmdet detector.
+        config: Its config; None reads it from the checkpoint.
+        ann_file: COCO JSON; None takes the validation images of the config.
+        img_dir: Folder of the images.
+        voc: Pascal VOC folder, in place of both.
+        split: Its image set.
+        scale: `(w, h)` of the network input; None takes the config's.
+        batch_size: Images per forward pass.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+        strict_data: Refuse annotations of which some would be left out.
+        console: Where progress is shown.
+        skip_bad_images: Measure without images that cannot be read or are not as annotated.
+
+    Returns:
+        mmdet's metric names without prefix (`bbox_mAP`, ...) -> value.
+
+    Raises:
+        KdpipeError: Bad checkpoint, config or data.
+    """
+    checkpoint = load_checkpoint(ckpt, trust=trust)
+    cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
+    if cfg is None:
+        raise KdpipeError(f"{ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
+    if voc is not None and split is None:
+        raise KdpipeError("--voc needs --split here: which image set is AP measured on?")
+    if ann_file is None and img_dir is None and voc is None:
+        paths = dataset_paths(cfg, "val")
+        if paths is None or not paths[0].exists():
+            raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
+        ann_file, img_dir = paths
+    known = class_names(checkpoint)
+    model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
+    data = named_data(ann_file, img_dir, voc=voc, split=split)
+    if known is not None:
+        data = match_classes(data, known, f"the checkpoint {ckpt.name}")
+    report_data(data, console, trained=False, strict=strict_data)
+    skip = skip_bad_images and not strict_data
+    decoding = pipeline_decoding(test_steps(cfg))
+    data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), decoding=decoding, skip=skip)
+    if model is None:
+        model = _detector(cfg, checkpoint, len(data.class_names))
+    loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
+    with tempfile.TemporaryDirectory() as folder, silent_stdout():
+        data = data.copied_to(Path(folder) / "annotations.json")
+        data.write_copy()
+        if cfg.get("test_dataloader"):  # what teachers are cached with; the one for validation may be another
+            cfg.val_dataloader = cfg.test_dataloader
+        set_validation(cfg, data, scale, batch_size, loader)
+        cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
+        runner = QuietRunner(
+            model=model,
+            work_dir=folder,
+            test_dataloader=cfg.test_dataloader,
+            test_evaluator=cfg.test_evaluator,
+            test_cfg=cfg.test_cfg,
+            default_scope="mmdet",
+            experiment_name="evaluate",
+        )
+        progress = ProgressHook(console, "evaluate")
+        runner.register_hook(progress)
+        try:
+            metrics = runner.test()
+        finally:
+            progress.close()
+    return coco_metrics(metrics)
+
+
+def _detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
+    """The detector with its weights.
+
+    Raises:
+        KdpipeError: It cannot be built, or the weights are not its.
+    """
+    register_all_modules(init_default_scope=True)
+    set_num_classes(cfg.model, num_classes)
+    with building("The detector"):
+        model = MODELS.build(cfg.model)
+    load_strict(model, checkpoint.state_dict, path=checkpoint.path)
+    return model
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """AP over IoU and over object sizes."""
+    table = Table(*_TITLES)
+    table.add_row(*(f"{metrics[name]:.3f}" for name in AP_NAMES))
+    return table

@@ -1,0 +1,272 @@
+"""`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from rich.console import Console
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.identity import difference
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
+from kdpipe.distill.teacher.source import CachedTeacher
+from kdpipe.pipelines.data.class_matching import match_classes
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.mask_check import check_masks
+from kdpipe.pipelines.data.provenance import recorded
+from kdpipe.pipelines.detectors.configs import apply_known_options, set_num_classes
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries
+from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.training.config import Recipe, detector_config, with_overrides, world_size
+from kdpipe.pipelines.training.data import innermost, with_filter
+from kdpipe.pipelines.training.distill_options import distill_options, other_options, unused_options
+from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
+from kdpipe.pipelines.training.recipe import check_resumed, plain_values, training_record
+from kdpipe.pipelines.training.replaced import report_replaced
+from kdpipe.pipelines.training.run import TrainingResult, run_training, training_copies
+from kdpipe.pipelines.training.student_check import build_detector, check_hooks, check_student
+from kdpipe.pipelines.training.student_choices import teacher_name, who_chooses_rois
+from kdpipe.pipelines.training.transform_types import check_named
+from kdpipe.pipelines.training.transforms import AddTeacherTargets, with_teacher_targets
+from kdpipe.pipelines.training.work_dir import WorkDir
+
+__all__ = ["check_data", "train_student"]
+
+
+def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
+    """Refuse images and annotations that are not those that the teacher saw.
+
+    Returns:
+        The same data, with the classes of the cache.
+
+    Raises:
+        KdpipeError: Naming what differs.
+    """
+    data = match_classes(data, cache.spec.class_names, f"the cache {cache.location.title}")
+    lines = difference({"data": cache.identity["data"]}, {"data": data.digest()})
+    if not lines:
+        return data
+    here = {image.image_id for image in data.images}
+    there = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
+    raise KdpipeError(
+        f"The cache {cache.location} was made from another data set than {data.ann_file}: "
+        f"{len(here - there)} images are only in the annotation file, {len(there - here)} only in the cache"
+        + ("" if here != there else " (the same ids, but other names, sizes or boxes)")
+        + ". Use the annotation file that was cached, or cache the teacher on this one."
+    )
+
+
+def train_student(
+    config: Config,
+    teacher: TeacherCache | OnlineTeacher,
+    load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
+    methods: Sequence[str],
+    recipe: Recipe,
+    work_dir: Path,
+    *,
+    rois: str | None = None,
+    ckd_branch: str | None = None,
+    missing_view: str = "mirror",
+    resume: bool,
+    console: Console,
+) -> TrainingResult:
+    """Train a student.
+
+    Args:
+        config: mmdet config of the student.
+        teacher: The teacher's cache; images that it lacks are left out. Or the teacher, to run beside the student.
+        load_data: Reads the images that were cached, or any, and the validation images, or None. It is called when all
+            that can be checked without them is right.
+        methods: Some of `METHODS`; empty trains without distillation.
+        recipe: Schedule and options.
+        work_dir: Where logs and checkpoints go.
+        rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
+            say what the teacher says of any box.
+        ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the options say.
+        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+        resume: Go on from the newest checkpoint in `work_dir`.
+        console: Where progress is shown.
+
+    Raises:
+        KdpipeError: Anything that does not fit, before the first step.
+    """
+    work = WorkDir(work_dir)
+    work.check(resume)
+    begun = (work.record() or {}) if resume else {}
+    dense = "roi_head" not in config.model
+    losses = expand_methods(methods, dense)
+    check_contract(teacher.spec, losses)
+    distill = distill_options(recipe.options, losses, ckd_branch)
+    if idle := unused_options(recipe.options, losses):
+        console.print(f"Not used: {', '.join(idle)}, since --methods names no loss that they are for.")
+    cache = teacher if isinstance(teacher, TeacherCache) else None
+    if cache is not None:
+        _check_cached(cache, begun)
+        _check_teacher(cache, begun, work_dir)
+    if methods:
+        check_student(config, recipe.options, teacher.spec.num_classes)
+    else:
+        build_detector(config, recipe.options, teacher.spec.num_classes)
+    chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
+    train, val = load_data()
+    if val is None:
+        console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
+    if cache is not None:
+        train = check_data(cache, train)
+    elif isinstance(teacher, OnlineTeacher):
+        teacher, train = teacher.with_data(train)
+        _check_teacher(teacher, begun, work_dir)
+    if val is not None:
+        val = match_classes(val, teacher.spec.class_names, teacher_name(teacher))
+    images = None
+    if cache is not None:
+        images = _cached_images(cache, train, begun, console)
+        train = train if images is None else train.only(images)
+        if skipped := {image["image_id"] for image in cache.skipped}:
+            train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
+    config = apply_known_options(with_filter(config), recipe.options)
+    train, val = training_copies(train, val, config, recipe, work, console)
+    cfg = detector_config(config, train, val, recipe)
+    set_num_classes(cfg.model, teacher.spec.num_classes)
+    cfg = with_overrides(cfg, other_options(recipe.options), recipe.source)
+    check_masks(cfg, train)
+    report_replaced(config, cfg, console)
+    recorded = copy.deepcopy(cfg)
+    record = training_record(
+        "student",
+        recorded,
+        world_size(),
+        train,
+        val,
+        teacher=_identity(teacher),
+        images=images,
+        distillation={
+            **{key: value for key, value in distill.items() if key != "share_interval"},
+            "methods": methods,
+            "rois": {**distill.rois, "of": chosen},
+            "missing_view": missing_view,
+        },
+    )
+    if methods:
+        check_hooks(cfg)
+        _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
+    return run_training(
+        cfg,
+        recorded,
+        [train] if val is None else [train, val],
+        work,
+        record,
+        resume=resume,
+        console=console,
+        cache=None if cache is None else cache.location,
+    )
+
+
+def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:
+    """Refuse a cache that is not finished where nothing can be learned from it, or several processes would train.
+
+    Raises:
+        KdpipeError: Nothing is cached yet, or several processes train, which might not see the same.
+    """
+    if cache.is_complete or begun.get("images") is not None:
+        return
+    if not len(cache):
+        raise KdpipeError(f"The cache {cache.location} has no finished part yet. Wait for one.")
+    if world_size() > 1:
+        raise KdpipeError(
+            f"The cache {cache.location} is still being made, and may grow while several processes open it. Train on "
+            "it in one process, or when it is finished."
+        )
+
+
+def _cached_images(
+    cache: TeacherCache, train: DetectionData, begun: Mapping[str, Any], console: Console
+) -> list[int] | None:
+    """Ids of the images of a cache, of which some may be missing still; None where all are there.
+
+    A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
+
+    Raises:
+        KdpipeError: The cache lacks images that the training began with.
+    """
+    known: list[int] | None = begun.get("images")
+    if known is not None:
+        if lost := len(set(known) - {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}):
+            raise KdpipeError(
+                f"The cache {cache.location} lacks {lost} of the {len(known)} images that the training began with. "
+                "Make them again with cache-teacher, or begin anew in another --work-dir."
+            )
+        return known
+    if cache.is_complete:
+        return None
+    console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
+    return list(cache.image_ids.tolist())
+
+
+def _check_teacher(teacher: TeacherCache | OnlineTeacher, begun: Mapping[str, Any], work_dir: Path) -> None:
+    """Refuse to go on with another cache or teacher than a training began with, as soon as that is known.
+
+    Raises:
+        KdpipeError: Naming what differs.
+    """
+    if "teacher" in begun:
+        check_resumed({"teacher": begun["teacher"]}, {"teacher": plain_values(_identity(teacher))}, str(work_dir))
+
+
+def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
+    return {**teacher.identity, "spec": teacher.spec.to_json()}
+
+
+def _distil(
+    cfg: Config,
+    teacher: TeacherCache | OnlineTeacher,
+    methods: Sequence[str],
+    needs: Sequence[str],
+    distill: ConfigDict,
+    rois: str | None,
+    missing_view: str,
+) -> None:
+    """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
+    if isinstance(teacher, OnlineTeacher):
+        source = teacher.source()
+        if rois == "teacher":
+            source = {**source, "rois": {"needs": list(needs), **distill.rois}}
+    else:
+        source = {"type": CachedTeacher.__name__, "cache": teacher.location.address}
+    pixels = recorded(teacher.identity, "teacher", "pixels") or {}
+    later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
+    parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
+    pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
+    check_named(distill.transforms, pipelines)
+    if rois is not None and isinstance(teacher, OnlineTeacher):
+        check_seen_alike(pipelines, pixels)
+    if rois is not None and isinstance(teacher, TeacherCache):
+        transform = {
+            "type": AddTeacherTargets.__name__,
+            "cache": source["cache"],
+            "needs": list(needs),
+            "rois": rois,
+            **distill.rois,
+            "missing_view": missing_view,
+            "allow_partial": True,  # it was the caller's to refuse
+        }
+        dataset = innermost(cfg.train_dataloader.dataset)
+        for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
+            check_read_alike(part[key], pixels)
+            part[key] = with_teacher_targets(part[key], transform, distill.transforms)
+    cfg.model = {
+        "type": DistilledDetector.__name__,
+        "student": cfg.model,
+        "spec": teacher.spec.to_json(),
+        "methods": list(methods),
+        "teacher": source,
+        "weights": distill.weights,
+        "sgfi": distill.sgfi,
+        "ckd": distill.ckd,
+        "rois": distill.rois,
+        "share_interval": distill.share_interval,
+    }

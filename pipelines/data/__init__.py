@@ -1,0 +1,1 @@
+"""Data sets: annotations, images, and what is wrong with them."""

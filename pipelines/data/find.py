@@ -1,0 +1,202 @@
+"""Which images and annotations a command works on, when its options say so and when they do not."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco, load_voc
+from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
+
+__all__ = ["DataSource", "cached_source", "find_data", "named_data", "torch_device", "training_data"]
+
+
+DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where images and annotations are: in COCO JSON and a folder, or in a Pascal VOC folder. `load` reads them.
+
+    Attributes:
+        ann_file: COCO JSON.
+        img_dir: Folder of its images.
+        voc: Pascal VOC folder.
+        split: Image set of the VOC folder; by default `train`.
+        limit: Only the first so many images.
+        val: Annotation file and image folder of the validation images that belong to them.
+
+    Raises:
+        KdpipeError: Options that exclude each other, or are missing.
+    """
+
+    ann_file: Path | None = None
+    img_dir: Path | None = None
+    voc: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    val: tuple[Path, Path] | None = None
+
+    def __post_init__(self) -> None:
+        if self.voc is None and self.split is not None:
+            raise KdpipeError("--split names an image set of a VOC folder: give the folder, too: --voc.")
+        if self.voc is not None and (self.ann_file is not None or self.img_dir is not None):
+            raise KdpipeError("Give either --voc (with --split), or --ann-file and --img-dir, not both.")
+        if self.voc is None and (self.ann_file is None or self.img_dir is None):
+            raise KdpipeError("--ann-file and --img-dir belong together; one of them is missing.")
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images."""
+        folder = self.img_dir if self.voc is None else self.voc / "JPEGImages"
+        assert folder is not None
+        return folder
+
+    def load(self) -> DetectionData:
+        """Read and check the annotations.
+
+        Raises:
+            KdpipeError: Bad data.
+        """
+        if self.voc is not None:
+            return load_voc(self.voc, self.split or DEFAULT_SPLIT, self.limit)
+        assert self.ann_file is not None
+        return load_coco(self.ann_file, self.images, self.limit)
+
+    def record(self) -> dict[str, Any]:
+        """What a cache remembers of it, as JSON values."""
+        assert self.voc or self.ann_file
+        voc = {"voc": str(self.voc.resolve()), "split": self.split or DEFAULT_SPLIT} if self.voc else {}
+        return {
+            **(voc or {"ann_file": str(self.ann_file and self.ann_file.resolve())}),
+            "img_dir": str(self.images.resolve()),
+            "limit": self.limit,
+            "val": [str(path.resolve()) for path in self.val] if self.val else None,
+        }
+
+    def cache_path(self) -> Path:
+        """A cache in this folder, named after the VOC folder, or the folder of the annotation file."""
+        source = (self.voc or self.ann_file or Path()).resolve()
+        folder = source if source.is_dir() else source.parent
+        folder = folder.parent if folder.name == "annotations" else folder
+        return Path(f"{folder.name or 'cache'}.zarr")
+
+
+def find_data(
+    config: Config,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None,
+    split: str | None,
+    limit: int | None = None,
+) -> DataSource:
+    """The data set of a teacher: the one named, or the training images of its config.
+
+    Raises:
+        KdpipeError: Options that exclude each other, or no data set.
+    """
+    if voc is not None or ann_file is not None or img_dir is not None or split is not None:
+        return DataSource(ann_file, img_dir, voc, split, limit)
+    paths = dataset_paths(config, "train")
+    if paths is None:
+        raise KdpipeError(
+            "The teacher's config names no COCO data set. Give --ann-file and --img-dir, or --voc and --split."
+        )
+    if not paths[0].exists():
+        raise KdpipeError(
+            f"The teacher's config names the annotation file {paths[0]}, and there is none. "
+            "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
+        )
+    return DataSource(*paths, limit=limit, val=dataset_paths(config, "val"))
+
+
+def named_data(
+    ann_file: Path | None, img_dir: Path | None, *, voc: Path | None = None, split: str | None = None
+) -> DetectionData:
+    """The data set of `--ann-file` and `--img-dir`, or of `--voc` and `--split`.
+
+    Raises:
+        KdpipeError: Options that exclude each other, or are missing; or bad data.
+    """
+    return DataSource(ann_file, img_dir, voc, split).load()
+
+
+def cached_source(
+    cache: TeacherCache,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+) -> DataSource:
+    """Where the images are that a cache was made of, and the validation images that belong to them.
+
+    Args:
+        cache: The cache.
+        ann_file: Where the annotation file moved.
+        img_dir: Where the images moved.
+        voc: Where the VOC folder moved that it was made of.
+        split: The image set of the VOC folder, where it has another name now.
+
+    Raises:
+        KdpipeError: They are not where the cache says.
+    """
+    source = cache.metadata["data"]
+    val = source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
+    if voc is None and ann_file is None and "voc" in source:
+        voc = Path(source["voc"])
+    if voc is not None:
+        split = split or source.get("split")
+        paths = {"--voc": voc}
+    else:
+        ann_file = ann_file or Path(source["ann_file"])
+        img_dir = img_dir or Path(source["img_dir"])
+        paths = {"--ann-file": ann_file, "--img-dir": img_dir}
+    for option, path in paths.items():
+        if not path.exists():
+            raise KdpipeError(f"{path} is not there, which {cache.location} was made of. Say where it moved: {option}.")
+    return DataSource(ann_file, img_dir, voc, split, source["limit"], val)
+
+
+def training_data(
+    source: DataSource, val_ann_file: Path | None, val_img_dir: Path | None, val_split: str | None
+) -> tuple[DetectionData, DetectionData | None]:
+    """Training images, and validation images: those named, or those of the source where they are on disk.
+
+    Raises:
+        KdpipeError: Options that exclude each other; or bad data.
+    """
+    if val_split is not None and (source.voc is None or val_ann_file is not None or val_img_dir is not None):
+        raise KdpipeError("--val-split names an image set of the VOC folder (--voc), in place of --val-ann-file.")
+    train, val = source.load(), source.val
+    if val_split is not None and source.voc is not None:
+        return train, load_voc(source.voc, val_split)
+    if val_ann_file is not None:
+        return train, load_coco(val_ann_file, val_img_dir or source.images)
+    if val is None or not all(path.exists() for path in val):
+        return train, None
+    return train, load_coco(*val)
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of `--device`; by default the GPU that is this process's by LOCAL_RANK, or the CPU.
+
+    Raises:
+        KdpipeError: There is no such device.
+    """
+    if name is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise KdpipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device

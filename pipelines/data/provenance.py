@@ -1,0 +1,99 @@
+"""What a cache records of the teacher and the data that it was made of."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.identity import difference
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.pipelines.data.class_matching import match_classes
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.find import cached_source
+from kdpipe.pipelines.detectors.configs import config_from_file, find_config, for_inference
+
+__all__ = ["recorded", "recorded_config", "recorded_data", "remake_command"]
+
+
+def recorded(values: Mapping[str, Any], *names: str) -> Any:
+    """An entry of nested mappings, such as `recorded(cache.metadata, "teacher", "config")`; None where it is absent."""
+    found: Any = values
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = False) -> Config:
+    """The teacher's config: the one named, or the one that the cache records, read without executing it.
+
+    Args:
+        cache: The cache.
+        config: A name of mmdet's zoo or a file.
+        trust: Let the recorded one name anything.
+
+    Raises:
+        CacheError: there is none.
+        ConfigError: it cannot be read, or the recorded one is more than plain values, or names what is not known as
+            harmless.
+    """
+    if config:
+        return for_inference(find_config(config))
+    text = recorded(cache.metadata, "teacher", "config")
+    if not isinstance(text, str):
+        raise CacheError(f"The cache {cache.location} does not record its teacher's config. Name it: --config.")
+    return for_inference(config_from_file(text, f"the config that the cache {cache.location} records", trust=trust))
+
+
+def recorded_data(
+    cache: TeacherCache,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+) -> DetectionData:
+    """The images and annotations that a cache was made of.
+
+    Args:
+        cache: The cache.
+        ann_file: Where the annotation file moved.
+        img_dir: Where the images moved.
+        voc: Where the VOC folder moved.
+        split: Its image set, where it has another name now.
+
+    Raises:
+        KdpipeError: They are not where the cache says, or not the same.
+    """
+    if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc")):
+        raise CacheError(
+            f"The cache {cache.location} does not record what it was made of, and cannot be compared with it."
+        )
+    source = cached_source(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.location.title}")
+    if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
+        raise CacheError(
+            f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, "
+            "classes and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
+        )
+    return data
+
+
+def remake_command(cache: TeacherCache, part_size: int) -> str:
+    """The command that makes what a cache lacks, as far as the cache records it."""
+    spec, data = cache.spec, recorded(cache.metadata, "data") or {}
+    named = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
+    if "voc" in data:
+        named = ("--voc", data["voc"], "--split", data["split"])
+    words = [
+        *("kdpipe", "cache-teacher", "--ckpt", recorded(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
+        *(*named, "--out", cache.location),
+        *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
+        *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
+        *(("--levels", ",".join(map(spec.level_name, spec.levels))) if len(spec.levels) < len(spec.strides) else ()),
+        *(("--limit", data["limit"]) if data.get("limit") else ()),
+        *(("--skip-bad-images",) if cache.skipped else ()),
+    ]
+    return shlex.join(map(str, words))

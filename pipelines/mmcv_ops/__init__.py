@@ -1,0 +1,1 @@
+"""mmcv's compiled ops by torchvision and plain torch."""

@@ -1,0 +1,212 @@
+"""Compares a cache with what its teacher says today."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.identity import difference, digest_tensors
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.records import TeacherRecord, TeacherTargets
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.pipelines.data.datasets import DetectionData, read_image
+from kdpipe.pipelines.data.provenance import recorded, recorded_config
+from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
+from kdpipe.pipelines.runtime.console import ProgressBar
+from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
+
+__all__ = ["FieldError", "cached_teacher", "compare_live", "errors_table", "unexplained"]
+
+# Mean error relative to the mean magnitude, beyond rounding: what other kernels and TensorFloat-32 change between the
+# machine of the cache and this one. Of proposals the last few may also be others.
+_MACHINES, _PROPOSALS = 0.01, 0.05
+
+
+@dataclass
+class FieldError:
+    """How far what is cached of a field is from what the teacher says, absolute.
+
+    Attributes:
+        largest: Of all values.
+        total: Of all errors.
+        magnitude: Sum of the magnitudes of what the teacher says.
+        count: Of values.
+        rounding: Sum of the most that rounding to the storage type changes a value.
+    """
+
+    largest: float = 0.0
+    total: float = 0.0
+    magnitude: float = 0.0
+    count: int = 0
+    rounding: float = 0.0
+
+    def add(self, cached: Tensor, live: Tensor, dtype: str, scale: Tensor | None = None) -> None:
+        """Take in values of one image.
+
+        Args:
+            cached: As floats.
+            live: Of the same shape.
+            dtype: What the cached ones are stored as.
+            scale: Of int8, of a shape that fits `cached`.
+        """
+        if cached.numel() == 0:
+            return
+        live = live.detach().cpu().float()
+        error = (cached.float() - live).abs()
+        self.largest = max(self.largest, float(error.max()))
+        self.total += float(error.sum(dtype=torch.float64))
+        self.magnitude += float(live.abs().sum(dtype=torch.float64))
+        self.count += cached.numel()
+        half = live.abs() * torch.finfo(getattr(torch, dtype)).eps / 2 if scale is None else scale.expand_as(live) / 2
+        self.rounding += float(half.sum(dtype=torch.float64))
+
+    @property
+    def mean(self) -> float:
+        """Mean error."""
+        return self.total / max(1, self.count)
+
+    @property
+    def relative(self) -> float:
+        """Mean error relative to the mean magnitude."""
+        return self.total / self.magnitude if self.magnitude else 0.0
+
+
+def cached_teacher(
+    cache: TeacherCache, ckpt: Path, *, config: str | None, device: torch.device, trust: bool
+) -> Teacher:
+    """The teacher that a cache was made of, from its checkpoint.
+
+    Args:
+        cache: The cache.
+        ckpt: The checkpoint.
+        config: Its config; None takes the one that the cache records.
+        device: Where it runs.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+
+    Raises:
+        CacheError: it is another teacher; both digests are named.
+        KdpipeError: it cannot be loaded.
+    """
+    cfg = recorded_config(cache, config, trust=trust)
+    teacher = load_teacher(load_checkpoint(ckpt, trust=trust), cfg, proposals=cache.spec.proposals, device=device)
+    found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
+    if found != wanted:
+        raise CacheError(
+            f"{ckpt} is not the teacher that {cache.location} was made of: its weights have the digest {found}, those "
+            f"of the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
+        )
+    seen = {"pixels": recorded(cache.identity, "teacher", "pixels") or {}}
+    if lines := difference(seen, {"pixels": {}, **teacher.pixels.identity()}):
+        raise CacheError(
+            f"The teacher's test pipeline is not the one that {cache.location} was made with:\n  "
+            + "\n  ".join(lines)
+            + "\n"
+            "Name the config that was cached (--config), or cache the teacher again."
+        )
+    return teacher
+
+
+def compare_live(
+    cache: TeacherCache, teacher: Teacher, data: DetectionData, sample: int, console: Console
+) -> dict[str, FieldError]:
+    """Run the teacher on some images of a cache, evenly chosen, in all views.
+
+    Proposals are compared with the nearest that the teacher gives now, since equal scores may come in any order; the
+    other fields are compared at the cached boxes.
+
+    Args:
+        cache: The cache.
+        teacher: Its teacher.
+        data: What it was made of.
+        sample: How many images.
+        console: Where progress is shown.
+
+    Returns:
+        Field -> errors.
+
+    Raises:
+        KdpipeError: an image cannot be read, or the cache is damaged.
+    """
+    errors = {field: FieldError() for field in cache.spec.fields}
+    places = np.unique(np.linspace(0, len(cache) - 1, min(sample, len(cache))).round().astype(int))
+    start = time.perf_counter()
+    with ProgressBar(console, "live teacher", len(places)) as progress:
+        for done, image_id in enumerate(cache.image_ids[places].tolist(), 1):
+            for view in cache.spec.views:
+                cached = cache.targets(image_id, view)
+                image = read_image(data.img_dir / cached.file_name, cached.original_size, teacher.pixels.decoding)
+                live = teacher.record(
+                    image,
+                    cached.boxes.numpy(),
+                    spec=cache.spec,
+                    image_id=image_id,
+                    file_name=cached.file_name,
+                    view=view,
+                )
+                _compare(cached, live, cache.spec, errors)
+            progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
+    return errors
+
+
+def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, errors: Mapping[str, FieldError]) -> None:
+    """Take in one image; the rows of `live` behind its proposals are those of the cached boxes."""
+    proposals, count = live.boxes[: live.num_proposals].cpu(), cached.num_proposals
+    if count and len(proposals):
+        distance = (cached.boxes[:count, None] - proposals[None]).abs().amax(-1)  # [cached, live]
+        errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)], "float32")
+    for field in ("logits", "deltas", "embeddings", "roi_features"):
+        said = getattr(live, field)
+        if field not in errors or said is None:
+            continue
+        scale: Tensor | None = None
+        said = said[live.num_proposals :].cpu()
+        if field == "embeddings":
+            values, scale = cached.float_embeddings(), _beside(cached.embedding_scale, 1)
+        elif field == "roi_features":
+            assert cached.roi_rows is not None
+            values, said, scale = cached.rois(), said[cached.roi_rows.long()], _beside(cached.roi_scale, 2)
+        else:
+            values = getattr(cached, field)
+            if field == "deltas":
+                likely = (values != 0).any(-1)  # zeros are those that are not stored
+                values, said = values[likely], said[likely]
+        errors[field].add(values, said, spec.field_dtype(field), scale)
+    if "features" in errors:
+        for number, (stored, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
+            if stored is not None:
+                scale = None if cached.scale is None else cached.scale[number]
+                errors["features"].add(stored, level, spec.dtype, _beside(scale, 2))
+
+
+def _beside(scale: Tensor | None, dims: int) -> Tensor | None:
+    """A scale, of a shape that fits values with so many more dimensions."""
+    return None if scale is None else scale.float().reshape(*scale.shape, *[1] * dims)
+
+
+def unexplained(errors: Mapping[str, FieldError]) -> list[str]:
+    """Lines on the fields whose errors neither rounding to the storage type nor another machine explains."""
+    lines = []
+    for field, error in errors.items():
+        rounding = error.rounding / error.magnitude if error.magnitude else 0.0
+        limit = rounding + (_PROPOSALS if field == "boxes" else _MACHINES)
+        if error.relative > limit:
+            lines.append(
+                f"{field} of the cache are not what the teacher says: their mean error is {100 * error.relative:.3g} % "
+                f"of the mean magnitude, expected at most {100 * limit:.3g} % (rounding, and other machines)."
+            )
+    return lines
+
+
+def errors_table(errors: Mapping[str, FieldError]) -> Table:
+    """The errors of each field."""
+    table = Table("field", "largest error", "mean error", "mean error / mean magnitude")
+    for field, error in errors.items():
+        table.add_row(field, f"{error.largest:.3g}", f"{error.mean:.3g}", f"{100 * error.relative:.3g} %")
+    return table

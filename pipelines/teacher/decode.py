@@ -1,0 +1,102 @@
+"""The teacher's AP from what a cache holds of its proposals: neither its weights nor an image is read."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.console import Console
+
+from kdpipe.cache.errors import CacheError
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.views import map_boxes
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.detectors.building import building
+from kdpipe.pipelines.runtime.console import ProgressBar, silent_stdout
+from kdpipe.pipelines.training.progress import AP_NAMES
+
+__all__ = ["cached_ap"]
+
+
+@torch.inference_mode()
+def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console: Console) -> dict[str, float]:
+    """COCO metrics of the detections that cached logits and deltas of the proposals decode to.
+
+    They are decoded as mmdet decodes those of the live teacher: score threshold, class-wise NMS and number of
+    detections are those of its config. The images are those of the cache.
+
+    Args:
+        cache: With the view `identity`.
+        config: The teacher's, as `recorded_config` gives it.
+        data: What the cache was made of.
+        console: Where progress is shown.
+
+    Returns:
+        mmdet's metric names without prefix (`bbox_mAP`, ...) -> value, not rounded.
+
+    Raises:
+        CacheError: the cache lacks the view, or is damaged.
+        ConfigError: the config does not describe the teacher's box head.
+    """
+    if "identity" not in cache.spec.views:
+        raise CacheError(f"AP needs the view identity, and {cache.location} has {', '.join(cache.spec.views)}.")
+    register_all_modules(init_default_scope=True)
+    with building("The teacher's box head"):
+        head_config = config.model.roi_head.bbox_head
+        # of a cascade, what is cached is in the units of the first stage
+        head = MODELS.build(head_config[0] if isinstance(head_config, list) else head_config)
+        options = config.model.test_cfg.rcnn
+    found: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    with ProgressBar(console, "teacher's AP", len(cache)) as progress:
+        for done, image_id in enumerate(cache.image_ids.tolist(), 1):
+            found += _detections(cache, image_id, head, options)
+            progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
+    if not found:
+        return dict.fromkeys(AP_NAMES, 0.0)
+    with tempfile.TemporaryDirectory() as folder, silent_stdout():
+        truth = COCO(str(data.copied_to(Path(folder) / "annotations.json").write_copy()))
+        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation.params.imgIds = cache.image_ids.tolist()
+        evaluation.params.catIds = list(cache.spec.category_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(AP_NAMES, map(float, evaluation.stats[: len(AP_NAMES)]), strict=True))
+
+
+def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> list[dict[str, Any]]:
+    """Detections of an image as COCO results."""
+    targets = cache.targets(image_id, "identity", fields=("logits", "deltas"))
+    assert targets.logits is not None
+    assert targets.deltas is not None
+    count = targets.num_proposals
+    if count == 0:
+        return []
+    rois = map_boxes(targets.boxes[:count].double(), targets.matrix).float()
+    meta = {
+        "img_shape": targets.input_size,
+        "ori_shape": targets.original_size,
+        "scale_factor": (float(targets.matrix[0, 0]), float(targets.matrix[1, 1])),
+    }
+    said = head.predict_by_feat(
+        rois=(torch.cat([rois.new_zeros(count, 1), rois], dim=1),),  # [N, 5]
+        cls_scores=(targets.logits[:count].float(),),
+        bbox_preds=(targets.deltas[:count].float().reshape(count, -1),),
+        batch_img_metas=[meta],
+        rcnn_test_cfg=options,
+        rescale=True,
+    )[0]
+    boxes = said.bboxes.double().numpy()
+    sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return [
+        {"image_id": image_id, "category_id": cache.spec.category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(said.labels.tolist(), sides.tolist(), said.scores.tolist(), strict=True)
+    ]

@@ -1,0 +1,218 @@
+"""Online distillation: a teacher that looks at every batch while a student trains."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from torch import Tensor
+
+from kdpipe.cache.identity import digest_tensors
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.rois.sampling import sample_rois
+from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher
+from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.targets import BatchRois, RoiTargets
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.find import DataSource, find_data
+from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
+from kdpipe.pipelines.teacher.setup import CacheOptions, prepare_teacher, with_classes
+from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
+
+__all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
+
+
+class LiveTeacher:
+    """A teacher source that looks at the images of each batch, in the view that the student sees.
+
+    Backbone and neck where the student chooses the RoIs; the whole detector where the teacher does. One image at a time
+    and in full precision, as for a cache: padding to a common size would leak into the features.
+
+    Args:
+        teacher: The teacher.
+        spec: What it is.
+        rois: For RoIs that the teacher chooses: `num` and `positive_fraction` of the sample of its proposals and of the
+            ground truth, and what the losses `need` of these. None for RoIs of the student.
+    """
+
+    def __init__(self, teacher: Teacher, spec: CacheSpec, rois: Mapping[str, Any] | None = None) -> None:
+        self.teacher = teacher
+        self.spec = spec
+        self.rois = rois
+
+    def head_state(self) -> Mapping[str, Tensor]:
+        return self.teacher.head_state()
+
+    @torch.no_grad()
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+        self.teacher.to(device)
+        with torch.autocast(device.type, enabled=False):
+            if self.rois is not None:
+                samples = zip(data["inputs"], data["data_samples"], strict=True)
+                return [self._at_proposals(image, sample.gt_instances, **self.rois) for image, sample in samples]
+            return [self.view(image) for image in data["inputs"]]
+
+    def view(self, image: Tensor) -> TeacherView:
+        """What it sees of an image, Tensor[3, h, w], BGR, 0 to 255."""
+        pyramid, _ = self._see(image)
+        levels = tuple(level[0] for level in pyramid[: self.spec.head_levels])
+        return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
+
+    def _see(self, image: Tensor) -> tuple[tuple[Tensor, ...], DetDataSample]:
+        """As `Teacher.see`, behind the steps of the teacher's pipeline that follow its resizing."""
+        return self.teacher.see(self.teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
+
+    def _at_proposals(
+        self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
+    ) -> RoiTargets:
+        """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
+        pyramid, seen = self._see(image)
+        proposals = self.teacher.proposals(pyramid, seen)
+        gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
+        sample = sample_rois(
+            torch.cat([proposals, gt_boxes]),
+            len(proposals),
+            gt_boxes,
+            truth.labels.to(proposals.device),
+            num=num,
+            positive_fraction=positive_fraction,
+            num_classes=self.spec.num_classes,
+            generator=torch.default_generator,
+        )
+        count = int(sample.positive.sum())
+        said, features = self.teacher.say(pyramid, sample.boxes, seen)
+        known = {**{name: getattr(said, name) for name in said.__dataclass_fields__}, "features": features[:count]}
+        return RoiTargets(sample.boxes, sample.labels, count, "exact", **{name: known[name] for name in needs})
+
+
+def build_live_teacher(
+    ckpt: str,
+    spec: Mapping[str, Any],
+    config: str | None = None,
+    trust: bool = False,
+    rois: Mapping[str, Any] | None = None,
+) -> LiveTeacher:
+    """A live teacher from its checkpoint.
+
+    Args:
+        ckpt: The checkpoint.
+        spec: `CacheSpec.to_json()` of the teacher.
+        config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+        rois: As `LiveTeacher` takes it.
+
+    Raises:
+        KdpipeError: It cannot be loaded.
+    """
+    checkpoint, known = load_checkpoint(Path(ckpt), trust=trust), CacheSpec.from_json(spec)
+    cfg = teacher_config(checkpoint, config)
+    with torch.random.fork_rng(devices=()):  # the student begins with the weights that it would have without a teacher
+        teacher = load_teacher(checkpoint, cfg, proposals=known.proposals, device=torch.device("cpu"))
+    return LiveTeacher(teacher, known, rois)
+
+
+MODELS.register_module(name=LiveTeacher.__name__, module=build_live_teacher)
+
+
+@dataclass(frozen=True)
+class OnlineTeacher:
+    """What a training has to know of a teacher that it runs beside the student.
+
+    Attributes:
+        name: As messages call it.
+        spec: What it is; its classes are placeholders before `with_data`.
+        identity: Digests of its weights and, after `with_data`, of the data.
+        options: Of its `LiveTeacher`, beside `spec`.
+        refusal: Why it cannot be asked about boxes that the student chose; empty where it can.
+        classes: That its checkpoint names, or None.
+    """
+
+    name: str
+    spec: CacheSpec
+    identity: dict[str, Any]
+    options: dict[str, Any]
+    refusal: str
+    classes: tuple[str, ...] | None
+
+    def with_data(self, data: DetectionData) -> tuple["OnlineTeacher", DetectionData]:
+        """The same with the classes and the digest of the images to train on, and these with the teacher's labels.
+
+        Raises:
+            KdpipeError: It knows other classes.
+        """
+        spec, data = with_classes(self.spec, data, self.classes, self.name)
+        return replace(self, spec=spec, identity={**self.identity, "data": data.digest()}), data
+
+    def source(self) -> dict[str, Any]:
+        """Config of its `LiveTeacher`."""
+        return {"type": LiveTeacher.__name__, **self.options, "spec": self.spec.to_json()}
+
+
+def online_teacher(
+    ckpt: Path,
+    config: str | None,
+    *,
+    ann_file: Path | None,
+    img_dir: Path | None,
+    voc: Path | None = None,
+    split: str | None = None,
+    trust: bool,
+) -> tuple[OnlineTeacher, DataSource]:
+    """Load a teacher, and find the images to train on: those named, or those of the teacher's config.
+
+    Args:
+        ckpt: The checkpoint.
+        config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
+        ann_file: COCO JSON of the training images.
+        img_dir: Their folder.
+        voc: Pascal VOC folder, in place of both.
+        split: Its image set.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+
+    Returns:
+        The teacher, and where the images are; none of them has been read.
+
+    Raises:
+        KdpipeError: It cannot be loaded, or there is no data.
+    """
+    checkpoint = load_checkpoint(ckpt, trust=trust)
+    cfg = teacher_config(checkpoint, config)
+    source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    options = CacheOptions(dtype="float32", codec="none")
+    teacher, spec = prepare_teacher(checkpoint, cfg, options, torch.device("cpu"))
+    teacher.pixels.check_live()
+    online = OnlineTeacher(
+        name=f"the teacher {ckpt}",
+        spec=spec,
+        identity={"teacher": {"weights": digest_tensors(teacher.model.state_dict()), **teacher.pixels.identity()}},
+        options={"ckpt": str(ckpt.resolve()), "config": config, "trust": trust},
+        refusal=_refusal(teacher, spec),
+        classes=class_names(checkpoint),
+    )
+    return online, source
+
+
+@torch.no_grad()
+def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
+    """Why the head that answers for the student's RoIs does not say what the teacher's says; empty where it does."""
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 128, 160), generator=g, dtype=torch.uint8)
+    corner = torch.rand(8, 2, generator=g) * 64
+    boxes = torch.cat([corner, corner + 16 + torch.rand(8, 2, generator=g) * 48], dim=1)
+    every = torch.ones(8, dtype=torch.bool)
+    rois = BatchRois(torch.cat([torch.zeros(8, 1), boxes], dim=1), every.long(), every)
+    pyramid, sample = teacher.see(teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
+    wanted, _ = teacher.say(pyramid, boxes, sample)
+    try:
+        head = frozen_head(teacher.head_state(), spec)
+        found = ask_teacher([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
+    except TeacherHeadError as error:
+        return str(error)
+    assert found is not None
+    right = torch.allclose(found, wanted.logits, rtol=1e-3, atol=1e-3)
+    return "" if right else "The teacher's box head does more than can be rebuilt from its weights."

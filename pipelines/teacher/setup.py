@@ -1,0 +1,172 @@
+"""A teacher made ready before any data is read: built, checked, loaded, and asked once."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from mmengine.config import Config
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.identity import digest_json
+from kdpipe.cache.spec import DEFAULT_DTYPE, CacheSpec
+from kdpipe.cache.write.encode import encode_record
+from kdpipe.pipelines.data.class_matching import match_classes
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
+from kdpipe.pipelines.teacher.teacher import Teacher, TeacherError, load_teacher
+
+__all__ = ["CacheOptions", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
+
+# The teacher's best proposals kept per image where nothing is said. The objects tier is for those whose disk decides.
+_PROPOSALS = {"objects": 256}
+_MOST_PROPOSALS = 512
+
+TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
+_TRIAL_SIZE = (96, 64)  # its width and height
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is cached of a teacher, and how.
+
+    Attributes:
+        tier: One of `TIERS`.
+        dtype: One of `DTYPES`.
+        codec: One of `CODECS`.
+        proposals: The teacher's best proposals kept per image; None takes what suits the tier.
+        views: Some of `VIEWS`.
+        levels: Names of the pyramid levels that are kept, such as P3; None keeps all.
+        scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
+        part_size: Raw bytes per part, the unit of commit and of resuming.
+        skip_bad_images: Go on past unreadable images, and record them.
+        strict_data: Refuse data of which some would be left out.
+    """
+
+    tier: str = "pyramid"
+    dtype: str = DEFAULT_DTYPE
+    codec: str = "zstd"
+    proposals: int | None = None
+    levels: tuple[str, ...] | None = None
+    views: tuple[str, ...] = ("identity",)
+    scale: tuple[int, int] | None = None
+    part_size: int = 1 << 30
+    skip_bad_images: bool = False
+    strict_data: bool = False
+
+
+def prepare_teacher(
+    checkpoint: Checkpoint, cfg: Config, options: CacheOptions, device: torch.device
+) -> tuple[Teacher, CacheSpec]:
+    """The teacher, which has answered once, and what a cache of it will hold.
+
+    No data is needed: the classes of the specification are placeholders, for which `with_classes` puts the real ones.
+
+    Raises:
+        KdpipeError: Checkpoint, config and options do not fit together.
+    """
+    proposals = options.proposals or default_proposals(options.tier)
+    teacher = load_teacher(checkpoint, cfg, proposals=proposals, device=device)
+    scale = options.scale or teacher.pixels.own_scale()
+    teacher.pixels.check_scale(scale)
+    known = class_names(checkpoint)
+    if known is not None and len(known) != teacher.num_classes:
+        raise TeacherError(
+            f"The teacher's box head knows {teacher.num_classes} classes, and its checkpoint {checkpoint.path.name} "
+            f"names {len(known)} ({', '.join(known[:8])}). Give the config that belongs to the checkpoint."
+        )
+    spec = teacher.spec(
+        tier=options.tier,
+        dtype=options.dtype,
+        codec=options.codec,
+        class_names=[f"class {number}" for number in range(teacher.num_classes)],
+        category_ids=range(teacher.num_classes),
+        proposals=proposals,
+        views=options.views,
+        scale=scale,
+    )
+    spec = with_levels(spec, options.levels)
+    _ask_once(teacher, spec)
+    return teacher, spec
+
+
+def default_proposals(tier: str) -> int:
+    """How many proposals a cache of a tier holds of an image where nothing else is said."""
+    return _PROPOSALS.get(tier, _MOST_PROPOSALS)
+
+
+def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:
+    """The specification of a cache with some levels of the pyramid only; None keeps it.
+
+    Raises:
+        TeacherError: The cache holds no pyramid, or the teacher's has no such level.
+    """
+    if names is None:
+        return spec
+    known = [spec.level_name(level) for level in range(len(spec.strides))]
+    if "features" not in spec.fields:
+        raise TeacherError(
+            f"--levels chooses from the feature pyramid, and --targets {spec.tier} keeps none. Leave --levels out, or "
+            "use --targets pyramid."
+        )
+    if unknown := [name for name in names if name not in known]:
+        raise TeacherError(
+            f"--levels {','.join(names)}: the teacher has no {', '.join(unknown)}. Its pyramid has {', '.join(known)} "
+            f"(strides {', '.join(map(str, spec.strides))})."
+        )
+    return replace(spec, levels=tuple(level for level, name in enumerate(known) if name in names))
+
+
+def with_classes(
+    spec: CacheSpec, data: DetectionData, known: Sequence[str] | None, whose: str
+) -> tuple[CacheSpec, DetectionData]:
+    """The specification of a teacher with the classes of a data set, and the data set with the teacher's labels.
+
+    Args:
+        spec: As `prepare_teacher` gives it.
+        data: The data set.
+        known: Names of the teacher's classes; None where its checkpoint names none.
+        whose: The teacher's, for messages, e.g. `the teacher x.pth`.
+
+    Raises:
+        KdpipeError: The teacher knows other classes.
+    """
+    if known is not None:
+        data = match_classes(data, known, whose)
+    if spec.num_classes != len(data.class_names):
+        raise TeacherError(
+            f"The teacher knows {spec.num_classes} classes and {data.ann_file} has {len(data.class_names)} "
+            f"({', '.join(data.class_names[:8])}). Cache it on a data set with the classes that it was trained on."
+        )
+    return replace(spec, class_names=data.class_names, category_ids=data.category_ids), data
+
+
+def _ask_once(teacher: Teacher, spec: CacheSpec) -> None:
+    """Refuse a teacher whose answers do not fit what a cache of it would hold.
+
+    Raises:
+        KdpipeError: It cannot answer, or with other shapes, or with numbers that are not finite.
+    """
+    width, height = _TRIAL_SIZE
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    box = np.array([[8, 8, 48, 40]], dtype=np.float32)
+    scale = min(_TRIAL_SIZE, spec.scale, key=max)  # a Pad of its pipeline may have no room for more
+    small = replace(spec, scale=scale, dtype="float32")
+    try:
+        answer = teacher.record(noise, box, spec=small, image_id=0, file_name=TRIAL, view=spec.views[0])
+    except (KdpipeError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever layers its config puts together
+        raise TeacherError(
+            f"The teacher cannot answer ({type(error).__name__}): {str(error).strip()}\n"
+            f"It was asked about {TRIAL}. Do the layers of its config fit each other (channels, levels, "
+            "strides)? kdpipe --debug shows where it happened."
+        ) from error
+    encode_record(answer, small)
+
+
+def digest_model(cfg: Config) -> str:
+    """Identity of what a config says of the model beyond its weights, such as how it normalises images."""
+    model = {name: value for name, value in cfg.model.to_dict().items() if name != "train_cfg"}
+    return digest_json(json.dumps(model, sort_keys=True, default=str))

@@ -1,0 +1,114 @@
+"""Stops a training that is of no use any more: a loss that is not finite, or one that teaches nothing."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from rich.console import Console
+
+from kdpipe.distill.methods import loss_name
+from kdpipe.pipelines.training.runner import RunnerError
+
+__all__ = ["FiniteHook", "UsefulLossesHook"]
+
+_PATIENCE = 100  # steps within which a loss has to say something
+_DENSE_PATIENCE = 1000  # the boxes of an untrained dense student may meet no object for long
+
+
+class FiniteHook(Hook):  # type: ignore[misc]
+    """Ends the training at the first loss that is not finite, and before weights that are not finite are saved."""
+
+    priority = "VERY_HIGH"
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        values = _numbers({name: value for name, value in (outputs or {}).items() if "loss" in name})
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if wrong:
+            named = {name: value for name, value in wrong.items() if name != "loss"} or wrong
+            losses = ", ".join(f"{name} is {value}" for name, value in named.items())
+            images = ", ".join(str(sample.get("img_id", "?")) for sample in data_batch["data_samples"])
+            raise RunnerError(f"At step {runner.iter + 1}, {losses} (images {images}). {_remedy(runner)}")
+
+    def after_train_epoch(self, runner: Any) -> None:
+        for name, value in _bare(runner).state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise RunnerError(
+                    f"After step {runner.iter}, the weights {name} are not finite any more: the gradients were too "
+                    f"large. {_remedy(runner)}"
+                )
+
+
+class UsefulLossesHook(Hook):  # type: ignore[misc]
+    """Ends the training when a distillation loss that was asked for has been exactly 0 from the beginning.
+
+    Looks once, after 100 steps or the first epoch; a weight of 0 is taken as meant. A dense student has 1,000 steps,
+    and a training that is shorter than these ends with a warning.
+
+    Args:
+        console: Where the warning is shown; it is in the log, too.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._steps, self._patience = 0, _PATIENCE
+        self._silent: set[str] | None = None
+        self._counts: dict[str, int] = {}
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self._silent is None:
+            weights = getattr(_bare(runner), "weights", {})
+            self._silent = {loss_name(loss) for loss, weight in weights.items() if weight}
+            self._patience = _DENSE_PATIENCE if getattr(_bare(runner), "dense", False) else _PATIENCE
+        if self._steps >= self._patience or not outputs:
+            return
+        self._steps += 1
+        self._silent = {name for name, value in _numbers({n: outputs[n] for n in self._silent}).items() if value == 0}
+        for name in ("positive", "negative", "unpaired", "exact", "mirrored", "skipped"):
+            self._counts[name] = self._counts.get(name, 0) + int(outputs.get(f"kd_{name}", 0))
+        if self._steps == self._patience and self._silent:
+            raise RunnerError(self._report())
+
+    def after_train_epoch(self, runner: Any) -> None:
+        if self._patience == _PATIENCE and self._steps < _PATIENCE:
+            self._steps = _PATIENCE
+            if self._silent:
+                raise RunnerError(self._report())
+
+    def after_train(self, runner: Any) -> None:
+        if self._silent and self._steps < self._patience:
+            report = self._report()
+            self._console.print(f"Warning: {report}", markup=False, highlight=False)
+            runner.logger.warning(report)
+
+    def _report(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())
+        return (
+            f"{', '.join(sorted(self._silent or ()))} was 0 in every step so far: nothing is learned from it. RoIs, "
+            f"and views of the images seen: {counts}. Without positive RoIs there is nothing for sgfi and reg, without "
+            "paired ones nothing for ckd and cls of a dense student, and skipped images (--missing-view skip) give no "
+            "RoIs at all. Leave the loss out of --methods, or give it a weight of 0."
+        )
+
+
+def _numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The values of scalars, which a GPU is waited for once."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist(), strict=True))
+
+
+def _bare(runner: Any) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _remedy(runner: Any) -> str:
+    saved = (
+        f"The last checkpoint, of epoch {runner.epoch}, is good"
+        if runner.epoch
+        else "There is no checkpoint yet, since the first epoch is not finished"
+    )
+    weights = ", a lower weight of the loss (-o distill.weights.NAME=0.5)" if hasattr(_bare(runner), "weights") else ""
+    return f"{saved}. Use a lower rate (--lr){weights} or full precision (without --amp), and look at these images."

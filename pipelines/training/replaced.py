@@ -1,0 +1,86 @@
+"""What a training does otherwise than its config says, in words."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.markup import escape
+
+from kdpipe.pipelines.detectors.config_types import type_name
+from kdpipe.pipelines.training.data import dataset_kinds, dropped_keys
+
+__all__ = ["replaced_parts", "report_replaced"]
+
+# Where a config says how it trains. Files and processes are the command's to name; the rest of a config stays as it is.
+_COMPARED = (
+    *("optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr.enable", "randomness.seed", "default_hooks"),
+    *("train_dataloader.sampler", "train_dataloader.collate_fn", "train_dataloader.num_batch_per_epoch"),
+    *(f"val_evaluator.{name}" for name in ("type", "metric", "classwise", "proposal_nums", "iou_thrs", "metric_items")),
+)
+_WHOLE = ("param_scheduler", "optim_wrapper.paramwise_cfg", "train_dataloader.collate_fn")  # said by name only
+
+
+def report_replaced(config: Config, used: Config, console: Console) -> None:
+    """Say in one line what of a config a training does not use, and in another whose optimiser it has.
+
+    Args:
+        config: The user's, with its overrides.
+        used: That of the training.
+        console: Where it is said.
+    """
+    own_recipe = used.get("param_scheduler") is not None
+    wrapper = used.optim_wrapper
+    optimizer = (wrapper or {}).get("optimizer") or {}
+    if not own_recipe and not type_name(optimizer.get("type", "")).endswith("SGD"):
+        rate = f", peak rate {optimizer['lr']:g}" if "lr" in optimizer else ""
+        console.print(f"Optimiser: {optimizer['type']} of the config{rate}, with kdpipe's warm-up and cosine.")
+    if parts := replaced_parts(config, used):
+        advice = "" if own_recipe else " --recipe config keeps its optimiser and schedule."
+        console.print(escape(f"Not used of the config: {'; '.join(parts)}.{advice}"))
+
+
+def replaced_parts(config: Config, used: Config) -> list[str]:
+    """What of a config is not used, each with the values that it has and that are used: `a.b 1 -> 2`.
+
+    Args:
+        config: The user's.
+        used: That of the training.
+    """
+    lines: list[str] = []
+    for path in _COMPARED:
+        if not path.startswith("val_") or used.get("val_evaluator"):
+            lines += _differences(path, _at(config, path), _at(used, path))
+    if _at(used, "default_hooks.checkpoint.save_best") and not used.get("val_evaluator"):
+        lines.append("default_hooks.checkpoint.save_best (there are no validation images)")
+    own, ours = _at(config, "train_dataloader.dataset"), _at(used, "train_dataloader.dataset")
+    before, after = (" of ".join(dataset_kinds(each)) for each in (own or {}, ours))
+    if before != after:
+        lines.append(f"train_dataloader.dataset {before} -> {after}")
+    return lines + [f"train_dataloader.dataset.{key}" for key in dropped_keys(own or {})]
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping | Config) else None
+    return value
+
+
+def _differences(path: str, own: Any, used: Any) -> Iterator[str]:
+    if own is None or own == used:
+        return
+    if path in _WHOLE:
+        yield path
+    elif isinstance(own, Mapping) and isinstance(used, Mapping):
+        for key, value in own.items():
+            if key != "_scope_":  # mmengine's note of where a base came from
+                yield from _differences(f"{path}.{key}", value, used.get(key))
+    else:
+        yield f"{path} {_text(own)} -> {_text(used)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return type_name(value.get("type", "dict"))
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,91 @@
+"""What a training of a student chooses where its options leave it open: the methods, and whose RoIs are used."""
+
+from collections.abc import Sequence
+
+from mmengine.config import Config, ConfigDict
+from rich.console import Console
+
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.source import check_serves_student_rois
+from kdpipe.pipelines.detectors.configs import apply_options
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries
+from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.training.student_check import model_options
+
+__all__ = ["ROIS", "choose_methods", "teacher_name", "who_chooses_rois"]
+
+ROIS = {"num": 512, "positive_fraction": 0.25}
+
+
+def choose_methods(
+    asked: Sequence[str] | None, config: Config, options: Sequence[str], spec: CacheSpec, console: Console
+) -> Sequence[str]:
+    """The methods of a training: those asked for, or those that suit teacher and student, which is said.
+
+    Args:
+        asked: Some of `METHODS`, or None.
+        config: mmdet config of the student.
+        options: `KEY=VALUE` overrides of it.
+        spec: What the teacher is.
+        console: Where it is said.
+    """
+    if asked is not None:
+        return asked
+    if "roi_head" not in config.model:
+        return DEFAULT_METHODS
+    model = apply_options(config, model_options(options)).model
+    agnostic = {
+        "the teacher": spec.class_agnostic,
+        "the student": any(head.get("reg_class_agnostic") for head in dictionaries(model.roi_head.get("bbox_head"))),
+    }
+    if not any(agnostic.values()):
+        return DEFAULT_METHODS
+    who = " and ".join(name for name, value in agnostic.items() if value)
+    console.print(
+        f"Methods: {','.join(CLASS_AGNOSTIC_METHODS)}, with cls and reg in place of pred, which needs a box for each "
+        f"class; that of {who} is for all classes."
+    )
+    return CLASS_AGNOSTIC_METHODS
+
+
+def teacher_name(teacher: TeacherCache | OnlineTeacher) -> str:
+    """As messages call it."""
+    return f"the cache {teacher.location}" if isinstance(teacher, TeacherCache) else teacher.name
+
+
+def who_chooses_rois(
+    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, dense: bool, console: Console
+) -> str:
+    """Whose RoIs are used, said on the console with the reason.
+
+    Raises:
+        ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
+    """
+    chosen, why = asked or "student", "asked for" if asked else f"{teacher_name(teacher)} can be asked about any box"
+    if chosen == "student" and (reason := _why_not(teacher).removesuffix(".")):
+        if asked:
+            raise ContractError(f"{teacher_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
+        chosen, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
+    for name, value in distill.rois.items():
+        if chosen == "student" and not dense and value != ROIS[name]:
+            raise ContractError(
+                f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
+                "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
+            )
+    console.print(f"RoIs: those of the {chosen} ({why}).")
+    return chosen
+
+
+def _why_not(teacher: TeacherCache | OnlineTeacher) -> str:
+    """Why a cache or a teacher cannot say what the teacher says of any box; empty where it can."""
+    if isinstance(teacher, OnlineTeacher):
+        return teacher.refusal
+    try:
+        if len(teacher):
+            check_serves_student_rois(teacher)
+    except TeacherHeadError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,151 @@
+"""mmdet pipelines: their scale, and the transform that puts cached targets beside an image."""
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmdet.datasets.transforms import PackDetInputs
+from mmdet.registry import TRANSFORMS
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
+from kdpipe.distill.teacher.cached_boxes import read_roi_targets
+from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROIS, RoiTargets
+from kdpipe.pipelines.data.images import ImageError
+from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
+
+__all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
+
+# What a resizing step says beside its size; kept where another size is set.
+_RESIZE_OPTIONS = ("interpolation", "backend", "clip_object_border")
+_NEEDED = ("homography_matrix", "img_id", "img_path", "img_shape", "ori_shape")
+_PACKED = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+
+
+def set_scale(
+    pipeline: Sequence[Any], scale: tuple[int, int], ratio_range: tuple[float, float] | None = None
+) -> list[Any]:
+    """The same pipeline with its resizing replaced by `Resize(scale, keep_ratio=True)`, or `RandomResize`.
+
+    Args:
+        pipeline: Transforms of an mmdet data set.
+        scale: `(w, h)`: the longest edge of the result fits the larger, the shortest the smaller number.
+        ratio_range: Multiply the scale by a random factor of this range, per image.
+
+    Raises:
+        KdpipeError: The pipeline has not exactly one resizing transform.
+    """
+    places = [i for i, step in enumerate(pipeline) if transform_class(step) in RESIZES]
+    if len(places) != 1:
+        raise KdpipeError(
+            f"A scale was given, but the pipeline of the config has {len(places)} resizing transforms "
+            f"({', '.join(map(step_name, pipeline))}). Expected exactly one; set it in the config itself."
+        )
+    result = copy.deepcopy(list(pipeline))
+    kept = {name: value for name, value in result[places[0]].items() if name in _RESIZE_OPTIONS}
+    resize: dict[str, Any] = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, **kept}
+    if ratio_range is not None:
+        resize = {**resize, "type": "RandomResize", "ratio_range": ratio_range}
+    result[places[0]] = resize
+    return result
+
+
+@TRANSFORMS.register_module()
+class AddTeacherTargets:
+    """Puts the teacher's cached targets of an image beside the packed sample. The last transform of a pipeline.
+
+    Runs in loader workers. With the teacher's RoIs, cached boxes are sampled there, so that only what the losses need
+    is read and moved; with the student's, the pyramid is read.
+
+    Args:
+        cache: Path of the cache.
+        needs: What the losses read: some of `logits`, `deltas`, `embeddings`, `features`.
+        rois: `teacher` or `student`: who chooses the RoIs.
+        num: RoIs of the teacher sampled per image.
+        positive_fraction: Largest share of positives among them.
+        missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+        allow_partial: Also read a cache some of whose parts are still missing.
+    """
+
+    def __init__(
+        self,
+        cache: str,
+        needs: Sequence[str],
+        rois: str = "teacher",
+        num: int = 512,
+        positive_fraction: float = 0.25,
+        missing_view: str = "mirror",
+        allow_partial: bool = False,
+    ) -> None:
+        if missing_view not in MISSING_VIEWS:
+            raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
+        self.cache = open_cache(cache, allow_partial=allow_partial)
+        if rois not in ROIS:
+            raise KdpipeError(f"rois is {rois!r}; expected one of {', '.join(ROIS)}.")
+        self.needs, self.rois = frozenset(needs), rois
+        self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        sample = results["data_samples"]
+        seen = self.cache.index(sample.img_id, self.cache.spec.views[0]).original_size
+        if tuple(sample.ori_shape) != seen:
+            raise ImageError(
+                f"image {sample.img_path} is {sample.ori_shape[1]} x {sample.ori_shape[0]} pixels, and was "
+                f"{seen[1]} x {seen[0]} when the teacher saw it. Put the image in place that was cached."
+            )
+        matrix = np.asarray(sample.homography_matrix, dtype=np.float64)
+        results["targets"] = self._view(sample, matrix) if self.rois == "student" else self._rois(sample, matrix)
+        return results
+
+    def _view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
+        return read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
+
+    def _rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
+        truth = sample.gt_instances
+        return read_roi_targets(
+            self.cache,
+            sample.img_id,
+            matrix,
+            sample.img_shape,
+            getattr(truth.bboxes, "tensor", truth.bboxes),
+            truth.labels,
+            needs=self.needs,
+            num=self.num,
+            positive_fraction=self.positive_fraction,
+            missing_view=self.missing_view,
+            generator=torch.default_generator,
+        )
+
+
+def with_teacher_targets(
+    pipeline: Sequence[Any], transform: dict[str, Any], let_through: Collection[str] = ()
+) -> list[Any]:
+    """A training pipeline whose samples carry the teacher's targets.
+
+    Args:
+        pipeline: Ends with mmdet's `PackDetInputs`.
+        transform: Config of `AddTeacherTargets`.
+        let_through: Names of transforms that the user answers for: they move no pixel, or record where to.
+
+    Raises:
+        KdpipeError: The pipeline ends otherwise, mixes several images into one, or may move pixels without a record.
+    """
+    if moving := moving_transforms(pipeline, let_through):
+        raise KdpipeError(
+            f"The student's training pipeline uses {', '.join(moving)}. Cached targets belong to one image, and find "
+            "its pixels by the homography_matrix that transforms record: only those are allowed of which it is known "
+            "that they move no pixel, or record a scale, crop or horizontal flip there. Remove it from the student's "
+            "config. For a transform of which this holds nevertheless, such as one of your own, say so: "
+            "-o distill.transforms=[MyJitter]."
+        )
+    if not pipeline or transform_class(pipeline[-1]) is not PackDetInputs:
+        last = step_name(pipeline[-1]) if pipeline else "nothing"
+        raise KdpipeError(f"The training pipeline ends with {last}; expected PackDetInputs.")
+    result = copy.deepcopy(list(pipeline))
+    keys = tuple(result[-1].get("meta_keys", _PACKED))
+    result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, *_NEEDED]))
+    return [*result, transform]

@@ -1,0 +1,207 @@
+"""Every loss, broken on purpose in one place, fails an ordinary test of this folder: those tests can fail."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.autograd.gradcheck import GradcheckError
+
+from kdpipe.distill.losses import ckd, prediction, sgfi
+
+HERE = Path(__file__).parent
+EQUATION = "test_it_is_the_equation"
+MODULE_OF_SGFI = "test_the_module_is_adapt_then_embed_then_the_loss"
+SOME_BACKGROUND = {"student_classes": 3, "teacher_classes": 3, "labels": [0, 1, 2, 3, 3, 1]}
+
+# Module, the test that has to fail, its arguments, and mutations by name: a text that is in the module's source exactly
+# once, what stands in its place, and more such pairs where one is not enough.
+MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str, ...]]]] = [
+    (
+        sgfi,
+        EQUATION,
+        {"temperature": 0.5},
+        {
+            "softmax over the RoIs": (".softmax(dim=1)", ".softmax(dim=0)"),
+            "no temperature": ("(similarity / temperature)", "(similarity)"),
+            "times the temperature": ("(similarity / temperature)", "(similarity * temperature)"),
+            "the same weight for all levels": ("(similarity / temperature)", "(similarity * 0)"),
+            "keys of another RoI": ("keys, embed(teacher),", "keys, embed(teacher).roll(1, 0),"),
+            "a sum over channels and cells": (".flatten(1).mean(dim=1)", ".flatten(1).sum(dim=1)"),
+            "absolute in place of squared": ("(mixed - teacher).square()", "(mixed - teacher).abs()"),
+        },
+    ),
+    (
+        sgfi,
+        "test_gradients",
+        {},
+        {"the teacher learns": ("full_precision(student_rois, teacher_rois.detach())", "(student_rois, teacher_rois)")},
+    ),
+    (
+        sgfi,
+        MODULE_OF_SGFI,
+        {"kernel": 1},
+        {
+            "keys without the bias of f_adapt": (" + first.weight.sum(dim=(2, 3)) @ self.adapt.bias", ""),
+            "teacher's keys not the embedding's": ("self.embed(teacher),", "self.embed(teacher * 2),"),
+        },
+    ),
+    (
+        ckd,
+        EQUATION,
+        {"with_queue": True, "with_exclude": True, "temperature": 0.07},
+        {
+            "positive missing from the denominator": (
+                "            peak = similarity.amax(",
+                "            similarity.diagonal(start).fill_(-torch.inf)\n            peak = similarity.amax(",
+            ),
+            "positive excluded with its box": ("similarity.diagonal(start).copy_(positive)", "similarity.zero_"),
+            "softmax over the students": (
+                "_unit(student) / temperature, _unit(teacher),",
+                "_unit(teacher) / temperature, _unit(student),",
+            ),
+            "no queue": ("torch.cat([keys, negatives])", "torch.cat([keys, negatives[:0]])"),
+            "no exclusion": (".masked_fill_(exclude[rows],", ".masked_fill_(exclude[rows] & False,"),
+            "product in place of cosine": ("_unit(student) / temperature", "student / temperature"),
+            "no temperature": ("_unit(student) / temperature", "_unit(student)"),
+            "a sum over boxes": ("        return loss / count\n", "        return loss\n"),
+        },
+    ),
+    (
+        ckd,
+        "test_gradients_on_both_sides_and_none_for_the_queue",
+        {},
+        {"gradient without the positive": ("slope.diagonal(start).sub_(1.0)", "slope.diagonal(start).sub_(0.0)")},
+    ),
+    (
+        ckd,
+        "test_slices_change_nothing",
+        {"elements": 1},
+        {"gradient of the last slice only": ("key_grad += slope", "key_grad = slope")},
+    ),
+    (
+        ckd,
+        "test_which_pairs_are_no_negatives",
+        {},
+        {"overlap at the threshold": ("boxes[rows]) > iou", "boxes[rows]) >= iou")},
+    ),
+    (
+        ckd,
+        "test_the_queue_drops_the_oldest_first",
+        {},
+        {"the newest leave the queue": ("new[-size:]", "new[:size]")},
+    ),
+    (
+        prediction,
+        "test_classification_is_the_equation",
+        {},
+        {
+            "softmax over the RoIs": ("(teacher.softmax(dim=1) * student", "(teacher.softmax(dim=0) * student"),
+            "the student's softmax over the RoIs": ("student.log_softmax(dim=1)", "student.log_softmax(dim=0)"),
+            "background left out": ("log_softmax(dim=1)).sum(dim=1)", "log_softmax(dim=1))[:, :-1].sum(dim=1)"),
+            "student and teacher the other way round": (
+                "(teacher.softmax(dim=1) * student.log_softmax(dim=1))",
+                "(student.softmax(dim=1) * teacher.log_softmax(dim=1))",
+            ),
+        },
+    ),
+    (
+        prediction,
+        "test_classification_of_dense_students_is_the_equation",
+        {},
+        {
+            "background included": ("log_scores)[:, :-1].sum(dim=1)", "log_scores).sum(dim=1)"),
+            "maximum over the object classes": ("student.amax(dim=1", "student[:, :-1].amax(dim=1"),
+            "not divided by the maximum": ("student - student.amax(dim=1, keepdim=True)", "student.log_softmax(dim=1)"),
+            "softmax over the RoIs": ("(teacher.softmax(dim=1) * log_scores)", "(teacher.softmax(dim=0) * log_scores)"),
+        },
+    ),
+    (
+        prediction,
+        "test_class_aware_regression_is_the_equation",
+        {},
+        {
+            "absolute value before the class sum": (
+                "weights, teacher - student)",
+                "weights, (teacher - student).abs())",
+            ),
+            "background included": ("logits.softmax(dim=1)[:, :num_classes]", "logits.softmax(dim=1)[:, 1:]"),
+            "softmax without background": (
+                "logits.softmax(dim=1)[:, :num_classes]",
+                "logits[:, :num_classes].softmax(dim=1)",
+            ),
+            "softmax over the RoIs": (
+                "logits.softmax(dim=1)[:, :num_classes]",
+                "logits.softmax(dim=0)[:, :num_classes]",
+            ),
+            "a mean over the coordinates": ("difference.abs().sum(dim=1)", "difference.abs().mean(dim=1)"),
+        },
+    ),
+    (
+        prediction,
+        "test_regression_is_the_equation",
+        SOME_BACKGROUND,
+        {
+            "background included": (
+                *("(labels < classes)", "(labels <= classes)"),
+                *("of_class = labels[rows]", "of_class = labels[rows].clamp(max=classes - 1)"),
+            ),
+            "box of another class": ("of_class if student.shape[1] > 1 else 0", "0"),
+            "a mean over all RoIs": ("student).abs().sum(dim=1))", "student).abs().sum(dim=1)) * len(rows) / num_rois"),
+        },
+    ),
+    (
+        prediction,
+        "test_recoding_keeps_the_box",
+        {},
+        {"times the stds": ("(mean_in - mean_out)) / std_out", "(mean_in - mean_out)) * std_out")},
+    ),
+]
+
+
+def ordinary(module: ModuleType) -> ModuleType:
+    """The tests of a module, loaded for themselves."""
+    file = HERE / f"test_{module.__name__.rpartition('.')[2]}.py"
+    found = importlib.util.spec_from_file_location(f"ordinary_{file.stem}", file)
+    assert found is not None
+    assert found.loader is not None
+    tests = importlib.util.module_from_spec(found)
+    found.loader.exec_module(tests)
+    return tests
+
+
+def run(module: ModuleType, source: str, test: str, options: Mapping[str, Any]) -> None:
+    """Run a test of a module with another source of that module."""
+    other = ModuleType(module.__name__)
+    exec(compile(source, str(module.__file__), "exec"), vars(other))
+    tests = ordinary(module)
+    for name, value in vars(tests).copy().items():
+        if value is module:
+            setattr(tests, name, other)
+        elif getattr(value, "__module__", None) == module.__name__:
+            setattr(tests, name, getattr(other, name))
+    getattr(tests, test)(**options)
+
+
+@pytest.mark.parametrize(
+    ("module", "test", "options", "changes"),
+    [
+        pytest.param(module, test, options, changes, id=f"{test.removeprefix('test_')}, {name}")
+        for module, test, options, mutations in MUTATIONS
+        for name, changes in mutations.items()
+    ],
+)
+def test_a_broken_loss_fails_a_test(
+    module: ModuleType, test: str, options: dict[str, Any], changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if test == "test_slices_change_nothing":
+        options = {**options, "monkeypatch": monkeypatch}
+    source = Path(str(module.__file__)).read_text()
+    run(module, source, test, options)
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert source.count(old) == 1, f"{old!r} is in the source {source.count(old)} times, expected once"
+        source = source.replace(old, new)
+    with pytest.raises((AssertionError, GradcheckError)):
+        run(module, source, test, options)

@@ -1,0 +1,39 @@
+"""Shares of the losses in the gradient at the pyramid."""
+
+import pytest
+import torch
+
+from kdpipe.distill.losses.shares import gradient_shares
+
+
+def test_shares_are_norms_of_gradients_over_their_sum() -> None:
+    levels = [torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weight = torch.randn((), dtype=torch.float64, requires_grad=True)
+    pyramid = [level * weight for level in levels]  # not leaves, as a neck gives it
+    first = (pyramid[0] * 3).sum()
+    losses = {
+        "loss_a": first,
+        "loss_rpn_b": [pyramid[0].square().sum(), (pyramid[1] * 2).sum()],
+        "accuracy": pyramid[0].sum(),
+    }
+    shares = gradient_shares(losses, pyramid)
+    a = 3 * (2 * 3 * 16) ** 0.5
+    b = ((2 * pyramid[0]).square().sum() + 4 * 2 * 3 * 16).sqrt().item()
+    assert shares.keys() == {"share_a", "share_rpn_b"}
+    assert shares["share_a"].item() == pytest.approx(a / (a + b), rel=1e-6)
+    assert shares["share_rpn_b"].item() == pytest.approx(b / (a + b), rel=1e-6)
+    assert weight.grad is None
+    first.backward()  # the graph is still there
+    assert weight.grad is not None
+
+
+def test_losses_that_do_not_reach_the_pyramid_have_no_share() -> None:
+    level, other = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    shares = gradient_shares({"loss_a": other.sum(), "loss_b": level.sum(), "loss_c": torch.ones(())}, [level])
+    assert {name: share.item() for name, share in shares.items()} == {"share_a": 0.0, "share_b": 1.0}
+    assert gradient_shares({"loss_a": other.sum()}, [level]) == {"share_a": torch.zeros(())}
+
+
+def test_a_frozen_pyramid_has_no_shares() -> None:
+    head = torch.randn(3, requires_grad=True)
+    assert gradient_shares({"loss_a": (torch.ones(3) * head).sum()}, [torch.ones(3)]) == {}

@@ -1,0 +1,185 @@
+"""`train-student` in two processes on the CPU: no parameter is missed, and the ranks agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kdpipe.pipelines.detectors.checkpoints import register_safe_types
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+SCRIPT = Path(sys.executable).with_name("kdpipe")
+
+
+def two_processes(
+    work: Path, *args: object, run: tuple[object, ...] = ("--no-python", SCRIPT)
+) -> "subprocess.CompletedProcess[str]":
+    if "--no-python" in run:  # also in a clone of mmdetection
+        (work / "mmdet").mkdir()
+        (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, *map(str, (*run, *args))],
+        cwd=work,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def trained(work_dir: Path) -> tuple[Any, list[dict[str, float]]]:
+    """The last checkpoint to resume from, and the log."""
+    register_safe_types()
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return torch.load(work_dir / "epoch_2.pth", weights_only=True)["state_dict"], lines
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--rois", "teacher"), marks=pytest.mark.slow),
+        pytest.param(("--missing-view", "skip"), marks=pytest.mark.slow),
+        pytest.param("live", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
+    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w")
+    log = (
+        "-o",
+        "distill.ckd.queue_size=4096",
+        "-o",
+        "distill.share_interval=1",
+        "-o",
+        "default_hooks.logger.interval=1",
+    )
+    source: tuple[object, ...] = ("--cache", kit.cache)
+    if options == "live":
+        source, options = ("--teacher-ckpt", kit.teacher, *kit.data, "--scale", "128x96"), ()
+    done = two_processes(work, "train-student", *source, *recipe, *log, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RoIs: those of the") == 1
+    state, lines = trained(work / "w")
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    own = sum(line["kd_positive"] + line["kd_negative"] for line in lines)  # of the first process
+    assert own < int(state["ckd.queue.count"]) <= 4096  # the queue has those of both
+    assert len(lines) == 8
+    assert all(0 < line["share_sgfi"] < 1 for line in lines if line["kd_positive"])
+
+
+BUFFERS = """
+import os
+from types import SimpleNamespace
+import torch
+from mmengine.hooks import EMAHook
+from kdpipe.pipelines.training.plain_checkpoints import SameBuffersHook
+
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(rank)
+model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1))
+ema = EMAHook(momentum=0.5)
+runner = SimpleNamespace(model=model, hooks=[ema], iter=0)
+ema.before_run(runner)
+for _ in range(3):
+    model(torch.randn(2, 3, 4, 4) + rank)
+    ema.after_train_iter(runner, 0)
+SameBuffersHook().after_train_epoch(runner)
+torch.save({"model": model.state_dict(), "ema": ema.ema_model.state_dict()}, f"rank{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_agree_on_statistics_before_they_are_measured(work: Path) -> None:
+    (work / "buffers.py").write_text(BUFFERS)
+    done = two_processes(work, run=("buffers.py",))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
+        mine, others = (rank["model"][name] for rank in ranks)
+        assert torch.equal(mine, others)
+        assert torch.equal(mine, ranks[1]["ema"][f"module.{name}"])
+    assert abs(ranks[1]["model"]["0.running_mean"]).max() < 0.2  # of the first process, whose images have mean 0
+    assert not torch.equal(ranks[0]["model"]["1.weight"], ranks[1]["model"]["1.weight"])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path) -> None:
+    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w")
+    options = ("-o", "distill.weights.ckd=1e38", "-o", "distill.ckd.queue_size=64")
+    done = two_processes(work, "train-student", "--cache", kit.cache, *recipe, *options)
+    assert done.returncode == 1
+    assert "loss_ckd is inf" in done.stderr
+    assert not list((work / "w").glob("*.pth"))
+
+
+KEEP = """
+import sys, torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from kdpipe.pipelines.cli.main import main
+
+class Keep(Hook):
+    positives = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.positives.append(int(outputs["kd_positive"]))
+
+    def after_train(self, runner):
+        kept = {"state": runner.model.module.state_dict(), "positives": self.positives}
+        kept["unused"] = runner.model.find_unused_parameters
+        torch.save(kept, f"rank{runner.rank}.pt")
+
+train = Runner.train
+
+def kept(self):
+    self.register_hook(Keep())
+    return train(self)
+
+Runner.train = kept
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("retinanet", ("--amp",)), ("fcos", ()), ("retinanet", ("--rois", "teacher", "--missing-view", "skip"))],
+)
+def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, options: Any) -> None:
+    """Also where one of them has no positive RoI: objects too small for any predicted box, or a flipped image."""
+    boxes = json.loads(kit.ann.read_text())["annotations"]
+    one = boxes[0]["image_id"]
+    small = [{**x, "bbox": [*x["bbox"][:2], 2, 2], "area": 4} if x["image_id"] == one else x for x in boxes]
+    ann = kit.annotations(work / "small.json", annotations=small)
+    cache = work / "x.zarr"
+    kit.run("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", cache)
+    (work / "student.py").write_text(kit.dense(family).pretty_text)
+    (work / "keep.py").write_text(KEEP)
+    recipe = ("--cache", cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0)
+    more = ("--methods", "sgfi,ckd,pred", "--work-dir", "w", "-o", "distill.ckd.queue_size=4096", "--seed", 1)
+    done = two_processes(work, "train-student", *recipe, *more, *options, run=("keep.py",))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert not any(rank["unused"] for rank in ranks)
+    pairs = list(zip(*(rank["positives"] for rank in ranks), strict=True))
+    assert len(pairs) == 8
+    assert sum((a == 0) != (b == 0) for a, b in pairs) >= 1, pairs
+    states = [rank["state"] for rank in ranks]
+    assert 0 < int(states[0]["ckd.queue.count"]) <= 4096
+    assert {name.split(".")[0] for name in states[0]} == {"student", "sgfi", "ckd"}
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert different == []
+    started = torch.load(work / "w" / "epoch_1.student.pth", weights_only=True)["state_dict"]
+    ended = torch.load(work / "w" / "student.pth", weights_only=True)["state_dict"]
+    assert any(not torch.equal(started[name], ended[name]) for name in started)

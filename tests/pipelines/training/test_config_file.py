@@ -1,0 +1,47 @@
+"""Distillation from a config file of mmengine, as the README shows it, without the command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+README = Path(__file__).resolve().parents[3] / "README.md"
+DATA = """
+train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=4, multiprocessing_context=None)
+train_dataloader["dataset"].update(
+    type="CocoDataset",
+    data_root=None,
+    ann_file={ann!r},
+    data_prefix=dict(img={img!r}),
+    metainfo=dict(classes={classes!r}),
+)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=1)
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
+model["ckd"] = dict(queue_size=256)
+"""
+
+
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+def test_the_example_of_the_readme(kit: "Kit", work: Path, rois: str) -> None:
+    config, script = re.findall(
+        r"```python\n(.*?)```", README.read_text().split("## From a config file")[1], re.DOTALL
+    )[:2]
+    base = kit.config(channels=8, fc=24)
+    base.train_pipeline = base.train_dataloader.dataset.pipeline
+    (work / "base.py").write_text(base.pretty_text)
+    config = config.replace("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "./base.py")
+    config = config.replace('"coco.zarr"', repr(str(kit.cache))).replace('rois="student"', f'rois="{rois}"')
+    data = DATA.format(ann=str(kit.ann), img=f"{kit.img}/", classes=kit.classes)
+    (work / "distil.py").write_text(config + data)
+    (work / "train.py").write_text(script)
+    done = subprocess.run([sys.executable, "train.py"], cwd=work, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(work / "work_dirs" / "distil" / "epoch_1.pth", weights_only=False)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"student", "sgfi", "ckd"}

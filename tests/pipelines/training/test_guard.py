@@ -1,0 +1,112 @@
+"""A training that cannot be of use ends with one message, and what was good before stays."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from torch import Tensor
+
+from kdpipe.distill.losses.prediction import classification_kd_loss
+from kdpipe.distill.teacher.any_box import ask_teacher
+from kdpipe.distill.teacher.targets import Answers
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+
+def spoil(patch: pytest.MonkeyPatch, call: int, value: float) -> None:
+    """Make the loss of the class scores what it never is, in one call."""
+    calls = []
+    right = classification_kd_loss
+
+    def wrong(student: Tensor, teacher: Tensor) -> Tensor:
+        calls.append(1)
+        return right(student, teacher) * (value if len(calls) == call else 1.0)
+
+    patch.setattr("kdpipe.distill.detector.classification_kd_loss", wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    options = ("--methods", "cls,ckd", "--epochs", 2, "-o", "distill.ckd.queue_size=64")
+    with monkeypatch.context() as patch:
+        spoil(patch, 4, value)  # two steps per epoch
+        message = kit.refused(*kit.student_command(work / "w", *options))
+    assert f"At step 4, loss_kd_cls is {value} (images " in message
+    images = message.split("(images ")[1].split(")")[0].split(", ")
+    assert len(set(images)) == 4
+    assert set(images) <= {str(i) for i in range(9)}
+    assert "The last checkpoint, of epoch 1, is good" in message
+    assert "distill.weights" in message
+    files = {file.name for file in (work / "w").glob("*.pth")}
+    assert files == {"epoch_1.pth", "epoch_1.student.pth", "student.pth"}
+    weights = torch.load(work / "w" / "student.pth", weights_only=True)
+    assert weights["meta"]["epoch"] == 1
+    assert all(torch.isfinite(x).all() for x in weights["state_dict"].values())
+    kit.train_student(work / "w", *options, "--resume")
+    assert (work / "w" / "epoch_2.student.pth").exists()
+
+
+def test_the_students_own_loss_and_a_plain_training(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = BBoxHead.loss
+
+    def wrong(self: Any, *args: Any, **options: Any) -> Any:
+        return {**loss(self, *args, **options), "loss_bbox": torch.tensor(float("nan"), requires_grad=True)}
+
+    monkeypatch.setattr(BBoxHead, "loss", wrong)
+    message = kit.refused(*kit.student_command(work / "w", "--methods", "none"))
+    assert "At step 1, loss_bbox is nan (images " in message
+    assert "There is no checkpoint yet" in message
+    assert "distill.weights" not in message
+
+
+def test_weights_that_are_not_finite_are_not_saved(kit: "Kit", work: Path) -> None:
+    """A finite loss whose gradient is too large, at the last step of an epoch."""
+    options = ("--methods", "cls", "--batch-size", 8, "-o", "optim_wrapper.clip_grad=None")
+    rate = ("-o", "param_scheduler=[]", "-o", "optim_wrapper.optimizer.lr=3e38")
+    message = kit.refused(*kit.student_command(work / "w", *options, *rate))
+    assert "are not finite any more" in message
+    assert not list((work / "w").glob("*.pth"))
+
+
+def test_a_loss_that_contributes_nothing(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_positive(views: Any, rois: Any, *args: Any) -> Answers:
+        rois.positive[:] = False
+        return ask_teacher(views, rois, *args)
+
+    monkeypatch.setattr("kdpipe.distill.detector.ask_teacher", nothing_positive)
+    message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,cls"))
+    assert "loss_sgfi was 0 in every step so far" in message
+    assert "0 positive" in message
+    assert "8 exact" in message or "mirrored" in message
+    assert not (work / "w" / "student.pth").exists()
+    kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.weights.sgfi=0")
+
+
+def test_a_short_training_in_which_nothing_is_learned_says_so(kit: "Kit", work: Path) -> None:
+    """The boxes of an untrained dense student may meet no object: a warning on the console, and the student is kept."""
+    config = kit.dense("fcos")
+    config.model.bbox_head.init_cfg.override.bias = -8.0  # boxes that are points
+    (work / "student.py").write_text(config.pretty_text)
+    ended = kit.train_student(work / "w", "--student", work / "student.py", "--methods", "sgfi,cls")
+    _, line = " ".join(ended.out.split()).split("Warning: ")
+    assert line.startswith("loss_sgfi was 0 in every step so far: nothing is learned from it")
+    assert "0 positive" in line
+    assert (work / "w" / "student.pth").exists()
+    ended = kit.train_student(work / "v", "--student", work / "student.py", "--methods", "cls")
+    assert "Warning" not in ended.out
+
+
+def test_shares_of_the_gradient_are_in_the_log(kit: "Kit", work: Path) -> None:
+    kit.train_student(work / "w", "--methods", "sgfi,cls", "-o", "distill.share_interval=2", "--epochs", 2)
+    (file,) = (work / "w").glob("*/vis_data/scalars.json")
+    text = file.read_text()
+    names = ("cls", "bbox", "rpn_cls", "rpn_bbox", "sgfi", "kd_cls")
+    assert all(f'"share_{name}"' in text for name in names)
+    kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.share_interval=0", "--epochs", 2)
+    (file,) = (work / "v").glob("*/vis_data/scalars.json")
+    assert "share_" not in file.read_text()
+    one, two = (torch.load(work / x / "epoch_1.student.pth", weights_only=True)["state_dict"] for x in "wv")
+    assert all(torch.equal(one[name], two[name]) for name in one)  # looking changes nothing

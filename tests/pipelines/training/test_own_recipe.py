@@ -1,0 +1,286 @@
+"""Optimiser, schedule, hooks and randomness of a config: kept, or named on the console where they are not."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.detectors.checkpoints import register_safe_types
+from kdpipe.pipelines.detectors.configs import apply_known_options, parse_literal_config
+from kdpipe.pipelines.training.config import with_overrides
+from kdpipe.pipelines.training.optimisers import check_own_recipe, optim_wrapper
+from kdpipe.pipelines.training.replaced import replaced_parts
+from kdpipe.pipelines.training.run_settings import set_run
+from kdpipe.pipelines.training.runner import _is_told
+from kdpipe.pipelines.training.student_check import check_hooks
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+SGD = {"type": "SGD", "lr": 0.02, "momentum": 0.8}
+ADAMW = {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.05}
+DECAY = {"norm_decay_mult": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "lr", "expected"),
+    [
+        (None, None, None, {"type": "SGD", "lr": 0.0075, "momentum": 0.9, "weight_decay": 1e-4}),
+        (SGD, 16, None, {"type": "SGD", "lr": 0.0075, "momentum": 0.9, "weight_decay": 1e-4}),
+        ({**SGD, "type": "mmengine.SGD"}, None, 0.1, {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
+        (ADAMW, None, None, ADAMW),
+        (ADAMW, 16, None, {**ADAMW, "lr": 1e-4 / 4}),
+        (ADAMW, 2, None, {**ADAMW, "lr": 2e-4}),
+        (ADAMW, 16, 0.5, {**ADAMW, "lr": 0.5}),
+        ({"type": "mmengine.Adam", "lr": 1.0}, 8, None, {"type": "mmengine.Adam", "lr": 0.5}),
+        ({"type": "Adadelta"}, 8, None, {"type": "Adadelta"}),
+    ],
+)
+def test_optimisers(own: Any, base: int | None, lr: float | None, expected: dict[str, Any]) -> None:
+    config = Config({})
+    if own is not None:
+        config.optim_wrapper = {"type": "OptimWrapper", "optimizer": own, "paramwise_cfg": DECAY}
+    if base is not None:
+        config.auto_scale_lr = {"base_batch_size": base, "enable": True}
+    before = config.to_dict()
+    found = optim_wrapper(config, lr, images=4, amp=False)
+    assert found["optimizer"] == expected
+    assert found.get("paramwise_cfg") == (None if expected["type"] == "SGD" else DECAY)
+    assert found.get("clip_grad") == ({"max_norm": 10, "norm_type": 2} if expected["type"] == "SGD" else None)
+    assert config.to_dict() == before
+
+
+def test_a_rate_is_scaled_once() -> None:
+    scaling = Config({"auto_scale_lr": {"enable": False, "base_batch_size": 16}})
+    options = ["auto_scale_lr.enable=True"]
+    assert not with_overrides(scaling, options, "paper").auto_scale_lr.enable
+    assert with_overrides(scaling, options, "config").auto_scale_lr.enable
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "work_dir=x",
+        "launcher=pytorch",
+        "experiment_name=x",
+        "train_dataloader.collate_fn.type=pseudo_collate",
+        "val_dataloader.worker_init_fn=None",
+    ],
+)
+def test_what_kdpipe_sets_is_no_option(option: str) -> None:
+    with pytest.raises(KdpipeError, match=f"kdpipe sets {option.split('.type')[0].split('=')[0]} itself"):
+        with_overrides(Config({}), [option], "paper")
+
+
+@pytest.mark.parametrize(
+    ("level", "text", "told"),
+    [
+        (logging.ERROR, "anything", True),
+        (logging.WARNING, "The prefix is not set in metric class", False),
+        (logging.WARNING, "decrease performance because the model has BatchNorm layers.", True),
+        (logging.INFO, "Epoch(train)", False),
+    ],
+)
+def test_lines_of_the_log_for_the_console(level: int, text: str, told: bool) -> None:
+    assert _is_told(logging.LogRecord("mmengine", level, "", 0, text, (), None)) is told
+
+
+@pytest.mark.parametrize("name", ["YOLOXModeSwitchHook", "mmdet.SetEpochInfoHook", "MeanTeacherHook"])
+def test_hooks_that_reach_into_the_detector(name: str) -> None:
+    check_hooks(Config({"custom_hooks": [{"type": "CheckInvalidLossHook"}, {"type": "EMAHook"}]}))
+    with pytest.raises(KdpipeError, match=f"has {name} in custom_hooks"):
+        check_hooks(Config({"custom_hooks": [{"type": "CheckInvalidLossHook"}, {"type": name}]}))
+
+
+OWN = {
+    "optim_wrapper": {"type": "OptimWrapper", "optimizer": SGD},
+    "param_scheduler": [],
+    "train_cfg": {"type": "EpochBasedTrainLoop", "max_epochs": 7},
+}
+BY_STEP = {"type": "IterBasedTrainLoop", "max_iters": 100, "max_epochs": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({"optim_wrapper": None}, {}, None),
+        ({}, {"epochs": 7}, None),
+        ({}, {"epochs": 8}, "trains for 7; --epochs 8 contradicts.*-o train_cfg.max_epochs=8"),
+        ({}, {"lr": 0.1}, "--lr 0.1 contradicts.*-o optim_wrapper.optimizer.lr=0.1"),
+        ({}, {"amp": True}, "has OptimWrapper; --amp contradicts"),
+        ({"optim_wrapper": {"type": "AmpOptimWrapper"}}, {"amp": True}, None),
+        ({}, {"multi_scale": True}, "--schedule 2x-ms contradicts"),
+        ({"train_cfg": ...}, {}, "there is no train_cfg"),
+        ({"train_cfg": BY_STEP}, {}, "a number of epochs, and train_cfg is .*IterBasedTrainLoop"),
+        ({"train_cfg": {"by_epoch": True}}, {}, "a number of epochs"),
+        ({"param_scheduler": ...}, {}, "has no param_scheduler"),
+        ({"optim_wrapper": ...}, {}, "has no optim_wrapper"),
+    ],
+)
+def test_options_that_contradict_the_recipe_of_a_config(
+    changes: dict[str, Any], given: dict[str, Any], message: str | None
+) -> None:
+    config = Config({key: value for key, value in {**OWN, **changes}.items() if value is not ...})
+    values = {"epochs": None, "lr": None, "amp": False, "multi_scale": False, **given}
+    if message is None:
+        check_own_recipe(config, **values)
+        return
+    with pytest.raises(KdpipeError, match=message):
+        check_own_recipe(config, **values)
+
+
+@pytest.mark.parametrize(
+    ("own", "used", "lines"),
+    [
+        ({}, {"optim_wrapper": {"optimizer": SGD}}, []),
+        ({"train_cfg": {"max_epochs": 12}}, {"train_cfg": {"max_epochs": 12, "val_interval": 1}}, []),
+        ({"train_cfg": {"max_epochs": 12}}, {"train_cfg": {"max_epochs": 1}}, ["train_cfg.max_epochs 12 -> 1"]),
+        (
+            {"optim_wrapper": {"optimizer": SGD, "paramwise_cfg": DECAY, "_scope_": "mmdet"}},
+            {"optim_wrapper": {"optimizer": {**SGD, "lr": 0.01}}},
+            ["optim_wrapper.optimizer.lr 0.02 -> 0.01", "optim_wrapper.paramwise_cfg"],
+        ),
+        ({"param_scheduler": [{"type": "MultiStepLR"}]}, {"param_scheduler": None}, ["param_scheduler"]),
+        (
+            {"val_evaluator": {"type": "VOCMetric", "metric": "mAP"}},
+            {"val_evaluator": {"type": "CocoMetric", "metric": "bbox"}},
+            ["val_evaluator.type VOCMetric -> CocoMetric", "val_evaluator.metric mAP -> bbox"],
+        ),
+        ({"val_evaluator": {"type": "VOCMetric"}}, {"val_evaluator": None}, []),
+        (
+            {"train_dataloader": {"collate_fn": {"type": "mine"}, "sampler": {"type": "InfiniteSampler"}}},
+            {"train_dataloader": {"sampler": {"type": "DefaultSampler", "shuffle": True}}},
+            ["train_dataloader.sampler.type InfiniteSampler -> DefaultSampler", "train_dataloader.collate_fn"],
+        ),
+    ],
+)
+def test_what_is_replaced_is_named(own: dict[str, Any], used: dict[str, Any], lines: list[str]) -> None:
+    data = {"dataset": {"type": "CocoDataset"}}
+    configs = [
+        Config({**each, "train_dataloader": {**data, **each.get("train_dataloader", {})}}) for each in (own, used)
+    ]
+    assert replaced_parts(*configs) == lines
+
+
+def test_a_replaced_data_set_is_named() -> None:
+    voc = {"type": "VOCDataset", "ann_file": "a.txt", "proposal_file": "p.pkl", "backend_args": None}
+    own = {"type": "RepeatDataset", "times": 3, "dataset": {"type": "ConcatDataset", "datasets": [voc, voc]}}
+    used = {"type": "RepeatDataset", "times": 3, "dataset": {"type": "CocoDataset"}}
+    configs = [Config({"train_dataloader": {"dataset": each}}) for each in (own, used)]
+    assert replaced_parts(*configs) == [
+        "train_dataloader.dataset RepeatDataset of ConcatDataset of 2 of VOCDataset -> RepeatDataset of CocoDataset",
+        "train_dataloader.dataset.proposal_file",
+    ]
+
+
+def test_hooks_logs_and_randomness_of_a_config() -> None:
+    checkpoint = {"type": "CheckpointHook", "interval": 5, "save_best": "auto", "out_dir": "x", "by_epoch": True}
+    own = {
+        "default_hooks": {
+            "checkpoint": checkpoint,
+            "logger": {"type": "LoggerHook", "interval": 3},
+            "timer": {"type": "IterTimerHook"},
+            "sampler_seed": None,
+        },
+        "visualizer": {
+            "type": "DetLocalVisualizer",
+            "name": "visualizer",
+            "vis_backends": [{"type": "WandbVisBackend"}],
+        },
+        "env_cfg": {"cudnn_benchmark": True},
+        "randomness": {"seed": 1, "deterministic": True},
+    }
+    cfg = Config({})
+    set_run(cfg, Config(own), 4)
+    hooks = cfg.default_hooks
+    kept = {"type": "CheckpointHook", "interval": 5, "max_keep_ckpts": 2, "save_best": "auto"}
+    assert hooks.checkpoint == kept
+    assert hooks.logger.interval == 3
+    assert hooks.timer.type == "IterTimerHook"
+    assert hooks.sampler_seed.type == "DistSamplerSeedHook"
+    assert [each["type"] for each in cfg.visualizer.vis_backends] == ["WandbVisBackend", "TensorboardVisBackend"]
+    assert "name" not in cfg.visualizer
+    assert cfg.env_cfg.cudnn_benchmark is True
+    assert cfg.randomness == {"seed": 4, "deterministic": True}
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [None, {"type": "CheckpointHook", "by_epoch": False, "interval": 500}, {"type": "MyHook"}]
+)
+def test_checkpoints_to_resume_from_are_of_epochs(checkpoint: Any) -> None:
+    cfg = Config({})
+    set_run(cfg, Config({"default_hooks": {"checkpoint": checkpoint}}), 0)
+    assert cfg.default_hooks.checkpoint == {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 2}
+
+
+def test_options_are_part_of_the_config_where_it_knows_them() -> None:
+    config = Config({"model": {"type": "X"}, "optim_wrapper": {"optimizer": SGD}})
+    found = apply_known_options(config, ["optim_wrapper.optimizer.type=AdamW", "distill.ckd.dim=3", "nothing.at.all=1"])
+    assert found.optim_wrapper.optimizer.type == "AdamW"
+    assert "distill" not in found
+
+
+def test_adamw_of_a_config_trains_a_student(kit: "Kit", work: Path) -> None:
+    ended = kit.train_student(
+        *(work / "w", "--methods", "none", "-o", "optim_wrapper.optimizer={'type': 'AdamW', 'lr': 0.0016}"),
+        *("-o", "optim_wrapper.clip_grad={'max_norm': 1}", "-o", "randomness={'seed': 7}"),
+    )
+    said = ended.out.replace("\n", " ")
+    assert "Optimiser: AdamW of the config, peak rate 0.0016, with kdpipe's warm-up and cosine." in said
+    assert "Not used of the config: param_scheduler; train_cfg.max_epochs 12 -> 1. --recipe config keeps" in said
+    register_safe_types()
+    state = torch.load(work / "w" / "epoch_1.pth", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert state["meta"]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "override"),
+    [
+        ("--epochs", 3, "train_cfg.max_epochs=4"),
+        ("--batch-size", 2, "train_dataloader.batch_size=3"),
+        ("--lr", 0.1, "optim_wrapper.optimizer.lr=0.2"),
+        ("--seed", 1, "randomness.seed=2"),
+    ],
+)
+def test_an_option_and_an_override_contradict_each_other(
+    kit: "Kit", work: Path, flag: str, value: float, override: str
+) -> None:
+    (work / "s.py").write_text(kit.student.read_text() + "\nrandomness = dict(seed=5)\n")
+    start = ("train-student", "--cache", kit.cache, "--student", "s.py", "--methods", "none", "--work-dir", work / "w")
+    message = kit.refused(*start, flag, value, "-o", override, code=2)
+    assert f"{flag} {value} and -o {override} contradict each other" in " ".join(message.split())
+    assert not (work / "w").exists()
+
+
+def test_a_best_checkpoint_needs_validation() -> None:
+    data = {"train_dataloader": {"dataset": {"type": "CocoDataset"}}}
+    used = Config({**data, "default_hooks": {"checkpoint": {"save_best": "auto"}}, "val_evaluator": None})
+    assert replaced_parts(used, used) == ["default_hooks.checkpoint.save_best (there are no validation images)"]
+    used.val_evaluator = {"type": "CocoMetric"}
+    assert replaced_parts(used, used) == []
+
+
+def test_the_recipe_of_a_config_is_kept_whole(kit: "Kit", work: Path) -> None:
+    options = {
+        "optim_wrapper.accumulative_counts": 2,
+        "train_cfg.max_epochs": 2,
+        "param_scheduler": "[{'type': 'MultiStepLR', 'by_epoch': True, 'milestones': [1], 'gamma': 0.1}]",
+        "default_hooks.logger.interval": 1,
+    }
+    changes = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    start = ("train-student", "--cache", kit.cache, "--student", kit.student, "--methods", "none", "--workers", 0)
+    ended = kit.run(*start, "--batch-size", 4, "--work-dir", work / "w", "--recipe", "config", *changes)
+    assert "Not used" not in ended.out
+    log = next((work / "w").glob("*/*.log")).read_text()
+    assert re.findall(r"Epoch\(train\).* lr: ([\d.e+-]+)", log) == ["2.0000e-02"] * 2 + ["2.0000e-03"] * 2
+    register_safe_types()
+    meta = torch.load(work / "w" / "student.pth", weights_only=True)["meta"]
+    assert parse_literal_config(meta["cfg"])["optim_wrapper"]["accumulative_counts"] == 2
+    message = kit.refused(*start, "--recipe", "config", "--epochs", 3, "--work-dir", work / "x")
+    assert "--epochs 3 contradicts" in message

@@ -1,0 +1,80 @@
+"""Batches that loader workers hand over in one piece."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.structures import InstanceData
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdpipe.distill.teacher.targets import RoiTargets
+from kdpipe.pipelines.training.parcel import pack_batch
+from kdpipe.pipelines.training.workers import end_workers
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """As the training pipeline makes them: several types, an empty tensor, a scalar, one that is not contiguous."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 3:
+            raise ValueError("bad image 3")
+        sample = DetDataSample(metainfo={"img_id": index, "homography_matrix": np.eye(3)})
+        sample.gt_instances = InstanceData(bboxes=HorizontalBoxes(torch.ones(index, 4) * index))
+        targets = RoiTargets(
+            boxes=torch.arange(8.0).reshape(4, 2).T + index,
+            labels=torch.tensor([1, 2]),
+            num_positive=1,
+            view="exact",
+            logits=torch.full((2, 3), index, dtype=torch.float16),
+            embeddings=torch.zeros(0, 5),
+        )
+        image = torch.full((3, 2, 2), index, dtype=torch.uint8)
+        return {"inputs": image, "data_samples": sample, "targets": targets, "scalar": torch.tensor(7 + index)}
+
+
+def unpacked(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def tensors(batch: dict[str, Any]) -> list[Tensor]:
+    found = [*batch["inputs"], *batch["scalar"]]
+    found += [sample.gt_instances.bboxes.tensor for sample in batch["data_samples"]]
+    return found + [x for t in batch["targets"] for x in (t.boxes, t.labels, t.logits, t.embeddings)]
+
+
+def test_what_arrives_is_what_was_sent() -> None:
+    samples = [Samples()[index] for index in range(3)]
+    batch = unpacked(pack_batch(samples))
+    sent = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for found, expected in zip(tensors(batch), tensors(sent), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    assert [sample.img_id for sample in batch["data_samples"]] == [0, 1, 2]
+    assert [(target.view, target.num_positive) for target in batch["targets"]] == [("exact", 1)] * 3
+
+
+def test_a_batch_is_one_piece_of_memory() -> None:
+    batch = unpacked(pack_batch([Samples()[1], Samples()[2]]))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}) == 1
+    first, *others = tensors(batch)
+    before = [other.clone() for other in others]
+    first.fill_(99)
+    assert all(torch.equal(other, old) for other, old in zip(others, before, strict=True)), "pieces do not overlap"
+
+
+def test_errors_of_a_worker_arrive() -> None:
+    loader = DataLoader(Samples(), batch_size=2, num_workers=1, collate_fn=pack_batch, multiprocessing_context="fork")
+    batches = iter(loader)
+    assert next(batches)["inputs"][1].unique().tolist() == [1]
+    with pytest.raises(ValueError, match="bad image 3"):
+        next(batches)
+    del batches
+    end_workers(())

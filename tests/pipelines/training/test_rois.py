@@ -1,0 +1,99 @@
+"""`train-student --rois`: who chooses the RoIs, what is read for that, and what is said."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kdpipe.cache.read.reader import TeacherCache, open_cache
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.source import check_serves_student_rois
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Kit
+
+
+def log(work_dir: Path) -> list[dict[str, float]]:
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], Any]]:
+    """Fields and levels of each reading of targets."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    read = TeacherCache.targets
+
+    def watch(self: TeacherCache, image_id: int, view: str = "identity", **options: Any) -> Any:
+        found.append((tuple(options["fields"]), options.get("levels")))
+        return read(self, image_id, view, **options)
+
+    monkeypatch.setattr(TeacherCache, "targets", watch)
+    return found
+
+
+def test_the_student_chooses_where_the_cache_can_serve_that(kit: "Kit", work: Path, reads: list[Any]) -> None:
+    ended = kit.train_student(work / "w")
+    assert f"RoIs: those of the student (the cache {kit.cache} can be asked about any box)." in ended.out
+    assert {fields for fields, _ in reads[2:]} == {("features",)}  # the first two look at the head
+    assert {tuple(levels) for _, levels in reads[2:]} == {(0, 1, 2, 3)}
+    assert len(reads) == 2 + 8
+    steps = log(work / "w")
+    # the student's sampler takes 32 RoIs of an image, at most 8 of them positive
+    assert all(0 < row["kd_positive"] <= 4 * 8 for row in steps)
+    assert all(row["kd_positive"] + row["kd_negative"] <= 4 * 32 for row in steps)
+
+
+def test_the_teacher_chooses_where_it_is_asked_to(kit: "Kit", work: Path, reads: list[Any]) -> None:
+    ended = kit.train_student(work / "w", "--rois", "teacher", "-o", "distill.rois.num=16")
+    assert "RoIs: those of the teacher (asked for)." in ended.out
+    assert ("boxes",) in {fields for fields, _ in reads}
+    assert all(row["kd_positive"] + row["kd_negative"] <= 4 * 16 for row in log(work / "w"))
+
+
+@pytest.mark.parametrize("tier", ["roi", "predictions"])
+def test_a_cache_without_pyramid_serves_the_teachers_rois(kit: "Kit", work: Path, tier: str) -> None:
+    cache = work / "x.zarr"
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", tier, "--out", cache)
+    ended = kit.train_student(work / "w", "--methods", "cls", cache=cache)
+    reason = f"its tier '{tier}' holds no feature pyramid (--targets pyramid does)"
+    said = f"RoIs: those of the teacher (the cache {cache} cannot be asked about those of the student: {reason})."
+    assert said in ended.out
+    command = kit.student_command(work / "v", "--methods", "cls", "--rois", "student", cache=cache)
+    message = kit.refused(*command)
+    assert f"cannot serve --rois student: {reason}. Use --rois teacher." in message
+
+
+def test_a_damaged_head_is_said(kit: "Kit", work: Path) -> None:
+    cache = work / "x.zarr"
+    shutil.copytree(kit.cache, cache)
+    shutil.rmtree(cache / "head" / "roi_head.bbox_head.fc_cls.weight")
+    message = kit.refused(*kit.student_command(work / "w", "--rois", "student", cache=cache))
+    assert "The teacher's head" in message
+    assert "damaged" in message
+    ended = kit.train_student(work / "w", "--methods", "cls", cache=cache)
+    assert "RoIs: those of the teacher" in ended.out
+    assert "cannot be asked about those of the student: The teacher's head" in ended.out
+
+
+def test_a_head_that_does_not_give_what_is_cached_is_found(kit: "Kit", monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(kit.cache)
+    check_serves_student_rois(cache)
+    right = cache.head()
+    wrong = {name: torch.rand_like(value) if "shared_fcs.1" in name else value for name, value in right.items()}
+    monkeypatch.setattr(TeacherCache, "head", lambda self: wrong)
+    with pytest.raises(TeacherHeadError, match=r"% off"):
+        check_serves_student_rois(cache)
+
+
+def test_options_for_the_teachers_rois_are_refused_with_those_of_the_student(kit: "Kit", work: Path) -> None:
+    message = kit.refused(*kit.student_command(work / "w", "-o", "distill.rois.num=16"))
+    assert "distill.rois.num is for RoIs that the teacher chose" in message
+    assert "--rois teacher" in message
+
+
+def test_no_rois_without_losses(kit: "Kit", work: Path) -> None:
+    assert "RoIs" not in kit.train_student(work / "w", "--methods", "none").out
