@@ -29,7 +29,7 @@ class ArrayReader:
     """One array, opened: its metadata and the sizes of its files are as they were recorded.
 
     Args:
-        location: of the cache.
+        location: of the cache, or of its local copy.
         key: of the folder of files.
         name: of the array.
         layout: of the array.
@@ -41,7 +41,7 @@ class ArrayReader:
     """
 
     def __init__(self, location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> None:
-        self.name, self.rows = name, rows
+        self.location, self.name, self.rows = location, name, rows
         own = {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}
         if len(own) != 1 + layout.num_files(rows) or own.keys() != {"zarr.json", *layout.files(rows)}:
             raise DamagedError(name, f"its {len(own)} files are not those of {rows} rows")

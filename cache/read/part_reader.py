@@ -1,5 +1,6 @@
 """Reads the arrays of one committed part, and says what is damaged."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class PartReader:
         self._layout = part_layout(spec)
         self._columns = {name: position for position, name in enumerate(index_columns(spec))}
         self._arrays: dict[str, ArrayReader] = {}
+        self._not_copied: set[str] = set()  # arrays of which the local copy is bad
         self._files = read_files(location, self._key, record["files"])
         if fault := rows_fault(record, spec):
             raise self._damaged(DamagedError("index", f"it {fault}"), [])
@@ -154,17 +156,37 @@ class PartReader:
                 pairs = [(self._array(name), rows) for name, rows in wanted]
                 return read_rows([(array, range(array.rows) if rows is None else rows) for array, rows in pairs])
             except DamagedError as error:
-                raise self._damaged(error, image_ids) from error
+                if not self._leave_copy(error):
+                    raise self._damaged(error, image_ids) from error
             except OSError as error:
                 raise unreadable_error(error, f"Part {self._number} of {self._location}", self._key) from error
+        return self._read(wanted, image_ids)
 
     def _array(self, name: str) -> ArrayReader:
-        if name not in self._arrays:
+        """An array, opened where it is nearest, also if it was copied since it was opened."""
+        near = self._nearest(name)
+        known = self._arrays.get(name)
+        if known is None or (known.location is self._location and near is not self._location):
             if self._files is None:
                 raise DamagedError(name, "the part's files.json is missing or has other content than was written")
             rows = self._record["rows"][self._layout[name].per]
-            self._arrays[name] = ArrayReader(self._location, self._key, name, self._layout[name], rows, self._files)
+            self._arrays[name] = ArrayReader(near, self._key, name, self._layout[name], rows, self._files)
         return self._arrays[name]
+
+    def _nearest(self, name: str) -> Location:
+        return self._location if name in self._not_copied else self._location.nearest(f"{self._key}/{name}")
+
+    def _leave_copy(self, error: DamagedError) -> bool:
+        """Whether what is damaged is a local copy; then it is not used any more."""
+        known = self._arrays.pop(error.name, None)
+        if (self._nearest(error.name) if known is None else known.location) is self._location:
+            return False
+        self._not_copied.add(error.name)
+        logging.getLogger("kdpipe").warning(
+            f"The local copy of the array {error.name!r} of part {self._number} is damaged, and not used: delete "
+            f"{self._location.copy}, so that it is made anew."
+        )
+        return True
 
     def _damaged(self, error: DamagedError, image_ids: list[int]) -> CacheError:
         """What to say of damage: it names the array and the images that it was read for."""

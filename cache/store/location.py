@@ -54,11 +54,13 @@ class Location(ABC):
         name: for people and messages, without credentials.
         address: what `open_location` opens it again by, in any folder; without credentials and options.
         threads: how many files are best read at once.
+        copy: folder on a local disk in which some of the arrays of parts lie, too; None where there is none.
     """
 
     name: str
     address: str
     threads: int
+    copy: Path | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -67,6 +69,12 @@ class Location(ABC):
     def title(self) -> str:
         """The last part of its name, such as `coco.zarr`."""
         return self.name.rstrip("/").rpartition("/")[2]
+
+    def nearest(self, key: str) -> "Location":
+        """Where a folder of files is best read: in the local copy, if it is there."""
+        from kdpipe.cache.store.folder import Folder
+
+        return Folder(self.copy) if self.copy is not None and (self.copy / key).is_dir() else self
 
     @abstractmethod
     def check_new(self) -> bool:

@@ -30,8 +30,8 @@ def temporary_folder(final: Path) -> Iterator[Path]:
         folder = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
         folder.mkdir()
         try:
-            lock = _lock(folder)
-        except _NoLocksError:
+            lock = take_lock(folder)
+        except NoLocksError:
             break
         if lock is not None:
             break  # otherwise another process, which tidied up, was quicker: it removes the folder
@@ -43,12 +43,16 @@ def temporary_folder(final: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-class _NoLocksError(Exception):
+class NoLocksError(Exception):
     """The file system knows no locks."""
 
 
-def _lock(folder: Path) -> int | None:
-    """Take the lock of a temporary folder: a descriptor that holds it; None where another process has it."""
+def take_lock(folder: Path) -> int | None:
+    """Take the lock of a folder: a descriptor that holds it; None where another process has it.
+
+    Raises:
+        NoLocksError: the file system knows no locks.
+    """
     try:
         file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # the folder is gone
@@ -63,7 +67,7 @@ def _lock(folder: Path) -> int | None:
     except OSError as error:
         os.close(file)
         if error.errno in _NO_LOCKS:
-            raise _NoLocksError from error
+            raise NoLocksError from error
         raise
     os.close(file)  # whoever had it before has removed it
     return None
@@ -74,8 +78,8 @@ def writer_state(folder: Path, remove: bool = False) -> str | None:
     if folder.is_symlink() or not folder.is_dir():
         return None
     try:
-        lock = _lock(folder)
-    except (_NoLocksError, PermissionError):
+        lock = take_lock(folder)
+    except (NoLocksError, PermissionError):
         return "unknown"
     except OSError as error:
         if error.errno in (errno.EROFS, errno.ELOOP, errno.EISDIR):  # the last two: it is no lock of kdpipe's

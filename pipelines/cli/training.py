@@ -14,6 +14,7 @@ from kdpipe.pipelines.cli.options import (
     EPOCHS,
     PATH,
     PLACE,
+    Bytes,
     Scale,
     data_options,
     skip_option,
@@ -33,6 +34,10 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @click.command("train-student")
 @click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ...")
 @store_option
+@click.option(
+    "--local-copy", type=PATH, help="Folder of a local disk to keep a part of the cache in, for later epochs."
+)
+@click.option("--local-bytes", type=Bytes(), help="That may take this much, such as 200GiB. Default: 90 % of the free.")
 @click.option("--teacher-ckpt", type=PATH, help="In place of a cache: the teacher, which runs in every step.")
 @click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
@@ -74,6 +79,8 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 def train_student_command(
     cache: str | None,
     store_options: dict[str, str],
+    local_copy: Path | None,
+    local_bytes: int | None,
     teacher_ckpt: Path | None,
     teacher_config: str | None,
     student: str,
@@ -100,7 +107,7 @@ def train_student_command(
     With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.read.reader import open_cache
-    from kdpipe.cache.store.location import open_location, share_location
+    from kdpipe.cache.store.location import open_location
     from kdpipe.distill.methods import expand_methods
     from kdpipe.pipelines.commands.train_student import train_student
     from kdpipe.pipelines.data.find import cached_source, training_data
@@ -117,6 +124,8 @@ def train_student_command(
         ("--missing-view", missing_view is not None and cache is None, "--cache"),
         ("--allow-partial", allow_partial and cache is None, "--cache"),
         ("--store-option", store_options and cache is None, "--cache"),
+        ("--local-copy", local_copy is not None and cache is None, "--cache"),
+        ("--local-bytes", local_bytes is not None and local_copy is None, "--local-copy"),
         ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
     ):
         if idle:
@@ -127,7 +136,6 @@ def train_student_command(
     source: Any
     if cache is not None:
         location = open_location(cache, store_options)
-        share_location(location)
         teacher = open_cache(location, allow_partial=allow_partial)
         source = cached_source(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
     elif teacher_ckpt is not None:
@@ -151,6 +159,8 @@ def train_student_command(
         rois=rois,
         ckd_branch=ckd_branch,
         missing_view=missing_view or "mirror",
+        local_copy=local_copy,
+        local_bytes=local_bytes,
         resume=resume,
         console=console,
     )

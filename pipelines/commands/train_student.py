@@ -1,7 +1,9 @@
 """`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import difference
+from kdpipe.cache.read.local_copy import LocalCopy
 from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.store.location import share_location
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
 from kdpipe.distill.teacher.source import CachedTeacher
@@ -71,6 +76,8 @@ def train_student(
     rois: str | None = None,
     ckd_branch: str | None = None,
     missing_view: str = "mirror",
+    local_copy: Path | None = None,
+    local_bytes: int | None = None,
     resume: bool,
     console: Console,
 ) -> TrainingResult:
@@ -88,6 +95,8 @@ def train_student(
             say what the teacher says of any box.
         ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the options say.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+        local_copy: Folder of a local disk in which arrays of the cache are kept; None keeps none.
+        local_bytes: That these may take; None takes most of what is free.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -154,16 +163,29 @@ def train_student(
     if methods:
         check_hooks(cfg)
         _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
-    return run_training(
-        cfg,
-        recorded,
-        [train] if val is None else [train, val],
-        work,
-        record,
-        resume=resume,
-        console=console,
-        cache=None if cache is None else cache.location,
-    )
+    with ExitStack() as stack:
+        if cache is not None:
+            share_location(cache.location)
+            if local_copy is not None and losses:
+                fields = _read_fields(cache.spec, needed_fields(losses), chosen)
+                say = partial(console.print, markup=False)
+                stack.enter_context(LocalCopy(cache.location, local_copy, local_bytes, fields, say))
+        return run_training(
+            cfg,
+            recorded,
+            [train] if val is None else [train, val],
+            work,
+            record,
+            resume=resume,
+            console=console,
+            cache=None if cache is None else cache.location,
+        )
+
+
+def _read_fields(spec: CacheSpec, needs: Collection[str], rois: str | None) -> list[str]:
+    """What loader workers read of a cache."""
+    read = {"features"} if rois == "student" else {*needs, *({"roi_features"} if "features" in needs else ())}
+    return [field for field in spec.fields if field in read | {"boxes"}]
 
 
 def _check_cached(cache: TeacherCache, begun: Mapping[str, Any]) -> None:

@@ -62,8 +62,11 @@ def test_dry_run(kit: "Kit", url: str, options: list[str]) -> None:
 def test_trained_from(kit: "Kit", made: Any, url: str, options: list[str], tmp_path: Path) -> None:
     """As from a folder, number for number, with loader workers; what is recorded has no options."""
     work, other = tmp_path / "work", tmp_path / "other"
-    kit.train_student(work, *options, cache=url, workers=1)
+    local = ("--local-copy", tmp_path / "disk", "--local-bytes", "1GiB")
+    said = kit.train_student(work, *options, *local, cache=url, workers=1).out
     kit.train_student(other, cache=kit.cache, workers=1)
+    assert "Local copy in" in said
+    assert {path.parent.name for path in (tmp_path / "disk").rglob("zarr.json")} >= {"features", "boxes", "index"}
     assert metrics(work) == metrics(other)
     assert files_with(work, SECRET) == []
     assert files_with(work, "127.0.0.1") == []
@@ -91,5 +94,7 @@ def test_wrong_options(kit: "Kit", url: str, moto: Any) -> None:
     assert "SECRETKEY" not in message
     assert "is a folder" in kit.refused("inspect", kit.cache, "--store-option", "region=eu-west-1")
     assert "neither a path nor s3://" in kit.refused("verify", "ftp://x/y")
+    lonely = ("train-student", "--cache", kit.cache, "--local-bytes", "1GiB")
+    assert "--local-bytes is for trainings with --local-copy" in kit.refused(*lonely, code=2)
     endpoint = ("--store-option", f"endpoint={moto.url}", "--store-option", "skip_signature=true")
     assert "no such bucket" in kit.refused("train-student", "--cache", "s3://nowhere/x", *endpoint)
