@@ -167,16 +167,16 @@ def test_corrupt_cache(kit: "Kit", work: Path, array: str, rois: str, workers: i
 
 def test_methods_that_the_tier_cannot_serve(kit: "Kit", work: Path) -> None:
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "predictions", "--out", "p.zarr")
-    for methods, tier in (("sgfi", "pyramid or roi"), ("ckd", "embeddings"), ("pred,ckd", "embeddings")):
+    for methods, tier in (("sgfi", "pyramid or objects"), ("ckd", "embeddings"), ("pred,ckd", "embeddings")):
         message = kit.refused(*kit.student_command(work / "w", "--methods", methods, cache=work / "p.zarr"))
         assert f"--targets {tier}" in message
     assert not (work / "w").exists()
     assert "Unknown method 'fgd'" in kit.refused(*kit.student_command(work / "w", "--methods", "fgd"))
     assert "twice" in kit.refused(*kit.student_command(work / "w", "--methods", "pred,cls"))
-    for tier in ("embeddings", "roi"):
+    for tier in ("embeddings", "objects"):
         kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", tier, "--out", f"{tier}.zarr")
     kit.train_student(work / "e", "--methods", "ckd,pred", cache=work / "embeddings.zarr")
-    kit.train_student(work / "r", "-o", "distill.ckd.queue_size=64", cache=work / "roi.zarr")
+    kit.train_student(work / "r", "-o", "distill.ckd.queue_size=64", cache=work / "objects.zarr")
 
 
 @contextmanager

@@ -35,12 +35,17 @@ def test_shows_cost_and_writes_nothing(kit: "Kit", work: Path) -> None:
     out = kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr", "--dry-run").out
     assert not list(work.iterdir())
     raw, disk = row(out, "features")
-    stored = sum(file.stat().st_size for file in kit.cache.glob("parts/*/features/c*"))
+    stored = sum(file.stat().st_size for file in kit.cache.glob("parts/*/*/features/c*"))
     assert disk == pytest.approx(stored, rel=0.1)  # sampled from half of the images
     assert raw > disk
-    predictions, pyramid = row(out, "predictions"), row(out, "pyramid")
-    assert predictions[0] == predictions[1] < predictions[2]  # int8 and float16 differ in features alone
-    assert pyramid[0] < pyramid[1] < pyramid[2]
+    predictions, objects, pyramid = (row(out, name) for name in ("predictions", "objects", "pyramid"))
+    assert predictions[0] == predictions[1] <= predictions[2] < predictions[3]  # int4 is for the pyramid alone
+    assert objects[0] == objects[1] < objects[2] < objects[3]
+    assert predictions[1] < objects[1] < pyramid[1]
+    assert pyramid[0] < pyramid[1] < pyramid[2] < pyramid[3]
+    head = sum(file.stat().st_size for file in kit.cache.glob("head/*/*/*"))
+    assert row(out, "head's weights, once") == [pytest.approx(head, rel=0.01)]
+    assert re.search(r"--targets objects: [\d.]+ KiB, for --rois teacher alone", out)
     assert re.search(r"Time: about \d+:\d\d:\d\d at [\d.]+ images/s", out)
     assert "It fits." in out
 
@@ -48,12 +53,13 @@ def test_shows_cost_and_writes_nothing(kit: "Kit", work: Path) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_made(
     kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_free(monkeypatch, 40_000)
+    leave_free(monkeypatch, 40_000 + sum(file.stat().st_size for file in kit.cache.glob("head/*/*/*")))
     command = ("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr")
     message = kit.refused(*command)
     assert "will not fit" in message
     assert "--targets predictions --dtype int8" in message
     assert "--targets pyramid --dtype int8" not in message
+    assert re.search(r"\(--targets objects needs [\d.]+ KiB\)", message)
     assert not list(work.iterdir())
     assert "It does not fit" in kit.run(*command, "--dry-run").out
     leave_free(monkeypatch, 10)

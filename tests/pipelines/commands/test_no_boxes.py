@@ -85,7 +85,7 @@ def test_a_frozen_head_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: 
             assert getattr(empty, name).shape == (0, *getattr(some, name).shape[1:]), name
 
 
-@pytest.mark.parametrize("tier", ["pyramid", "roi"])
+@pytest.mark.parametrize("tier", ["pyramid", "objects"])
 def test_images_without_a_box_are_cached_with_no_rows(kit: "Kit", work: Path, tier: str) -> None:
     ckpt, ann = silent_teacher(kit, work / "teacher.pth"), some_empty(kit, work)
     data = ("--ann-file", ann, "--img-dir", kit.img)

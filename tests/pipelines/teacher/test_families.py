@@ -314,13 +314,15 @@ def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
     roi = work / "roi.zarr"
-    kind = ("--proposals", 12, "--targets", "roi", "--dtype", "float32")
+    kind = ("--proposals", 12, "--targets", "objects", "--dtype", "float32")
     kit.run("cache-teacher", "--ckpt", work / "teacher.pth", *kit.data, *kit.VIEW, *kind, "--out", roi)
     image_id = int(open_cache(roi).image_ids[0])
     known = open_cache(roi).targets(image_id)
     (level,) = open_cache(cache).targets(image_id).pyramid()
     assert level is not None
-    rois = torch.cat([torch.zeros(len(known.boxes), 1), map_boxes(known.boxes, known.matrix)], dim=1)
+    assert known.roi_rows is not None
+    boxes = known.boxes[known.roi_rows.long()]
+    rois = torch.cat([torch.zeros(len(boxes), 1), map_boxes(boxes, known.matrix)], dim=1)
     wanted = roi_align(level[None], rois, 7, 1 / 16, aligned=True)
     assert float((known.rois() - wanted).norm() / wanted.norm()) < 0.03  # the pyramid is int8
 

@@ -1,6 +1,9 @@
 """What a student learns from a cache is what the live teacher would have told it."""
 
+import itertools
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kdpipe.cache.read.reader import TeacherCache, open_cache
-from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.spec import MAX_OBJECTS, CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
+from kdpipe.cache.write.selection import choose_objects
 from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
@@ -73,6 +77,7 @@ def cached(path: Path, teacher: Teacher, data: DetectionData, spec: CacheSpec) -
                     teacher.record(
                         image,
                         data.gt_boxes(info.image_id),
+                        data.gt_labels(info.image_id),
                         spec=spec,
                         image_id=info.image_id,
                         file_name=info.file_name,
@@ -102,7 +107,7 @@ def student_targets(
     )
 
 
-@pytest.mark.parametrize("tier", ["pyramid", "roi"])
+@pytest.mark.parametrize("tier", ["pyramid", "objects"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_targets_from_a_float32_cache_are_those_of_the_live_teacher(
     tmp_path: Path, teacher: Teacher, data: DetectionData, flip: bool, tier: str
@@ -127,7 +132,65 @@ def test_targets_from_a_float32_cache_are_those_of_the_live_teacher(
             torch.testing.assert_close(getattr(targets, name), live, rtol=1e-4, atol=1e-5, msg=f"{name} of {info}")
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("int8", 2e-2)])
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch, teacher: Teacher, data: DetectionData) -> None:
+    """Proposals of which every other one is near an object, as those of a trained teacher are."""
+    objects = itertools.cycle(torch.from_numpy(data.gt_boxes(info.image_id)) for info in data.images)
+    propose = teacher.proposals
+
+    def proposals(pyramid: tuple[torch.Tensor, ...], sample: Any) -> torch.Tensor:
+        found, truth = propose(pyramid, sample), next(objects) * 0.2  # 640 x 480 at 128 x 96
+        for row in range(0, len(found), 2):
+            found[row] = truth[row // 2 % len(truth)] + (row // 2 // len(truth)) * torch.tensor([0.4, 0.4, 0.6, 0.6])
+        return found
+
+    monkeypatch.setattr(teacher, "proposals", proposals)
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_cache_of_objects_gives_what_a_pyramid_gives(
+    tmp_path: Path, teacher: Teacher, data: DetectionData, flip: bool
+) -> None:
+    pyramid = cached(tmp_path / "pyramid.zarr", teacher, data, spec_of(teacher, data))
+    objects = cached(tmp_path / "objects.zarr", teacher, data, spec_of(teacher, data, tier="objects"))
+    for index, info in enumerate(data.images):
+        assert 30 < objects.index(info.image_id).num_objects < MAX_OBJECTS  # the cap leaves nothing out
+        wanted, found = (student_targets(cache, data, index, (96, 128), flip) for cache in (pyramid, objects))
+        assert wanted.num_positive == 24
+        for name in ("num_positive", "view"):
+            assert getattr(found, name) == getattr(wanted, name)
+        for name in ("boxes", "labels", "logits", "deltas", "embeddings"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+        features = teacher_roi_features([found], objects.spec), teacher_roi_features([wanted], pyramid.spec)
+        torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("near")
+def test_positives_have_features_where_the_cap_leaves_some_without(
+    tmp_path: Path, teacher: Teacher, data: DetectionData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = data.images[0]
+    pyramid = cached(tmp_path / "pyramid.zarr", teacher, data, spec_of(teacher, data))
+    choose = partial(choose_objects, limit=info.num_gt + 3)
+    monkeypatch.setattr("kdpipe.cache.write.encode.choose_objects", choose)
+    objects = cached(tmp_path / "objects.zarr", teacher, data, spec_of(teacher, data, tier="objects"))
+    every, some = (student_targets(cache, data, 0, (96, 128), False) for cache in (pyramid, objects))
+    known = objects.targets(info.image_id)
+    assert known.roi_rows is not None
+    assert some.num_positive == min(24, info.num_gt + 3) < every.num_positive or info.num_gt > 21
+    with_features = known.boxes[known.roi_rows.long()] * 0.2
+    assert all((with_features - box).abs().amax(1).min() < 1e-3 for box in some.boxes[: some.num_positive])
+    assert (some.labels[: some.num_positive] < len(data.class_names)).all()
+    assert (some.labels[some.num_positive :] == len(data.class_names)).all()
+    features = teacher_roi_features([some], objects.spec)
+    with torch.no_grad():
+        seen, _ = teacher.pyramid(read_image(data.img_dir / info.file_name), (96, 128), False)
+        said = teacher.model.roi_head._bbox_forward(seen, bbox2roi([some.boxes[: some.num_positive]]))
+    torch.testing.assert_close(features, said["bbox_feats"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("int8", 2e-2), ("int4", 0.3)])
 def test_stored_features_stay_close(
     tmp_path: Path, teacher: Teacher, data: DetectionData, dtype: str, limit: float
 ) -> None:

@@ -50,11 +50,11 @@ def test_the_student_chooses_where_the_cache_can_serve_that(kit: "Kit", work: Pa
 def test_the_teacher_chooses_where_it_is_asked_to(kit: "Kit", work: Path, reads: list[Any]) -> None:
     ended = kit.train_student(work / "w", "--rois", "teacher", "-o", "distill.rois.num=16")
     assert "RoIs: those of the teacher (asked for)." in ended.out
-    assert ("boxes",) in {fields for fields, _ in reads}
+    assert ("boxes", "logits", "deltas", "embeddings") in {fields for fields, _ in reads}
     assert all(row["kd_positive"] + row["kd_negative"] <= 4 * 16 for row in log(work / "w"))
 
 
-@pytest.mark.parametrize("tier", ["roi", "predictions"])
+@pytest.mark.parametrize("tier", ["objects", "predictions"])
 def test_a_cache_without_pyramid_serves_the_teachers_rois(kit: "Kit", work: Path, tier: str) -> None:
     cache = work / "x.zarr"
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", tier, "--out", cache)
