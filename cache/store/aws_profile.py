@@ -80,6 +80,6 @@ def _boto3(profile: str) -> Any:
     except ImportError:
         raise CacheError(
             f"The AWS profile {profile!r} has no keys of its own (SSO, a role, or a process gives them), for which "
-            "boto3 is needed: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            "boto3 is needed: pip install kdpipe[aws], or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         ) from None
     return Boto3CredentialProvider(boto3.Session(profile_name=profile))
