@@ -114,12 +114,20 @@ def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "A
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:
     """What is wrong with a `zarr.json`, to follow its name; None where it says what is written for that layout."""
     try:
-        found = json.loads(data or b"")
+        found = json.loads(data or b"", object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return "is missing or no JSON"
     if not isinstance(found, dict) or not is_as_written(found, layout, rows):
         return f"does not describe {rows} rows of {layout.row_shape} {layout.dtype} as kdpipe writes them"
     return None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON mapping; one that says something twice is read in two ways."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry is given twice")
+    return found
 
 
 def may_read_files() -> bool:

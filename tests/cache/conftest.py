@@ -1,17 +1,27 @@
 """A small data set and a made-up teacher, as functions of the image alone."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from zarr.storage import LocalStore
 
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherRecord
+from kdpipe.cache.format.layout import part_layout
+from kdpipe.cache.format.zarr_arrays import WrittenFiles
+from kdpipe.cache.identity import canonical_json, digest_json
 from kdpipe.cache.plan import level_shapes
+from kdpipe.cache.read.root import read_root
+from kdpipe.cache.store.folder import Folder
 from kdpipe.cache.store.location import Place
 from kdpipe.cache.views import input_size
+from kdpipe.cache.write.arrays import write_array
 
 
 class Kit:
@@ -120,6 +130,50 @@ class Kit:
         (folder,) = (entry for entry in (path / key).iterdir() if entry.is_dir())
         return folder
 
+    @classmethod
+    def forge(
+        cls,
+        path: Path,
+        key: str,
+        change: Callable[[dict[str, Any]], object] = lambda record: None,
+        listed: Callable[[dict[str, Any]], object] = lambda files: None,
+        content: bytes | None = None,
+    ) -> None:
+        """Make record and list of files of a part, the head or the cache ("") anew, as somebody would who can count.
+
+        Args:
+            path: of the cache.
+            key: of the group.
+            change: what is done to the record before its checksum is made.
+            listed: what is done to the list of the files that are there before its digest is made.
+            content: of the list of files, in its place.
+        """
+        folder = cls.files(path, key or "plan")
+        found = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.parent != folder}
+        files: dict[str, Any] = {
+            str(file.relative_to(folder)): [len(data), hashlib.sha256(data).hexdigest()] for file, data in found.items()
+        }
+        listed(files)
+        content = canonical_json(files) if content is None else content
+        (folder / "files.json").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        folder.rename(folder.with_name(digest[:16]))
+        group = json.loads((path / key / "zarr.json").read_bytes())
+        record = group["attributes"]["kdpipe"]
+        del record["checksum"]
+        record["files"] = digest
+        change(record)
+        record["checksum"] = digest_json(record)
+        (path / key / "zarr.json").write_bytes(canonical_json(group))
+
+    @classmethod
+    def put(cls, path: Path, part: int, name: str, values: "np.ndarray[Any, Any]") -> None:
+        """Write other values of an array of a part, with sound checksums."""
+        folder = cls.files(path, f"parts/{part:05d}")
+        shutil.rmtree(folder / name)
+        write_array(WrittenFiles(LocalStore(folder)), name, part_layout(read_root(Folder(path)).spec)[name], values)
+        cls.forge(path, f"parts/{part:05d}")
+
     @staticmethod
     def tree(path: Path) -> dict[str, str]:
         """Digest of each file below a folder, and the names of the folders."""
@@ -149,7 +203,15 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
+@pytest.fixture(scope="session")
+def sound_path(tmp_path_factory: pytest.TempPathFactory, kit: type[Kit]) -> Path:
+    """A finished cache with several parts, which nobody changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        return kit.make(tmp_path_factory.mktemp("sound") / "x.zarr")
+
+
 @pytest.fixture
-def cache_path(tmp_path: Path, kit: type[Kit]) -> Path:
-    """A finished cache with several parts."""
-    return kit.make(tmp_path / "x.zarr")
+def cache_path(tmp_path: Path, sound_path: Path) -> Path:
+    """A copy of that cache."""
+    return shutil.copytree(sound_path, tmp_path / "x.zarr")
