@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 
@@ -129,15 +131,16 @@ class S3:
     Args:
         command: of the server; `{port}` stands for its port.
         folder: that it runs in.
+        bucket: that it has when it is ready; None asks for no bucket.
         **options: of the store, for those that use it.
     """
 
-    def __init__(self, command: list[str], folder: Path, **options: str) -> None:
+    def __init__(self, command: list[str], folder: Path, bucket: str | None = None, **options: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.options = {"endpoint": self.url, "region": "us-east-1", **options}
         self._command = [word.format(port=self.port) for word in command]
-        self._folder = folder
+        self._folder, self._bucket = folder, bucket
         self.start()
 
     def start(self) -> None:
@@ -157,12 +160,17 @@ class S3:
         self._process.wait()
 
     def _answers(self) -> bool:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
-            try:
+        try:
+            if self._bucket is not None:
+                store = S3Store(
+                    self._bucket, config={**self.options, "allow_http": "true"}, retry_config={"max_retries": 0}
+                )
+                return list(store.list()) is not None
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
                 connection.request("GET", "/")
                 return connection.getresponse().status < 500
-            except (OSError, http.client.HTTPException):
-                return False
+        except (BaseError, OSError, http.client.HTTPException):
+            return False
 
 
 def free_port() -> int:
@@ -170,6 +178,34 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def weed(tmp_path: Path) -> Iterator[S3]:
+    """SeaweedFS with the bucket `kdpipe`, which the keys `writer` may change and the keys `reader` only read."""
+    rights = {"writer": ["Admin"], "reader": ["Read:kdpipe", "List:kdpipe"]}
+    identities = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": "not-so-secret"}], "actions": actions}
+        for name, actions in rights.items()
+    ]
+    folder = tmp_path / "weed"
+    folder.mkdir()
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    ports = {name: free_port() for name in ("master", "volume", "filer")}
+    off = ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.autoCreateBucket=false"]
+    command = [
+        str(Path(sys.executable).with_name("weed")),
+        "mini",
+        "-dir=.",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        *off,
+    ]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += ["-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.config=s3.json", "-bucket=kdpipe"]
+    server = S3(command, folder, "kdpipe", access_key_id="writer", secret_access_key="not-so-secret")
+    yield server
+    server.stop()
 
 
 @pytest.fixture
