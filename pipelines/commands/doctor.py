@@ -23,6 +23,7 @@ __all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_docto
 
 MMCV_FOR_MMDET = SpecifierSet(">=2.0.0rc4,<2.2")  # what mmdet 3.3.0 accepts
 BRIDGE_REMEDY = "pip uninstall -y mmcv mmcv-lite && pip install mmcv-lite==2.1.0"
+KEEP_REMEDY = "pip uninstall -y mmcv-lite && pip install --force-reinstall --no-deps mmcv=={}"
 IMPORTED = ("torch", "torchvision", "mmengine", "mmcv", "mmcv.ops", "mmdet", "zarr", "pycocotools.cocoeval")
 Status = Literal["ok", "note", "problem"]
 
@@ -173,8 +174,11 @@ def _check_mmcv(environment: Environment) -> list[Check]:
     found = " and ".join(f"{name} {number}" for name, number in installed.items())
     if not all(MMCV_FOR_MMDET.contains(number, prereleases=True) for number in installed.values()):
         checks = [Check("mmcv", "problem", f"{found}, but mmdet 3.3.0 takes {MMCV_FOR_MMDET} only", BRIDGE_REMEDY)]
-    elif len(set(installed.values())) > 1:
-        checks = [Check("mmcv", "problem", f"{found}, of which one has overwritten the other", BRIDGE_REMEDY)]
+    elif len(installed) > 1:  # both own the folder mmcv
+        remedy = f"to keep the compiled one: {KEEP_REMEDY.format(installed['mmcv'])}; for kdpipe's ops: {BRIDGE_REMEDY}"
+        status: Status = "problem" if len(set(installed.values())) > 1 else "note"
+        found += " in one folder: one has overwritten the other" if status == "problem" else " in one folder, alike"
+        checks = [Check("mmcv", status, found, remedy)]
     else:
         checks = [Check("mmcv", "ok", found)]
     if environment.ops == "broken":

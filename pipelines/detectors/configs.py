@@ -14,6 +14,7 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.detectors.building import missing_package
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint
+from kdpipe.pipelines.detectors.config_types import type_name
 from kdpipe.pipelines.detectors.literal_config import ConfigError, parse_literal_config, parse_value
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, dictionaries, for_inference, modernise
 from kdpipe.pipelines.detectors.plain_config import plain_config
@@ -202,7 +203,7 @@ def set_num_classes(model: MutableMapping[str, Any], count: int) -> None:
     """
     roi_head = model.get("roi_head") or {}
     for head in dictionaries([model.get("bbox_head"), roi_head.get("bbox_head")]):
-        if str(head.get("type", "")).endswith("Head"):
+        if type_name(head.get("type", "")).endswith("Head"):
             head["num_classes"] = count
     others = ("rpn_head", "roi_head", "semantic_head")
     for owner in (model, roi_head):

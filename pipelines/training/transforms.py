@@ -91,6 +91,11 @@ class AddTeacherTargets:
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         sample = results["data_samples"]
+        if missing := [key for key in _NEEDED if key not in sample]:
+            raise KdpipeError(
+                f"The sample lacks {', '.join(missing)}, by which cached targets are found and placed. Name "
+                f"{', '.join(_NEEDED)} in meta_keys of the pipeline's PackDetInputs."
+            )
         seen = self.cache.index(sample.img_id, self.cache.spec.views[0]).original_size
         if tuple(sample.ori_shape) != seen:
             raise ImageError(

@@ -80,7 +80,12 @@ def test_compiled_ops_are_native() -> None:
         ({"versions": without("mmcv-lite")}, "mmcv", "missing", "mmcv-lite==2.1.0"),
         ({"versions": {**VERSIONS, "mmcv-lite": "2.2.0"}}, "mmcv", "mmdet 3.3.0 takes", "mmcv-lite==2.1.0"),
         ({"versions": {**VERSIONS, "mmcv": "2.2.0"}}, "mmcv", "mmcv 2.2.0 and mmcv-lite 2.1.0", "uninstall"),
-        ({"versions": {**VERSIONS, "mmcv": "2.0.1"}}, "mmcv", "overwritten", "uninstall"),
+        (
+            {"versions": {**VERSIONS, "mmcv": "2.0.1"}, "ops": "native"},
+            "mmcv",
+            "mmcv 2.0.1 and mmcv-lite 2.1.0 in one folder: one has overwritten",
+            "pip uninstall -y mmcv-lite && pip install --force-reinstall --no-deps mmcv==2.0.1",
+        ),
         (
             {"ops": "broken", "ops_error": "undefined symbol: _ZN3c10"},
             "mmcv ops",
@@ -106,6 +111,13 @@ def test_each_problem_has_a_remedy(changes: dict[str, Any], name: str, found: st
     code, text = printed(dataclasses.replace(HEALTHY, **changes))
     assert code == 1
     assert problem.remedy in text
+
+
+def test_two_mmcv_of_one_version_are_seen() -> None:
+    environment = dataclasses.replace(HEALTHY, versions={**VERSIONS, "mmcv": "2.1.0"}, ops="native")
+    (check,) = (check for check in diagnose(environment) if check.name == "mmcv")
+    assert (check.status, check.found) == ("note", "mmcv 2.1.0 and mmcv-lite 2.1.0 in one folder, alike")
+    assert printed(environment)[0] == 0
 
 
 def test_a_missing_package_is_reported_once() -> None:

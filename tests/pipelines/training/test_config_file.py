@@ -1,5 +1,6 @@
 """Distillation from a config file of mmengine, as the README shows it, without the command line."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -8,6 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from mmcv.transforms import Compose
+from mmdet.utils import register_all_modules
+from PIL import Image
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.read.reader import open_cache
+from kdpipe.pipelines.data.images import ImageError
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -45,3 +53,21 @@ def test_the_example_of_the_readme(kit: "Kit", work: Path, rois: str) -> None:
     assert done.returncode == 0, done.stderr
     state = torch.load(work / "work_dirs" / "distil" / "epoch_1.pth", weights_only=False)["state_dict"]
     assert {name.split(".")[0] for name in state} == {"student", "sgfi", "ckd"}
+
+
+def test_the_example_of_the_readme_names_a_replaced_image(kit: "Kit", work: Path) -> None:
+    """The keys of its `PackDetInputs` are enough for the message."""
+    register_all_modules(init_default_scope=True)
+    (keys,) = re.findall(r"meta_keys=(\(.*?\))", README.read_text())
+    pack = {"type": "PackDetInputs", "meta_keys": ast.literal_eval(keys)}
+    reads = [{"type": "LoadImageFromFile"}, {"type": "Resize", "scale": (64, 64), "keep_ratio": True}]
+    add = {"type": "AddTeacherTargets", "cache": str(kit.cache), "needs": ["features"], "rois": "student"}
+    image_id = int(open_cache(kit.cache).image_ids[0])
+    path = work / "replaced.png"
+    Image.new("RGB", (77, 55)).save(path)
+    sample = {"img_id": image_id, "img_path": str(path)}
+    with pytest.raises(ImageError, match=r"replaced\.png is 77 x 55 pixels, and was 128 x 96"):
+        Compose([*reads, pack, add])(dict(sample))
+    pack["meta_keys"] = [key for key in pack["meta_keys"] if key not in ("img_path", "homography_matrix")]
+    with pytest.raises(KdpipeError, match=r"lacks homography_matrix, img_path, .* in meta_keys"):
+        Compose([*reads, pack, add])(dict(sample))

@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +125,33 @@ def test_files_lost_between_the_last_checkpoint_and_the_end(
         one, two = load(trained / name), load(work / "w" / name)
         assert one["meta"] == two["meta"] | {"cfg": one["meta"]["cfg"]}
         assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+
+
+KILLED = """
+import os, signal, sys
+from kdpipe.pipelines.cli.main import main
+from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook
+
+PlainCheckpointHook.after_train_epoch = lambda hook, runner: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+def test_killed_between_the_last_checkpoint_and_the_student(kit: "Kit", work: Path) -> None:
+    whole, cut = (command(kit, work / name, *kit.val) for name in ("whole", "cut"))
+    kit.run(*whole)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, cut)], cwd=work, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (work / "cut" / "epoch_1.pth").is_file()
+    assert not (work / "cut" / "student.pth").exists()
+    ended = kit.run(*cut, "--resume")
+    assert "1 of 1 epochs are done; nothing is left to train" in ended.out
+    one, two = (load(work / name / "student.pth") for name in ("whole", "cut"))
+    assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+    assert {**one["meta"], "cfg": ""} == {**two["meta"], "cfg": ""}
+    one, two = (json.loads((work / name / "result.json").read_text()) for name in ("whole", "cut"))
+    assert (one["epoch"], one["metrics"]) == (two["epoch"], two["metrics"])
+    assert f"AP {two['ap']:.3f}" in ended.out
 
 
 def test_a_damaged_checkpoint(trained: Path, kit: "Kit", work: Path) -> None:
