@@ -95,7 +95,7 @@ class TeacherTargets:
         boxes: [R, 4] float32 (x1, y1, x2, y2) in original, unflipped pixels.
         logits: [R, K + 1], background last.
         deltas: [R, K, 4] or [R, 1, 4], in the frame of the network input, normalised by the coder's means and stds;
-            zeros for classes less probable than `spec.delta_floor`.
+            those of classes less probable than `spec.delta_floor` may be their mean.
         embeddings: [R, D] in the storage type.
         embedding_scale: [R] float32, of int8 `embeddings`.
         roi_rows: [P] int32, ascending, rows of the boxes with RoI features, within all R boxes of the image.

@@ -77,8 +77,8 @@ class CacheSpec:
             "caffe" in the first convolution, "pytorch" in the second; empty where there is none.
         semantic: of a semantic branch (HTC), the level at whose size it fuses the pyramid, and the cells per side of
             its RoI features; empty where there is none.
-        delta_floor: deltas of a class that the teacher gives a box less than this probability are stored as zeros where
-            the type is int8 or int4, but for the classes of the objects that the box overlaps; 0 keeps all.
+        delta_floor: where the type is int8 or int4, classes to which the teacher gives a box less than this probability
+            share the mean of their deltas, but for those of the objects that the box overlaps; 0 keeps all.
         levels: positions of the strides whose features are stored, all by default.
 
     The last five are left out of the specification in JSON where they are empty, 0, or all.

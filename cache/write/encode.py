@@ -12,7 +12,7 @@ from kdpipe.cache.format.layout import Block
 from kdpipe.cache.quantize import quantize, quantize4, quantize_rows
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import FIELD_OF_ARRAY, VIEWS, CacheSpec
-from kdpipe.cache.write.selection import choose_objects, without_unlikely
+from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
 
@@ -97,7 +97,7 @@ def _encode_boxes(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str
 
 
 def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
-    """The deltas, without those that the cache does not keep."""
+    """The deltas, those of unlikely classes merged where the cache keeps no more."""
     deltas, logits, num_gt = record.deltas, record.logits, len(record.boxes) - record.num_proposals
     assert deltas is not None
     assert logits is not None
@@ -106,7 +106,7 @@ def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
     if record.gt_labels is None or len(record.gt_labels) != num_gt:
         found = "none" if record.gt_labels is None else str(len(record.gt_labels))
         raise CacheError(f"The record of {what} needs the labels of its {num_gt} ground-truth boxes, found {found}.")
-    return without_unlikely(deltas, logits, record.boxes.to(deltas.device), record.gt_labels, spec.delta_floor)
+    return merge_unlikely(deltas, logits, record.boxes.to(deltas.device), record.gt_labels, spec.delta_floor)
 
 
 def _encode_objects(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:

@@ -1,4 +1,4 @@
-"""What is stored of a few boxes only: RoI features of the best boxes of each object, and deltas of likely classes."""
+"""What is stored of some only: RoI features of the best boxes of each object, and deltas of the likely classes."""
 
 import torch
 from torch import Tensor
@@ -40,11 +40,12 @@ def choose_objects(boxes: Tensor, num_gt: int, limit: int = MAX_OBJECTS) -> Tens
     return torch.cat([best.sort().values, truth])
 
 
-def without_unlikely(deltas: Tensor, logits: Tensor, boxes: Tensor, gt_labels: Tensor, floor: float) -> Tensor:
-    """Box deltas with zeros for the classes that the teacher thinks unlikely: these compress to next to nothing.
+def merge_unlikely(deltas: Tensor, logits: Tensor, boxes: Tensor, gt_labels: Tensor, floor: float) -> Tensor:
+    """Box deltas in which the classes that the teacher thinks unlikely share one, which compresses to next to nothing.
 
-    The classes of all objects that a box overlaps by an IoU of at least 0.5 are kept: some loss looks at these however
-    unlikely the teacher thinks them.
+    It is their mean, weighted by the probabilities of the logits as they are stored: a loss that weighs the deltas of
+    all classes by these does not change, beyond rounding. The classes of all objects that a box overlaps by an IoU of
+    at least 0.5 are kept: some loss looks at these however unlikely the teacher thinks them.
 
     Args:
         deltas: [R, K, 4].
@@ -53,8 +54,12 @@ def without_unlikely(deltas: Tensor, logits: Tensor, boxes: Tensor, gt_labels: T
         gt_labels: [G] int64, of the ground truth.
         floor: the least probability that is likely.
     """
-    likely = logits.float().softmax(dim=1)[:, :-1] >= floor  # [R, K]
+    probabilities = logits.half().float().softmax(dim=1)[:, :-1]  # [R, K]
+    merged = probabilities < floor
     overlap = box_iou(boxes.double(), boxes[len(boxes) - len(gt_labels) :].double())  # [R, G]
     rows, objects = (overlap >= POSITIVE_IOU).nonzero(as_tuple=True)
-    likely[rows, gt_labels.to(rows.device)[objects]] = True
-    return deltas.where(likely[..., None], 0)
+    merged[rows, gt_labels.to(rows.device)[objects]] = False
+    weights = probabilities * merged
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    mean = torch.einsum("rk,rkd->rd", weights, deltas.float())
+    return torch.where(merged[..., None], mean[:, None], deltas.float())

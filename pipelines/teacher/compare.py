@@ -175,14 +175,23 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
         else:
             values = getattr(cached, field)
             if field == "deltas":
-                likely = (values != 0).any(-1)  # zeros are those that are not stored
-                values, said = values[likely], said[likely]
+                kept = _kept_deltas(cached, spec)
+                values, said = values[kept], said[kept]
         errors[field].add(values, said, spec.field_dtype(field), scale)
     if "features" in errors:
         for number, (stored, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
             if stored is not None:
                 scale = None if cached.scale is None else cached.scale[number]
                 errors["features"].add(stored, level, spec.dtype, _beside(scale, 2))
+
+
+def _kept_deltas(cached: TeacherTargets, spec: CacheSpec) -> Tensor:
+    """Which deltas are those of their class, Tensor[R, K or 1] bool, and not the mean of those of unlikely ones."""
+    assert cached.logits is not None
+    assert cached.deltas is not None
+    if spec.class_agnostic or not spec.is_quantized:
+        return torch.ones(cached.deltas.shape[:2], dtype=torch.bool)
+    return cached.logits.float().softmax(dim=1)[:, :-1] >= spec.delta_floor
 
 
 def _beside(scale: Tensor | None, dims: int) -> Tensor | None:

@@ -29,8 +29,8 @@ __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
 # Branches of a teacher that say nothing of boxes: not built, and allowed to be left over in its checkpoint.
 _MASK_BRANCHES = ("mask_roi_extractor", "mask_head", "shared_head_mask")
 
-# Box deltas of a class with a lower probability are not stored in small types: no loss and no detection sees them.
-_DELTA_FLOOR = 1e-3
+# Box deltas of classes with a lower probability are merged in small types, unless these may become detections.
+_DELTA_FLOOR = 0.01
 
 
 def teacher_config(checkpoint: Checkpoint, config: str | None) -> Config:
@@ -130,7 +130,7 @@ class Teacher:
     ) -> CacheSpec:
         """What a cache of this teacher holds."""
         roi_head = self.model.roi_head
-        least_score = (roi_head.test_cfg or {}).get("score_thr", 0.0)  # of what it calls a detection
+        least_score = float((roi_head.test_cfg or {}).get("score_thr", 0.0))  # of what it calls a detection
         extractor, head = stages(roi_head)[0]
         align = extractor.roi_layers[0]
         generator = self.model.rpn_head.prior_generator
@@ -157,7 +157,7 @@ class Teacher:
             cascade_stds=tuple(_four(x.bbox_coder.stds) for x in roi_head.bbox_head) if is_cascade(roi_head) else (),
             shared_style=shared_style(roi_head),
             semantic=semantic_branch(roi_head),
-            delta_floor=_DELTA_FLOOR if least_score > _DELTA_FLOOR else 0.0,
+            delta_floor=min(_DELTA_FLOOR, least_score),
         )
 
     @torch.inference_mode()

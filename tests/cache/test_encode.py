@@ -8,7 +8,7 @@ import torch
 from kdpipe.cache import CacheError
 from kdpipe.cache.quantize import dequantize, dequantize_rows
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.selection import choose_objects, without_unlikely
+from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -63,16 +63,16 @@ def test_levels_that_are_not_stored_take_no_room(kit: "type[Kit]") -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
-def test_unlikely_deltas_are_left_out_of_small_types_only(kit: "type[Kit]", dtype: str) -> None:
+def test_unlikely_deltas_are_merged_in_small_types_only(kit: "type[Kit]", dtype: str) -> None:
     spec = kit.spec(tier="predictions", dtype=dtype, delta_floor=0.3)
     image = kit.images()[2]
     labels = torch.tensor([2, 0])
     record = dataclasses.replace(kit.record(image, "identity", spec), gt_labels=labels)
     assert record.deltas is not None
     assert record.logits is not None
-    kept = without_unlikely(record.deltas, record.logits, record.boxes, labels, 0.3)
-    assert 0.2 < (kept == 0).float().mean() < 0.9
-    wanted = kept if dtype == "int8" else record.deltas
+    merged = merge_unlikely(record.deltas, record.logits, record.boxes, labels, 0.3)
+    assert 0.2 < (merged != record.deltas).float().mean() < 0.9
+    wanted = merged if dtype == "int8" else record.deltas
     assert np.array_equal(encode_record(record, spec).rows["deltas"], wanted.half().numpy())
     if dtype == "int8":
         for missing in (None, labels[:1]):

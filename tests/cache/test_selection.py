@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdpipe.cache.write.selection import choose_objects, without_unlikely
+from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
 
 def iou(first: list[float], second: list[float]) -> float:
@@ -65,26 +65,37 @@ def test_half_is_positive() -> None:
     assert choose_objects(boxes, 1).tolist() == [0, 2]
 
 
-def test_deltas_of_unlikely_classes_are_zeros() -> None:
+def test_unlikely_classes_share_their_mean() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 6], [40.0, 40, 50, 50], [0.0, 0, 10, 10]])
-    probabilities = torch.tensor([[0.5, 0.0005, 0.0005, 0.499]]).repeat(4, 1)
-    deltas = torch.ones(4, 3, 4)
-    deltas[2, 1] = torch.nan  # not kept, and so not looked at
-    found = without_unlikely(deltas, probabilities.log(), boxes, torch.tensor([2]), 1e-3)
-    # class 0 is likely everywhere; class 2 is that of an object, which all boxes but the third overlap
-    assert found[:, :, 0].tolist() == [[1, 0, 1], [1, 0, 1], [1, 0, 0], [1, 0, 1]]
+    probabilities = torch.tensor([[0.5, 0.0001, 0.0003, 0.0002, 0.4994]]).repeat(4, 1)
+    deltas = torch.tensor([1.0, 2, 6, 10])[None, :, None].repeat(4, 1, 4)
+    found = merge_unlikely(deltas, probabilities.log(), boxes, torch.tensor([3]), 1e-3)
+    # class 0 is likely everywhere; class 3 is that of an object, which all boxes but the third overlap
+    overlapping = [1.0, *[(2 + 3 * 6) / 4] * 2, 10]
+    alone = [1.0, *[(2 + 3 * 6 + 2 * 10) / 6] * 3]
+    wanted = torch.tensor([overlapping, overlapping, alone, overlapping])
+    torch.testing.assert_close(found[:, :, 0], wanted, rtol=2e-3, atol=0)  # logits are rounded to float16
     assert (found == found[..., :1]).all()
-    none = without_unlikely(deltas, probabilities.log(), boxes, torch.zeros(0, dtype=torch.int64), 1e-3)
-    assert none[:, :, 0].tolist() == [[1, 0, 0]] * 4
+    none = merge_unlikely(deltas, probabilities.log(), boxes, torch.zeros(0, dtype=torch.int64), 1e-3)
+    torch.testing.assert_close(none[:, :, 0], wanted[[2] * 4], rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("floor", [1e-3, 0.2])
-def test_what_is_likely_is_kept_to_the_bit(floor: float) -> None:
+@pytest.mark.parametrize("floor", [1e-3, 0.01, 0.2])
+def test_a_sum_weighted_by_probability_stays(floor: float) -> None:
     g = torch.Generator().manual_seed(0)
-    logits, deltas = torch.randn(50, 9, generator=g) * 5, torch.randn(50, 8, 4, generator=g)
+    logits, deltas = torch.randn(50, 9, generator=g) * 4, torch.randn(50, 8, 4, generator=g)
     boxes = torch.rand(50, 4, generator=g).sort(dim=1).values
-    found = without_unlikely(deltas, logits, boxes, torch.zeros(0, dtype=torch.int64), floor)
-    likely = logits.softmax(1)[:, :-1] >= floor
+    found = merge_unlikely(deltas, logits, boxes, torch.tensor([1, 5]), floor)
+    probabilities = logits.half().float().softmax(1)[:, :-1]
+    likely = probabilities >= floor
     assert torch.equal(found[likely], deltas[likely])
-    assert (found[~likely] == 0).all()
-    assert 0 < likely.float().mean() < 1
+    assert 0.1 < likely.float().mean() < 1
+    assert all(len(set(row[~kept, 0].tolist())) <= 1 + 2 for row, kept in zip(found, likely, strict=True))
+    sums = [torch.einsum("rk,rkd->rd", probabilities, x) for x in (found, deltas)]
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_unlikely_without_a_floor() -> None:
+    deltas = torch.randn(3, 4, 4)
+    boxes = torch.rand(3, 4).sort(dim=1).values
+    assert torch.equal(merge_unlikely(deltas, torch.randn(3, 5) * 30, boxes, torch.tensor([0]), 0.0), deltas)
