@@ -27,7 +27,7 @@ def quantize(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[
     return _steps(values, scale.float(), INT8_MAX).to(torch.int8), scale
 
 
-def quantize4(values: Tensor) -> tuple[Tensor, Tensor]:
+def quantize4(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Symmetric int4 per channel, two channels to a byte: `values` is about `q * scale`, q within -7 .. 7.
 
     The scale is the one of a few that makes the square error smallest: large values are clipped where that makes the
@@ -39,17 +39,18 @@ def quantize4(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         values: [..., C, H, W] float, any device; H and W are positive.
+        scale_dtype: of the scale.
 
     Returns:
-        [..., ceil(C / 2), H, W] uint8, and [..., C] float32 scale; zeros and what is not finite as `quantize`.
+        [..., ceil(C / 2), H, W] uint8, and [..., C] scale; zeros and what is not finite as `quantize`.
     """
     values = values.detach().float()
     cells = values.flatten(-2)
     cells = cells[..., :: max(1, cells.shape[-1] // _CELLS)]  # [..., C, some]
-    largest = _largest(values) / INT4_MAX
+    largest = (_largest(values) / INT4_MAX).to(scale_dtype).float()
     scale, least = largest, torch.full_like(largest, torch.inf)
     for clip in _CLIPS:
-        candidate = largest * clip
+        candidate = (largest * clip).to(scale_dtype).float()
         steps = _steps(cells[..., None], candidate, INT4_MAX)[..., 0]
         error = (steps * candidate[..., None] - cells).square_().sum(-1)  # [..., C]
         scale = torch.where(error < least, candidate, scale)
@@ -59,7 +60,7 @@ def quantize4(values: Tensor) -> tuple[Tensor, Tensor]:
     half = -(-codes.shape[-3] // 2)
     packed = codes[..., :half, :, :].clone()
     packed[..., : codes.shape[-3] - half, :, :] |= codes[..., half:, :, :] << 4
-    return packed, scale
+    return packed, scale.to(scale_dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

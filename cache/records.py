@@ -99,8 +99,9 @@ class TeacherTargets:
         embeddings: [R, D] in the storage type.
         embedding_scale: [R] float32, of int8 `embeddings`.
         roi_rows: [P] int32, ascending, rows of the boxes with RoI features, within all R boxes of the image.
-        roi_features: [P, C, S, S] in the storage type, of these boxes, whichever boxes were asked for.
-        roi_scale: [P, C] float16, of int8 `roi_features`.
+        roi_features: [P, C, S, S] in the storage type, [P, ceil(C / 2), S, S] uint8 for int4, of these boxes, whichever
+            boxes were asked for.
+        roi_scale: [P, C] float16, of int8 and int4 `roi_features`.
         features: one [C, h_l, w_l] in the storage type per level, [ceil(C / 2), h_l, w_l] uint8 for int4; None for
             levels that are not stored or were not asked for.
         scale: [L, C] float32, of int8 and int4 `features`.

@@ -51,7 +51,7 @@ class CacheSpec:
 
     Attributes:
         tier: one of `TIERS`; each holds the fields of those before it, except that `pyramid` has no `roi_features`.
-        dtype: one of `DTYPES`, the storage type of `features`. RoI features and embeddings are of that type, too, but
+        dtype: one of `DTYPES`, the storage type of `features` and `roi_features`. Embeddings are of that type, too, but
             int8 where it is int4. Boxes are always float32; logits and deltas are float16, or float32 where `dtype` is
             float32.
         codec: one of `CODECS`.
@@ -180,9 +180,9 @@ class CacheSpec:
         """Storage type of a field: one of `DTYPES`."""
         if field == "boxes" or self.dtype == "float32":
             return "float32"
-        if field == "features":
+        if field in ("features", "roi_features"):
             return self.dtype
-        return "int8" if self.is_quantized and field in ("embeddings", "roi_features") else "float16"
+        return "int8" if self.is_quantized and field == "embeddings" else "float16"
 
     @property
     def is_quantized(self) -> bool:
@@ -191,12 +191,12 @@ class CacheSpec:
 
     @property
     def element_dtype(self) -> str:
-        """Type of the array `features`: "uint8" holds two values of int4."""
+        """Type of the arrays `features` and `roi_features`: "uint8" holds two values of int4."""
         return "uint8" if self.dtype == "int4" else self.dtype
 
     @property
     def stored_channels(self) -> int:
-        """Channels of a level as it is stored: in int4 those of the second half lie in the bytes of the first."""
+        """Channels as they are stored: in int4 those of the second half lie in the bytes of the first."""
         return -(-self.channels // 2) if self.dtype == "int4" else self.channels
 
     def stored_elements(self, level: int, cells: int) -> int:
@@ -230,8 +230,8 @@ class CacheSpec:
         """Shape of one row and storage type of each array that has one row per box with RoI features."""
         if "roi_features" not in self.fields:
             return {}
-        shape = (self.channels, self.roi_size, self.roi_size)
-        arrays = {"roi_rows": ((), "int32"), "roi_features": (shape, self.field_dtype("roi_features"))}
+        shape = (self.stored_channels, self.roi_size, self.roi_size)
+        arrays = {"roi_rows": ((), "int32"), "roi_features": (shape, self.element_dtype)}
         if self.is_quantized:
             arrays["roi_scale"] = ((self.channels,), "float16")
         return arrays

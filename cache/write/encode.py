@@ -15,6 +15,7 @@ from kdpipe.cache.spec import FIELD_OF_ARRAY, VIEWS, CacheSpec
 from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
 _TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}  # of the storage types that are not quantised
+_QUANTIZE = {"int4": quantize4, "int8": quantize}
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,18 @@ def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
 def _encode_objects(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
     """The arrays that have a row per box with RoI features."""
     features, count = record.roi_features, len(record.boxes)
-    shape, dtype = spec.object_arrays()["roi_features"]
-    _check_shape(what, "roi_features", features, (count, *shape))
+    _check_shape(what, "roi_features", features, (count, spec.channels, spec.roi_size, spec.roi_size))
     assert features is not None
     rows = choose_objects(record.boxes, count - record.num_proposals)
     chosen = features[rows.to(features.device)]
     arrays = {"roi_rows": _to_host(rows.to(torch.int32), rows)}
-    if dtype == "int8":
-        stored, scale = quantize(chosen, torch.float16)
-        _check_finite(what, "roi_features", scale, dtype)
+    if spec.is_quantized:
+        stored, scale = _QUANTIZE[spec.dtype](chosen, torch.float16)
+        _check_finite(what, "roi_features", scale, spec.dtype)
         arrays["roi_scale"] = _to_host(scale, chosen)
     else:
-        stored = chosen.detach().to(_TORCH_DTYPE[dtype])
-        _check_finite(what, "roi_features", stored, dtype)
+        stored = chosen.detach().to(_TORCH_DTYPE[spec.dtype])
+        _check_finite(what, "roi_features", stored, spec.dtype)
     return {**arrays, "roi_features": _to_host(stored, features)}
 
 
@@ -143,7 +143,7 @@ def _encode_levels(
             scales.append(level.new_zeros(spec.channels, dtype=torch.float32))
             continue
         if spec.is_quantized:
-            stored, scale = quantize4(level) if spec.dtype == "int4" else quantize(level)
+            stored, scale = _QUANTIZE[spec.dtype](level, torch.float32)
             scales.append(scale)
         else:
             stored = level.detach().to(_TORCH_DTYPE[spec.dtype])

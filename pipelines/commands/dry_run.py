@@ -148,7 +148,7 @@ def _cheaper(found: Estimate, free: int) -> str:
     sizes = {
         choice: size + found.head
         for choice, size in found.choices.items()
-        if choice[0] == "pyramid" or choice[1] != "int4"
+        if choice[0] in ("objects", "pyramid") or choice[1] != "int4"  # elsewhere as int8
     }
     fitting = sorted((choice for choice, size in sizes.items() if size <= free), key=lambda choice: -sizes[choice])
     lines = [f"\n  --targets {tier} --dtype {dtype}: {bytes_text(sizes[tier, dtype])}" for tier, dtype in fitting]

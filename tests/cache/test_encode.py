@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheError
-from kdpipe.cache.quantize import dequantize, dequantize_rows
+from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantize4
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
@@ -32,7 +32,10 @@ def test_rois_of_the_chosen_boxes_are_stored(kit: "type[Kit]", dtype: str) -> No
     wanted, stored = record.roi_features[rows], torch.from_numpy(encoded.rows["roi_features"])
     if spec.is_quantized:
         scale = torch.from_numpy(encoded.rows["roi_scale"])
-        assert ((dequantize(stored, scale) - wanted).abs() <= 0.6 * scale[..., None, None].float()).all()
+        quantized = (quantize4 if dtype == "int4" else quantize)(wanted, torch.float16)
+        assert all(map(torch.equal, (stored, scale), quantized))
+        error = (dequantize(stored, scale) - wanted).norm() / wanted.norm()
+        assert error < (0.2 if dtype == "int4" else 0.01)
     else:
         assert torch.equal(stored, wanted.to(stored.dtype))
     assert record.embeddings is not None

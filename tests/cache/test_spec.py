@@ -53,7 +53,7 @@ def test_fields_and_types(kit: "type[Kit]") -> None:
     specs = [kit.spec(dtype=dtype) for dtype in DTYPES]
     assert [s.field_dtype("features") for s in specs] == ["int4", "int8", "float16", "float32"]
     assert [s.element_dtype for s in specs] == ["uint8", "int8", "float16", "float32"]
-    assert [s.field_dtype("roi_features") for s in specs] == ["int8", "int8", "float16", "float32"]
+    assert [s.field_dtype("roi_features") for s in specs] == ["int4", "int8", "float16", "float32"]
     assert [s.field_dtype("embeddings") for s in specs] == ["int8", "int8", "float16", "float32"]
     assert [s.field_dtype("logits") for s in specs] == ["float16", "float16", "float16", "float32"]
     assert [s.field_dtype("boxes") for s in specs] == ["float32"] * 4
@@ -75,6 +75,7 @@ def test_int4_holds_two_channels_in_a_byte(kit: "type[Kit]") -> None:
     assert [kit.spec(dtype=dtype).stored_channels for dtype in DTYPES] == [3, 6, 6, 6]
     assert kit.spec(dtype="int4", channels=7).stored_channels == 4
     assert kit.spec(dtype="int4", channels=7).stored_elements(2, 15) == 60
+    assert kit.spec(tier="objects", dtype="int4", channels=7).object_arrays()["roi_features"] == ((4, 7, 7), "uint8")
 
 
 @pytest.mark.parametrize(

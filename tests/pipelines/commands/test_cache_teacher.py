@@ -55,6 +55,7 @@ def close(found: torch.Tensor | None, wanted: torch.Tensor | None, dtype: str, s
     [
         ("predictions", "float32", "none"),
         ("embeddings", "float16", "lz4"),
+        ("objects", "int4", "zstd"),
         ("objects", "int8", "zstd"),
         ("objects", "float32", "lz4"),
         ("pyramid", "int4", "zstd"),
@@ -95,7 +96,11 @@ def test_holds_what_the_teacher_says(
                 assert record.roi_features is not None
                 assert found.roi_rows is not None
                 assert len(data.gt_boxes(info.image_id)) <= len(found.roi_rows) <= 64
-                assert close(found.roi_features, record.roi_features[found.roi_rows.long()], dtype, found.roi_scale)
+                wanted = record.roi_features[found.roi_rows.long()]
+                if dtype == "int4":
+                    assert float((found.rois() - wanted).norm() / wanted.norm()) < 0.2
+                else:
+                    assert close(found.roi_features, wanted, dtype, found.roi_scale)
             if "features" in FIELDS[tier]:
                 for level, wanted in enumerate(record.features or ()):
                     mine = found.pyramid()[level]
