@@ -223,14 +223,13 @@ def _sync_tree(folder: Path) -> None:
 
 def _strays(folder: Path, known: Collection[str]) -> Iterator[str]:
     """Keys of all files and folders below a folder that are none of the known files' or theirs."""
-    files = {name for name in known if not name.endswith("/")}
-    whole = {name.rstrip("/") for name in known if name.endswith("/")}
-    parents = {str(parent) for name in (*files, *whole) for parent in Path(name).parents}
+    ours = {name.rstrip("/") for name in known}  # whatever is there in their place is a fault of its own
+    parents = {str(parent) for name in ours for parent in Path(name).parents}
     for top, folders, names in os.walk(folder):
         place = Path(top).relative_to(folder)
         for name in sorted(folders):
             path = str(place / name)
-            if path not in parents and path not in whole:
+            if path not in parents and path not in ours:
                 yield path
-        folders[:] = [name for name in folders if str(place / name) in parents and str(place / name) not in whole]
-        yield from (path for name in sorted(names) if (path := str(place / name)) not in files)
+        folders[:] = [name for name in folders if str(place / name) in parents and str(place / name) not in ours]
+        yield from (path for name in sorted(names) if (path := str(place / name)) not in ours)

@@ -42,7 +42,7 @@ class Verification:
         skipped: of these, recorded as unreadable by the run that made the cache.
         parts: in the plan.
         missing: numbers of the parts that were never committed.
-        bytes_read: size of all files that were checked.
+        bytes_read: size of all chunks that were checked.
         faults: everything that is not as it should be, missing parts included.
         notes: what is no fault, such as parts that are being written.
     """
@@ -145,7 +145,7 @@ def _without_record(
 
 
 def _known_files(location: Location, records: dict[int, dict[str, Any] | None]) -> tuple[set[str], int]:
-    """Keys of all files that belong to the cache, and their bytes; a key that ends in `/` stands for what is below."""
+    """Keys of all files that belong to the cache, one that ends in `/` for all below it; and the bytes of chunks."""
     known, total = {RECORD}, 0
     groups = [("", PLAN, read_record(location, "")), (HEAD, HEAD, read_head_record(location))]
     groups += [(part_key(number), part_key(number), record) for number, record in records.items()]
@@ -155,7 +155,7 @@ def _known_files(location: Location, records: dict[int, dict[str, Any] | None]) 
             continue
         place = files_key(files_of, record)
         files = read_files(location, place, record["files"])
-        total += sum(size for size, _ in files.values()) if files else 0
+        total += sum(size for name, (size, _) in (files or {}).items() if not name.endswith(RECORD))
         known |= {f"{key}/{RECORD}" if key else RECORD, f"{place}/{FILES}"}
         known |= {f"{place}/{name}" for name in files} if files else {f"{place}/"}
     return known, total
@@ -194,7 +194,8 @@ def _check_plan(location: Location, root: Root, tick: Tick) -> list[Fault]:
     key = files_key(PLAN, record)
     files: Files = read_files(location, key, record["files"]) or {}
     group = GroupFiles(location, key, files)
-    wrong = [f"{PLAN}/{name} {reason}" for name in files if (reason := group.wrong_file(name, tick))]
+    chunks = [name for name in files if not name.endswith(RECORD)]  # the metadata were looked at when it was opened
+    wrong = [f"{PLAN}/{name} {reason}" for name in chunks if (reason := group.wrong_file(name, tick))]
     if unknown := group.unknown_files(("image_ids", "part_starts")):
         wrong.append(f"{PLAN}/{FILES} {unknown}")
     if len(np.unique(root.image_ids)) < len(root.image_ids):

@@ -93,10 +93,11 @@ def test_any_other_entry_of_the_metadata_is_refused(tmp_path: Path, codec: str) 
     assert check_metadata(None, layout, 5)
     assert check_metadata(text.encode(), layout, 6)
     places = list(leaves(json.loads(text)))
+    others: list[Any] = ["other", 7, None, [], {"a": 1}]
     assert len(places) > 20
     for place in places:
         if place[0] not in ("attributes", "dimension_names", "storage_transformers"):
-            for value in ("other", 7, None, [], {"a": 1}):
+            for value in others:
                 found = json.loads(text)
                 inner = found
                 for step in place[:-1]:

@@ -1,6 +1,6 @@
 """`verify_cache` finds whatever is wrong, names whom it concerns, and removes it so that it is made again."""
 
-import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from kdpipe.cache import CacheError, CacheSpec
-from kdpipe.cache.codecs import encode_chunk
-from kdpipe.cache.format.record import read_record, write_record
-from kdpipe.cache.store.files import file_record, temporary_folder
+from kdpipe.cache.format.layout import index_columns
+from kdpipe.cache.store.temporary import temporary_folder
 from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
 
 if TYPE_CHECKING:
@@ -25,16 +25,18 @@ def verify(path: Path) -> Verification:
     return verify_cache(path, lambda done, total: None, threads=2)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
-@pytest.mark.parametrize("tier", ["predictions", "roi", "pyramid"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "float32"])
+@pytest.mark.parametrize("tier", ["predictions", "objects", "pyramid"])
 def test_a_sound_cache(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str) -> None:
-    codec = {"int8": "zstd", "float16": "lz4", "float32": "none"}[dtype]
-    spec = kit.spec(tier=tier, dtype=dtype, codec=codec, views=("identity", "hflip"))
-    found = verify(kit.make(tmp_path / "x.zarr", spec))
+    codec = {"int4": "lz4", "int8": "zstd", "float16": "lz4", "float32": "none"}[dtype]
+    path = kit.make(tmp_path / "x.zarr", kit.spec(tier=tier, dtype=dtype, codec=codec, views=("identity", "hflip")))
+    shown: list[tuple[int, int]] = []
+    found = verify_cache(path, lambda done, total: shown.append((done, total)), threads=2)
     assert not any((found.faults, found.notes, found.missing, found.bad_parts))
     assert (found.images, found.skipped) == (7, 0)
-    files = list((tmp_path / "x.zarr" / "parts").rglob("c.*"))
-    assert found.bytes_read == sum(file.stat().st_size for file in files)
+    chunks = [file for file in path.rglob("c*") if re.fullmatch(r"c[.\d]*", file.name)]
+    assert found.bytes_read == sum(file.stat().st_size for file in chunks)
+    assert shown[-1] == (found.bytes_read, found.bytes_read)
 
 
 def test_skipped_images_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> None:
@@ -61,7 +63,7 @@ def test_images_without_boxes_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> 
         for image, rois in zip(writer.images, (0, 3, 0, 5, 0), strict=True):
             part.add(kit.record(image, "identity", spec, rois=rois))
     assert verify(tmp_path / "x.zarr").faults == ()
-    kit.flip_bit(tmp_path / "x.zarr" / "parts" / "00000" / "logits" / "c.0.0")
+    kit.flip_bit(kit.files(tmp_path / "x.zarr", "parts/00000") / "logits" / "c.0.0")
     (fault,) = verify(tmp_path / "x.zarr").faults
     assert {kit.images()[1].image_id, kit.images()[3].image_id} <= set(fault.image_ids)
 
@@ -69,18 +71,18 @@ def test_images_without_boxes_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> 
 @pytest.mark.parametrize(
     "name", ["features", "scale", "boxes", "logits", "deltas", "embeddings", "index", "file_names"]
 )
-@pytest.mark.parametrize("damage", ["bit", "shard index", "cut", "gone", "folder", "metadata"])
+@pytest.mark.parametrize("damage", ["bit", "shard index", "cut", "gone", "folder", "metadata", "list"])
 def test_damage_to_a_part(cache_path: Path, kit: "type[Kit]", name: str, damage: str) -> None:
     before = kit.tree(cache_path)
-    (file,) = (cache_path / "parts" / "00001" / name).glob("c.*")
+    (file,) = (kit.files(cache_path, "parts/00001") / name).glob("c.*")
     spoil(file, damage, kit)
     found = verify(cache_path)
     (fault,) = found.faults
     writer = kit.writer(cache_path, kit.spec(), kit.images())
-    assert (fault.part, fault.array, fault.where) == (1, name, "part 1")
+    assert (fault.part, fault.array, fault.where) == (1, None if damage == "list" else name, "part 1")
     assert set(fault.image_ids) == {kit.images()[n].image_id for n in writer.parts[1]}
     assert found.bad_parts == (1,)
-    assert remove_faults(cache_path, found) == [Path("parts/00001")]
+    assert remove_faults(cache_path, found) == ["parts/00001"]
     found = verify(cache_path)
     assert found.missing == found.bad_parts == (1,)
     assert remove_faults(cache_path, found) == []
@@ -97,20 +99,20 @@ def spoil(file: Path, damage: str, kit: "type[Kit]") -> None:
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "metadata":
         kit.flip_bit(file.with_name("zarr.json"))
+    elif damage == "list":
+        kit.flip_bit(file.parents[1] / "files.json")
     else:
         file.unlink()
         if damage == "folder":
             file.mkdir()
 
 
-@pytest.mark.parametrize("damage", ["bit", "gone", "extra", "metadata", "record", "no head", "file"])
+@pytest.mark.parametrize("damage", ["bit", "gone", "metadata", "list", "record", "no head", "file"])
 def test_damage_to_the_head(cache_path: Path, kit: "type[Kit]", damage: str) -> None:
     before = kit.tree(cache_path)
     folder = cache_path / "head"
-    weight = folder / "roi_head.fc.weight" / "c.0.0"
-    if damage == "extra":
-        weight.with_name("c.0.1").write_bytes(b"x")
-    elif damage == "record":
+    weight = kit.files(cache_path, "head") / "roi_head.fc.weight" / "c.0.0"
+    if damage == "record":
         kit.flip_bit(folder / "zarr.json", at=0.5)
     elif damage in ("no head", "file"):
         shutil.rmtree(folder)
@@ -122,10 +124,13 @@ def test_damage_to_the_head(cache_path: Path, kit: "type[Kit]", damage: str) -> 
     (fault,) = found.faults
     assert (fault.where, fault.part) == ("the head", None)
     assert found.bad_parts == ()
-    assert bool(remove_faults(cache_path, found)) == (damage != "no head")
+    assert bool(remove_faults(cache_path, found)) == (damage not in ("no head", "file"))
     kit.make(cache_path)
     assert verify(cache_path).faults == ()
     assert kit.tree(cache_path) == before
+
+
+DAMAGED = "has a damaged commit record (zarr.json)"
 
 
 def test_records_and_missing_parts(cache_path: Path, kit: "type[Kit]") -> None:
@@ -137,77 +142,80 @@ def test_records_and_missing_parts(cache_path: Path, kit: "type[Kit]") -> None:
     shutil.rmtree(parts[2])
     parts[2].write_text("no folder")
     found = verify(cache_path)
-    assert found.missing == (0,)
+    assert found.missing == (0, 2)
     assert found.bad_parts == (0, 1, 2)
-    assert [fault.message for fault in found.faults][1:] == ["has a damaged commit record (zarr.json)"] * 2
-    assert remove_faults(cache_path, found) == [Path("parts/00001"), Path("parts/00002")]
+    assert [fault.message for fault in found.faults] == ["is missing", DAMAGED, "is missing"]
+    assert remove_faults(cache_path, found) == ["parts/00001"]
     kit.make(cache_path)
     assert kit.tree(cache_path) == before
 
 
-def test_strays(cache_path: Path, kit: "type[Kit]") -> None:
+def test_leftovers(cache_path: Path, kit: "type[Kit]") -> None:
+    """Of dead writers, which are removed; of live ones, which are noted; and what is not kdpipe's, which stays."""
     before = kit.tree(cache_path)
-    (cache_path / "parts" / "00000" / "logits" / "more").mkdir()
-    (cache_path / "parts" / "00000" / "logits" / "more" / "c.1.0").write_bytes(b"x")
-    (cache_path / "notes\x1b[31m.txt").write_text("mine")
-    (cache_path / "parts" / "00099").mkdir()
-    dead = temporary_folder(cache_path / "parts" / "00001")
-    dead = dead.rename(dead.with_name(dead.name.replace(dead.name.split(".")[-3], "00000000")))
-    (dead / "features").mkdir()
-    alive = temporary_folder(cache_path / "parts" / "00002")
-    found = verify(cache_path)
-    assert {fault.where: fault.remove for fault in found.faults} == {
-        "part 0": Path("parts/00000/logits/more"),
-        "notes\x1b[31m.txt": None,
-        "parts/00099": None,
-        f"parts/{dead.name}": Path("parts") / dead.name,
-    }
-    assert found.notes == (f"parts/{alive.name} is being written by a process of this machine",)
-    assert found.bad_parts == ()
-    assert len(remove_faults(cache_path, found)) == 2
-    (cache_path / "notes\x1b[31m.txt").unlink()
-    (cache_path / "parts" / "00099").rmdir()
-    alive.rmdir()
+    parts, files = cache_path / "parts", kit.files(cache_path, "parts/00000")
+    foreign = [files / "logits" / "more" / "c.1.0", files / "logits" / "c.1.0", cache_path / "notes\x1b[31m.txt"]
+    foreign += [parts / "00000" / "note", parts / "00099" / "x", cache_path / "head" / "x", cache_path / "plan" / "x"]
+    for file in foreign:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"mine")
+    dead = parts / f".00001.{'0' * 16}.tmp"
+    (dead / "features").mkdir(parents=True)
+    with temporary_folder(parts / "00002") as alive:
+        found = verify(cache_path)
+        named = {fault.where for fault in found.faults if fault.remove is None}
+        wanted = {str(file.relative_to(cache_path)) for file in foreign}
+        wanted -= {str((files / "logits" / "more" / "c.1.0").relative_to(cache_path)), "parts/00099/x"}
+        assert named == wanted | {str((files / "logits" / "more").relative_to(cache_path)), "parts/00099"}
+        assert all(fault.repairable == (fault.remove is not None) for fault in found.faults)
+        assert found.notes == (f"parts/{alive.name} is being written by another process",)
+        assert found.bad_parts == ()
+        assert remove_faults(cache_path, found) == [f"parts/{dead.name}"]
+        assert alive.exists()
+    assert all(file.read_bytes() == b"mine" for file in foreign)
+    for file in foreign:
+        file.unlink()
+    for folder in (files / "logits" / "more", parts / "00099"):
+        folder.rmdir()
     assert kit.tree(cache_path) == before
     assert verify(cache_path).faults == ()
 
 
 def test_a_damaged_root(cache_path: Path, kit: "type[Kit]") -> None:
-    (cache_path / "parts" / "zarr.json").write_text("{}")
+    """Without the root nothing can be said of the rest, and nothing makes it anew."""
+    for name in ("zarr.json", "plan/files.json", "plan/image_ids/zarr.json", "plan/part_starts/c.0"):
+        folder = kit.files(cache_path, "plan").relative_to(cache_path)
+        file = cache_path / name.replace("plan", str(folder))
+        data = file.read_bytes()
+        kit.flip_bit(file, at=0.9)
+        before = kit.tree(cache_path)
+        with pytest.raises(CacheError, match="damaged"):
+            verify(cache_path)
+        with pytest.raises(CacheError, match="damaged"):
+            kit.writer(cache_path, kit.spec(), kit.images())
+        assert kit.tree(cache_path) == before
+        file.write_bytes(data)
+    assert verify(cache_path).faults == ()
+
+
+def test_values_of_the_plan_that_were_changed_with_their_checksums(cache_path: Path, kit: "type[Kit]") -> None:
+    """The plan can be read, and still is not what was written: that cannot be repaired."""
+    kit.forge(cache_path, "", listed=lambda files: files["image_ids/c.0"].__setitem__(1, "0" * 64))
     (fault,) = verify(cache_path).faults
     assert (fault.where, fault.repairable, fault.remove) == ("the root", False, None)
-    kit.flip_bit(cache_path / "zarr.json", at=0.9)
-    with pytest.raises(CacheError, match="damaged"):
-        verify(cache_path)
+    assert fault.message.endswith("image_ids/c.0 has other content than was written")
 
 
-def rewrite(path: Path, array: str, change: "Callable[[np.ndarray[Any, Any]], None]", spec: CacheSpec) -> None:
-    """Change values of part 0 as a wrong writer would have: with sound checksums. For caches without compression."""
-    folder = path / "parts" / "00000"
-    (file,) = (folder / array).glob("c.*")
-    metadata = json.loads((folder / array / "zarr.json").read_bytes())
-    chunk = metadata["codecs"][0]["configuration"]["chunk_shape"]
-    data = file.read_bytes()
-    dtype = np.dtype(metadata["data_type"])
-    size = dtype.itemsize * int(np.prod(chunk))
-    values = np.frombuffer(data[:size], dtype).reshape(chunk).copy()
-    change(values)
-    encoded, checksum = encode_chunk(values, "none")
-    sums = metadata["attributes"]["checksums"]
-    metadata["attributes"]["checksums"] = checksum.hex() + sums[8:]
-    text = json.dumps(metadata, separators=(",", ":"), sort_keys=True).encode() + b"\n"
-    (folder / array / "zarr.json").write_bytes(text)
-    file.write_bytes(encoded + data[size:])
-    record = read_record(folder) or {}
-    files = {name: tuple(entry) for name, entry in record.pop("files").items()}
-    for name in (f"{array}/zarr.json", f"{array}/{file.name}"):
-        files[name] = file_record((folder / name).read_bytes())
-    write_record(folder, record, files)
-
-
-def put(place: Any, value: float) -> "Callable[[np.ndarray[Any, Any]], None]":
-    def change(values: "np.ndarray[Any, Any]") -> None:
+def put(place: Any, value: float) -> "Callable[[np.ndarray[Any, Any], CacheSpec], None]":
+    def change(values: "np.ndarray[Any, Any]", spec: CacheSpec) -> None:
         values[place] = value
+
+    return change
+
+
+def column(name: str, row: int, value: int) -> "Callable[[np.ndarray[Any, Any], CacheSpec], None]":
+    def change(values: "np.ndarray[Any, Any]", spec: CacheSpec) -> None:
+        values[row, index_columns(spec).index(name)] = value
 
     return change
 
@@ -220,23 +228,31 @@ def put(place: Any, value: float) -> "Callable[[np.ndarray[Any, Any]], None]":
         ("boxes", put((20, 2), 1e4), "outside of their image"),
         ("boxes", put((20, 0), -1.0), "outside of their image"),
         ("boxes", put((20, 3), 0.0), "outside of their image, or upside down"),
-        ("index", put((1, 0), 5), "the images and views of the plan"),
-        ("index", put((1, 7), 3), "row_start that leave gaps"),
-        ("index", put((1, 9), 3), "element_start that leave gaps"),
-        ("index", put((1, 10), 0), "name_start that leave gaps"),
-        ("index", put((0, 6), 13), "impossible numbers of proposals"),
-        ("index", put((0, 2), 0), "a size that is not positive"),
-        ("index", put((0, 4), 32), "gives image 1000 the network input"),
-        ("file_names", put(0, 0xFF), "is wrong about image 1000"),
+        ("index", column("image_id", 1, 5), "the images and views of the plan"),
+        ("index", column("box_start", 1, 3), "box_start that leave gaps"),
+        ("index", column("element_start", 1, 3), "element_start that leave gaps"),
+        ("index", column("name_start", 1, 0), "name_start that leave gaps"),
+        ("index", column("num_proposals", 0, 13), "impossible numbers of proposals"),
+        ("index", column("height", 0, 0), "a size that is not positive"),
+        ("index", column("input_height", 0, 32), "wrong about image 1000: a network input"),
+        ("file_names", put(0, 0xFF), "wrong about image 1000: its name is no text"),
     ],
 )
 def test_what_a_wrong_writer_wrote(
-    tmp_path: Path, kit: "type[Kit]", array: str, change: "Callable[[np.ndarray[Any, Any]], None]", message: str
+    tmp_path: Path,
+    kit: "type[Kit]",
+    array: str,
+    change: "Callable[[np.ndarray[Any, Any], CacheSpec], None]",
+    message: str,
 ) -> None:
-    spec = kit.spec(dtype="float16", codec="none")
+    """With sound checksums."""
+    spec = kit.spec(dtype="float16")
     path = tmp_path / "x.zarr"
     kit.fill(kit.writer(path, spec, kit.images(4), part_size=1 << 30))
-    rewrite(path, array, change, spec)
+    stored: Any = zarr.open_array(kit.files(path, "parts/00000") / array, mode="r")
+    values = np.array(stored[...])
+    change(values, spec)
+    kit.put(path, 0, array, values)
     found = verify(path)
     (fault,) = found.faults
     assert message in fault.message
