@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from zarr.abc.codec import ArrayBytesCodec, BytesBytesCodec
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from kdpipe.cache.plan import level_shapes
 from kdpipe.cache.spec import CacheSpec
@@ -24,6 +24,8 @@ _CHUNK_BYTES = 128 << 10
 # A shard is written at once, from memory.
 _SHARD_BYTES, _SHARD_CHUNKS = 64 << 20, 512
 _LEVELS: dict[Literal["zstd", "lz4"], int] = {"zstd": 1, "lz4": 5}
+# Types whose bits zstd compresses as well without a shuffle, and decodes twice as fast.
+_AS_THEY_ARE = ("int8", "float16", "float32")
 
 
 # What the arrays of a part have rows for.
@@ -91,9 +93,11 @@ def _sharding(chunk: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
     """The codec of an array, as JSON values."""
     itemsize = np.dtype(dtype).itemsize
     inner: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
-    for name, level in _LEVELS.items():
-        if name == codec:
-            inner.append(BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=itemsize, blocksize=0))
+    if codec == "zstd" and dtype in _AS_THEY_ARE:
+        inner.append(ZstdCodec(level=1))
+    elif codec != "none":
+        name: Literal["zstd", "lz4"] = "zstd" if codec == "zstd" else "lz4"
+        inner.append(BloscCodec(cname=name, clevel=_LEVELS[name], shuffle="bitshuffle", typesize=itemsize, blocksize=0))
     inner.append(Crc32cCodec())
     index: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little"), Crc32cCodec()]
     sharding = ShardingCodec(chunk_shape=chunk, codecs=inner, index_codecs=index, index_location="end")
