@@ -1,7 +1,7 @@
 """The bytes of format version 1, pinned; and other Zarr libraries, which read and check a cache like any other.
 
-`format_v1.json` holds what `digests` gives. What depends on the version of blosc (compressed chunks, and digests of
-them) is left out. Where a test of it fails:
+`format_v1.json` holds what `digests` gives. What depends on the version of blosc and zstd (compressed chunks, and
+digests of them) is left out. Where a test of it fails:
 
 - files of chunks (`c.0`) or records differ: caches that people have can no longer be finished, or are read wrongly.
   That takes a new format version, and a file of its own beside this one.
@@ -89,7 +89,7 @@ def make(path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> Pat
 
 
 def digests(path: Path, codec: str) -> dict[str, str]:
-    """Of each file, what depends on the version of blosc left out: compressed chunks, and names and digests of them."""
+    """Of each file, without what depends on blosc or zstd: compressed chunks, and names and digests of them."""
     found = {}
     for file in sorted(path.rglob("*")):
         name = re.sub("(?<=/)[0-9a-f]{16}(?=/)", "*", str(file.relative_to(path)))
