@@ -77,7 +77,7 @@ def raw_bytes(images: Sequence[ImageInfo], spec: CacheSpec) -> dict[str, int]:
     """Bytes of each field before compression, scales included.
 
     An upper bound: it takes `spec.proposals` proposals and all ground-truth boxes for every image and view, as many
-    boxes with RoI features as there may be, and network inputs padded to a multiple of 32.
+    jittered boxes and boxes with RoI features as there may be, and network inputs padded to a multiple of 32.
 
     Args:
         images: all images of the data set.
@@ -110,7 +110,7 @@ def _bytes_per_image(
 ) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.int64]]"]:
     """Raw bytes of each image, in all its views, by field."""
     truth = np.array([image.num_gt for image in images], dtype=np.int64)
-    boxes = spec.proposals + truth
+    boxes = spec.proposals + truth + np.where(truth > 0, spec.jittered, 0)
     objects = np.minimum(boxes, np.maximum(truth, MAX_OBJECTS))
     sizes = dict.fromkeys(spec.fields, np.zeros_like(truth))
     for name, row in spec.row_bytes().items():

@@ -30,7 +30,7 @@ class TeacherRecord:
         file_name: path relative to the image folder.
         original_size: (height, width) of the image file, pixels.
         input_size: (height, width) of the network input without padding, pixels.
-        num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes.
+        num_proposals: rows [0, num_proposals) are proposals, the rest are jittered and ground-truth boxes.
         boxes: [R, 4] (x1, y1, x2, y2) in original, unflipped pixels.
         logits: [R, K + 1], background last.
         deltas: [R, K, 4], or [R, 1, 4] from a class-agnostic head, regressed in the frame of the network input.
@@ -38,6 +38,8 @@ class TeacherRecord:
         roi_features: [R, C, S, S].
         features: one tensor [C, h_l, w_l] per level of the pyramid.
         gt_labels: [G] int64, of the ground-truth boxes; not stored, but looked at where `spec.delta_floor` is above 0.
+        num_jittered: the rows that follow the proposals and are boxes near objects, no proposals; the rest are
+            ground-truth boxes.
         file_digest: `digest_file` of the image file; 0 where it is not known.
     """
 
@@ -54,7 +56,13 @@ class TeacherRecord:
     roi_features: Tensor | None = None
     features: Sequence[Tensor] | None = None
     gt_labels: Tensor | None = None
+    num_jittered: int = 0
     file_digest: int = 0
+
+    @property
+    def num_gt(self) -> int:
+        """How many rows, the last ones, are ground-truth boxes."""
+        return len(self.boxes) - self.num_proposals - self.num_jittered
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class TargetIndex:
 
     Attributes:
         level_shapes: (height, width) of each pyramid level in cells; empty in tiers without features.
-        num_rois: number of boxes, proposals and ground truth.
+        num_rois: number of boxes: proposals, jittered boxes and ground truth, in this order.
         num_objects: number of boxes with RoI features; 0 in tiers without these.
         file_digest: `digest_file` of the image file that the teacher saw; 0 where it was not known.
     """
@@ -74,6 +82,7 @@ class TargetIndex:
     original_size: tuple[int, int]
     input_size: tuple[int, int]
     num_proposals: int
+    num_jittered: int
     num_rois: int
     level_shapes: tuple[tuple[int, int], ...]
     file_digest: int
@@ -91,7 +100,8 @@ class TeacherTargets:
         original_size: (height, width) of the image file, pixels.
         input_size: (height, width) of the network input without padding, pixels.
         matrix: [3, 3] float64, original pixels -> this view's network input.
-        num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes.
+        num_proposals: rows [0, num_proposals) are proposals.
+        num_jittered: so many rows that follow are boxes near objects, the rest are ground-truth boxes.
         boxes: [R, 4] float32 (x1, y1, x2, y2) in original, unflipped pixels.
         logits: [R, K + 1], background last.
         deltas: [R, K, 4] or [R, 1, 4], in the frame of the network input, normalised by the coder's means and stds;
@@ -114,6 +124,7 @@ class TeacherTargets:
     input_size: tuple[int, int]
     matrix: npt.NDArray[np.float64]
     num_proposals: int
+    num_jittered: int
     boxes: Tensor
     logits: Tensor | None = None
     deltas: Tensor | None = None

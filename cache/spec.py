@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from kdpipe.cache.errors import CacheError
+from kdpipe.cache.typed_json import as_json, from_json_value
 
 FORMAT_VERSION = 1
 TIERS = ("predictions", "embeddings", "objects", "pyramid")
@@ -27,7 +28,7 @@ MAX_ROW_BYTES = 64 << 20
 _UNRELEASED = 2
 
 # Entries of a specification that only some caches have.
-_OPTIONAL = ("cascade_stds", "shared_style", "semantic", "delta_floor")
+_OPTIONAL = ("cascade_stds", "shared_style", "semantic", "delta_floor", "jittered")
 
 # Arrays that belong to a field beside that of its own name.
 FIELD_OF_ARRAY = {
@@ -79,9 +80,10 @@ class CacheSpec:
             its RoI features; empty where there is none.
         delta_floor: where the type is int8 or int4, classes to which the teacher gives a box less than this probability
             share the mean of their deltas, but for those of the objects that the box overlaps; 0 keeps all.
+        jittered: at most how many boxes near annotated objects, which are no proposals, follow the proposals.
         levels: positions of the strides whose features are stored, all by default.
 
-    The last five are left out of the specification in JSON where they are empty, 0, or all.
+    The last six are left out of the specification in JSON where they are empty, 0, or all.
 
     Raises:
         CacheError: a value is not possible.
@@ -110,6 +112,7 @@ class CacheSpec:
     shared_style: str = ""
     semantic: tuple[int, ...] = ()
     delta_floor: float = 0.0
+    jittered: int = 0
     levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -155,6 +158,8 @@ class CacheSpec:
             )
         if not 0 <= self.delta_floor < 1:
             raise CacheError(f"The entry delta_floor is a probability below 1, found {self.delta_floor}.")
+        if self.jittered < 0:
+            raise CacheError(f"The entry jittered is a number of boxes, found {self.jittered}.")
         object.__setattr__(self, "levels", self.levels or every)
         if tuple(level for level in every if level in self.levels) != self.levels:
             raise CacheError(f"The stored levels are some of {every} in that order, found {self.levels}.")
@@ -247,7 +252,7 @@ class CacheSpec:
         values = {name: value for name, value in values.items() if value or name not in _OPTIONAL}
         if len(self.levels) == len(self.strides):
             del values["levels"]
-        values = {name: _listed(value) for name, value in values.items()}
+        values = {name: as_json(value) for name, value in values.items()}
         return {"version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -267,7 +272,7 @@ class CacheSpec:
                 f"The specification in the cache is damaged: missing entries {missing}, unknown entries {unknown}. "
                 "Cache the teacher again."
             )
-        return cls(**{name: _typed(name, given[name], hint) for name, hint in hints.items()})
+        return cls(**{name: from_json_value(name, given[name], hint) for name, hint in hints.items()})
 
 
 def check_version(version: object) -> None:
@@ -288,23 +293,3 @@ def check_version(version: object) -> None:
             "The cache was made by a development version of kdpipe, whose format this one does not read: move the "
             "cache away and cache the teacher again."
         )
-
-
-def _listed(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """A JSON value as the type of the entry: a scalar, or a tuple of them."""
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        fixed = len(kinds) if Ellipsis not in kinds else None
-        if not isinstance(value, list) or (fixed is not None and len(value) != fixed):
-            raise CacheError(f"The entry {name!r} of the cache specification should be a list, found {value!r}.")
-        return tuple(_typed(name, item, kinds[0]) for item in value)
-    if hint is float and type(value) is int and abs(value) < 1 << 53:
-        return float(value)
-    if type(value) is not hint or (type(value) is int and not -(1 << 63) <= value < 1 << 63):
-        raise CacheError(f"The entry {name!r} of the cache specification should be {hint.__name__}, found {value!r}.")
-    return value

@@ -99,8 +99,11 @@ def _runs_fault(columns: Mapping[str, Block], elements: Block, rows: Mapping[str
             return f"has values of {name} that leave gaps or overlap"
         if count.sum() != rows[per]:
             return f"has {count.sum()} rows per {per}, and the commit record {rows[per]}"
-    proposals = columns["num_proposals"]
-    if (proposals < 0).any() or (proposals > np.minimum(counts["box"][1], spec.proposals)).any():
+    proposals, jittered = columns["num_proposals"], columns["num_jittered"]
+    if (
+        min(proposals.min(initial=0), jittered.min(initial=0)) < 0
+        or ((proposals > spec.proposals) | (jittered > spec.jittered) | (proposals + jittered > counts["box"][1])).any()
+    ):
         return "has impossible numbers of proposals"
     return None
 

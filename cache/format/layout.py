@@ -129,7 +129,8 @@ def part_layout(spec: CacheSpec) -> dict[str, ArrayLayout]:
 
 def index_columns(spec: CacheSpec) -> list[str]:
     """Names of the columns of a part's index: one row per image and view, int64."""
-    columns = ["image_id", "view", "height", "width", "input_height", "input_width", "num_proposals"]
+    columns = ["image_id", "view", "height", "width", "input_height", "input_width"]
+    columns += ["num_proposals", "num_jittered"]
     columns += ["box_start", "box_stop", "object_start", "object_stop", "element_start"]
     columns += ["name_start", "name_stop", "file_digest"]
     for level in range(len(spec.strides) if "features" in spec.fields else 0):

@@ -71,6 +71,7 @@ class PartReader:
             original_size=(entry["height"], entry["width"]),
             input_size=(entry["input_height"], entry["input_width"]),
             num_proposals=entry["num_proposals"],
+            num_jittered=entry["num_jittered"],
             num_rois=entry["box_stop"] - entry["box_start"],
             num_objects=entry["object_stop"] - entry["object_start"],
             level_shapes=tuple(shapes),

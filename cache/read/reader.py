@@ -167,8 +167,9 @@ class TeacherCache:
             view: one of `spec.views`.
             fields: some of `spec.fields`; None reads all.
             levels: positions in `spec.strides` of the pyramid levels to read; None reads all.
-            rois: row numbers [M] within the image, proposals before ground truth, applied to all fields that have a row
-                per box; None reads all. `num_proposals` of the result counts the proposals among them.
+            rois: row numbers [M] within the image, proposals before jittered boxes before ground truth, applied to all
+                fields that have a row per box; None reads all. `num_proposals` of the result counts the proposals among
+                them, `num_jittered` the jittered boxes.
 
         Raises:
             CacheError: the image, view, field, level or row is not in the cache, or its data is damaged.
@@ -177,9 +178,11 @@ class TeacherCache:
         part, row = self._locate(image_id, view)
         info = part.describe(row)
         selected = None if rois is None else _check_rois(rois, info)
-        num_proposals = info.num_proposals
+        num_proposals, num_jittered = info.num_proposals, info.num_jittered
         if selected is not None:
+            before_gt = int(np.count_nonzero(selected < num_proposals + num_jittered))
             num_proposals = int(np.count_nonzero(selected < num_proposals))
+            num_jittered = before_gt - num_proposals
         arrays = ["boxes", *(name for field in fields if field != "boxes" for name in self.spec.arrays_of(field))]
         values = part.read(row, arrays, selected, self._check_levels(levels))
         return TeacherTargets(
@@ -190,6 +193,7 @@ class TeacherCache:
             input_size=info.input_size,
             matrix=view_matrix(info.original_size, info.input_size, view == "hflip"),
             num_proposals=num_proposals,
+            num_jittered=num_jittered,
             **values,
         )
 

@@ -50,10 +50,14 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
     """
     what = f"image {record.image_id} ({record.file_name}, view {record.view})"
     count = len(record.boxes)
-    if not 0 <= record.num_proposals <= min(count, spec.proposals):
+    if not 0 <= record.num_proposals <= min(count - record.num_jittered, spec.proposals):
         raise CacheError(
             f"The record of {what} has {record.num_proposals} proposals among {count} boxes; the cache takes at most "
             f"{spec.proposals}."
+        )
+    if not 0 <= record.num_jittered <= spec.jittered:
+        raise CacheError(
+            f"The record of {what} has {record.num_jittered} jittered boxes; the cache takes at most {spec.jittered}."
         )
     rows = _encode_boxes(what, record, spec)
     if spec.object_arrays():
@@ -66,6 +70,7 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
         "input_height": record.input_size[0],
         "input_width": record.input_size[1],
         "num_proposals": record.num_proposals,
+        "num_jittered": record.num_jittered,
         "file_digest": record.file_digest,
     }
     features = scale_of_levels = None
@@ -99,7 +104,7 @@ def _encode_boxes(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str
 
 def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
     """The deltas, those of unlikely classes merged where the cache keeps no more."""
-    deltas, logits, num_gt = record.deltas, record.logits, len(record.boxes) - record.num_proposals
+    deltas, logits, num_gt = record.deltas, record.logits, record.num_gt
     assert deltas is not None
     assert logits is not None
     if not spec.delta_floor or not spec.is_quantized or spec.class_agnostic:
@@ -112,10 +117,10 @@ def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
 
 def _encode_objects(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
     """The arrays that have a row per box with RoI features."""
-    features, count = record.roi_features, len(record.boxes)
-    _check_shape(what, "roi_features", features, (count, spec.channels, spec.roi_size, spec.roi_size))
+    features = record.roi_features
+    _check_shape(what, "roi_features", features, (len(record.boxes), spec.channels, spec.roi_size, spec.roi_size))
     assert features is not None
-    rows = choose_objects(record.boxes, count - record.num_proposals)
+    rows = choose_objects(record.boxes, record.num_gt)
     chosen = features[rows.to(features.device)]
     arrays = {"roi_rows": _to_host(rows.to(torch.int32), rows)}
     if spec.is_quantized:

@@ -27,14 +27,14 @@ def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], sp
     Args:
         records: what the teacher said of some of the images, in one view.
         images: that are to be cached.
-        spec: of the cache. Of proposals that are more than it takes, the best count.
+        spec: of the cache. Of proposals and jittered boxes that are more than it takes, the first count.
 
     Raises:
         CacheError: a record does not fit the specification.
     """
     blocks: dict[str, list[Block]] = {}
     for record in records:
-        encoded = encode_record(best_proposals(record, spec.proposals), spec)
+        encoded = encode_record(as_stored(record, spec), spec)
         for name, values in encoded.rows.items():
             blocks.setdefault(name, []).append(values)
         if encoded.features is not None:
@@ -53,18 +53,20 @@ def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], sp
     return sizes
 
 
-def best_proposals(record: TeacherRecord, count: int) -> TeacherRecord:
-    """A record without the proposals that follow the first so many, which are the best."""
-    if record.num_proposals <= count:
-        return record
-    rows = torch.cat([torch.arange(count), torch.arange(record.num_proposals, len(record.boxes))])
+def as_stored(record: TeacherRecord, spec: CacheSpec) -> TeacherRecord:
+    """A record without the proposals and jittered boxes that are more than a cache takes; the first ones stay."""
+    proposals, jittered = min(record.num_proposals, spec.proposals), min(record.num_jittered, spec.jittered)
+    counts = record.num_proposals, record.num_jittered, record.num_gt
+    every = torch.arange(len(record.boxes)).split(counts)
+    rows = torch.cat([every[0][:proposals], every[1][:jittered], every[2]])
 
     def of(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows.to(values.device)]
 
     return replace(
         record,
-        num_proposals=count,
+        num_proposals=proposals,
+        num_jittered=jittered,
         boxes=record.boxes[rows.to(record.boxes.device)],
         logits=of(record.logits),
         deltas=of(record.deltas),

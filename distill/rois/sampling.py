@@ -55,7 +55,7 @@ def sample_rois(
 
     Args:
         boxes: Tensor[R, 4] (x1, y1, x2, y2), in the student's view.
-        num_proposals: rows [0, num_proposals) are proposals, the rest are ground-truth boxes kept with them.
+        num_proposals: rows [0, num_proposals) may be negatives, the rest are ground-truth boxes kept with them.
         gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), in the student's view.
         gt_labels: Tensor[G] int64 in [0, num_classes).
         num: how many to draw; fewer come back where there are not enough.

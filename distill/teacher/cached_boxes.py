@@ -73,7 +73,7 @@ def read_roi_targets(
     visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
     sample = sample_rois(
         boxes[visible],
-        int((visible < known.num_proposals).sum()),
+        int((visible < known.num_proposals + known.num_jittered).sum()),
         gt_boxes,
         gt_labels,
         num=num,
@@ -99,7 +99,7 @@ def read_roi_targets(
     )
     positives = rows[:num_positive]
     if known.roi_rows is not None:
-        objects = torch.searchsorted(known.roi_rows.long(), positives)
+        objects = (positives[:, None] == known.roi_rows).int().argmax(dim=1)
         features, scale = _at(known.roi_features, objects), _at(known.roi_scale, objects)
         return replace(targets, features=features, feature_scale=scale)
     if "features" not in needs:

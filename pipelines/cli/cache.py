@@ -37,7 +37,7 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 )
 @click.option("--levels", type=LEVELS, help="Kept of the pyramid, such as P3,P4,P5,P6 (P2 has stride 4). Default: all.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 256 for objects.")
+@click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 128 for objects.")
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
 @click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")

@@ -13,12 +13,12 @@ from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import DEFAULT_DTYPE, DTYPES, TIERS, CacheSpec
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.estimate import disk_bytes
+from kdpipe.cache.write.estimate import as_stored, disk_bytes
 from kdpipe.cache.write.head import head_bytes
 from kdpipe.pipelines.data.datasets import DataError, DetectionData, ImageError
 from kdpipe.pipelines.data.images import load_picture
 from kdpipe.pipelines.runtime.console import bytes_text
-from kdpipe.pipelines.teacher.setup import default_proposals
+from kdpipe.pipelines.teacher.setup import default_jittered, default_proposals
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["Estimate", "check_space", "estimate", "print_estimate"]
@@ -66,6 +66,9 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     """
     records: list[TeacherRecord] = []
     seconds = 0.0
+    choices = [_as_choice(spec, tier, dtype) for tier in TIERS for dtype in DTYPES]
+    before = teacher.keep_proposals(max(choice.proposals for choice in choices))
+    asked = replace(spec, jittered=max(choice.jittered for choice in choices))
     for info in _sampled(images):
         try:
             size = (info.height, info.width)
@@ -76,16 +79,15 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
         start = time.perf_counter()
         for view in spec.views:
             record = teacher.record(
-                image, *truth, spec=spec, image_id=info.image_id, file_name=info.file_name, view=view
+                image, *truth, spec=asked, image_id=info.image_id, file_name=info.file_name, view=view
             )
-            encode_record(record, spec)  # waits for the device
+            encode_record(as_stored(record, spec), spec)  # waits for the device
         seconds += time.perf_counter() - start
         records.append(record)
+    teacher.keep_proposals(before)
     if not records:
         raise DataError(f"None of {_SAMPLES} sampled images of {data.img_dir} can be read.")
-    disk = {
-        (tier, dtype): disk_bytes(records, images, _as_choice(spec, tier, dtype)) for tier in TIERS for dtype in DTYPES
-    }
+    disk = {(choice.tier, choice.dtype): disk_bytes(records, images, choice) for choice in choices}
     return Estimate(
         raw=raw_bytes(images, spec),
         disk=disk[spec.tier, spec.dtype],
@@ -109,7 +111,12 @@ def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
         return replace(spec, dtype=dtype)
     usual = spec.proposals == default_proposals(spec.tier)
     return replace(
-        spec, tier=tier, dtype=dtype, levels=(), proposals=default_proposals(tier) if usual else spec.proposals
+        spec,
+        tier=tier,
+        dtype=dtype,
+        levels=(),
+        proposals=default_proposals(tier) if usual else spec.proposals,
+        jittered=default_jittered(tier),
     )
 
 

@@ -166,7 +166,8 @@ def describe_image(cache: TeacherCache, image_id: int, view: str) -> dict[str, A
         "original_size": list(targets.original_size),
         "input_size": list(targets.input_size),
         "proposals": targets.num_proposals,
-        "ground_truth": len(targets.boxes) - targets.num_proposals,
+        "jittered": targets.num_jittered,
+        "ground_truth": len(targets.boxes) - targets.num_proposals - targets.num_jittered,
         "levels": levels,
         "boxes": _boxes(cache.spec, targets),
     }
@@ -174,19 +175,20 @@ def describe_image(cache: TeacherCache, image_id: int, view: str) -> dict[str, A
 
 def _boxes(spec: CacheSpec, targets: TeacherTargets) -> list[dict[str, Any]]:
     """The most probable proposals, best first, and all ground-truth boxes, each with its most probable class."""
+    truth = targets.num_proposals + targets.num_jittered
     assert targets.logits is not None
     best, label = targets.logits.float().softmax(-1)[:, :-1].max(-1)  # [R]
     order = np.argsort(-best[: targets.num_proposals].numpy(), kind="stable")[:_TOP_BOXES].tolist()
     decoded = targets.class_boxes(spec)  # [R, K, 4]
     return [
         {
-            "ground_truth": row >= targets.num_proposals,
+            "ground_truth": row >= truth,
             "box": [_number(x) for x in targets.boxes[row]],
             "class": spec.class_names[int(label[row])],
             "probability": _number(best[row]),
             "decoded": [_number(x) for x in decoded[row, int(label[row])]],
         }
-        for row in (*order, *range(targets.num_proposals, len(targets.boxes)))
+        for row in (*order, *range(truth, len(targets.boxes)))
     ]
 
 

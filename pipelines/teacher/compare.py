@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,7 @@ def compare_live(
                 live = teacher.record(
                     image,
                     cached.boxes.numpy(),
-                    spec=cache.spec,
+                    spec=replace(cache.spec, jittered=0),
                     image_id=image_id,
                     file_name=cached.file_name,
                     view=view,

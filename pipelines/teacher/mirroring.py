@@ -1,7 +1,7 @@
 """How far a mirrored target is from the true one: the price of caching one view only, on a few images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ def mirror_errors(teacher: Teacher, data: DetectionData, spec: CacheSpec, sample
     other = next(view for view in VIEWS if view != cached)
     fields = {name: field for name, field in _FIELDS.items() if name in spec.fields or field in spec.fields}
     errors = {name: MirrorError() for name in fields}
+    asked = replace(spec, jittered=0)
     places = np.unique(np.linspace(0, len(data.images) - 1, min(sample, len(data.images))).round().astype(int))
     for info in (data.images[place] for place in places):
         try:
@@ -81,8 +82,8 @@ def mirror_errors(teacher: Teacher, data: DetectionData, spec: CacheSpec, sample
         except ImageError:
             continue  # said before, where it was skipped
         truth, about = data.gt_boxes(info.image_id), {"image_id": info.image_id, "file_name": info.file_name}
-        said = teacher.record(image, truth, spec=spec, view=cached, **about)
-        true = teacher.record(image, said.boxes.cpu().numpy(), spec=spec, view=other, **about)
+        said = teacher.record(image, truth, spec=asked, view=cached, **about)
+        true = teacher.record(image, said.boxes.cpu().numpy(), spec=asked, view=other, **about)
         for name, field in fields.items():
             mirrored = getattr(said, field)
             if name in _MIRRORED:

@@ -17,11 +17,11 @@ from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.teacher.teacher import Teacher, TeacherError, load_teacher
 
-__all__ = ["CacheOptions", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
+__all__ = ["CacheOptions", "default_jittered", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
 
-# The teacher's best proposals kept per image where nothing is said. The objects tier is for those whose disk decides.
-_PROPOSALS = {"objects": 256}
-_MOST_PROPOSALS = 512
+# The teacher's best proposals kept per image where nothing is said. The objects tier, for those whose disk decides, has
+# fewer, and in their place boxes near the objects.
+_PROPOSALS, _OBJECTS_PROPOSALS, _OBJECTS_JITTERED = 512, 128, 128
 
 TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
 _TRIAL_SIZE = (96, 64)  # its width and height
@@ -85,6 +85,7 @@ def prepare_teacher(
         proposals=proposals,
         views=options.views,
         scale=scale,
+        jittered=default_jittered(options.tier),
     )
     spec = with_levels(spec, options.levels)
     _ask_once(teacher, spec)
@@ -93,7 +94,12 @@ def prepare_teacher(
 
 def default_proposals(tier: str) -> int:
     """How many proposals a cache of a tier holds of an image where nothing else is said."""
-    return _PROPOSALS.get(tier, _MOST_PROPOSALS)
+    return _OBJECTS_PROPOSALS if tier == "objects" else _PROPOSALS
+
+
+def default_jittered(tier: str) -> int:
+    """How many boxes near objects a cache of a tier holds of an image beside the proposals."""
+    return _OBJECTS_JITTERED if tier == "objects" else 0
 
 
 def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from kdpipe.cache.records import TeacherRecord
-from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
 from kdpipe.distill.teacher.targets import HeadOutputs
 from kdpipe.pipelines.detectors.building import building
@@ -22,6 +22,7 @@ from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_conf
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
 from kdpipe.pipelines.teacher.families import is_cascade, roi_size, say, semantic_branch, shared_style, stages
 from kdpipe.pipelines.teacher.family_checks import TeacherError, check_classes_of_config, check_family
+from kdpipe.pipelines.teacher.jitter import jittered_boxes
 from kdpipe.pipelines.teacher.pixel_pipeline import PixelPipeline, teacher_pixels
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
@@ -64,10 +65,6 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     register_all_modules(init_default_scope=True)
     model_config = config.model.copy()
     check_classes_of_config(model_config)
-    if rpn := (model_config.get("test_cfg") or {}).get("rpn"):
-        rpn.max_per_img = proposals
-        if 0 < (rpn.get("nms_pre") or 0) < proposals:  # otherwise it has no limit, or a higher one
-            rpn.nms_pre = proposals
     for branch in _MASK_BRANCHES:
         model_config.get("roi_head", {}).pop(branch, None)
     model_config.pop("init_cfg", None)
@@ -79,7 +76,9 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     pixels = teacher_pixels(config)
     ignored = [f"roi_head.{branch}." for branch in _MASK_BRANCHES]
     load_strict(model, checkpoint.state_dict, path=checkpoint.path, ignore_prefixes=ignored)
-    return Teacher(model.to(device).eval(), device, pixels)
+    teacher = Teacher(model.to(device).eval(), device, pixels)
+    teacher.keep_proposals(proposals)
+    return teacher
 
 
 class Teacher:
@@ -98,6 +97,8 @@ class Teacher:
         self.device = device
         self.pixels = pixels or PixelPipeline()
         self._embeddings: list[Tensor] = []
+        rpn = model.rpn_head.test_cfg
+        self._kept, self._candidates = int(rpn.get("max_per_img") or 0), int(rpn.get("nms_pre") or 0)
         _, box_head = stages(model.roi_head)[-1]
         box_head.fc_cls.register_forward_pre_hook(self._keep_embeddings)
 
@@ -127,6 +128,7 @@ class Teacher:
         proposals: int,
         views: Sequence[str],
         scale: tuple[int, int],
+        jittered: int = 0,
     ) -> CacheSpec:
         """What a cache of this teacher holds."""
         roi_head = self.model.roi_head
@@ -158,6 +160,7 @@ class Teacher:
             shared_style=shared_style(roi_head),
             semantic=semantic_branch(roi_head),
             delta_floor=min(_DELTA_FLOOR, least_score),
+            jittered=jittered,
         )
 
     @torch.inference_mode()
@@ -190,8 +193,9 @@ class Teacher:
         size = sample.img_shape
         matrix = view_matrix(original, size, view == "hflip")
         proposals = self.proposals(pyramid, sample)
-        truth = map_boxes(torch.from_numpy(gt_boxes).reshape(-1, 4), matrix).to(proposals)
-        boxes = torch.cat([proposals, truth])  # [R, 4]
+        truth = torch.from_numpy(gt_boxes).reshape(-1, 4)
+        near = jittered_boxes(truth, original, spec.jittered, seed=(2 * image_id + VIEWS.index(view)) % 2**63)
+        boxes = torch.cat([proposals, *(map_boxes(x, matrix).to(proposals) for x in (near, truth))])  # [R, 4]
         said, roi_features = self.say(pyramid, boxes, sample)
         return TeacherRecord(
             image_id=image_id,
@@ -200,6 +204,7 @@ class Teacher:
             original_size=original,
             input_size=size,
             num_proposals=len(proposals),
+            num_jittered=len(near),
             boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
             logits=said.logits,
             deltas=said.deltas,
@@ -209,6 +214,14 @@ class Teacher:
             gt_labels=None if gt_labels is None else torch.from_numpy(gt_labels),
             file_digest=file_digest,
         )
+
+    def keep_proposals(self, count: int) -> int:
+        """Give the best so many proposals of an image from now on; how many it gave before."""
+        rpn, before = self.model.rpn_head.test_cfg, self._kept
+        self._kept = rpn.max_per_img = count
+        if self._candidates > 0:  # otherwise it has no limit
+            rpn.nms_pre = max(self._candidates, count)
+        return before
 
     def proposals(self, pyramid: tuple[Tensor, ...], sample: DetDataSample) -> Tensor:
         """The best proposals on a pyramid, Tensor[P, 4] (x1, y1, x2, y2), pixels of the network input."""

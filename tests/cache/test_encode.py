@@ -1,11 +1,12 @@
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from kdpipe.cache import CacheError
+from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantize4
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.cache.write.selection import choose_objects, merge_unlikely
@@ -63,6 +64,27 @@ def test_levels_that_are_not_stored_take_no_room(kit: "type[Kit]") -> None:
     assert np.array_equal(some.features, every.features[sizes[0] : sum(sizes[:3])])  # type: ignore[arg-type]
     assert np.array_equal(some.scale[1:3], every.scale[1:3])
     assert not some.scale[[0, 3]].any()
+
+
+def test_boxes_near_objects_are_counted_apart(tmp_path: Path, kit: "type[Kit]") -> None:
+    spec = kit.spec(tier="objects", proposals=8, jittered=4)
+    image = kit.images()[3]
+    record = kit.record(image, "identity", kit.spec(tier="objects"))
+    assert (record.num_proposals, record.num_gt) == (12, 3)
+    record = dataclasses.replace(record, num_proposals=8, num_jittered=4)
+    writer = kit.writer(tmp_path / "x.zarr", spec, [image])
+    with writer.part(0) as part:
+        part.add(record)
+    cache = open_cache(writer.location)
+    index, targets = cache.index(image.image_id), cache.targets(image.image_id, rois=[1, 7, 8, 11, 12])
+    assert (index.num_proposals, index.num_jittered, index.num_rois) == (8, 4, 15)
+    assert (targets.num_proposals, targets.num_jittered) == (2, 2)
+    assert targets.roi_rows is not None
+    assert {12, 13, 14} < set(targets.roi_rows.tolist())
+    with pytest.raises(CacheError, match="has 5 jittered boxes"):
+        encode_record(dataclasses.replace(record, num_jittered=5), spec)
+    with pytest.raises(CacheError, match="has 12 proposals"):
+        encode_record(dataclasses.replace(record, num_proposals=12), spec)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])

@@ -8,7 +8,7 @@ import torch
 from kdpipe.cache.plan import raw_bytes
 from kdpipe.cache.spec import FIELD_OF_ARRAY
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.estimate import best_proposals, disk_bytes
+from kdpipe.cache.write.estimate import as_stored, disk_bytes
 from kdpipe.cache.write.head import head_bytes
 
 if TYPE_CHECKING:
@@ -59,19 +59,21 @@ def test_images_without_boxes(kit: "type[Kit]") -> None:
     assert 0 < sizes["features"] < 2 * raw_bytes([image], spec)["features"]
 
 
-def test_the_best_proposals_and_all_of_the_ground_truth(kit: "type[Kit]") -> None:
-    few, many = kit.spec(tier="objects", proposals=5), kit.spec(tier="objects")
+def test_the_first_boxes_of_each_kind_and_all_of_the_ground_truth(kit: "type[Kit]") -> None:
+    few = kit.spec(tier="objects", proposals=5, jittered=2)
     image = kit.images()[3]
-    record = kit.record(image, "identity", many)
-    cut = best_proposals(record, 5)
-    rows = [*range(5), *range(12, 15)]
-    assert cut.num_proposals == 5
+    record = dataclasses.replace(
+        kit.record(image, "identity", kit.spec(tier="objects")), num_proposals=8, num_jittered=4
+    )
+    cut = as_stored(record, few)
+    rows = [*range(5), 8, 9, *range(12, 15)]
+    assert (cut.num_proposals, cut.num_jittered, cut.num_gt) == (5, 2, 3)
     for name in ("boxes", "logits", "deltas", "embeddings", "roi_features"):
         assert torch.equal(getattr(cut, name), getattr(record, name)[rows])
-    assert len(encode_record(cut, few).rows["boxes"]) == 8
+    assert len(encode_record(cut, few).rows["boxes"]) == 10
     assert disk_bytes([record], [image], few) == disk_bytes([cut], [image], few)
-    assert best_proposals(record, 12) is record
-    assert best_proposals(dataclasses.replace(record, embeddings=None), 5).embeddings is None
+    assert torch.equal(as_stored(record, dataclasses.replace(few, proposals=9, jittered=9)).boxes, record.boxes)
+    assert as_stored(dataclasses.replace(record, embeddings=None), few).embeddings is None
 
 
 def test_the_head_is_measured_as_it_is_written(tmp_path: Path, kit: "type[Kit]") -> None:

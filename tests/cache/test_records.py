@@ -18,7 +18,7 @@ def make_targets(boxes: torch.Tensor, deltas: torch.Tensor, flip: bool) -> Teach
     original, inputs = (100, 150), (60, 120)
     matrix = view_matrix(original, inputs, flip)
     return TeacherTargets(
-        1, "hflip" if flip else "identity", "1.jpg", original, inputs, matrix, 3, boxes, deltas=deltas
+        1, "hflip" if flip else "identity", "1.jpg", original, inputs, matrix, 3, 0, boxes, deltas=deltas
     )
 
 

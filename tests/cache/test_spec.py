@@ -96,6 +96,7 @@ def test_int4_holds_two_channels_in_a_byte(kit: "type[Kit]") -> None:
         ({"semantic": (1,)}, "semantic is one of the"),
         ({"delta_floor": 1.0}, "delta_floor is a probability"),
         ({"delta_floor": -0.1}, "delta_floor is a probability"),
+        ({"jittered": -1}, "jittered is a number of boxes"),
         ({"levels": (0, 4)}, "stored levels are some of"),
         ({"levels": (1, 0)}, "stored levels are some of"),
         ({"levels": (1, 2), "tier": "objects"}, "the tier 'objects' holds none"),

@@ -58,7 +58,7 @@ def test_images_without_positives_are_left_out(pair: "type[Pair]") -> None:
 
     def target(image: int, boxes: Tensor, features: tuple[Tensor | None, ...]) -> RoiTargets:
         height, width = SIZES[image]
-        said = TeacherTargets(image, "identity", "a.jpg", (height, width), (height, width), np.eye(3), 0, boxes)
+        said = TeacherTargets(image, "identity", "a.jpg", (height, width), (height, width), np.eye(3), 0, 0, boxes)
         said = TeacherTargets(**{**vars(said), "features": features})
         labels = torch.zeros(len(boxes), dtype=torch.int64)
         return RoiTargets(boxes, labels, len(boxes), "exact", teacher=said, teacher_boxes=boxes)
