@@ -359,6 +359,8 @@ INDICES = {
     "view 7": index("view", 7),
     "more proposals than boxes": index("num_proposals", 13),
     "proposals below 0": index("num_proposals", -1),
+    "jittered boxes that the tier has not": index("num_jittered", 1),
+    "jittered boxes below 0": index("num_jittered", -1),
     "the id of another image": index("image_id", 5),
 }
 
