@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kdpipe.cache.errors import KdpipeError
 
-__all__ = ["CLASS_NAMES", "draw_shapes"]
+__all__ = ["CLASS_NAMES", "draw_shapes", "is_drawn"]
 
 CLASS_NAMES = ("disc", "square", "triangle", "star", "cross", "crescent")
 
@@ -95,6 +95,17 @@ def draw_shapes(
         aside = files[split].with_suffix(".tmp")
         aside.write_text(json.dumps(document), encoding="utf-8")
         aside.replace(files[split])
+
+
+def is_drawn(folder: Path) -> bool:
+    """Whether all of a folder is a data set that `draw_shapes` made, or has begun to.
+
+    Raises:
+        KdpipeError: Its annotations are of another origin.
+    """
+    if any(_recipe_of(folder / "annotations" / f"{split}.json") is not None for split in ("train", "val")):
+        return True
+    return all(path.match("shapes_*.jpg") for path in folder.rglob("*") if path.is_file())
 
 
 def _recipe_of(path: Path) -> Any:

@@ -1,10 +1,10 @@
 """`kdpipe demo`: the whole way on a data set drawn from nothing, small enough for two cores and ten minutes."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,33 +12,26 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.pipelines.commands.cache_teacher import cache_teacher
-from kdpipe.pipelines.commands.evaluate import evaluate
 from kdpipe.pipelines.commands.train_student import train_student
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.find import DataSource
-from kdpipe.pipelines.demo.drawing import draw_shapes
-from kdpipe.pipelines.demo.journal import Journal, Outcome
+from kdpipe.pipelines.demo.drawing import draw_shapes, is_drawn
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.teacher.setup import CacheOptions
 from kdpipe.pipelines.teacher.teacher import teacher_config
 from kdpipe.pipelines.training.config import Recipe
-from kdpipe.pipelines.training.run import TrainingResult, train_detector
+from kdpipe.pipelines.training.run import train_detector
+from kdpipe.pipelines.training.work_dir import WorkDir
 
 __all__ = ["DemoSettings", "Width", "run_demo"]
 
 _CONFIG = "faster-rcnn_r50_fpn_1x_coco"
-_FOLDERS = {  # that the steps make
-    "data set": "shapes",
-    "teacher": "teacher",
-    "cache": "shapes.zarr",
-    "student": "student",
-    "distilled student": "distilled",
-}
 
 
 @dataclass(frozen=True)
@@ -98,10 +91,26 @@ class DemoSettings:
         return self.size[1], self.size[0]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to, for the table.
+
+    Attributes:
+        ap: COCO AP of what it trained.
+        seconds_per_step: Of its training.
+        size: Bytes of what it made.
+    """
+
+    ap: float | None = None
+    seconds_per_step: float | None = None
+    size: int | None = None
+
+
 def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings | None = None) -> None:
     """Draw a data set, train a teacher, cache it, train a student with and without distillation, and print a table.
 
-    Interrupted, the same call goes on: finished steps are kept, and an unfinished one continues where it was.
+    Interrupted, the same call goes on: a step whose output is there is skipped, and an unfinished one continues where
+    it was.
 
     Args:
         out: Folder for all of it.
@@ -110,10 +119,11 @@ def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings
         settings: Size of the demo; by default what two cores do in ten minutes.
 
     Raises:
-        KdpipeError: `out` holds something else, or the demo of other settings; or a folder of a step is there that
-            this demo did not make.
+        KdpipeError: What is in the place of a step's output is something else.
     """
     settings = settings or DemoSettings()
+    if fresh:
+        _clear(out)
     steps: dict[str, Callable[[], Outcome]] = {
         "data set": partial(_draw, out, settings, console),
         "teacher": partial(_teacher, out, settings, console),
@@ -121,41 +131,40 @@ def run_demo(out: Path, *, fresh: bool, console: Console, settings: DemoSettings
         "student": partial(_student, out, settings, console, "student", ()),
         "distilled student": partial(_student, out, settings, console, "distilled", settings.methods),
     }
-    journal = Journal(out, {"version": version("kdpipe"), **asdict(settings)}, _FOLDERS)
-    if fresh:
-        journal.clear()
-    outcomes = journal.read()
-    for number, (name, step) in enumerate(steps.items(), start=1):
-        known = outcomes.get(name, Outcome(finished=False))
-        console.print(f"{number}/{len(steps)} {name}{': done before' if known.finished else ''}")
-        if known.finished:
-            continue
-        outcomes[name] = journal.begin(name, outcomes)
-        start = time.perf_counter()
-        outcome = Outcome(finished=False)
-        try:
-            outcome = step()
-        finally:  # an interrupted step leaves its time
-            outcomes[name] = replace(outcome, seconds=known.seconds + time.perf_counter() - start)
-            journal.write(outcomes)
-    console.print(_table(outcomes))
-
-
-def _table(outcomes: dict[str, Outcome]) -> Table:
-    total = sum(outcome.seconds for outcome in outcomes.values())
     table = Table("", "AP", "s per training step", "time", "on disk", show_footer=True, title="kdpipe demo")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].footer, table.columns[3].footer = "all", _time_text(total)
-    for name, outcome in outcomes.items():
+    begin = time.perf_counter()
+    for number, (name, step) in enumerate(steps.items(), start=1):
+        console.print(f"{number}/{len(steps)} {name}")
+        start = time.perf_counter()
+        outcome = step()
         table.add_row(
             name,
             "" if outcome.ap is None else f"{outcome.ap:.3f}",
             "" if outcome.seconds_per_step is None else f"{outcome.seconds_per_step:.2f}",
-            _time_text(outcome.seconds),
+            _time_text(time.perf_counter() - start),
             "" if outcome.size is None else bytes_text(outcome.size),
         )
-    return table
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].footer, table.columns[3].footer = "all", _time_text(time.perf_counter() - begin)
+    console.print(table)
+
+
+def _clear(out: Path) -> None:
+    """Delete what a demo made, the last step first, so that what an interruption leaves is a demo that can go on.
+
+    Raises:
+        KdpipeError: A folder of another origin is in the place of a step's; nothing has been deleted.
+    """
+    made = [out / name for name in ("distilled", "student", "shapes.zarr", "teacher", "shapes")]
+    made = [folder for folder in made if folder.exists()]
+    for folder in made:
+        if folder.suffix == ".zarr":
+            open_cache(folder, allow_partial=True)
+        elif not (is_drawn(folder) if folder.name == "shapes" else WorkDir(folder).record()):
+            raise KdpipeError(f"{folder} is there, and no demo made it: move it away, or choose another --out.")
+    for folder in made:
+        shutil.rmtree(folder)
 
 
 def _time_text(seconds: float) -> str:
@@ -174,26 +183,24 @@ def _draw(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     return Outcome(size=open_location(out / "shapes").size(""))
 
 
-def _data(out: Path, split: str) -> DetectionData:
-    return load_coco(out / "shapes" / "annotations" / f"{split}.json", out / "shapes" / split)
+def _both(out: Path) -> tuple[DetectionData, DetectionData]:
+    """Training and validation images."""
+    data = out / "shapes"
+    train, val = (load_coco(data / "annotations" / f"{split}.json", data / split) for split in ("train", "val"))
+    return train, val
 
 
 def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
-    work_dir = out / "teacher"
-    result = train_detector(
-        _config(),
-        lambda: (_data(out, "train"), _data(out, "val")),
-        _recipe(settings, settings.teacher, settings.teacher_epochs, ()),
-        work_dir,
-        resume=_has_checkpoint(work_dir),
-        console=console,
-    )
-    return _trained(out, result, console)
+    def train(work_dir: Path, resume: bool) -> None:
+        recipe = _recipe(settings, settings.teacher, settings.teacher_epochs, ())
+        train_detector(_config(), partial(_both, out), recipe, work_dir, resume=resume, console=console)
+
+    return _trained(out / "teacher", settings.teacher_epochs, train)
 
 
 def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     checkpoint = load_checkpoint(out / "teacher" / "teacher.pth")
-    train, val = _data(out, "train"), _data(out, "val")
+    train, val = _both(out)
     source = DataSource(train.ann_file, train.img_dir, val=(val.ann_file, val.img_dir))
     result = cache_teacher(
         checkpoint,
@@ -208,39 +215,24 @@ def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
 
 
 def _student(out: Path, settings: DemoSettings, console: Console, name: str, methods: Sequence[str]) -> Outcome:
-    work_dir = out / name
-    distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
-    result = train_student(
-        _config(),
-        open_cache(out / "shapes.zarr"),
-        lambda: (_data(out, "train"), _data(out, "val")),
-        methods,
-        _recipe(settings, settings.student, settings.student_epochs, distill),
-        work_dir,
-        rois="teacher",
-        resume=_has_checkpoint(work_dir),
-        console=console,
-    )
-    return _trained(out, result, console)
-
-
-def _trained(out: Path, result: TrainingResult, console: Console) -> Outcome:
-    ap = result.ap
-    if ap is None:  # it was stopped between the last step and the end of the validation
-        val = _data(out, "val")
-        metrics = evaluate(
-            result.checkpoint,
-            config=None,
-            ann_file=val.ann_file,
-            img_dir=val.img_dir,
-            scale=None,
-            batch_size=1,
-            trust=False,
-            console=console,
+    def train(work_dir: Path, resume: bool) -> None:
+        distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
+        recipe = _recipe(settings, settings.student, settings.student_epochs, distill)
+        cache, load_data = open_cache(out / "shapes.zarr"), partial(_both, out)
+        train_student(
+            _config(), cache, load_data, methods, recipe, work_dir, rois="teacher", resume=resume, console=console
         )
-        ap = metrics["bbox_mAP"]
-    timed = result.seconds_per_step == result.seconds_per_step  # NaN where a resumed training had no step left
-    return Outcome(ap=ap, seconds_per_step=result.seconds_per_step if timed else None)
+
+    return _trained(out / name, settings.student_epochs, train)
+
+
+def _trained(work_dir: Path, epochs: int, train: Callable[[Path, bool], None]) -> Outcome:
+    """What is written of a training, which is gone on with, or begun, where it is not done."""
+    result = WorkDir(work_dir).read("result.json") or {}
+    if result.get("epoch") != epochs or result.get("ap") is None:
+        train(work_dir, (work_dir / "last_checkpoint").exists())
+        result = WorkDir(work_dir).read("result.json") or {}
+    return Outcome(ap=result["ap"], seconds_per_step=result["seconds_per_step"])
 
 
 def _config() -> Config:
@@ -249,10 +241,6 @@ def _config() -> Config:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _has_checkpoint(work_dir: Path) -> bool:
-    return (work_dir / "last_checkpoint").exists()
 
 
 def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence[str]) -> Recipe:

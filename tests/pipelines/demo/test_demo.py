@@ -1,17 +1,19 @@
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.demo import run as demo
-from kdpipe.pipelines.demo.journal import Outcome
 from kdpipe.pipelines.demo.run import DemoSettings, Width, run_demo
-from kdpipe.pipelines.training.run import TrainingResult
+from kdpipe.pipelines.training.work_dir import WorkDir
 
 NAMES = ["data set", "teacher", "cache", "student", "distilled student"]
 TINY = DemoSettings(
@@ -44,186 +46,152 @@ def rows(printed: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps that do nothing but write their names down, and a file each."""
-    done: list[str] = []
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Trainings that only write what they came to down, and a cache that is only a root: (name, resumed) of each."""
+    done: list[tuple[str, bool]] = []
 
-    def step(name: str, folder: str, outcome: Any) -> Any:
-        def call(out: Path, settings: DemoSettings, console: Console, *more: Any) -> Any:
-            chosen = (more[0], more[0]) if more else (name, folder)
-            done.append(chosen[0])
-            (out / chosen[1]).mkdir(exist_ok=True)
-            return outcome
+    def train(*args: Any, resume: bool, **more: Any) -> None:
+        work_dir, epochs = args[-1], args[-2].epochs
+        done.append((work_dir.name, resume))
+        work = WorkDir(work_dir)
+        work.folder.mkdir(parents=True, exist_ok=True)
+        work.write_record({"kdpipe": "1", "training": "x"}, saved=True)
+        (work_dir / "last_checkpoint").touch()
+        work.write("result.json", {"epoch": epochs, "ap": 0.25, "seconds_per_step": 0.5})
 
-        return call
+    def cache(*args: Any, **more: Any) -> Any:
+        done.append(("cache", False))
+        return SimpleNamespace(disk_bytes=3 << 20)
 
-    trained = Outcome(ap=0.25, seconds_per_step=0.5)
-    monkeypatch.setattr(demo, "_draw", step("draw", "shapes", Outcome(size=2048)))
-    monkeypatch.setattr(demo, "_teacher", step("teacher", "teacher", trained))
-    monkeypatch.setattr(demo, "_cache", step("cache", "shapes.zarr", Outcome(size=3 << 20)))
-    monkeypatch.setattr(demo, "_student", step("", "", trained))
+    monkeypatch.setattr(demo, "train_detector", train)
+    monkeypatch.setattr(demo, "train_student", train)
+    monkeypatch.setattr(demo, "cache_teacher", cache)
+    monkeypatch.setattr(demo, "open_cache", lambda *args, **options: None)
+    monkeypatch.setattr(demo, "load_checkpoint", lambda path: None)
+    monkeypatch.setattr(demo, "teacher_config", lambda *args: None)
     return done
 
 
-ALL = ["draw", "teacher", "cache", "student", "distilled"]
+ALL = [("teacher", False), ("cache", False), ("student", False), ("distilled", False)]
 
 
-def test_a_table_ends_the_demo(tmp_path: Path, steps: list[str]) -> None:
+def test_a_table_ends_the_demo(tmp_path: Path, trainings: list[Any]) -> None:
     table = rows(run(tmp_path / "demo"))
-    assert steps == ALL
+    assert trainings == ALL
     assert list(table) == [*NAMES, "all"]
     assert table["teacher"][:2] == ["0.250", "0.50"]
     assert table["cache"] == ["", "", "0 s", "3.0 MiB"]
 
 
-def test_finished_steps_are_not_repeated(tmp_path: Path, steps: list[str]) -> None:
+def test_a_training_that_is_done_is_not_repeated(tmp_path: Path, trainings: list[Any]) -> None:
     first = run(tmp_path)
-    second = run(tmp_path)
-    assert steps == ALL
-    assert rows(second) == rows(first)
-    assert second.count("done before") == len(NAMES)
+    drawn = (tmp_path / "shapes" / "train" / "shapes_000000.jpg").stat().st_mtime_ns
+    trainings.clear()
+    assert rows(run(tmp_path)).keys() == rows(first).keys()
+    assert trainings == [("cache", False)]  # which finds by itself that nothing is missing
+    assert (tmp_path / "shapes" / "train" / "shapes_000000.jpg").stat().st_mtime_ns == drawn
 
 
-def test_an_interrupted_demo_goes_on(tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*args: Any) -> Any:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("result", [None, {"epoch": 1, "ap": 0.1}, {"epoch": 2, "ap": None}])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_training_that_is_not_done_goes_on(
+    tmp_path: Path, trainings: list[Any], result: dict[str, Any] | None, saved: bool
+) -> None:
+    run(tmp_path)
+    trainings.clear()
+    (tmp_path / "teacher" / "result.json").unlink()
+    if result is not None:
+        (tmp_path / "teacher" / "result.json").write_text(json.dumps(result))
+    if not saved:
+        (tmp_path / "teacher" / "last_checkpoint").unlink()
+    assert rows(run(tmp_path))["teacher"][0] == "0.250"
+    assert trainings == [("teacher", saved), ("cache", False)]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "_cache", stop)
-        patch.setattr("kdpipe.pipelines.demo.run.time.perf_counter", iter(range(0, 1000, 7)).__next__)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    table = rows(run(tmp_path))
-    assert steps == ALL
-    assert table["teacher"][2] == "7 s"
-    assert table["cache"][2] == "7 s"  # of the attempt that was stopped; the other one took no time
 
-
-def test_fresh_starts_anew_and_deletes_nothing_else(tmp_path: Path, steps: list[str]) -> None:
+def test_fresh_starts_anew_and_deletes_nothing_else(tmp_path: Path, trainings: list[Any]) -> None:
     run(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "teacher" / "epoch_1.pth").touch()
-    assert "done before" not in run(tmp_path, fresh=True)
-    assert steps == ALL * 2
+    (tmp_path / "shapes" / "train" / "shapes_000000.jpg").write_bytes(b"damaged")
+    for name in ("train", "val"):  # as where the drawing was interrupted
+        (tmp_path / "shapes" / "annotations" / f"{name}.json").unlink()
+    trainings.clear()
+    run(tmp_path, fresh=True)
+    assert trainings == ALL
     assert (tmp_path / "mine.txt").read_text() == "mine"
-    assert list((tmp_path / "teacher").iterdir()) == []
+    assert not (tmp_path / "teacher" / "epoch_1.pth").exists()
+    assert (tmp_path / "shapes" / "train" / "shapes_000000.jpg").read_bytes() != b"damaged"
 
 
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["shapes", "teacher", "shapes.zarr", "student", "distilled"])
 def test_a_folder_that_the_demo_did_not_make_is_left_alone(
-    tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch, fresh: bool
+    tmp_path: Path, trainings: list[Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "_teacher", stop)
-        run(tmp_path)
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "mine.txt").write_text("mine")
-    with pytest.raises(KdpipeError, match="student is there, and this demo did not make it"):
-        run(tmp_path, fresh=fresh)
-    assert (tmp_path / "student" / "mine.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("text", ["[]", '{"scenes": []}', "", "mine"])
-def test_a_journal_of_something_else_is_left_alone(tmp_path: Path, steps: list[str], text: str) -> None:
-    (tmp_path / "demo.json").write_text(text)
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "mine.txt").write_text("mine")
-    with pytest.raises(KdpipeError, match="is not the journal of a demo"):
+    monkeypatch.setattr(demo, "open_cache", open_cache)
+    run_demo_until_cache(tmp_path)
+    if (tmp_path / name).exists():
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KdpipeError, match=name):
         run(tmp_path, fresh=True)
-    with pytest.raises(KdpipeError, match="cannot be read"):
-        run(tmp_path)
-    assert (tmp_path / "demo.json").read_text() == text
-    assert (tmp_path / "teacher" / "mine.txt").read_text() == "mine"
-    assert steps == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_half_deleted_is_not_continued(tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
+def run_demo_until_cache(folder: Path) -> None:
+    """Pictures and teacher are there."""
+    console = Console(file=io.StringIO())
+    demo._draw(folder, TINY, console)
+    demo._teacher(folder, TINY, console)
 
+
+def test_an_interrupted_deletion_leaves_what_can_go_on(
+    tmp_path: Path, trainings: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tmp_path)
+    remove = shutil.rmtree
+
+    def stop(path: Path, **options: Any) -> None:
+        if path.name == "teacher":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr("kdpipe.pipelines.demo.journal.shutil.rmtree", stop)
+        patch.setattr("kdpipe.pipelines.demo.run.shutil.rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, fresh=True)
-    with pytest.raises(KdpipeError, match="--fresh"):
-        run(tmp_path)
-    assert "done before" not in run(tmp_path, fresh=True)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, steps: list[str], fresh: bool) -> None:
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "precious.pth").touch()
-    with pytest.raises(KdpipeError, match=r"holds no demo.*--out"):
-        run(tmp_path, fresh=fresh)
-    assert [path.name for path in tmp_path.rglob("*")] == ["teacher", "precious.pth"]
-    assert steps == []
-
-
-def test_a_demo_of_another_size_is_not_continued(tmp_path: Path, steps: list[str]) -> None:
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "teacher"]
+    trainings.clear()
     run(tmp_path)
-    with pytest.raises(KdpipeError, match=r"another version or size.*--fresh"):
-        run(tmp_path, settings=DemoSettings())
+    assert trainings == ALL[1:]
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path, steps: list[str]) -> None:
-    run(tmp_path)
-    (tmp_path / "demo.json").write_text('{"identity"')
-    with pytest.raises(KdpipeError, match=r"demo\.json cannot be read.*--fresh"):
-        run(tmp_path)
-    run(tmp_path, fresh=True)
+def test_pictures_of_another_origin_are_left_alone(tmp_path: Path, trainings: list[Any]) -> None:
+    own = tmp_path / "shapes" / "annotations" / "train.json"
+    own.parent.mkdir(parents=True)
+    own.write_text('{"images": []}')
+    for fresh in (False, True):
+        with pytest.raises(KdpipeError, match="was not drawn by kdpipe"):
+            run(tmp_path, fresh=fresh)
+    assert own.read_text() == '{"images": []}'
+    assert trainings == []
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_training_resumes_where_there_is_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+def test_both_students_differ_in_the_methods_only(
+    tmp_path: Path, trainings: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a training that was stopped before its validation is measured."""
-    seen: list[bool] = []
-
-    def train(*args: Any, resume: bool, **more: Any) -> TrainingResult:
-        seen.append(resume)
-        return TrainingResult(tmp_path / "teacher" / "teacher.pth", None, {}, float("nan"))
-
-    def measure(ckpt: Path, **more: Any) -> dict[str, float]:
-        assert ckpt.name == "teacher.pth"
-        return {"bbox_mAP": 0.75}
-
-    console = Console(file=io.StringIO())
-    demo._draw(tmp_path, TINY, console)
-    monkeypatch.setattr(demo, "train_detector", train)
-    monkeypatch.setattr(demo, "evaluate", measure)
-    (tmp_path / "teacher").mkdir()
-    if begun:
-        (tmp_path / "teacher" / "last_checkpoint").touch()
-    outcome = demo._teacher(tmp_path, TINY, console)
-    assert seen == [begun]
-    assert (outcome.ap, outcome.seconds_per_step) == (0.75, None)
-
-
-def test_both_students_differ_in_the_methods_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes: dict[Sequence[str], Any] = {}
+    train = demo.train_student
 
-    def train(config: Any, cache: Any, data: Any, methods: Sequence[str], recipe: Any, *_: Any, **more: Any) -> Any:
-        recipes[tuple(methods)] = recipe
-        return TrainingResult(tmp_path, 0.5, {}, 0.1)
+    def watch(*args: Any, **more: Any) -> Any:
+        recipes[tuple(args[3])] = args[4]
+        return train(*args, **more)
 
-    def teacher(out: Path, settings: DemoSettings, console: Console) -> Any:
-        return Outcome(ap=0.5)
-
-    monkeypatch.setattr(demo, "train_student", train)
-    monkeypatch.setattr(demo, "open_cache", lambda path: None)
-    for name in ("_teacher", "_cache"):
-        monkeypatch.setattr(demo, name, teacher)
+    monkeypatch.setattr(demo, "train_student", watch)
     run(tmp_path)
     plain, distilled = recipes[()], recipes[TINY.methods]
-    assert plain.seed == distilled.seed
-    assert (plain.epochs, plain.batch_size) == (distilled.epochs, distilled.batch_size)
-    assert plain.options == distilled.options
+    assert plain == distilled
 
 
 @pytest.mark.slow
@@ -238,5 +206,6 @@ def test_the_whole_way(tmp_path: Path) -> None:
     for name in ("student", "distilled"):
         assert (tmp_path / name / "student.pth").is_file()
         assert list((tmp_path / name).rglob("events.out.tfevents.*"))
-    assert json.loads((tmp_path / "demo.json").read_text())["steps"]["cache"]["finished"]
-    assert rows(run(tmp_path)) == table
+    again = rows(run(tmp_path))
+    for name in NAMES:
+        assert [again[name][column] for column in (0, 1, 3)] == [table[name][column] for column in (0, 1, 3)]
