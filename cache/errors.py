@@ -1,5 +1,9 @@
 """Errors that are shown to the user as one message."""
 
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
 
 class KdpipeError(Exception):
     """Base of all errors that a user can act on.
@@ -10,3 +14,14 @@ class KdpipeError(Exception):
 
 class CacheError(KdpipeError):
     """A cache is missing, incomplete, corrupt, or does not fit what was asked of it."""
+
+
+def present(value: _T | None, what: str) -> _T:
+    """A value that is there wherever its owner keeps its word.
+
+    Raises:
+        KdpipeError: It is None; `what` names it.
+    """
+    if value is None:
+        raise KdpipeError(f"{what}: expected here, and not there.")
+    return value

@@ -262,7 +262,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             return rois, rois, None, said
         if isinstance(student, TwoStageStudent):
             return rois, rois, student.outputs(own.pyramid, rois.rois), said
-        assert isinstance(own, DenseLoss)
+        if not isinstance(own, DenseLoss):
+            raise ContractError(f"A {type(own).__name__} pairs no boxes of a dense student; expected a DenseLoss.")
         found, shown = own.paired(rois.rois)
         return rois, rois.select(found), shown, said.select(found)
 

@@ -27,7 +27,7 @@ from kdpipe.cache.verify.arrays import GroupFiles, Tick, metadata_fault
 from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.verify.part import Task, check_part
 
-__all__ = ["Fault", "Verification", "remove_faults", "verify_cache"]
+__all__ = ["Verification", "remove_faults", "verify_cache"]
 
 # Is told how many bytes of how many were read.
 Progress = Callable[[int, int], None]

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
@@ -75,8 +76,8 @@ def read_teacher_view(
         return TeacherView("skipped", np.eye(3))
     levels = range(cache.spec.head_levels)
     said = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
-    assert said.features is not None
-    pyramid = tuple(level for level in said.features if level is not None)
+    features = present(said.features, f"the pyramid of image {image_id}")
+    pyramid = tuple(level for level in features if level is not None)
     relative = relative_matrix(matrix, said.matrix)
     return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, said.scale, said.input_size)
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdpipe.cache.errors import CacheError
+from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.methods import missing_levels
@@ -79,10 +79,8 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
         every = torch.ones(len(rois), dtype=torch.bool)
         found = ask_teacher([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
-        assert found is not None
-        assert known.logits is not None
-        wanted = known.logits.float()
-        off = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        wanted = present(known.logits, f"the logits of image {image_id}").float()
+        off = float((present(found, "the logits of the box head") - wanted).norm() / wanted.norm().clamp(min=1e-12))
         if not off <= _HEAD_TOLERANCE:
             raise TeacherHeadError(
                 "the box head in it, applied to the pyramid, does not give the logits that it holds "

@@ -21,10 +21,10 @@ from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.part_writer import PartWriter
 from kdpipe.cache.write.writer import CacheWriter, check_resumable
 from kdpipe.pipelines.commands.dry_run import check_space
-from kdpipe.pipelines.data.datasets import DetectionData, ImageError
+from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.decoding import Decoding
 from kdpipe.pipelines.data.find import DataSource
-from kdpipe.pipelines.data.images import Picture, load_picture
+from kdpipe.pipelines.data.images import ImageError, Picture, load_picture
 from kdpipe.pipelines.data.picture_checks import usable_images
 from kdpipe.pipelines.data.report import report_data
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
@@ -32,14 +32,12 @@ from kdpipe.pipelines.detectors.credentials import masked
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.runtime.ranks import Ranks
 from kdpipe.pipelines.teacher.commits import Commits
-from kdpipe.pipelines.teacher.mirroring import mirror_errors, mirror_table
 from kdpipe.pipelines.teacher.setup import CacheOptions, digest_model, prepare_teacher, with_classes
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["CachingResult", "cache_teacher"]
 
 _READ_AHEAD = 4
-_MIRRORED = 4  # images on which mirrored targets are compared with true ones
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,6 @@ def cache_teacher(
         check_space(teacher, data, [data.images[i] for index in pending for i in writer.parts[index]], spec, out)
     writer.write_head(teacher.head_state())
     new_images, seconds = _fill(writer, pending, teacher, data, spec, options, console, ranks)
-    if new_images and ranks.first and len(spec.views) == 1:
-        console.print("Flipped images get mirrored targets (--views identity,hflip caches the true ones, too):")
-        console.print(mirror_table(mirror_errors(teacher, data, spec, _MIRRORED), min(_MIRRORED, len(data.images))))
     cache = open_cache(out, allow_partial=not ranks.first)
     with out.explained("Reading the cache"):
         head_bytes, all_bytes = out.size("head"), out.size("")

@@ -15,8 +15,9 @@ from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.cache.write.estimate import as_stored, disk_bytes
 from kdpipe.cache.write.head import head_bytes
-from kdpipe.pipelines.data.datasets import DataError, DetectionData, ImageError
-from kdpipe.pipelines.data.images import load_picture
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.images import ImageError, load_picture
 from kdpipe.pipelines.runtime.console import bytes_text
 from kdpipe.pipelines.teacher.setup import default_jittered, default_proposals
 from kdpipe.pipelines.teacher.teacher import Teacher

@@ -15,7 +15,7 @@ from rich.table import Table
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.class_matching import match_classes
-from kdpipe.pipelines.data.find import named_data
+from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.picture_checks import usable_images
 from kdpipe.pipelines.data.report import report_data
 from kdpipe.pipelines.detectors.building import building
@@ -83,7 +83,7 @@ def evaluate(
         ann_file, img_dir = paths
     known = class_names(checkpoint)
     model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
-    data = named_data(ann_file, img_dir, voc=voc, split=split)
+    data = DataSource(ann_file, img_dir, voc, split).load()
     if known is not None:
         data = match_classes(data, known, f"the checkpoint {ckpt.name}")
     report_data(data, console, trained=False, strict=strict_data)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.format.head import HEAD
 from kdpipe.cache.format.layout import part_layout
 from kdpipe.cache.format.record import Files, check_sizes, files_key, read_files, read_part_record, read_record
@@ -155,10 +156,9 @@ def describe_image(cache: TeacherCache, image_id: int, view: str) -> dict[str, A
     targets = cache.targets(image_id, view)
     levels = []
     for stride, level in zip(cache.spec.strides, targets.pyramid() if targets.features else (), strict=False):
-        assert level is not None
-        levels.append(
-            {"stride": stride, "shape": list(level.shape), "mean": _number(level.mean()), "max": _number(level.max())}
-        )
+        if level is not None:
+            figures = {"mean": _number(level.mean()), "max": _number(level.max())}
+            levels.append({"stride": stride, "shape": list(level.shape), **figures})
     return {
         "image_id": targets.image_id,
         "view": targets.view,
@@ -176,8 +176,8 @@ def describe_image(cache: TeacherCache, image_id: int, view: str) -> dict[str, A
 def _boxes(spec: CacheSpec, targets: TeacherTargets) -> list[dict[str, Any]]:
     """The most probable proposals, best first, and all ground-truth boxes, each with its most probable class."""
     truth = targets.num_proposals + targets.num_jittered
-    assert targets.logits is not None
-    best, label = targets.logits.float().softmax(-1)[:, :-1].max(-1)  # [R]
+    logits = present(targets.logits, f"the logits of image {targets.image_id}")
+    best, label = logits.float().softmax(-1)[:, :-1].max(-1)  # [R]
     order = np.argsort(-best[: targets.num_proposals].numpy(), kind="stable")[:_TOP_BOXES].tolist()
     decoded = targets.class_boxes(spec)  # [R, K, 4]
     return [

@@ -10,7 +10,8 @@ from kdpipe.cache.errors import CacheError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.location import Location
-from kdpipe.cache.verify.verification import Fault, Verification, remove_faults, verify_cache
+from kdpipe.cache.verify.fault import Fault
+from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text, plain
 
 __all__ = ["check_ckpt", "verify_files", "verify_teacher"]

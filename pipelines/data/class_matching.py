@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from kdpipe.pipelines.data.annotations import LeftOut
-from kdpipe.pipelines.data.datasets import DataError, DetectionData
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import DetectionData
 
 __all__ = ["match_classes"]
 

@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_json
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.data.annotations import Annotations, LeftOut
 from kdpipe.pipelines.data.coco import CocoFile, read_coco
 from kdpipe.pipelines.data.coco_copy import write_coco
 from kdpipe.pipelines.data.coco_entries import DataError
-from kdpipe.pipelines.data.images import ImageError, read_image
 from kdpipe.pipelines.data.voc import read_voc, split_path
 from kdpipe.pipelines.runtime.console import bytes_text, command_console, plain
 
-__all__ = ["DataError", "DetectionData", "ImageError", "load_coco", "load_voc", "read_image"]
+__all__ = [
+    "DetectionData",
+    "load_coco",
+    "load_voc",
+]
 
 _LARGE = 64 << 20  # bytes of an annotation file that takes seconds to read
 
@@ -122,9 +126,9 @@ class DetectionData:
 
     def write_copy(self) -> Path:
         """Writes `coco_file`, with all boxes; see `write_coco`. Returns its path."""
-        assert self.coco_file is not None, "copied_to says where"
-        write_coco(self.coco_file, self.images, self.annotations, self.class_names, self.category_ids)
-        return self.coco_file
+        path = present(self.coco_file, f"the place of the copy of {self.ann_file}")
+        write_coco(path, self.images, self.annotations, self.class_names, self.category_ids)
+        return path
 
 
 def load_coco(ann_file: str | Path, img_dir: str | Path, limit: int | None = None) -> DetectionData:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.errors import KdpipeError, present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco, load_voc
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
 
-__all__ = ["DataSource", "cached_source", "find_data", "named_data", "torch_device", "training_data"]
+__all__ = ["DataSource", "cached_source", "find_data", "torch_device", "training_data"]
 
 
 DEFAULT_SPLIT = "train"
@@ -53,9 +53,7 @@ class DataSource:
     @property
     def images(self) -> Path:
         """Folder of the images."""
-        folder = self.img_dir if self.voc is None else self.voc / "JPEGImages"
-        assert folder is not None
-        return folder
+        return present(self.img_dir, "the folder of the images") if self.voc is None else self.voc / "JPEGImages"
 
     def load(self) -> DetectionData:
         """Read and check the annotations.
@@ -65,15 +63,16 @@ class DataSource:
         """
         if self.voc is not None:
             return load_voc(self.voc, self.split or DEFAULT_SPLIT, self.limit)
-        assert self.ann_file is not None
-        return load_coco(self.ann_file, self.images, self.limit)
+        return load_coco(present(self.ann_file, "the annotation file"), self.images, self.limit)
 
     def record(self) -> dict[str, Any]:
         """What a cache remembers of it, as JSON values."""
-        assert self.voc or self.ann_file
-        voc = {"voc": str(self.voc.resolve()), "split": self.split or DEFAULT_SPLIT} if self.voc else {}
+        if self.voc is not None:
+            place = {"voc": str(self.voc.resolve()), "split": self.split or DEFAULT_SPLIT}
+        else:
+            place = {"ann_file": str(present(self.ann_file, "the annotation file").resolve())}
         return {
-            **(voc or {"ann_file": str(self.ann_file and self.ann_file.resolve())}),
+            **place,
             "img_dir": str(self.images.resolve()),
             "limit": self.limit,
             "val": [str(path.resolve()) for path in self.val] if self.val else None,
@@ -114,17 +113,6 @@ def find_data(
             "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
         )
     return DataSource(*paths, limit=limit, val=dataset_paths(config, "val"))
-
-
-def named_data(
-    ann_file: Path | None, img_dir: Path | None, *, voc: Path | None = None, split: str | None = None
-) -> DetectionData:
-    """The data set of `--ann-file` and `--img-dir`, or of `--voc` and `--split`.
-
-    Raises:
-        KdpipeError: Options that exclude each other, or are missing; or bad data.
-    """
-    return DataSource(ann_file, img_dir, voc, split).load()
 
 
 def cached_source(

@@ -5,8 +5,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from kdpipe.pipelines.data.coco_entries import NO_MASK
-from kdpipe.pipelines.data.datasets import DataError, DetectionData
+from kdpipe.pipelines.data.coco_entries import NO_MASK, DataError
+from kdpipe.pipelines.data.datasets import DetectionData
 
 __all__ = ["check_masks"]
 

@@ -13,7 +13,8 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import cached_source
-from kdpipe.pipelines.detectors.configs import config_from_file, find_config, for_inference
+from kdpipe.pipelines.detectors.configs import config_from_file, find_config
+from kdpipe.pipelines.detectors.mmdet2 import for_inference
 
 __all__ = ["recorded", "recorded_config", "recorded_data", "remake_command"]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from kdpipe.pipelines.data.datasets import DataError, DetectionData
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.runtime.console import plain
 
 __all__ = ["report_data"]

@@ -16,21 +16,16 @@ from kdpipe.pipelines.detectors.building import missing_package
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint
 from kdpipe.pipelines.detectors.config_types import type_name
 from kdpipe.pipelines.detectors.literal_config import ConfigError, parse_literal_config, parse_value
-from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, dictionaries, for_inference, modernise
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries, modernise
 from kdpipe.pipelines.detectors.plain_config import plain_config
 from kdpipe.pipelines.detectors.untrusted import restrict, trusted
 
 __all__ = [
-    "ConfigError",
     "apply_known_options",
     "apply_options",
     "config_from_checkpoint",
     "config_from_file",
-    "dataset_paths",
     "find_config",
-    "for_inference",
-    "modernise",
-    "parse_literal_config",
     "set_num_classes",
     "zoo",
 ]

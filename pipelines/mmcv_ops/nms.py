@@ -1,4 +1,4 @@
-"""mmcv's NMS, soft-NMS and matching NMS, by torchvision and numpy."""
+"""mmcv's NMS and soft-NMS, by torchvision and numpy."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdpipe.pipelines.mmcv_ops.precision import computing
 
-__all__ = ["nms", "nms_match", "softnms"]
+__all__ = ["nms", "softnms"]
 
 _FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -93,18 +93,3 @@ def _fill_holes(keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
     order = np.arange(count)
     order[~keep[:count]] = count + np.flatnonzero(keep[count:])[::-1]
     return order
-
-
-def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """NMS of dets [N, 5] (x1, y1, x2, y2, score) that keeps what it drops: per box taken, its own position and then
-    those of the boxes that went because their IoU with it is `iou_threshold` or more, in the order of their scores.
-    """
-    found = computing(dets.detach()).numpy()
-    rest = np.argsort(-found[:, 4], kind="stable")
-    groups = []
-    while len(rest):
-        near = _overlaps(found[rest[0], :4], found[rest, :4], 0) >= iou_threshold
-        near[0] = True
-        groups.append(rest[near].tolist())
-        rest = rest[~near]
-    return groups

@@ -21,8 +21,8 @@ from kdpipe.pipelines.mmcv_ops.deform import (
     modulated_deform_conv_forward,
 )
 from kdpipe.pipelines.mmcv_ops.focal import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward
-from kdpipe.pipelines.mmcv_ops.nms import nms, nms_match, softnms
-from kdpipe.pipelines.mmcv_ops.roi import roi_align_backward, roi_align_forward, roi_pool_backward, roi_pool_forward
+from kdpipe.pipelines.mmcv_ops.nms import nms, softnms
+from kdpipe.pipelines.mmcv_ops.roi import roi_align_backward, roi_align_forward
 
 __all__ = ["BRIDGED", "unavailable_op"]
 
@@ -62,11 +62,8 @@ BRIDGED: dict[str, Callable[..., Any]] = {
     for op in (
         roi_align_forward,
         roi_align_backward,
-        roi_pool_forward,
-        roi_pool_backward,
         nms,
         softnms,
-        nms_match,
         sigmoid_focal_loss_forward,
         sigmoid_focal_loss_backward,
         deform_conv_forward,

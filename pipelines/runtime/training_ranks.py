@@ -54,9 +54,10 @@ class TrainingRanks:
         ToldError: Another process has told the user.
     """
 
+    _store: Store  # once they have met
+
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self._store: Store | None = None
 
     def __enter__(self) -> "TrainingRanks":
         global _met
@@ -86,7 +87,6 @@ class TrainingRanks:
 
     def _leave(self, error: BaseException | None) -> None:
         """Tell the others how this process ends, and find out who speaks; returns where `error` is to go on."""
-        assert self._store is not None
         lost = error is not None and lost_others(error)
         failed = isinstance(error, Exception) and not lost and not isinstance(error, click.ClickException)
         told = self._store.add("failed", int(failed)) > int(failed)
@@ -109,7 +109,6 @@ class TrainingRanks:
 
     def _say_who_is_gone(self, error: BaseException, lost: bool) -> None:
         """Where this process was interrupted or lost the others: whether one of them is gone."""
-        assert self._store is not None
         gone = self._heart.silent(_DEAD_SECONDS)
         if self._store.add("failed", 0):
             return
@@ -131,7 +130,6 @@ class TrainingRanks:
 
     def _give_up(self, gone: list[int]) -> None:
         """End this process from beside its main thread, which waits for what will not come."""
-        assert self._store is not None
         if not gone:
             os._exit(1 if self._heart.is_told else 130)
         try:
@@ -153,7 +151,6 @@ class TrainingRanks:
 
     def _linger(self, seconds: float) -> None:
         """Keep the store until the others have left."""
-        assert self._store is not None
         names = [f"left {rank}" for rank in range(1, self.launch.size)]
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._store.check(names):

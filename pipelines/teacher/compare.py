@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kdpipe.cache.errors import CacheError
+from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.identity import difference, digest_tensors
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.records import TeacherRecord, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.pipelines.data.datasets import DetectionData, read_image
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.data.provenance import recorded, recorded_config
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.runtime.console import ProgressBar
@@ -170,8 +171,8 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
         if field == "embeddings":
             values, scale = cached.float_embeddings(), _beside(cached.embedding_scale, 1)
         elif field == "roi_features":
-            assert cached.roi_rows is not None
-            values, said, scale = cached.rois(), said[cached.roi_rows.long()], _beside(cached.roi_scale, 2)
+            rows = present(cached.roi_rows, "the rows of the RoI features").long()
+            values, said, scale = cached.rois(), said[rows], _beside(cached.roi_scale, 2)
         else:
             values = getattr(cached, field)
             if field == "deltas":
@@ -187,11 +188,10 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
 
 def _kept_deltas(cached: TeacherTargets, spec: CacheSpec) -> Tensor:
     """Which deltas are those of their class, Tensor[R, K or 1] bool, and not the mean of those of unlikely ones."""
-    assert cached.logits is not None
-    assert cached.deltas is not None
+    deltas, logits = present(cached.deltas, "the deltas"), present(cached.logits, "the logits")
     if spec.class_agnostic or not spec.is_quantized:
-        return torch.ones(cached.deltas.shape[:2], dtype=torch.bool)
-    return cached.logits.float().softmax(dim=1)[:, :-1] >= spec.delta_floor
+        return torch.ones(deltas.shape[:2], dtype=torch.bool)
+    return logits.float().softmax(dim=1)[:, :-1] >= spec.delta_floor
 
 
 def _beside(scale: Tensor | None, dims: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from kdpipe.cache.errors import CacheError
+from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.views import map_boxes
 from kdpipe.pipelines.data.datasets import DetectionData
@@ -75,8 +75,9 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
 def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> list[dict[str, Any]]:
     """Detections of an image as COCO results."""
     targets = cache.targets(image_id, "identity", fields=("logits", "deltas"))
-    assert targets.logits is not None
-    assert targets.deltas is not None
+    logits, deltas = (
+        present(getattr(targets, field), f"{field} of image {image_id}") for field in ("logits", "deltas")
+    )
     count = targets.num_proposals
     if count == 0:
         return []
@@ -88,8 +89,8 @@ def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> 
     }
     said = head.predict_by_feat(
         rois=(torch.cat([rois.new_zeros(count, 1), rois], dim=1),),  # [N, 5]
-        cls_scores=(targets.logits[:count].float(),),
-        bbox_preds=(targets.deltas[:count].float().reshape(count, -1),),
+        cls_scores=(logits[:count].float(),),
+        bbox_preds=(deltas[:count].float().reshape(count, -1),),
         batch_img_metas=[meta],
         rcnn_test_cfg=options,
         rescale=True,

@@ -11,6 +11,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.rois.sampling import sample_rois
@@ -213,6 +214,5 @@ def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
         found = ask_teacher([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
     except TeacherHeadError as error:
         return str(error)
-    assert found is not None
-    right = torch.allclose(found, wanted.logits, rtol=1e-3, atol=1e-3)
+    right = torch.allclose(present(found, "the logits of the box head"), wanted.logits, rtol=1e-3, atol=1e-3)
     return "" if right else "The teacher's box head does more than can be rebuilt from its weights."

@@ -15,7 +15,8 @@ from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
-from kdpipe.pipelines.teacher.teacher import Teacher, TeacherError, load_teacher
+from kdpipe.pipelines.teacher.family_checks import TeacherError
+from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
 
 __all__ = ["CacheOptions", "default_jittered", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
 

@@ -25,7 +25,7 @@ from kdpipe.pipelines.teacher.family_checks import TeacherError, check_classes_o
 from kdpipe.pipelines.teacher.jitter import jittered_boxes
 from kdpipe.pipelines.teacher.pixel_pipeline import PixelPipeline, teacher_pixels
 
-__all__ = ["Teacher", "TeacherError", "load_teacher", "teacher_config"]
+__all__ = ["Teacher", "load_teacher", "teacher_config"]
 
 # Branches of a teacher that say nothing of boxes: not built, and allowed to be left over in its checkpoint.
 _MASK_BRANCHES = ("mask_roi_extractor", "mask_head", "shared_head_mask")

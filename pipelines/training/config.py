@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from kdpipe.pipelines.data.datasets import DataError, DetectionData
-from kdpipe.pipelines.detectors.configs import ConfigError, apply_options
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.detectors.configs import apply_options
+from kdpipe.pipelines.detectors.literal_config import ConfigError
 from kdpipe.pipelines.training.data import (
     annotation_copy,
     coco_dataset,
@@ -27,7 +29,6 @@ __all__ = ["SCHEDULES", "Recipe", "detector_config", "set_validation", "with_ove
 SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
 
-_LOADER_PARTS = ("collate_fn", "worker_init_fn")
 _BATCHES = "Its loaders hand samples on as mmdet's pipelines make them. Leave it out."
 # What overrides of the config cannot change.
 _FIXED = {

@@ -11,7 +11,9 @@ from mmdet.registry import DATA_SAMPLERS, DATASETS
 from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, InfiniteSampler, RepeatDataset
 
-from kdpipe.pipelines.data.datasets import DataError, DetectionData
+from kdpipe.cache.errors import present
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
 from kdpipe.pipelines.training.transforms import set_scale
@@ -43,8 +45,7 @@ _REPLACED = (
 
 def annotation_copy(data: DetectionData) -> Path:
     """The file that mmdet and pycocotools are handed, never the user's own."""
-    assert data.coco_file is not None, "DetectionData.copied_to says where"
-    return data.coco_file.resolve()
+    return present(data.coco_file, f"the place of the copy of {data.ann_file}").resolve()
 
 
 def coco_dataset(data: DetectionData) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.store.location import open_location
 from kdpipe.cache.views import input_size
 from kdpipe.pipelines.commands.cache_teacher import cache_teacher
-from kdpipe.pipelines.data.datasets import DetectionData, load_coco, read_image
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.find import DataSource
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 from kdpipe.pipelines.teacher.setup import CacheOptions

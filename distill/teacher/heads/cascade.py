@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
@@ -61,9 +62,10 @@ class CascadeHead:
                 outputs = head(features)
                 logits.append(outputs.logits)
                 moved = decode_deltas(at, outputs.deltas, spec.box_means, stds)  # [R, K or 1, 4]
-            assert outputs is not None
             deltas = encode_boxes(boxes, moved, spec.box_means, spec.box_stds)
-        return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)
+        return HeadOutputs(
+            present(outputs, "the stages of the cascade").embeddings, torch.stack(logits).mean(dim=0), deltas
+        )
 
 
 def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead | SharedStageHead:

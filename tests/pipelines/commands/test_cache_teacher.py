@@ -18,7 +18,8 @@ from mmengine.config import Config
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.write.selection import merge_unlikely
-from kdpipe.pipelines.data.datasets import load_coco, read_image
+from kdpipe.pipelines.data.datasets import load_coco
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 

@@ -75,6 +75,13 @@ def test_an_image(kit: "Kit", work: Path) -> None:
     assert "has the views" in kit.refused("inspect", kit.cache, "--image", image_id, "--view", "hflip")
 
 
+def test_levels_that_are_not_stored_are_not_shown(kit: "Kit", work: Path) -> None:
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--levels", "P3,P5", "--out", work / "x.zarr")
+    image_id = int(open_cache(work / "x.zarr").image_ids[0])
+    values = json.loads(kit.run("inspect", work / "x.zarr", "--image", image_id, "--json").out)["image"]
+    assert [level["stride"] for level in values["levels"]] == [8, 32]
+
+
 def test_an_incomplete_cache(kit: "Kit", partial: Path) -> None:
     ended = kit.run("inspect", partial)
     for text in ("images   1 of 3, 1 skipped", "parts    2 of 3", "head     missing", "missing  part 2 of 1 images"):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mmengine.config import Config
 
-from kdpipe.pipelines.data.datasets import DataError, load_coco
+from kdpipe.pipelines.data.coco_entries import DataError
+from kdpipe.pipelines.data.datasets import load_coco
 from kdpipe.pipelines.data.mask_check import check_masks
 from kdpipe.pipelines.detectors.configs import apply_options, find_config
 

@@ -12,17 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint
-from kdpipe.pipelines.detectors.configs import (
-    ConfigError,
-    apply_options,
-    config_from_checkpoint,
-    dataset_paths,
-    find_config,
-    for_inference,
-    modernise,
-    parse_literal_config,
-    set_num_classes,
-)
+from kdpipe.pipelines.detectors.configs import apply_options, config_from_checkpoint, find_config, set_num_classes
+from kdpipe.pipelines.detectors.literal_config import ConfigError, parse_literal_config
+from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, for_inference, modernise
 from kdpipe.pipelines.teacher.family_checks import TeacherError
 from kdpipe.pipelines.teacher.pixel_pipeline import teacher_pixels
 

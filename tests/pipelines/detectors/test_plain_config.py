@@ -12,7 +12,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, Registry
 
-from kdpipe.pipelines.detectors.configs import ConfigError, find_config, parse_literal_config, zoo
+from kdpipe.pipelines.detectors.configs import find_config, zoo
+from kdpipe.pipelines.detectors.literal_config import ConfigError, parse_literal_config
 from kdpipe.pipelines.detectors.plain_config import _registered, plain_config
 
 ZOO = (

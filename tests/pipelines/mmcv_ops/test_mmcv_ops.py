@@ -191,58 +191,6 @@ def test_roi_align_by_maximum_is_refused() -> None:
         mmcv_ops.roi_align(random(2, 2, 10, 12), some_rois(), 3, 0.25, 2, "max", True)
 
 
-# RoIPool
-
-
-def naive_roi_pool(x: Array, rois: Array, size: int, scale: float) -> Array:
-    out = np.zeros((len(rois), x.shape[1], size, size))
-    for r, (image, x1, y1, x2, y2) in enumerate(rois):
-        left, top, w, h = x1 * scale, y1 * scale, (x2 + 1 - x1) * scale, (y2 + 1 - y1) * scale
-        if w <= 0 or h <= 0:
-            continue
-        for i in range(size):
-            for j in range(size):
-                rows = range(max(math.floor(i * h / size + top), 0), math.ceil((i + 1) * h / size + top))
-                columns = range(max(math.floor(j * w / size + left), 0), math.ceil((j + 1) * w / size + left))
-                for c in range(x.shape[1]):
-                    inside = [
-                        x[int(image), c, a, b] for a in rows for b in columns if a < x.shape[2] and b < x.shape[3]
-                    ]
-                    out[r, c, i, j] = max(inside, default=0.0)
-    return out
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_roi_pool_equals_a_loop(device: str) -> None:
-    x, rois = random(2, 3, 10, 12), torch.cat([some_rois(), torch.tensor([[0.0, 20, 20, 10, 30]]).double()])
-    found = mmcv_ops.roi_pool(x.to(device), rois.to(device), 3, 0.25)
-    np.testing.assert_array_equal(found.cpu().numpy(), naive_roi_pool(x.numpy(), rois.numpy(), 3, 0.25))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_roi_pool_gradient(device: str) -> None:
-    x, rois = random(2, 2, 5, 6).to(device).requires_grad_(), some_rois().to(device)
-    assert torch.autograd.gradcheck(lambda t: mmcv_ops.roi_pool(t, rois, 3, 0.125), x)
-
-
-def test_roi_pool_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, rois = random(2, 3, 10, 12), some_rois()
-    whole = mmcv_ops.roi_pool(x, rois, 3, 0.25)
-    monkeypatch.setattr("kdpipe.pipelines.mmcv_ops.roi._POOL_BUDGET", 1)
-    assert torch.equal(mmcv_ops.roi_pool(x, rois, 3, 0.25), whole)
-
-
-def test_roi_pool_gives_the_gradient_of_a_tie_to_the_first_pixel() -> None:
-    x = torch.zeros(1, 1, 4, 4, dtype=torch.float64).requires_grad_()
-    mmcv_ops.roi_pool(x, torch.tensor([[0.0, 1, 1, 2, 2]]).double(), 1, 1.0).sum().backward()
-    assert x.grad is not None
-    assert x.grad[0, 0].nonzero().tolist() == [[1, 1]]
-
-
-def test_roi_pool_without_boxes() -> None:
-    assert mmcv_ops.roi_pool(random(1, 2, 4, 4), torch.zeros(0, 5).double(), 7, 1.0).shape == (0, 2, 7, 7)
-
-
 # NMS
 
 
@@ -353,19 +301,6 @@ def test_soft_nms_leaves_its_input_alone_and_takes_nothing() -> None:
     dets, kept = mmcv_ops.soft_nms(boxes[:0], scores[:0])
     assert dets.shape == (0, 5)
     assert kept.shape == (0,)
-
-
-def test_nms_match_groups_by_the_box_that_won() -> None:
-    boxes, _ = some_boxes(25, 3)
-    scores = torch.linspace(0, 1, 25)[torch.randperm(25, generator=torch.Generator().manual_seed(0))]
-    found = [group.tolist() for group in mmcv_ops.nms_match(torch.cat([boxes, scores[:, None]], dim=1), 0.4)]
-    left = sorted(range(25), key=lambda i: -float(scores[i]))
-    wanted = []
-    while left:
-        near = [i for i in left if i == left[0] or iou(boxes.numpy()[left[0]], boxes.numpy()[i], 0) >= np.float32(0.4)]
-        wanted.append(near)
-        left = [i for i in left if i not in near]
-    assert found == wanted
 
 
 # Focal loss

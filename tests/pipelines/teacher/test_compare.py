@@ -22,7 +22,8 @@ from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher, read_teache
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.targets import BatchRois, RoiTargets, teacher_roi_features
-from kdpipe.pipelines.data.datasets import DetectionData, load_coco, read_image
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config

@@ -19,7 +19,7 @@ from kdpipe.distill.teacher.any_box import ask_teacher, read_teacher_view
 from kdpipe.distill.teacher.heads.cascade import frozen_head
 from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.distill.teacher.targets import BatchRois
-from kdpipe.pipelines.data.datasets import read_image
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config

@@ -15,10 +15,11 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint
-from kdpipe.pipelines.detectors.configs import apply_options, find_config, for_inference
+from kdpipe.pipelines.detectors.configs import apply_options, find_config
 from kdpipe.pipelines.detectors.literal_config import ConfigError
-from kdpipe.pipelines.teacher.family_checks import check_classes_of_config, check_family
-from kdpipe.pipelines.teacher.teacher import TeacherError, load_teacher
+from kdpipe.pipelines.detectors.mmdet2 import for_inference
+from kdpipe.pipelines.teacher.family_checks import TeacherError, check_classes_of_config, check_family
+from kdpipe.pipelines.teacher.teacher import load_teacher
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit

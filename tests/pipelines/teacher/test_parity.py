@@ -19,7 +19,8 @@ from kdpipe.cache.write.selection import choose_objects
 from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
-from kdpipe.pipelines.data.datasets import DetectionData, load_coco, read_image
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco
+from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.configs import find_config
 from kdpipe.pipelines.teacher.teacher import Teacher
 

@@ -11,7 +11,8 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
-from kdpipe.pipelines.detectors.configs import apply_known_options, parse_literal_config
+from kdpipe.pipelines.detectors.configs import apply_known_options
+from kdpipe.pipelines.detectors.literal_config import parse_literal_config
 from kdpipe.pipelines.training.config import with_overrides
 from kdpipe.pipelines.training.optimisers import check_own_recipe, optim_wrapper
 from kdpipe.pipelines.training.replaced import replaced_parts
