@@ -23,8 +23,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final`, locked as long as the context lasts, and removed at its end."""
+    """A hidden folder beside `final`, locked as long as the context lasts, and removed at its end.
+
+    What dead writers of `final` left behind is removed first.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(final.parent, final.name)
     lock: int | None = None
     while True:
         folder = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"

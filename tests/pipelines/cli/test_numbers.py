@@ -4,11 +4,14 @@ import click
 import pytest
 
 from kdpipe.pipelines.cli import main as cli
-from kdpipe.pipelines.cli.options import Assignments, Bytes, FiniteRange, Place, Scale, WholeRange
+from kdpipe.pipelines.cli.options import Assignments, Bytes, Choices, FiniteRange, Place, Scale, WholeRange
 
 NUMBERS = (WholeRange, FiniteRange, Scale, Bytes)
 # options of other kinds: text, names, paths
-OTHERS = (Place, Assignments, click.Path, click.Choice, click.types.StringParamType, click.types.BoolParamType)
+OTHERS = (
+    *(Place, Assignments, Choices, click.Path, click.Choice),
+    *(click.types.StringParamType, click.types.BoolParamType),
+)
 OPTIONS = {
     f"{command} {option.opts[0]}": option
     for command, found in sorted(cli.cli.commands.items())

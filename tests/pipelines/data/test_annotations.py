@@ -229,7 +229,7 @@ def test_a_large_file_is_announced(
 def test_annotations_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Masks in some chunks only, ids of every kind, and a bad entry is named by its place in the file."""
     for module in ("coco_entries", "coco_copy"):
-        monkeypatch.setattr(f"kdpipe.pipelines.{module}._CHUNK", 2)
+        monkeypatch.setattr(f"kdpipe.pipelines.data.{module}._CHUNK", 2)
     boxes = [
         {**usable, "id": [7, "x", 2**80][number % 3], "image_id": 3, "area": number + 1} for number in range(count)
     ]

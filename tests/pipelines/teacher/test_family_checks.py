@@ -281,7 +281,7 @@ def test_a_student_is_refused_before_the_data_is_read(kit: "Kit", work: Path) ->
     ):
         assert reason in kit.refused(*kit.student_command(work / "w", *data, *options))
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "predictions", "--out", work / "p.zarr")
-    assert "again with --targets pyramid or roi" in kit.refused(
+    assert "again with --targets pyramid or objects" in kit.refused(
         *kit.student_command(work / "w", *data, cache=work / "p.zarr")
     )
     for part in (work / "p.zarr" / "parts").iterdir():
