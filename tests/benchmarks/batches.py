@@ -2,9 +2,9 @@
 
     python tests/benchmarks/batches.py
 
-One worker, batches of eight images with 256 RoIs of a teacher each, made up. Two cores that other work shared, three rounds by
-turns, milliseconds of the training process's own time per batch: 800 x 1088 pixels 14.3 to 15.4 by torch, 5.5 to 5.9 in one piece;
-192 x 256 pixels 11.0 to 11.2 and 2.8 to 3.0. Beside that, one piece needs no room in /dev/shm.
+One worker, batches of eight images with 256 RoIs of a teacher each, made up. Two cores that other work shared, three
+rounds by turns, milliseconds of the training process's own time per batch: 800 x 1088 pixels 14.3 to 15.4 by torch, 5.5
+to 5.9 in one piece; 192 x 256 pixels 11.0 to 11.2 and 2.8 to 3.0. Beside that, one piece needs no room in /dev/shm.
 """
 
 import time
