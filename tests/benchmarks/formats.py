@@ -2,34 +2,24 @@
 
     python tests/benchmarks/formats.py --ckpt teacher.pth --ann-file train.json --img-dir JPEGImages --out /tmp/formats
 
-Runs a trained teacher on a few photographs, stores what it says as float32, float16 and int8 by each codec, and prints
-per choice: bytes, write and read speed (from the page cache, whole images, beside np.fromfile of as many raw bytes and
-the least that a checked read of them takes), the codec's own speed from memory to memory, and how far fields and
-distillation losses are from those of float32. A teacher for it is trained by `kdpipe train-teacher`; bccd.py beside
-this file leaves one in its output folder.
+Runs a trained teacher on a few photographs, stores what it says in both large tiers, every type and codec, and prints
+per choice: bytes, write and read speed (from the page cache, whole images), and how far fields and distillation losses
+are from those of float32. A teacher for it is trained by `kdpipe train-teacher`; bccd.py beside this file leaves one in
+its output folder.
 """
 
-import itertools
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 import torch
-from awscrt import checksums
-from numcodecs import blosc
 from torch import Tensor
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherCache, TeacherRecord, TeacherTargets, open_cache
-from kdpipe.cache.codecs import encode_chunk
-from kdpipe.cache.read.buffers import Buffers
 from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
@@ -41,11 +31,13 @@ from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 
-FIELDS = ("features", "logits", "deltas", "embeddings")
-LOSSES = ("sgfi", "ckd", "pred")
-CHUNK = 1 << 20
+FIELDS = ("features", "roi_features", "logits", "deltas", "embeddings")
+LOSSES = ("sgfi", "ckd", "cls", "reg")
 # Boxes of an image that the losses are taken of.
 ROIS = 64
+TIERS = {"pyramid": 512, "objects": 256}  # proposals
+Kind = tuple[str, str, str]  # tier, dtype, codec
+KINDS = [(tier, dtype, codec) for tier in TIERS for dtype in reversed(DTYPES) for codec in CODECS]
 
 
 def pyramid(targets: TeacherTargets) -> list[Tensor]:
@@ -53,16 +45,26 @@ def pyramid(targets: TeacherTargets) -> list[Tensor]:
     return [level[None] for level in targets.pyramid() if level is not None]
 
 
+def values_of(targets: TeacherTargets, field: str) -> Tensor | None:
+    """A field as float32 values in one dimension; None where the tier has none."""
+    if getattr(targets, field) is None:
+        return None
+    if field == "features":
+        return torch.cat([level.reshape(-1) for level in pyramid(targets)])
+    if field == "roi_features":
+        return targets.rois().reshape(-1)
+    if field == "embeddings":
+        return targets.float_embeddings().reshape(-1)
+    return getattr(targets, field).float().reshape(-1)  # type: ignore[no-any-return]
+
+
 def errors(stored: TeacherTargets, exact: TeacherTargets) -> dict[str, float]:
     """Relative error of each field: the norm of the difference over that of the exact values."""
     found = {}
     for field in FIELDS:
-        if field == "features":
-            pairs = list(zip(pyramid(stored), pyramid(exact), strict=True))
-        else:
-            pairs = [(getattr(stored, field).float(), getattr(exact, field))]
-        gap = sum(float((a - b).square().sum()) for a, b in pairs)
-        found[field] = (gap / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+        ours, theirs = values_of(stored, field), values_of(exact, field)
+        if ours is not None and theirs is not None:
+            found[field] = float((ours - theirs).norm() / theirs.norm())
     return found
 
 
@@ -89,44 +91,30 @@ class Losses:
         ours = roi_align_levels([student(level) for level in pyramid(exact)], spec.strides, rois)
         count = spec.roi_levels
         theirs = roi_align_assigned(pyramid(teacher)[:count], spec.strides[:count], rois, spec.finest_scale)
-        logits, deltas, embeddings = (getattr(teacher, name)[rows].float() for name in FIELDS[1:])
-        noisy = [student(getattr(exact, name)[rows]) for name in FIELDS[1:]]
+        assert teacher.logits is not None
+        assert teacher.deltas is not None
+        assert exact.logits is not None
+        assert exact.deltas is not None
+        logits, deltas = teacher.logits[rows].float(), teacher.deltas[rows].float()
+        noisy = [student(values[rows]) for values in (exact.logits, exact.deltas, exact.float_embeddings())]
         exclude = exclude_pairs(exact.boxes[rows], torch.zeros(len(rows)))
         cls = classification_kd_loss(noisy[0], logits)
         reg = class_aware_regression_kd_loss(noisy[1], deltas, logits)
-        ckd = ckd_loss(self._theta(noisy[2]), self._theta(embeddings), exclude=exclude)
-        return {"sgfi": float(self._sgfi(ours, theirs)[0]), "ckd": float(ckd), "pred": float(cls + reg)}
-
-
-def timed(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
+        ckd = ckd_loss(self._theta(noisy[2]), self._theta(teacher.float_embeddings()[rows]), exclude=exclude)
+        sgfi = float(self._sgfi(ours, theirs)[0])
+        return {"sgfi": sgfi, "ckd": float(ckd), "cls": float(cls), "reg": float(reg)}
 
 
 def raw_bytes(targets: TeacherTargets) -> int:
     """Bytes of all that was read."""
-    levels = [level for level in targets.features or () if level is not None]
-    others = [getattr(targets, name) for name in ("boxes", "scale", *FIELDS[1:])]
-    return sum(value.nbytes for value in [*levels, *others] if value is not None)
-
-
-def codec_rate(targets: TeacherTargets, codec: str) -> float:
-    """MB/s of decoded features that the codec gives from memory into memory, in one thread."""
-    values = torch.cat([level.reshape(-1) for level in targets.features or () if level is not None]).numpy()
-    blocks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
-    chunks = [(encode_chunk(block, codec)[0], np.empty_like(block)) for block in blocks]
-
-    def decode() -> None:
-        for data, out in chunks:
-            blosc.decompress(data, out)
-
-    return values.nbytes / statistics.median(timed(decode) for _ in range(3)) / 1e6
+    names = ("boxes", "logits", "deltas", "embeddings", "embedding_scale", "scale")
+    values = [getattr(targets, name) for name in (*names, "roi_rows", "roi_features", "roi_scale")]
+    return sum(value.nbytes for value in [*values, *(targets.features or ())] if value is not None)
 
 
 def write(path: Path, spec: CacheSpec, images: list[ImageInfo], records: list[TeacherRecord]) -> float:
     """Make a cache; returns the seconds."""
-    writer = CacheWriter(path, spec, images, part_size=1 << 50, identity={}, metadata={})
+    writer = CacheWriter(path, spec, images, part_size=1 << 40, identity={}, metadata={})
     start = time.perf_counter()
     with writer.part(0) as part:
         for record in records:
@@ -134,45 +122,15 @@ def write(path: Path, spec: CacheSpec, images: list[ImageInfo], records: list[Te
     return time.perf_counter() - start
 
 
-def checked_read(file: Path, memory: npt.NDArray[np.uint8]) -> None:
-    """The least that one thread does to read and check: into memory used before, each block checked in the cache."""
-    view = memory.data
-    with file.open("rb", buffering=0) as opened:
-        for start in range(0, len(view), CHUNK):
-            opened.readinto(view[start : start + CHUNK])
-            checksums.crc32c(view[start : start + CHUNK])
-
-
-def read_seconds(caches: dict[tuple[str, str], TeacherCache], out: Path, rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds per image; (dtype, "fromfile") and (dtype, "checked") are those of a file of as many bytes.
-
-    (dtype, "features") is of uncompressed features alone, (dtype, "features fromfile") of a file of as many bytes.
-    """
-    taken: dict[tuple[str, str], list[float]] = {}
-    ids = next(iter(caches.values())).image_ids.tolist()
-    for dtype in DTYPES:
-        for image_id in ids:
-            targets = caches[dtype, "none"].targets(image_id)
-            np.zeros(raw_bytes(targets), np.int8).tofile(out / f"{image_id}.{dtype}")
-            count = sum(level.nbytes for level in targets.features or () if level is not None)
-            np.zeros(count, np.int8).tofile(out / f"{image_id}.features.{dtype}")
-    files = {dtype: [out / f"{image_id}.{dtype}" for image_id in ids] for dtype in DTYPES}
-    # Touched, and at the beginning of a page.
-    memory = {dtype: Buffers().take(max(file.stat().st_size for file in files[dtype])) for dtype in DTYPES}
-    for block in memory.values():
-        block[:] = 0
-    for _, (position, image_id) in itertools.product(range(rounds), enumerate(ids)):
-        for dtype in DTYPES:
-            file, other = files[dtype][position], files[dtype][position - 1]  # not what is in the cache from just now
-            taken.setdefault((dtype, "fromfile"), []).append(timed(partial(np.fromfile, file, np.int8)))
-            block = memory[dtype][: other.stat().st_size]
-            taken.setdefault((dtype, "checked"), []).append(timed(partial(checked_read, other, block)))
-            features = out / f"{image_id}.features.{dtype}"
-            taken.setdefault((dtype, "features fromfile"), []).append(timed(partial(np.fromfile, features, np.int8)))
-            read = partial(caches[dtype, "none"].targets, image_id, fields=("features",))
-            taken.setdefault((dtype, "features"), []).append(timed(read))
+def read_seconds(caches: dict[Kind, TeacherCache], rounds: int) -> dict[Kind, float]:
+    """Median seconds per image, all caches by turns."""
+    taken: dict[Kind, list[float]] = {}
+    for _ in range(rounds):
         for kind, cache in caches.items():
-            taken.setdefault(kind, []).append(timed(partial(cache.targets, image_id)))
+            for image_id in cache.image_ids.tolist():
+                start = time.perf_counter()
+                cache.targets(image_id)
+                taken.setdefault(kind, []).append(time.perf_counter() - start)
     return {kind: statistics.median(values) for kind, values in taken.items()}
 
 
@@ -187,92 +145,72 @@ def mean(values: list[dict[str, float]], name: str) -> float:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder for the caches.")
 @click.option("--images", type=int, default=6, show_default=True)
 @click.option("--scale", type=(int, int), default=(1066, 800), show_default=True, help="Long and short side.")
-@click.option("--proposals", type=int, default=512, show_default=True)
 @click.option("--rounds", type=int, default=5, show_default=True)
 def main(
-    ckpt: Path,
-    ann_file: Path,
-    img_dir: Path,
-    out: Path,
-    images: int,
-    scale: tuple[int, int],
-    proposals: int,
-    rounds: int,
+    ckpt: Path, ann_file: Path, img_dir: Path, out: Path, images: int, scale: tuple[int, int], rounds: int
 ) -> None:
     """Run the teacher, store what it says in all ways, print the table."""
     checkpoint, data = load_checkpoint(ckpt), load_coco(ann_file, img_dir, limit=images)
-    teacher = load_teacher(
-        checkpoint, teacher_config(checkpoint, None), proposals=proposals, device=torch.device("cpu")
-    )
+    config, device = teacher_config(checkpoint, None), torch.device("cpu")
     options: dict[str, Any] = {"class_names": data.class_names, "category_ids": data.category_ids, "scale": scale}
-    specs = {
-        kind: teacher.spec(
-            tier="pyramid", dtype=kind[0], codec=kind[1], proposals=proposals, views=["identity"], **options
-        )
-        for kind in itertools.product(reversed(DTYPES), CODECS)
-    }
-    records = [
-        teacher.record(
-            read_image(data.img_dir / image.file_name),
-            data.gt_boxes(image.image_id),
-            spec=specs["float32", "none"],
-            image_id=image.image_id,
-            file_name=image.file_name,
-            view="identity",
-        )
-        for image in data.images
-    ]
     out.mkdir(parents=True)
     try:
-        listed = list(data.images)
-        paths = {kind: out / "-".join(kind) for kind in specs}
-        write_taken = {kind: write(paths[kind], spec, listed, records) for kind, spec in specs.items()}
-        caches = {kind: open_cache(path) for kind, path in paths.items()}
-        read_taken = read_seconds(caches, out, rounds)
-        losses = Losses(specs["float32", "none"])
-        exact = {
-            image_id: caches["float32", "none"].targets(image_id) for image_id in caches["float32", "none"].image_ids
-        }
-        reference = [losses(targets, targets) for targets in exact.values()]
-        click.echo(f"{len(exact)} images at {scale[0]} x {scale[1]}, {torch.get_num_threads()} threads, per image.\n")
-        titles = [
-            "type, codec",
-            "MB",
-            "of float16",
-            "write MB/s",
-            "read MB/s",
-            "of np.fromfile",
-            "of a checked read",
-            "codec alone, 1 thread",
-        ]
-        titles += [f"error of {field}" for field in FIELDS] + [f"change of {name}" for name in LOSSES]
-        click.echo(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-        size = {
-            kind: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) / len(exact) for kind, p in paths.items()
-        }
-        for kind, cache in caches.items():
-            dtype, codec = kind
-            stored = [cache.targets(image_id) for image_id in exact]
-            raw = statistics.mean(map(raw_bytes, stored))
-            found = [errors(a, b) for a, b in zip(stored, exact.values(), strict=True)]
-            here = [losses(a, b) for a, b in zip(stored, exact.values(), strict=True)]
-            cells = [f"{dtype}, {codec}", f"{size[kind] / 1e6:.1f}", f"{size[kind] / size['float16', 'none']:.0%}"]
-            cells += [f"{raw * len(exact) / write_taken[kind] / 1e6:.0f}", f"{raw / read_taken[kind] / 1e6:.0f}"]
-            cells += [f"{read_taken[dtype, other] / read_taken[kind]:.2f}" for other in ("fromfile", "checked")]
-            cells += ["" if codec == "none" else f"{codec_rate(stored[0], codec):.0f}"]
-            cells += [f"{mean(found, field):.1e}" for field in FIELDS]
-            cells += [f"{mean(here, name) / mean(reference, name) - 1:+.1e}" for name in LOSSES]
-            click.echo(f"| {' | '.join(cells)} |")
-        for dtype in reversed(DTYPES):
-            fromfile, checked = (read_taken[dtype, other] for other in ("fromfile", "checked"))
-            raw = statistics.mean(raw_bytes(caches[dtype, "none"].targets(image_id)) for image_id in exact)
-            rates = f"np.fromfile {raw / fromfile / 1e6:.0f} MB/s, checked read {raw / checked / 1e6:.0f} MB/s"
-            click.echo(f"{dtype}: {rates}, {fromfile / checked:.2f} of it")
-            fromfile, ours = read_taken[dtype, "features fromfile"], read_taken[dtype, "features"]
-            seconds = f"np.fromfile {fromfile * 1e3:.2f} ms, kdpipe {ours * 1e3:.2f} ms"
-            click.echo(f"{dtype}, features alone: {seconds}, {fromfile / ours:.2f} of it")
+        caches, written, listed = {}, {}, list(data.images)
+        for tier, proposals in TIERS.items():
+            teacher = load_teacher(checkpoint, config, proposals=proposals, device=device)
+            specs = {
+                kind: teacher.spec(
+                    tier=tier, dtype=kind[1], codec=kind[2], proposals=proposals, views=["identity"], **options
+                )
+                for kind in KINDS
+                if kind[0] == tier
+            }
+            records = [
+                teacher.record(
+                    read_image(data.img_dir / image.file_name),
+                    data.gt_boxes(image.image_id),
+                    data.gt_labels(image.image_id),
+                    spec=specs[tier, "float32", "none"],
+                    image_id=image.image_id,
+                    file_name=image.file_name,
+                    view="identity",
+                )
+                for image in listed
+            ]
+            for kind, spec in specs.items():
+                written[kind] = write(out / "-".join(kind), spec, listed, records)
+                caches[kind] = open_cache(out / "-".join(kind))
+        print_table(caches, written, read_seconds(caches, rounds))
     finally:
         shutil.rmtree(out)
+
+
+def print_table(caches: dict[Kind, TeacherCache], written: dict[Kind, float], read: dict[Kind, float]) -> None:
+    losses = Losses(caches["pyramid", "float32", "none"].spec)
+    exact = {
+        tier: {image_id: cache.targets(image_id) for image_id in cache.image_ids.tolist()}
+        for tier, cache in ((tier, caches[tier, "float32", "none"]) for tier in TIERS)
+    }
+    reference = [losses(targets, targets) for targets in exact["pyramid"].values()]
+    titles = ["tier, type, codec", "MB", "of float16", "write MB/s", "read MB/s"]
+    titles += [f"error of {field}" for field in FIELDS] + [f"change of {name}" for name in LOSSES]
+    click.echo(f"{len(reference)} images, {torch.get_num_threads()} threads, per image.\n")
+    click.echo(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    size = {
+        kind: sum(f.stat().st_size for f in Path(str(cache.location)).rglob("*") if f.is_file()) / len(cache)
+        for kind, cache in caches.items()
+    }
+    for kind, cache in caches.items():
+        stored = [cache.targets(image_id) for image_id in exact[kind[0]]]
+        raw = statistics.mean(map(raw_bytes, stored))
+        found = [errors(a, b) for a, b in zip(stored, exact[kind[0]].values(), strict=True)]
+        cells = [", ".join(kind), f"{size[kind] / 1e6:.2f}", f"{size[kind] / size[kind[0], 'float16', 'none']:.0%}"]
+        cells += [f"{raw * len(cache) / written[kind] / 1e6:.0f}", f"{raw / read[kind] / 1e6:.0f}"]
+        cells += [f"{mean(found, field):.1e}" if field in found[0] else "" for field in FIELDS]
+        if kind[0] == "pyramid":
+            here = [losses(a, b) for a, b in zip(stored, exact[kind[0]].values(), strict=True)]
+            cells += [f"{mean(here, name) / mean(reference, name) - 1:+.1e}" for name in LOSSES]
+        click.echo(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
