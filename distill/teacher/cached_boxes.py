@@ -111,8 +111,10 @@ def read_roi_targets(
 
 
 def _at(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Rows of what was read; None where nothing was."""
-    return None if values is None else values[rows]
+    """Rows of what was read, without a copy where these are all; None where nothing was."""
+    if values is None or torch.equal(rows, torch.arange(len(values))):
+        return values
+    return values[rows]
 
 
 def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
