@@ -18,7 +18,7 @@ from kdpipe.cache.format.record import Files, check_sizes, files_key, read_files
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
-from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, CacheSpec
+from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, MAX_OBJECTS, CacheSpec
 from kdpipe.cache.store.location import Location, part_key
 from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.runtime.console import bytes_text, plain
@@ -27,6 +27,7 @@ __all__ = ["describe_cache", "describe_image", "inspect_cache"]
 
 _TOP_BOXES = 10
 _SHOWN = 20
+_LOOKED_AT = 256  # images, evenly chosen
 
 
 def inspect_cache(
@@ -96,7 +97,23 @@ def describe_cache(location: Location) -> dict[str, Any]:
             "disk": sum(size for size, _ in (head_files or {}).values()),
         },
         "fields": fields,
+        "objects": _objects(cache),
         "losses": _losses(cache.spec, state),
+    }
+
+
+def _objects(cache: TeacherCache) -> dict[str, Any] | None:
+    """How many boxes have RoI features, and how often these are as many as may have; None in tiers without these."""
+    if "roi_features" not in cache.spec.fields:
+        return None
+    places = np.unique(np.linspace(0, len(cache) - 1, min(_LOOKED_AT, len(cache))).round().astype(int))
+    known = [cache.index(image_id, view) for image_id in cache.image_ids[places].tolist() for view in cache.spec.views]
+    counts = [index.num_objects for index in known]
+    return {
+        "limit": MAX_OBJECTS,
+        "views": len(counts),
+        "mean": sum(counts) / max(1, len(counts)),
+        "at_limit": sum(count >= MAX_OBJECTS for count in counts),
     }
 
 
@@ -207,9 +224,10 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
         "teacher": values["teacher"].get("checkpoint", "not recorded"),
         "data": f"{source}, {data.get('img_dir', '')}",
         "classes": f"{len(names)}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}",
-        "view": f"{', '.join(spec['views'])} at {'x'.join(map(str, spec['scale']))}, {spec['proposals']} proposals",
+        "view": f"{', '.join(spec['views'])} at {'x'.join(map(str, spec['scale']))}, {spec['proposals']} proposals"
+        + (f", {spec['jittered']} boxes near objects" if "jittered" in spec else ""),
         "stored": f"tier {spec['tier']}, {spec['dtype']}, {spec['codec']}, {spec['channels']} channels, strides "
-        + ", ".join(map(str, spec["strides"])),
+        + ", ".join(str(spec["strides"][level]) for level in spec.get("levels", range(len(spec["strides"])))),
         "images": f"{images['cached']} of {images['planned']}, {len(skipped)} skipped",
         "parts": f"{parts['committed']} of {parts['planned']}, up to {bytes_text(values['part_size'])} uncompressed",
         "head": f"{head['state']}, {head['parameters']} arrays, {bytes_text(head['disk'])}",
@@ -222,6 +240,11 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
         ratio = f"{100 * sizes['disk'] / sizes['raw']:.0f} %" if sizes["raw"] else ""
         table.add_row(name, bytes_text(sizes["raw"]), bytes_text(sizes["disk"]), ratio)
     console.print(table)
+    if objects := values["objects"]:
+        console.print(
+            f"RoI features are of {objects['mean']:.1f} boxes on average; the limit of {objects['limit']} is reached "
+            f"in {objects['at_limit']} of {objects['views']} views looked at"
+        )
     served = [name for name, loss in values["losses"].items() if loss["served"]]
     console.print(Text(f"serves   {', '.join(served) or 'no loss'}"))
     for loss in values["losses"].values():
@@ -240,9 +263,9 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
 def _show_image(image: dict[str, Any], console: Console) -> None:
     size, seen = ("x".join(map(str, reversed(image[name]))) for name in ("original_size", "input_size"))
     console.print(Text(plain(f"image {image['image_id']} ({image['file_name']}), view {image['view']}")))
-    console.print(
-        Text(f"{size} pixels, seen at {seen}; {image['proposals']} proposals, {image['ground_truth']} annotated")
-    )
+    near = f"{image['jittered']} near objects, " if image["jittered"] else ""
+    boxes = f"{image['proposals']} proposals, {near}{image['ground_truth']} annotated"
+    console.print(Text(f"{size} pixels, seen at {seen}; {boxes}"))
     if image["levels"]:
         table = Table("stride", "channels x height x width", "mean", "max")
         for level in image["levels"]:

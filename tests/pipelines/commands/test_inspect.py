@@ -58,6 +58,35 @@ def test_a_whole_cache(kit: "Kit", work: Path) -> None:
     assert values["spec"] == cache.spec.to_json()
 
 
+def test_how_often_no_more_rois_are_stored(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = work / "x.zarr"
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "objects", "--limit", 3, "--out", out)
+    cache = open_cache(out)
+    counts = [cache.index(image_id).num_objects for image_id in cache.image_ids.tolist()]
+    limit = sorted(counts)[1]
+    monkeypatch.setattr("kdpipe.pipelines.commands.inspect.MAX_OBJECTS", limit)
+    reached = sum(count >= limit for count in counts)
+    values = json.loads(kit.run("inspect", out, "--json").out)["objects"]
+    assert values == {"limit": limit, "views": 3, "mean": pytest.approx(sum(counts) / 3), "at_limit": reached}
+    ended = kit.run("inspect", out)
+    assert f"in {reached} of 3 views looked at" in ended.out
+    assert "128 boxes near objects" in ended.out
+    assert json.loads(kit.run("inspect", kit.cache, "--json").out)["objects"] is None
+    image = kit.run("inspect", out, "--image", int(cache.image_ids[0]))
+    assert f"{cache.index(int(cache.image_ids[0])).num_jittered} near objects" in image.out
+
+
+def test_some_levels(kit: "Kit", work: Path) -> None:
+    out = work / "x.zarr"
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--levels", "P5,P3", "--limit", 2, "--out", out)
+    assert "strides 8, 32" in kit.run("inspect", out).out
+    values = json.loads(kit.run("inspect", out, "--image", int(open_cache(out).image_ids[0]), "--json").out)
+    assert [level["stride"] for level in values["image"]["levels"]] == [8, 32]
+    losses = json.loads(kit.run("inspect", out, "--json").out)["losses"]
+    assert "lacks P2, P4" in losses["sgfi"]["reason"]
+    assert losses["ckd"]["served"]
+
+
 def test_an_image(kit: "Kit", work: Path) -> None:
     cache = open_cache(kit.cache)
     image_id = int(cache.image_ids[0])
