@@ -162,9 +162,8 @@ class S3:
     def _answers(self) -> bool:
         try:
             if self._bucket is not None:
-                store = S3Store(
-                    self._bucket, config={**self.options, "allow_http": "true"}, retry_config={"max_retries": 0}
-                )
+                options: dict[str, Any] = {**self.options, "allow_http": "true"}
+                store = S3Store(self._bucket, retry_config={"max_retries": 0}, **options)
                 return list(store.list()) is not None
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
                 connection.request("GET", "/")
