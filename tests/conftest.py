@@ -173,10 +173,14 @@ class S3:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on; SeaweedFS also takes the one 10,000 above."""
+    while True:
+        with socket.socket() as free, socket.socket() as above:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                above.bind(("127.0.0.1", port + 10_000))
+                return port
 
 
 @pytest.fixture

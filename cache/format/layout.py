@@ -59,17 +59,20 @@ class ArrayLayout:
 
     def metadata(self, rows: int) -> dict[str, Any]:
         """The array's `zarr.json` as JSON values, for so many rows."""
-        shard = [self.shard(rows), *self.row_shape]
-        return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [rows, *self.row_shape],
-            "data_type": self.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": self.dtype != "bool" and 0,
-            "codecs": [_sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)],
-        }
+        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
+        return _metadata((rows, *self.row_shape), self.dtype, self.shard(rows), [codec])
+
+    def chunk_metadata(self, rows: int) -> dict[str, Any]:
+        """As `metadata`, of an array in which each chunk of a shard lies by itself."""
+        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
+        return _metadata((rows, *self.row_shape), self.dtype, self.chunk_rows, codec["configuration"]["codecs"])
+
+    def index_metadata(self, rows: int) -> tuple[dict[str, Any], int]:
+        """As `metadata`, of the index at the end of a shard (offset and size of each chunk); and its bytes."""
+        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
+        chunks = self.shard(rows) // self.chunk_rows
+        metadata = _metadata((chunks, 2), "uint64", chunks, codec["configuration"]["index_codecs"])
+        return metadata, 16 * chunks + 4
 
     def num_files(self, rows: int) -> int:
         """How many files `files` would give; a number that was not checked may be too many to list."""
@@ -86,6 +89,19 @@ class ArrayLayout:
 
     def _starts(self, rows: int) -> range:
         return range(0, rows, self.shard(rows))
+
+
+def _metadata(shape: tuple[int, ...], dtype: str, chunk_rows: int, codecs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *shape[1:]]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": dtype != "bool" and 0,
+        "codecs": codecs,
+    }
 
 
 @functools.cache

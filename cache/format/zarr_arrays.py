@@ -13,14 +13,15 @@ import numpy as np
 import tensorstore
 import torch
 from zarr import AsyncArray
-from zarr.abc.store import Store
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.array_spec import ArrayConfig
-from zarr.core.buffer import Buffer
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import StorePath, WrapperStore
+from zarr.storage import LocalStore, StorePath, WrapperStore
 
 from kdpipe.cache.format.layout import ArrayLayout, Block, is_as_written
 from kdpipe.cache.format.record import Files
+from kdpipe.cache.store.location import GoneError
 
 _first_pid: int | None = None  # of the process that used tensorstore first, in this line of forks
 
@@ -71,7 +72,7 @@ class FileArray:
             },
             open=True,
             assume_metadata=True,
-            context=_context(torch.get_num_threads()),
+            context=reading_context(torch.get_num_threads()),
         ).result()
 
     def start(self, rows: range) -> Reading:
@@ -81,21 +82,21 @@ class FileArray:
 
 
 class StoreArray:
-    """An array in an object store, read by zarr.
+    """An array in a local folder, read by zarr where tensorstore cannot be used.
 
     Args:
-        store: of the cache.
-        key: of the array.
+        folder: of the array.
         layout: of the array; what its `zarr.json` says does not count.
         rows: number of rows.
     """
 
-    def __init__(self, store: Store, key: str, layout: ArrayLayout, rows: int) -> None:
-        self._array, self._chunk = _zarr_array(store, key, layout, rows), layout.chunk_rows
+    def __init__(self, folder: Path, layout: ArrayLayout, rows: int) -> None:
+        self._array = _zarr_array(_LocalArrays(folder, read_only=True), "", layout, rows)
+        self._chunk = layout.chunk_rows
 
     def start(self, rows: range) -> Reading:
         """Begin to read rows."""
-        reading: Reading = asyncio.run_coroutine_threadsafe(self._read(rows), _event_loop())
+        reading: Reading = asyncio.run_coroutine_threadsafe(self._read(rows), event_loop())
         return reading
 
     async def _read(self, rows: range) -> Any:
@@ -104,6 +105,23 @@ class StoreArray:
         pieces = [slice(max(start, rows.start), min(start + self._chunk, rows.stop)) for start in starts]
         blocks = await asyncio.gather(*(self._array.getitem(piece) for piece in pieces))
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+class _LocalArrays(LocalStore):
+    """A store of zarr, which takes for zeros what is missing: here it is an error."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer:
+        """The bytes of a file.
+
+        Raises:
+            GoneError: it is missing or empty.
+        """
+        found = await super().get(key, prototype, byte_range)
+        if not found:
+            raise GoneError(key)
+        return found
 
 
 def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
@@ -154,7 +172,7 @@ _loops: dict[int, asyncio.AbstractEventLoop] = {}
 _lock = threading.Lock()
 
 
-def _context(threads: int) -> tensorstore.Context:
+def reading_context(threads: int) -> tensorstore.Context:
     """So many threads for all arrays together; decoded chunks are not kept."""
     with _lock:
         if threads not in _contexts:
@@ -163,7 +181,7 @@ def _context(threads: int) -> tensorstore.Context:
         return _contexts[threads]
 
 
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """A loop of this process that runs in a thread of its own."""
     with _lock:
         if os.getpid() not in _loops:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from kdpipe.cache.format.layout import ArrayLayout, Block
 from kdpipe.cache.format.record import Files, check_sizes
 from kdpipe.cache.format.zarr_arrays import FileArray, Reading, StoreArray, check_metadata, may_read_files
+from kdpipe.cache.read.range_array import RangeArray
 from kdpipe.cache.store.location import GoneError, Location
 
 # What tensorstore begins an error of the system with. All others say that the data are not as they should be.
@@ -54,10 +55,14 @@ class ArrayReader:
         if reason := check_metadata(data, layout, rows):
             raise DamagedError(name, f"zarr.json {reason}")
         folder = location.local_path(place)
-        if folder is not None and may_read_files():
-            self._array: FileArray | StoreArray = FileArray(folder, layout, rows)
+        self._array: FileArray | StoreArray | RangeArray
+        if folder is None:
+            sizes = {file: size for file, (size, _) in own.items()}
+            self._array = RangeArray(location, place, layout, rows, sizes)
+        elif may_read_files():
+            self._array = FileArray(folder, layout, rows)
         else:
-            self._array = StoreArray(location.zarr_store(), place, layout, rows)
+            self._array = StoreArray(folder, layout, rows)
         self._layout = layout
 
     def start(self, rows: range) -> Reading:

@@ -8,17 +8,15 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import obstore
-import zarr
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.store.client import Client
 from kdpipe.cache.store.location import FOREIGN, RECORD, GoneError, Leftover, Location
-from kdpipe.cache.store.remote_arrays import RemoteArrays
 from kdpipe.cache.store.remote_errors import advice, is_beyond_end, is_no_bucket
 from kdpipe.cache.store.temporary import remove_dead, temporary_folder
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 8 << 20
 _UPLOADS = 4  # files of up to 64 MiB, held in memory
-_ZARR_CONCURRENCY = 100
 # Folders of files, which kdpipe names by their digest. Their writer may still be at work on those of today.
 _OURS = re.compile(r"(parts/\d{5,}|head|plan)/[0-9a-f]{16}")
 _REST = timedelta(days=1)
@@ -53,10 +50,6 @@ class Bucket(Location):
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
         self._client = Client(url, options)
         self.name = self.address = self._client.name
-        self._arrays: RemoteArrays | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}
 
     def check_new(self) -> bool:
         parents = PurePosixPath(self._client.prefix).parents if self._client.prefix else ()
@@ -91,10 +84,15 @@ class Bucket(Location):
         found = {meta["path"][start:]: meta["size"] for meta in self._list(key)}
         return {name: found[name] for name in names if name in found}
 
-    def zarr_store(self) -> RemoteArrays:
-        zarr.config.set({"async.concurrency": max(_ZARR_CONCURRENCY, zarr.config.get("async.concurrency"))})
-        self._arrays = self._arrays or RemoteArrays(self._client)
-        return self._arrays
+    async def fetch(self, key: str, start: int, stop: int) -> bytes:
+        async def get(store: ObjectStore) -> bytes:
+            return bytes(await obstore.get_range_async(store, key, start=start, end=stop))
+
+        with _found(key):
+            data = await self._client.ask(get)
+            if len(data) < stop - start:
+                raise GoneError(key)
+            return data
 
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
@@ -118,7 +116,6 @@ class Bucket(Location):
 
     def discard(self, key: str) -> None:
         """Remove a record, and of what is below it that which no writer can be at work on: what is a day old."""
-        self._arrays = None  # which remembers indices
         self._delete([_join(key, RECORD)])
         limit = datetime.now(timezone.utc) - _REST
         below = self._list(key)
@@ -193,16 +190,13 @@ class Bucket(Location):
             answer = await obstore.get_async(store, key, options={"range": (start, start + _BLOCK)})
             return bytes(await answer.bytes_async()), answer.meta["size"]
 
-        try:
-            return self._client.run(get)
-        except FileNotFoundError as error:
-            if is_no_bucket(error):
-                raise
-            raise GoneError(key) from None
-        except BaseError as error:
-            if not is_beyond_end(error):
-                raise
-            return b"", 0
+        with _found(key):
+            try:
+                return self._client.run(get)
+            except BaseError as error:
+                if start or not is_beyond_end(error):
+                    raise
+                return b"", 0  # it is empty
 
     def _upload(self, key: str, files: Mapping[str, Path]) -> None:
         turns = asyncio.Semaphore(_UPLOADS)
@@ -234,6 +228,21 @@ class Bucket(Location):
             return await obstore.list(store, key or None).collect_async()
 
         return self._client.run(collect)
+
+
+@contextlib.contextmanager
+def _found(key: str) -> Iterator[None]:
+    """Say `GoneError` of a file that is not there, or is shorter than was asked for."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if is_no_bucket(error):
+            raise
+        raise GoneError(key) from None
+    except BaseError as error:
+        if not is_beyond_end(error):
+            raise
+        raise GoneError(key) from None
 
 
 def _join(key: str, name: str) -> str:

@@ -9,10 +9,6 @@ from collections.abc import Collection, Iterator
 from io import FileIO
 from pathlib import Path
 
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
-
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.store.location import FOREIGN, RECORD, GoneError, Leftover, Location
 from kdpipe.cache.store.temporary import STATES, TEMPORARY, remove_dead, temporary_folder, writer_state
@@ -91,9 +87,6 @@ class Folder(Location):
     def is_absent(self) -> bool:
         return not os.path.lexists(self.path)
 
-    def zarr_store(self) -> LocalStore:
-        return _LocalArrays(self.path, read_only=True)
-
     @contextlib.contextmanager
     def staging(self, key: str) -> Iterator[Path]:
         with temporary_folder(self._inside(key)) as folder:
@@ -170,23 +163,6 @@ class Folder(Location):
         while not path.exists():
             path = path.parent
         return shutil.disk_usage(path).free
-
-
-class _LocalArrays(LocalStore):
-    """A store of zarr, which takes for zeros what is missing: here it is an error."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer:
-        """The bytes of a file.
-
-        Raises:
-            GoneError: it is missing or empty.
-        """
-        found = await super().get(key, prototype, byte_range)
-        if not found:
-            raise GoneError(key)
-        return found
 
 
 def _open(path: str) -> FileIO:

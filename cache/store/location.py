@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from zarr.abc.store import Store
-
 from kdpipe.cache.errors import CacheError
 
 # The commit record of a cache, of a part, or of the head.
@@ -112,9 +110,13 @@ class Location(ABC):
     def is_absent(self) -> bool:
         """Whether there is nothing at all, not even something that is no cache."""
 
-    @abstractmethod
-    def zarr_store(self) -> Store:
-        """A store of zarr for reading the arrays; it raises where a file that is asked for is not there."""
+    async def fetch(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes of a file that lies on no local file system; any number of them may be asked for at once.
+
+        Raises:
+            GoneError: it is missing, or ends before them.
+        """
+        raise NotImplementedError(key)
 
     @abstractmethod
     def staging(self, key: str) -> AbstractContextManager[Path]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,14 @@ def make_cache(place: Location, tier: str, count: int, part_size: int) -> CacheS
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """SeaweedFS also takes the port 10,000 above."""
+    while True:
+        with socket.socket() as free, socket.socket() as above:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                above.bind(("127.0.0.1", port + 10_000))
+                return port
 
 
 class Server:

@@ -10,11 +10,8 @@ from typing import Any
 
 import obstore
 import pytest
-import zarr
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
+from kdpipe.cache import open_cache
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.format.record import check_sizes, files_key, read_files, read_record, write_record
 from kdpipe.cache.store import bucket as bucket_module
@@ -200,61 +197,50 @@ def test_not_within_another_cache(moto: Any) -> None:
     assert Bucket(f"{outer}-2", moto.options).check_new()
 
 
-def get(location: Bucket, key: str, request: Any = None) -> bytes:
-    found = sync(location.zarr_store().get(key, default_buffer_prototype(), request))
-    return found.to_bytes()
+def fetch(location: Bucket, key: str, start: int, stop: int) -> bytes:
+    return asyncio.run(location.fetch(key, start, stop))
 
 
-@pytest.mark.parametrize(
-    ("name", "request_"),
-    [
-        ("none", None),
-        ("none", RangeByteRequest(0, 2)),
-        ("none", SuffixByteRequest(2)),
-        ("short", RangeByteRequest(10, 20)),
-        ("empty", None),
-        ("empty", SuffixByteRequest(8)),
-    ],
-)
-def test_nothing_missing_reads_as_zeros(location: Bucket, name: str, request_: Any) -> None:
+def test_fetched_whole_or_not_at_all(location: Bucket) -> None:
     store = location._client.open()
     obstore.put(store, "short", b"12345")
     obstore.put(store, "empty", b"")
-    with pytest.raises(GoneError, match=name):
-        get(location, name, request_)
-    assert get(location, "short", RangeByteRequest(1, 3)) == b"23"
+    assert fetch(location, "short", 1, 3) == b"23"
+    assert fetch(location, "short", 0, 5) == b"12345"
+    for key, start, stop in (("none", 0, 2), ("short", 3, 6), ("short", 10, 20), ("empty", 0, 1)):
+        with pytest.raises(GoneError, match=f"{key} is missing or cut off"):
+            fetch(location, key, start, stop)
 
 
-def test_indices_are_asked_for_once(faulty: Bucket, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = faulty._client.open()
-    for number in range(5):
-        obstore.put(client, f"shard{number}", f"data index{number}".encode())
+def test_few_requests(faulty: Bucket, proxy: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per sample one of each array, whose chunks lie one behind the other; the index of a shard is asked for once."""
+    monkeypatch.setattr("kdpipe.cache.format.layout._CHUNK_BYTES", 100)
+    spec = kit.spec(tier="embeddings", dtype="float16")
+    kit.fill(kit.writer(faulty, spec, kit.images(4), part_size=1 << 30))
+    cache = open_cache(faulty)
+    first, second = cache.image_ids.tolist()[:2]
+    cache.targets(first)
     proxy.requests.clear()
-    store = faulty.zarr_store()
-    prototype = default_buffer_prototype()
-
-    async def read(numbers: range) -> list[bytes]:
-        found = await asyncio.gather(
-            *(store.get(f"shard{number}", prototype, SuffixByteRequest(6)) for number in numbers for _ in range(3))
-        )
-        return [data.to_bytes() for data in found]
-
-    assert sync(read(range(5))) == [f"index{number}".encode() for number in range(5) for _ in range(3)]
-    assert len(proxy.requests) == 5
-    sync(read(range(5)))
-    assert len(proxy.requests) == 5
-    monkeypatch.setattr("kdpipe.cache.store.remote_arrays._INDEX_BYTES", 20)
-    store = pickle.loads(pickle.dumps(faulty)).zarr_store()
-    for _ in range(2):
-        assert sync(read(range(5)))[::3] == [f"index{number}".encode() for number in range(5)]
-    assert len(store._indices) == 3
-    assert len(proxy.requests) > 5 + 5
+    good = cache.targets(second)
+    assert sorted(request.split("/")[-2] for request in proxy.requests) == ["boxes", "deltas", "embeddings", "logits"]
+    monkeypatch.setattr("kdpipe.cache.read.range_array._REQUEST_BYTES", 1)
+    proxy.requests.clear()
+    again = cache.targets(second)
+    assert len(proxy.requests) > 4  # every chunk by itself
+    for name in ("boxes", "deltas", "embeddings", "logits"):
+        assert getattr(good, name).tolist() == getattr(again, name).tolist()
 
 
-def test_many_requests_at_once(moto: Any) -> None:
-    with zarr.config.set({"async.concurrency": 10}):
-        Bucket("s3://kdpipe/any", moto.options).zarr_store()
-        assert zarr.config.get("async.concurrency") == 100
+def test_arrays_of_several_shards(location: Bucket, tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.cache.format.layout._SHARD_BYTES", 200)
+    monkeypatch.setattr("kdpipe.cache.format.layout._CHUNK_BYTES", 100)
+    kit.fill(kit.writer(location, kit.spec(), kit.images(), part_size=1 << 30))
+    assert [meta["path"] for meta in location._list("parts") if meta["path"].endswith("embeddings/c.1.0")]
+    there, here = open_cache(location), open_cache(kit.make(tmp_path / "x.zarr"))
+    for image_id in here.image_ids.tolist():
+        one, two = there.targets(image_id), here.targets(image_id)
+        for name in ("boxes", "logits", "deltas", "embeddings"):
+            assert getattr(one, name).tolist() == getattr(two, name).tolist()
 
 
 def test_goes_to_other_processes(location: Bucket) -> None:

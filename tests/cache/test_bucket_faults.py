@@ -302,5 +302,5 @@ class TestProfiles:
     def test_keys_that_have_to_be_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_PROFILE", "sso")
         monkeypatch.setitem(sys.modules, "boto3", None)
-        with pytest.raises(CacheError, match=r"profile 'sso' has no keys.*pip install boto3"):
+        with pytest.raises(CacheError, match=r"profile 'sso' has no keys.*pip install kdpipe"):
             open_location("s3://kdpipe/x")
