@@ -53,13 +53,14 @@ class Targets(Dataset[float]):
 
 def make_cache(place: Location, tier: str, count: int, part_size: int) -> CacheSpec:
     """Targets of a Faster R-CNN R50-FPN with 80 classes at 800 pixels; features compress as those of a trained one."""
-    spec = CacheSpec(
+    values: dict[str, Any] = {
         **{"tier": tier, "dtype": "int8", "codec": "zstd", "class_names": tuple(map(str, range(80)))},
         **{"category_ids": tuple(range(80)), "channels": 256, "strides": (4, 8, 16, 32, 64), "roi_levels": 4},
         **{"finest_scale": 56, "roi_size": 7, "roi_sampling_ratio": 0, "roi_aligned": True, "embedding_dim": 1024},
         **{"box_means": (0.0,) * 4, "box_stds": (0.1, 0.1, 0.2, 0.2), "class_agnostic": False},
         **{"proposals": 256, "views": ("identity",), "scale": (max(SIZE), min(SIZE))},
-    )  # type: ignore[arg-type]
+    }
+    spec = CacheSpec(**values)
     images = [ImageInfo(n, f"{n:06d}.jpg", *SIZE, OBJECTS) for n in range(count)]
     generator = torch.Generator().manual_seed(0)
 

@@ -215,3 +215,80 @@ def sound_path(tmp_path_factory: pytest.TempPathFactory, kit: type[Kit]) -> Path
 def cache_path(tmp_path: Path, sound_path: Path) -> Path:
     """A copy of that cache."""
     return shutil.copytree(sound_path, tmp_path / "x.zarr")
+
+
+Fault = Callable[[str, str], "int | float | str | None"]
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to a server, and does wrong what `fault(method, path)` says.
+
+    A whole number is the status of an answer in place of the server's, a fraction the seconds until the request is
+    passed on; "lost" passes it on and cuts the connection in place of an answer, "cut" cuts it before.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.origin = port
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.fault: Fault = lambda method, path: None
+        self.requests: list[str] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections that clients end are no matter."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(f"{self.command} {self.path.partition('?')[0]}")
+        fault = self.server.fault(self.command, self.path)
+        if isinstance(fault, float):
+            threading.Event().wait(fault)
+        if fault == "cut":
+            self.close_connection = True
+            return
+        if isinstance(fault, int):
+            self.reply(fault, {}, b"<Error><Code>Test</Code></Error>")
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.origin)
+        connection.request(self.command, self.path, body or None, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self.reply(answer.status, dict(answer.getheaders()), data)
+
+    def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response_only(status)
+        dropped = ("connection", "transfer-encoding", "content-length")
+        for name, value in headers.items():
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.fixture
+def proxy(moto: Any) -> Iterator[Proxy]:
+    server = Proxy(moto.port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
