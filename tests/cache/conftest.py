@@ -1,9 +1,12 @@
 """A small data set and a made-up teacher, as functions of the image alone."""
 
 import hashlib
+import http.client
+import http.server
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
