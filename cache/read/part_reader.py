@@ -154,6 +154,8 @@ class PartReader:
         """
         with self._location.explained(f"Reading part {self._number}"):
             try:
+                if self._location.local_path(self._key) is None:  # opening one takes a few requests
+                    self._location.at_once(self._array, {name for name, _ in wanted} - self._arrays.keys())
                 pairs = [(self._array(name), rows) for name, rows in wanted]
                 return read_rows([(array, range(array.rows) if rows is None else rows) for array, rows in pairs])
             except DamagedError as error:

@@ -2,12 +2,17 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kdpipe.cache.errors import CacheError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # The commit record of a cache, of a part, or of the head.
 RECORD = "zarr.json"
@@ -67,6 +72,11 @@ class Location(ABC):
     def title(self) -> str:
         """The last part of its name, such as `coco.zarr`."""
         return self.name.rstrip("/").rpartition("/")[2]
+
+    def at_once(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """The results of a function that asks for files, for several things: as many at once as is best here."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(function, items))
 
     def nearest(self, key: str) -> "Location":
         """Where a folder of files is best read: in the local copy, if it is there."""

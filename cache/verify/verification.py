@@ -97,7 +97,9 @@ def verify_cache(place: Place, progress: Progress, threads: int | None = None) -
     root = read_root(location)
     with location.explained("Reading the cache"):
         digest, spans = root.digest, root.parts
-        records = {number: read_part_record(location, number, span, digest) for number, span in enumerate(spans)}
+        numbers = range(len(spans))
+        read = location.at_once(lambda number: read_part_record(location, number, spans[number], digest), numbers)
+        records = dict(enumerate(read))
         faults, missing = _without_record(location, root, records)
         known, total = _known_files(location, records)
         notes = _leftovers(location, known, faults)

@@ -68,7 +68,8 @@ class CacheWriter:
 
     def pending(self) -> list[int]:
         """Numbers of the parts that are not committed, or whose files are missing or cut short."""
-        return [index for index in range(len(self.parts)) if not self._committed(index)]
+        committed = self.location.at_once(self._committed, range(len(self.parts)))
+        return [index for index, there in enumerate(committed) if not there]
 
     def write_head(self, state: Mapping[str, Tensor]) -> None:
         """Store the weights of the teacher's RPN and RoI head; does nothing where they are stored already.
