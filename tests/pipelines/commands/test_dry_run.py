@@ -50,6 +50,38 @@ def test_shows_cost_and_writes_nothing(kit: "Kit", work: Path) -> None:
     assert "It fits." in out
 
 
+@pytest.mark.parametrize("tier", ["objects", "pyramid"])
+def test_the_estimate_of_photographs_is_right(kit: "Kit", work: Path, bccd: Path, tier: str) -> None:
+    """Fifty of them, of which eight are sampled: within a tenth of what they take."""
+    names = ("Platelets", "RBC", "WBC")
+    config = kit.config(classes=len(names))
+    ckpt = kit.save_detector(work / "teacher.pth", config, names)
+    data = ("--ann-file", bccd / "train.json", "--img-dir", bccd / "JPEGImages", "--limit", 50)
+    command = (
+        "cache-teacher",
+        "--ckpt",
+        ckpt,
+        *data,
+        "--scale",
+        "256x192",
+        "--targets",
+        tier,
+        "--out",
+        work / "x.zarr",
+    )
+    said = row(kit.run(*command, "--dry-run").out, "targets")[1]
+    ended = kit.run(*command)
+    parts = sum(file.stat().st_size for file in (work / "x.zarr" / "parts").rglob("*") if file.is_file())
+    head = sum(file.stat().st_size for file in (work / "x.zarr" / "head").rglob("*") if file.is_file())
+    assert said == pytest.approx(parts, rel=0.1)
+    found = re.search(
+        r"([\d.]+) (\w+) on disk \(\d+ % of the raw bytes\), and ([\d.]+) (\w+) of the teacher's heads", ended.out
+    )
+    assert found is not None
+    assert float(found[1]) * UNITS[found[2]] == pytest.approx(parts, rel=0.05)  # with the root of the cache
+    assert float(found[3]) * UNITS[found[4]] == pytest.approx(head, rel=0.01)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_made(
     kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
