@@ -1,13 +1,13 @@
 """`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
@@ -16,28 +16,18 @@ from kdpipe.cache.read.local_copy import LocalCopy
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.store.location import share_location
-from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
-from kdpipe.distill.teacher.source import CachedTeacher
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.data.mask_check import check_masks
-from kdpipe.pipelines.data.provenance import recorded
-from kdpipe.pipelines.detectors.configs import apply_known_options, set_num_classes
-from kdpipe.pipelines.detectors.mmdet2 import dictionaries
 from kdpipe.pipelines.teacher.online import OnlineTeacher
-from kdpipe.pipelines.training.config import Recipe, detector_config, with_overrides, world_size
-from kdpipe.pipelines.training.data import innermost, with_filter
+from kdpipe.pipelines.training.config import Recipe, own_config, training_config, world_size
 from kdpipe.pipelines.training.distill_options import distill_options, other_options, unused_options
-from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.training.recipe import check_resumed, plain_values, training_record
-from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run import TrainingResult, run_training, training_copies
-from kdpipe.pipelines.training.student_check import build_detector, check_hooks, check_student
+from kdpipe.pipelines.training.student_check import build_detector, check_student
 from kdpipe.pipelines.training.student_choices import teacher_name, who_chooses_rois
-from kdpipe.pipelines.training.transform_types import check_named
-from kdpipe.pipelines.training.transforms import AddTeacherTargets, with_teacher_targets
 from kdpipe.pipelines.training.work_dir import WorkDir
+from kdpipe.pipelines.training.wrapping import with_distillation, with_seeds
 
 __all__ = ["check_data", "train_student"]
 
@@ -137,17 +127,13 @@ def train_student(
         train = train if images is None else train.only(images)
         if skipped := {image["image_id"] for image in cache.skipped}:
             train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
-    config = apply_known_options(with_filter(config), recipe.options)
-    train, val = training_copies(train, val, config, recipe, work, console)
-    cfg = detector_config(config, train, val, recipe)
-    set_num_classes(cfg.model, teacher.spec.num_classes)
-    cfg = with_overrides(cfg, other_options(recipe.options), recipe.source)
-    check_masks(cfg, train)
-    report_replaced(config, cfg, console)
-    recorded = copy.deepcopy(cfg)
+    plain = replace(recipe, options=other_options(recipe.options))
+    config = own_config(config, plain)
+    train, val = training_copies(train, val, config, plain, work, console)
+    cfg = training_config(config, train, val, plain, console)
     record = training_record(
         "student",
-        recorded,
+        cfg,
         world_size(),
         train,
         val,
@@ -160,9 +146,9 @@ def train_student(
             "missing_view": missing_view,
         },
     )
+    running = cfg
     if methods:
-        check_hooks(cfg)
-        _distil(cfg, teacher, methods, sorted(needed_fields(losses)), distill, chosen, missing_view)
+        running = with_distillation(cfg, teacher, methods, needed_fields(losses), distill, chosen, missing_view)
     with ExitStack() as stack:
         if cache is not None:
             share_location(cache.location)
@@ -170,16 +156,9 @@ def train_student(
                 fields = _read_fields(cache.spec, needed_fields(losses), chosen)
                 say = partial(console.print, markup=False)
                 stack.enter_context(LocalCopy(cache.location, local_copy, local_bytes, fields, say))
-        return run_training(
-            cfg,
-            recorded,
-            [train] if val is None else [train, val],
-            work,
-            record,
-            resume=resume,
-            console=console,
-            cache=None if cache is None else cache.location,
-        )
+        running = with_seeds(running, None if cache is None else cache.location)
+        data = [train] if val is None else [train, val]
+        return run_training(running, cfg, data, work, record, resume=resume, console=console)
 
 
 def _read_fields(spec: CacheSpec, needs: Collection[str], rois: str | None) -> list[str]:
@@ -241,54 +220,3 @@ def _check_teacher(teacher: TeacherCache | OnlineTeacher, begun: Mapping[str, An
 
 def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
     return {**teacher.identity, "spec": teacher.spec.to_json()}
-
-
-def _distil(
-    cfg: Config,
-    teacher: TeacherCache | OnlineTeacher,
-    methods: Sequence[str],
-    needs: Sequence[str],
-    distill: ConfigDict,
-    rois: str | None,
-    missing_view: str,
-) -> None:
-    """Wrap the model of a config; where losses need what a cache holds of each image, its pipeline reads that."""
-    if isinstance(teacher, OnlineTeacher):
-        source = teacher.source()
-        if rois == "teacher":
-            source = {**source, "rois": {"needs": list(needs), **distill.rois}}
-    else:
-        source = {"type": CachedTeacher.__name__, "cache": teacher.location.address}
-    pixels = recorded(teacher.identity, "teacher", "pixels") or {}
-    later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
-    parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
-    pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
-    check_named(distill.transforms, pipelines)
-    if rois is not None and isinstance(teacher, OnlineTeacher):
-        check_seen_alike(pipelines, pixels)
-    if rois is not None and isinstance(teacher, TeacherCache):
-        transform = {
-            "type": AddTeacherTargets.__name__,
-            "cache": source["cache"],
-            "needs": list(needs),
-            "rois": rois,
-            **distill.rois,
-            "missing_view": missing_view,
-            "allow_partial": True,  # it was the caller's to refuse
-        }
-        dataset = innermost(cfg.train_dataloader.dataset)
-        for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
-            check_read_alike(part[key], pixels)
-            part[key] = with_teacher_targets(part[key], transform, distill.transforms)
-    cfg.model = {
-        "type": DistilledDetector.__name__,
-        "student": cfg.model,
-        "spec": teacher.spec.to_json(),
-        "methods": list(methods),
-        "teacher": source,
-        "weights": distill.weights,
-        "sgfi": distill.sgfi,
-        "ckd": distill.ckd,
-        "rois": distill.rois,
-        "share_interval": distill.share_interval,
-    }

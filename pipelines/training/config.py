@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from rich.console import Console
 
 from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.detectors.configs import apply_options
+from kdpipe.pipelines.data.mask_check import check_masks
+from kdpipe.pipelines.detectors.configs import apply_known_options, apply_options, set_num_classes
 from kdpipe.pipelines.detectors.literal_config import ConfigError
 from kdpipe.pipelines.training.data import (
     annotation_copy,
@@ -19,12 +21,14 @@ from kdpipe.pipelines.training.data import (
     pipeline_of,
     training_dataset,
     training_samplers,
+    with_filter,
 )
 from kdpipe.pipelines.training.optimisers import optim_wrapper
+from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run_settings import set_run
 from kdpipe.pipelines.training.transforms import set_scale
 
-__all__ = ["SCHEDULES", "Recipe", "detector_config", "set_validation", "with_overrides", "world_size"]
+__all__ = ["SCHEDULES", "Recipe", "own_config", "set_validation", "training_config", "with_overrides", "world_size"]
 
 SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
@@ -81,21 +85,40 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def detector_config(config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe) -> Config:
-    """A runnable training config for a plain detector.
+def own_config(config: Config, recipe: Recipe) -> Config:
+    """A user's config with their overrides, as far as it knows the places of these: what decides what is kept of it."""
+    return apply_known_options(with_filter(config), recipe.options)
 
-    Keeps what the user's config says of the model, of how images are read and of hooks; sets the images, and optimiser
-    and schedule where the recipe is the paper's. The recipe's overrides are not applied yet.
+
+def training_config(
+    config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe, console: Console
+) -> Config:
+    """The training config of a plain detector, which nothing changes any more: `wrapping` only puts things around it.
+
+    Three layers: the user's config, of which model, hooks and how images are read stay; what kdpipe sets (images,
+    number of classes, what options of the command line say, and the paper's optimiser and schedule unless the recipe is
+    the config's); and the overrides.
 
     Args:
-        config: mmdet config of the detector, with the overrides in it that it knows the place of.
-        train: Training images.
+        config: The user's, as `own_config` gives it.
+        train: Training images; the detector gets their classes.
         val: Validation images, or None.
         recipe: Schedule and options.
+        console: Told what of the config is not used.
 
     Raises:
-        KdpipeError: There is nothing to train on, or the config's data set or pipelines cannot be used.
+        KdpipeError: There is nothing to train on; the config's data set or pipelines cannot be used; or an override is
+            of what kdpipe sets itself, or leads nowhere.
     """
+    cfg = _detector_config(config, train, val, recipe)
+    set_num_classes(cfg.model, len(train.class_names))
+    cfg = with_overrides(cfg, recipe.options, recipe.source)
+    check_masks(cfg, train)
+    report_replaced(config, cfg, console)
+    return cfg
+
+
+def _detector_config(config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe) -> Config:
     if not any(image.num_gt for image in train.images):
         raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
     cfg = copy.deepcopy(config)

@@ -1,6 +1,5 @@
 """From a runnable config to a finished training: what `train-teacher` and `train-student` share."""
 
-import copy
 import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,37 +13,31 @@ from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.store.location import Location
-from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.data.mask_check import check_masks
 from kdpipe.pipelines.data.picture_checks import usable_images
 from kdpipe.pipelines.data.report import report_data
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
-from kdpipe.pipelines.detectors.configs import apply_known_options, set_num_classes
 from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale, test_steps
 from kdpipe.pipelines.detectors.start_weights import StartWeightsHook, check_start_weights
 from kdpipe.pipelines.runtime.console import silent_stdout
 from kdpipe.pipelines.runtime.launch import is_first
-from kdpipe.pipelines.training.config import Recipe, detector_config, with_overrides, world_size
-from kdpipe.pipelines.training.data import left_out_by, pipeline_of, with_filter
+from kdpipe.pipelines.training.config import Recipe, own_config, training_config, world_size
+from kdpipe.pipelines.training.data import left_out_by, pipeline_of
 from kdpipe.pipelines.training.faults import training_faults
 from kdpipe.pipelines.training.guard import FiniteHook, UsefulLossesHook
-from kdpipe.pipelines.training.parcel import pack_batch
 from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.training.progress import ProgressHook
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.recipe import check_resumed, check_saving, training_record
-from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.training.schedule import cosine_schedule
-from kdpipe.pipelines.training.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.training.student_check import build_detector
 from kdpipe.pipelines.training.work_dir import WorkDir
 from kdpipe.pipelines.training.work_dir_hook import WorkDirHook
-from kdpipe.pipelines.training.workers import end_workers, init_worker, preload_workers
+from kdpipe.pipelines.training.workers import end_workers, preload_workers
+from kdpipe.pipelines.training.wrapping import with_seeds
 
 __all__ = ["TrainingResult", "run_training", "train_detector", "training_copies"]
 
@@ -93,16 +86,12 @@ def train_detector(
     build_detector(config, recipe.options)
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
-    config = apply_known_options(with_filter(config), recipe.options)
+    config = own_config(config, recipe)
     train, val = training_copies(train, val, config, recipe, work, console)
-    cfg = detector_config(config, train, val, recipe)
-    set_num_classes(cfg.model, len(train.class_names))
-    cfg = with_overrides(cfg, recipe.options, recipe.source)
-    check_masks(cfg, train)
-    report_replaced(config, cfg, console)
+    cfg = training_config(config, train, val, recipe, console)
     record = training_record("teacher", cfg, world_size(), train, val)
     data = [train] if val is None else [train, val]
-    return run_training(cfg, copy.deepcopy(cfg), data, work, record, resume=resume, console=console)
+    return run_training(with_seeds(cfg), cfg, data, work, record, resume=resume, console=console)
 
 
 def training_copies(
@@ -144,19 +133,17 @@ def run_training(
     *,
     resume: bool,
     console: Console,
-    cache: Location | None = None,
 ) -> TrainingResult:
     """Train by mmengine's Runner.
 
     Args:
-        cfg: The config that runs.
+        cfg: The config that runs, as `with_seeds` gives it.
         recorded: The plain detector's config, which checkpoints carry.
         data: The data sets that the config reads, whose copies are written.
         work: Where logs and checkpoints go.
         record: What the training is begun with, as `training_record` gives it.
         resume: Go on from the newest checkpoint in the work directory.
         console: Where progress is shown.
-        cache: Compare each image with the one that this cache was made from.
 
     Raises:
         KdpipeError: The config cannot be built, the training that is resumed or its checkpoint does not fit, or data
@@ -175,7 +162,6 @@ def run_training(
     if not cfg.get("resume"):
         check_start_weights(recorded, console)
         cfg.load_from = None  # our hook loads it, where mmengine would miss the student in a distillation
-    _make_reproducible(cfg, cache)
     if not torch.cuda.is_available():  # by itself, mmengine names a GPU to each process
         unused = cfg.get("find_unused_parameters", False)
         wrapper = {"broadcast_buffers": False, "find_unused_parameters": unused, **(cfg.get("model_wrapper_cfg") or {})}
@@ -263,25 +249,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _make_reproducible(cfg: Config, cache: Location | None = None) -> None:
-    """Add what makes every random choice a function of seed, epoch and image, and what ends loader workers with us.
-
-    Not part of the recorded config, which stock mmdet reads without kdpipe.
-    """
-    cfg.train_dataloader.dataset = {
-        "type": SeededDataset.__name__,
-        "dataset": cfg.train_dataloader.dataset,
-        "seed": cfg.randomness.seed,
-        "cache": cache and cache.address,
-    }
-    cfg.train_dataloader.sampler = {"type": EpochSampler.__name__, "sampler": cfg.train_dataloader.sampler}
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
-    if cfg.val_dataloader is not None:
-        cfg.val_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.val_dataloader.dataset}
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        if loader is not None:
-            loader.worker_init_fn = {"type": init_worker.__name__}
-            if loader.num_workers:
-                loader.collate_fn = {"type": pack_batch.__name__}

@@ -10,6 +10,7 @@ from mmdet.registry import DATASETS, MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from rich.console import Console
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -27,7 +28,7 @@ from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
-from kdpipe.pipelines.training.config import Recipe, detector_config
+from kdpipe.pipelines.training.config import Recipe, training_config
 from kdpipe.pipelines.training.transforms import with_teacher_targets
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class BloodCells:
 
     def batch(self, cache: Path, flip: bool) -> Any:
         """The images as a training's pipeline hands them out, all flipped or none."""
-        cfg: Config = detector_config(self.student, self.data, None, Recipe(epochs=1, scale=SCALE))
+        cfg: Config = training_config(self.student, self.data, None, Recipe(epochs=1, scale=SCALE), Console(quiet=True))
         dataset = cfg.train_dataloader.dataset
         for transform in dataset.pipeline:
             if transform["type"] == "RandomFlip":

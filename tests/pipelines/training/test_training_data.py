@@ -11,13 +11,14 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.detectors.configs import apply_known_options
-from kdpipe.pipelines.training.config import Recipe, detector_config
+from kdpipe.pipelines.training.config import Recipe, training_config
 from kdpipe.pipelines.training.data import innermost, left_out_by, with_filter
-from kdpipe.pipelines.training.run import _make_reproducible
+from kdpipe.pipelines.training.wrapping import with_seeds
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -64,8 +65,7 @@ def loader(data: DetectionData, dataset: dict[str, Any], **options: Any) -> Any:
     """The training loader that a training with a config's data set would have, built."""
     config = Config({"model": {"type": "X"}, "train_dataloader": {"dataset": dataset, **options}})
     recipe = Recipe(epochs=1, batch_size=2, workers=0, scale=(128, 96))
-    cfg = detector_config(config, data, None, recipe)
-    _make_reproducible(cfg)
+    cfg = with_seeds(training_config(config, data, None, recipe, Console(quiet=True)))
     with DefaultScope.overwrite_default_scope("mmdet"):
         return Runner.build_dataloader(cfg.train_dataloader, seed=0)
 

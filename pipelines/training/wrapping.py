@@ -1,0 +1,123 @@
+"""What kdpipe puts around the parts of a training config: targets beside images, losses around the detector, seeds."""
+
+import copy
+from collections.abc import Collection, Sequence
+
+from mmengine.config import Config, ConfigDict
+
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.cache.store.location import Location
+from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.teacher.source import CachedTeacher
+from kdpipe.pipelines.data.checked_dataset import CheckedDataset
+from kdpipe.pipelines.data.provenance import recorded
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries
+from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.training.data import innermost
+from kdpipe.pipelines.training.parcel import pack_batch
+from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
+from kdpipe.pipelines.training.seeding import EpochSampler, SeededDataset, SeedStepHook
+from kdpipe.pipelines.training.student_check import check_hooks
+from kdpipe.pipelines.training.transform_types import check_named
+from kdpipe.pipelines.training.transforms import AddTeacherTargets, with_teacher_targets
+from kdpipe.pipelines.training.workers import init_worker
+
+__all__ = ["with_distillation", "with_seeds"]
+
+
+def with_distillation(
+    cfg: Config,
+    teacher: TeacherCache | OnlineTeacher,
+    methods: Sequence[str],
+    needs: Collection[str],
+    distill: ConfigDict,
+    rois: str | None,
+    missing_view: str,
+) -> Config:
+    """A copy of a training config with the losses around its detector.
+
+    Where the losses need what a cache holds of each image, its pipeline reads that.
+
+    Args:
+        cfg: As `training_config` gives it.
+        teacher: Where targets come from.
+        methods: Some of `METHODS`.
+        needs: Fields of a cache that their losses read.
+        distill: As `distill_options` gives them.
+        rois: `teacher` or `student`: who chooses the RoIs; None where there are no losses.
+        missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+
+    Raises:
+        KdpipeError: Hooks or transforms of the config that the targets cannot follow.
+    """
+    check_hooks(cfg)
+    cfg, needs = copy.deepcopy(cfg), sorted(needs)
+    if isinstance(teacher, OnlineTeacher):
+        source = teacher.source()
+        if rois == "teacher":
+            source = {**source, "rois": {"needs": needs, **distill.rois}}
+    else:
+        source = {"type": CachedTeacher.__name__, "cache": teacher.location.address}
+    pixels = recorded(teacher.identity, "teacher", "pixels") or {}
+    later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
+    parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
+    pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
+    check_named(distill.transforms, pipelines)
+    if rois is not None and isinstance(teacher, OnlineTeacher):
+        check_seen_alike(pipelines, pixels)
+    if rois is not None and isinstance(teacher, TeacherCache):
+        transform = {
+            "type": AddTeacherTargets.__name__,
+            "cache": source["cache"],
+            "needs": needs,
+            "rois": rois,
+            **distill.rois,
+            "missing_view": missing_view,
+            "allow_partial": True,  # it was the caller's to refuse
+        }
+        dataset = innermost(cfg.train_dataloader.dataset)
+        for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
+            check_read_alike(part[key], pixels)
+            part[key] = with_teacher_targets(part[key], transform, distill.transforms)
+    cfg.model = {
+        "type": DistilledDetector.__name__,
+        "student": cfg.model,
+        "spec": teacher.spec.to_json(),
+        "methods": list(methods),
+        "teacher": source,
+        "weights": distill.weights,
+        "sgfi": distill.sgfi,
+        "ckd": distill.ckd,
+        "rois": distill.rois,
+        "share_interval": distill.share_interval,
+    }
+    return cfg
+
+
+def with_seeds(cfg: Config, cache: Location | None = None) -> Config:
+    """A copy of a training config in which every random choice is a function of seed, epoch and image.
+
+    Loader workers end with the training. Nothing of this is in the recorded config, which stock mmdet reads without
+    kdpipe.
+
+    Args:
+        cfg: As `training_config` gives it, or `with_distillation`.
+        cache: Compare each image with the one that this cache was made from.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.train_dataloader.dataset = {
+        "type": SeededDataset.__name__,
+        "dataset": cfg.train_dataloader.dataset,
+        "seed": cfg.randomness.seed,
+        "cache": cache and cache.address,
+    }
+    cfg.train_dataloader.sampler = {"type": EpochSampler.__name__, "sampler": cfg.train_dataloader.sampler}
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
+    if cfg.val_dataloader is not None:
+        cfg.val_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.val_dataloader.dataset}
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        if loader is not None:
+            loader.worker_init_fn = {"type": init_worker.__name__}
+            if loader.num_workers:
+                loader.collate_fn = {"type": pack_batch.__name__}
+    return cfg
