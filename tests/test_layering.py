@@ -12,6 +12,8 @@ OPENMMLAB = {"mmcv", "mmdet", "mmengine"}
 # the model that mmengine's runner trains, and what a student of mmdet shows to its losses
 _ADAPTERS = ("detector", "preprocessor", "students/dense", "students/two_stage", "students/structure")
 ADAPTERS = {f"distill/{name}.py" for name in _ADAPTERS}
+# rooms of pipelines/ above the others -> those that may import them
+COMMANDS = {"commands": ("commands", "demo", "cli"), "demo": ("demo", "cli"), "cli": ("cli",)}
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 PACKAGES = [path for path in MODULES if path.name == "__init__.py"]
 
@@ -32,6 +34,40 @@ def imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             origin = "." * node.level + (node.module or "")
             yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def commands_imported(file: str, tree: ast.AST) -> list[str]:
+    """The commands, or what starts them, that a module of `pipelines/` imports from below them."""
+    room = file.split("/")[1]
+    return [
+        imported
+        for imported in imports(tree)
+        if any(
+            f"{imported}.".startswith(f"kdpipe.pipelines.{above}.") and room not in below
+            for above, below in COMMANDS.items()
+        )
+    ]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name(path).startswith("pipelines/")], ids=name)
+def test_commands_are_imported_by_what_starts_them_only(path: Path) -> None:
+    assert commands_imported(name(path), parse(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "count"),
+    [
+        ("pipelines/training/x.py", "from kdpipe.pipelines.commands.doctor import run_doctor", 1),
+        ("pipelines/training/x.py", "def f():\n    from kdpipe.pipelines import commands", 1),
+        ("pipelines/data/x.py", "import kdpipe.pipelines.demo.run", 1),
+        ("pipelines/commands/x.py", "from kdpipe.pipelines.cli.options import PATH", 1),
+        ("pipelines/commands/x.py", "from kdpipe.pipelines.commands.dry_run import estimate", 0),
+        ("pipelines/demo/x.py", "from kdpipe.pipelines.commands.cache_teacher import cache_teacher", 0),
+        ("pipelines/cli/x.py", "from kdpipe.pipelines.demo.run import run_demo", 0),
+    ],
+)
+def test_a_command_that_is_imported_is_found(file: str, code: str, count: int) -> None:
+    assert len(commands_imported(file, ast.parse(code))) == count
 
 
 def violations(layer: str, file: str, tree: ast.AST) -> list[str]:

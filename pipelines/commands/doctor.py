@@ -18,8 +18,9 @@ from rich.text import Text
 
 from kdpipe.pipelines.mmcv_ops.bridge import extension_names, extension_state
 from kdpipe.pipelines.runtime.console import bytes_text
+from kdpipe.pipelines.runtime.machine import shared_memory
 
-__all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_doctor", "shared_memory"]
+__all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_doctor"]
 
 MMCV_FOR_MMDET = SpecifierSet(">=2.0.0rc4,<2.2")  # what mmdet 3.3.0 accepts
 BRIDGE_REMEDY = "pip uninstall -y mmcv mmcv-lite && pip install mmcv-lite==2.1.0"
@@ -93,15 +94,6 @@ def inspect_environment() -> Environment:
         has_nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
         shared_memory=shared_memory(),
     )
-
-
-def shared_memory() -> int | None:
-    """Bytes of /dev/shm; None where there is none."""
-    try:
-        found = os.statvfs("/dev/shm")
-    except OSError:
-        return None
-    return found.f_frsize * found.f_blocks
 
 
 def _versions(names: Iterable[str]) -> dict[str, str]:
