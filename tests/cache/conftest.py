@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,6 +25,9 @@ from kdpipe.cache.store.folder import Folder
 from kdpipe.cache.store.location import Place
 from kdpipe.cache.views import input_size
 from kdpipe.cache.write.arrays import write_array
+
+if TYPE_CHECKING:
+    from tests.conftest import Forks
 
 
 class Kit:
@@ -198,6 +201,14 @@ class Kit:
 @pytest.fixture(scope="session")
 def kit() -> type[Kit]:
     return Kit
+
+
+@pytest.fixture(scope="session")
+def forks(forking: "type[Forks]") -> "Iterator[Forks]":
+    """Starts processes that have imported this file and `kdpipe.cache`."""
+    forks = forking(Path(__file__).parent, "conftest", "kdpipe.cache")
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,7 @@ digests of them) is left out. Where a test of it fails:
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +36,7 @@ from kdpipe.cache.write.arrays import write_array
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
+    from tests.conftest import Forks
 
 GOLDEN = Path(__file__).with_name("format_v1.json")
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
@@ -261,20 +259,20 @@ def test_what_kdpipe_reads_with_checks_some_rows(tmp_path: Path, codec: str, lib
 
 
 AGAIN = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import conftest
+import sys, conftest, zarr
+from numcodecs import blosc
+zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})
+blosc.set_nthreads(1)
 for codec in ("zstd", "lz4", "none"):
     spec = conftest.Kit.spec(dtype="float16", codec=codec, channels=64, scale=(320, 240))
     conftest.Kit.make(conftest.Path(sys.argv[1]) / codec, spec, count=3)
 """
 
 
-def test_equal_targets_are_equal_bytes(tmp_path: Path, kit: "type[Kit]") -> None:
-    """In two runs, and with any number of threads of zarr, blosc and torch."""
-    threads = {"ZARR_THREADING__MAX_WORKERS": "1", "ZARR_ASYNC__CONCURRENCY": "1", "BLOSC_NTHREADS": "1"}
-    command = [sys.executable, "-c", AGAIN, str(tmp_path), str(Path(__file__).parent)]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, **threads, "OMP_NUM_THREADS": "1"})
+def test_equal_targets_are_equal_bytes(tmp_path: Path, kit: "type[Kit]", forks: "Forks") -> None:
+    """In two processes, and with any number of threads of zarr and blosc."""
+    other = forks.start(AGAIN, tmp_path, cwd=tmp_path)
+    assert other.wait() == 0, other.err
     for codec in CODECS:
         spec = kit.spec(dtype="float16", codec=codec, channels=64, scale=(320, 240))
         with zarr.config.set({"async.concurrency": 8}):

@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,13 +64,6 @@ else:
     kit.fill(writer)
 print(calls)
 """
-
-
-@pytest.fixture(scope="module")
-def forks(forking: "type[Forks]") -> "Iterator[Forks]":
-    forks = forking(Path(__file__).parent, "conftest", "kdpipe.cache")
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

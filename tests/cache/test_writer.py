@@ -20,6 +20,7 @@ from kdpipe.cache.store.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
+    from tests.conftest import Forks
 
 
 class KilledError(Exception):
@@ -62,23 +63,21 @@ def test_order_and_threads_do_not_change_the_bytes(tmp_path: Path, kit: "type[Ki
 
 
 KILLED = """
-import os, sys
-sys.path.insert(0, sys.argv[2])
-import conftest
+import os, sys, conftest
 kit = conftest.Kit
 writer = kit.writer(conftest.Path(sys.argv[1]), kit.spec(), kit.images())
 kit.fill(writer, [0])
 with writer.part(1) as part:
     part.add(kit.record(writer.images[writer.parts[1].start], "identity", writer.spec))
-    print("adding", flush=True)
     os.kill(os.getpid(), 9)
 """
 
 
-def test_a_killed_process_leaves_a_cache_to_go_on_with(tmp_path: Path, cache_path: Path, kit: "type[Kit]") -> None:
+def test_a_killed_process_leaves_a_cache_to_go_on_with(
+    tmp_path: Path, cache_path: Path, kit: "type[Kit]", forks: "Forks"
+) -> None:
     path = tmp_path / "other.zarr"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(Path(__file__).parent)], timeout=120)
-    assert killed.returncode == -9
+    assert forks.start(KILLED, path, cwd=tmp_path).wait() == -9
     assert [entry.name for entry in (path / "parts").iterdir() if entry.name.endswith(".tmp")]
     with pytest.raises(CacheError, match="incomplete"):
         open_cache(path)
@@ -344,10 +343,8 @@ def test_errors_of_the_disk(
 
 
 FULL = """
-import resource, signal, sys
+import resource, signal, sys, conftest
 from kdpipe.cache import CacheError
-sys.path.insert(0, sys.argv[2])
-import conftest
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 kit = conftest.Kit
 writer = kit.writer(conftest.Path(sys.argv[1]), kit.spec(codec="none"), kit.images())
@@ -360,12 +357,12 @@ except CacheError as error:
 """
 
 
-def test_a_full_disk(tmp_path: Path, kit: "type[Kit]") -> None:
+def test_a_full_disk(tmp_path: Path, kit: "type[Kit]", forks: "Forks") -> None:
     path = tmp_path / "x.zarr"
-    command = [sys.executable, "-c", FULL, str(path), str(Path(__file__).parent)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "is full" in answer.stdout
-    assert "run the same command again" in answer.stdout
+    process = forks.start(FULL, path, cwd=tmp_path)
+    assert process.wait() == 0, process.err
+    assert "is full" in process.out
+    assert "run the same command again" in process.out
     writer = kit.writer(path, kit.spec(codec="none"), kit.images())
     assert writer.pending() == list(range(1, len(writer.parts)))
     assert not list(path.glob("parts/.*"))
