@@ -19,6 +19,7 @@ from kdpipe.cache.write.encode import encode_record
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
+    from tests.conftest import Forks
 
 
 def check(record: TeacherRecord, targets: TeacherTargets, spec: CacheSpec) -> None:
@@ -270,9 +271,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
-def test_forked_after_the_parent_has_read(cache_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", FORKED, str(cache_path)], timeout=120, check=True)
+def test_forked_after_the_parent_has_read(tmp_path: Path, cache_path: Path, forks: "Forks") -> None:
+    process = forks.start(FORKED, cache_path, cwd=tmp_path)
+    assert process.wait() == 0, process.err
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(2, 100), (100, 2)])
