@@ -240,24 +240,6 @@ def test_zarrs_checks_whole_shards(tmp_path: Path, codec: str) -> None:
     assert np.array_equal(read_zarrs(tmp_path / "x", ALL), values)
 
 
-@pytest.mark.parametrize("library", ["zarr", "tensorstore"])
-@pytest.mark.parametrize("codec", CODECS)
-def test_what_kdpipe_reads_with_checks_some_rows(tmp_path: Path, codec: str, library: str) -> None:
-    """Every byte of the chunks that rows lie in, and of the index."""
-    values = np.arange(192, dtype=np.float32).reshape(64, 3)
-    write_array(WrittenFiles(LocalStore(tmp_path)), "x", array_layout("", (3,), "float32", codec, 16), values)
-    file, read = tmp_path / "x" / "c.0.0", LIBRARIES[library]
-    data = file.read_bytes()
-    index = np.frombuffer(data[-68:-4], dtype="<u8").reshape(4, 2)
-    (start, size), beyond = index[1].tolist(), int(index[3, 0])
-    for at in (*range(start, start + size, 3), *range(len(data) - 68, len(data), 3)):
-        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-        with pytest.raises((ValueError, RuntimeError)):
-            read(tmp_path / "x", slice(17, 19))
-    file.write_bytes(data[:beyond] + bytes([data[beyond] ^ 1]) + data[beyond + 1 :])  # of another chunk
-    assert np.array_equal(read(tmp_path / "x", slice(17, 19)), values[17:19])
-
-
 AGAIN = """
 import sys, conftest, zarr
 from numcodecs import blosc

@@ -14,6 +14,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from kdpipe.cache.format.layout import ArrayLayout, array_layout, index_columns, is_as_written, part_layout
 from kdpipe.cache.format.zarr_arrays import FileArray, StoreArray, WrittenFiles, check_metadata
+from kdpipe.cache.read.range_array import RangeArray
 from kdpipe.cache.spec import CODECS, DTYPES, TIERS
 from kdpipe.cache.store.folder import Folder
 from kdpipe.cache.store.location import GoneError
@@ -38,12 +39,29 @@ def some(layout: ArrayLayout, rows: int, seed: int = 0) -> "np.ndarray[Any, Any]
     return numbers.astype(layout.dtype)
 
 
+class Far(Folder):
+    """A folder of which ranges are fetched, as of an object store."""
+
+    async def fetch(self, key: str, start: int, stop: int) -> bytes:
+        data = self.read(key) or b""
+        if len(data) < stop:
+            raise GoneError(key)
+        return data[start:stop]
+
+
+def readers(folder: Path, layout: ArrayLayout, rows: int) -> list[FileArray | StoreArray | RangeArray]:
+    """All that read the array `x`."""
+    sizes = {file.name: file.stat().st_size for file in (folder / "x").iterdir()}
+    remote = RangeArray(Far(folder), "x", layout, rows, sizes)
+    return [FileArray(folder / "x", layout, rows), StoreArray(folder / "x", layout, rows), remote]
+
+
 @settings(max_examples=40)
 @given(layout=layouts, rows=st.integers(0, 60), pieces=st.lists(st.integers(0, 40), max_size=5), data=st.data())
 def test_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, layout: ArrayLayout, rows: int, pieces: list[int], data: st.DataObject
 ) -> None:
-    """Appended in pieces, read by both readers and by zarr, in any range; and the files are those that are foretold."""
+    """Appended in pieces, read by all readers and by zarr, in any range; and the files are those that are foretold."""
     folder, values = tmp_path_factory.mktemp("a"), some(layout, rows)
     files = WrittenFiles(LocalStore(folder))
     writer = ArrayWriter(files, "x", layout)
@@ -60,10 +78,7 @@ def test_written_and_read(
     array: Any = zarr.open_array(folder / "x", mode="r")
     assert array.dtype == values.dtype
     assert np.array_equal(array[...], values)
-    for reader in (
-        FileArray(folder / "x", layout, rows),
-        StoreArray(Folder(folder).zarr_store(), "x", layout, rows),
-    ):
+    for reader in readers(folder, layout, rows):
         start = data.draw(st.integers(0, rows))
         stop = data.draw(st.integers(start, rows))
         block = reader.start(range(start, stop)).result()
@@ -125,13 +140,13 @@ def test_missing_files_are_not_zeros(tmp_path: Path, state: str) -> None:
     """Zarr takes what is missing for the fill value."""
     layout = array_layout("box", (3,), "float32", "none", 16)
     write_array(WrittenFiles(LocalStore(tmp_path)), "x", layout, some(layout, 40))
-    local, store = FileArray(tmp_path / "x", layout, 40), StoreArray(Folder(tmp_path).zarr_store(), "x", layout, 40)
+    opened = readers(tmp_path, layout, 40)
     file = tmp_path / "x" / "c.0.0"
     if state == "gone":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[: 0 if state == "empty" else 150])
-    for reader in (local, store):
+    for reader in opened:
         with pytest.raises((ValueError, GoneError)):
             reader.start(range(20, 30)).result()
 
@@ -163,3 +178,23 @@ def test_arrays_of_a_part(kit: "type[Kit]", tier: str, dtype: str, codec: str) -
 def test_a_shape_that_is_huge_costs_nothing() -> None:
     layout = array_layout("box", (4,), "float32", "zstd")
     assert layout.num_files(10**12) == -(-(10**12) // layout.shard_rows)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_reader_checks_the_rows_it_reads(tmp_path: Path, codec: str) -> None:
+    """A changed byte in their chunk, or in the index of the shard, is an error; one of another chunk is not seen."""
+    layout = array_layout("box", (3,), "float32", codec, 16)
+    values = np.arange(192, dtype=np.float32).reshape(64, 3)
+    write_array(WrittenFiles(LocalStore(tmp_path)), "x", layout, values)
+    file = tmp_path / "x" / "c.0.0"
+    data = file.read_bytes()
+    places = np.frombuffer(data[-68:-4], dtype="<u8").reshape(4, 2)
+    (start, size), other = places[1].tolist(), int(places[3, 0])
+    for at in (*range(start, start + size, 5), *range(len(data) - 68, len(data), 5)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        for reader in readers(tmp_path, layout, 64):
+            with pytest.raises((ValueError, RuntimeError)):
+                reader.start(range(17, 19)).result()
+    file.write_bytes(data[:other] + bytes([data[other] ^ 1]) + data[other + 1 :])
+    for reader in readers(tmp_path, layout, 64):
+        assert np.array_equal(reader.start(range(17, 19)).result(), values[17:19])
