@@ -60,7 +60,8 @@ class Bucket(Location):
         return self.is_absent()
 
     def is_absent(self) -> bool:
-        return not self._list("")
+        """Also where another process is about to make a cache, or died of it: its files are there before the record."""
+        return self.read(RECORD) is None and all(_OURS.match(meta["path"]) for meta in self._list(""))
 
     def size(self, key: str) -> int:
         return sum(meta["size"] for meta in self._list(key))

@@ -28,7 +28,7 @@ _FIRST_PATIENCE, _PATIENCE = 8.0, 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 _TOLD_EVERY = 30.0
 # Seconds that a request may take, its body included; files of up to 64 MiB go up in one.
-_TIMEOUT, _UPLOAD_TIMEOUT = 60, 900
+_TIMEOUT, _UPLOAD_TIMEOUT = 30, 900
 _memory: dict[str, MemoryStore] = {}
 _pid: int | None = None
 _lock = threading.Lock()

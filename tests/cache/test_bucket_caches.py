@@ -131,6 +131,18 @@ def test_nothing_there(location: Bucket) -> None:
         open_cache(location)
 
 
+def test_a_cache_that_another_process_is_about_to_make(location: Bucket, kit: Any, tmp_path: Path) -> None:
+    """Files come before the record; whoever comes meanwhile, or after the other died, makes the cache."""
+    folder = kit.make(tmp_path / "x.zarr")
+    for file in (folder / "plan").rglob("*"):
+        if file.is_file():
+            obstore.put(location._client.open(), file.relative_to(folder).as_posix(), file)
+    with pytest.raises(CacheError, match="There is no cache"):
+        open_cache(location)
+    kit.fill(kit.writer(location, kit.spec(), kit.images()))
+    assert_same(open_cache(location), open_cache(folder))
+
+
 def test_something_else_is_there(location: Bucket, kit: Any) -> None:
     obstore.put(location._client.open(), "something.txt", b"else")
     with pytest.raises(CacheError, match="is not a kdpipe cache"):
