@@ -42,7 +42,7 @@ def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
         KdpipeError: Naming what differs.
     """
     data = match_classes(data, cache.spec.class_names, f"the cache {cache.location.title}")
-    lines = difference({"data": cache.identity["data"]}, {"data": data.digest()})
+    lines = difference({"data": cache.identity.get("data")}, {"data": data.digest()})
     if not lines:
         return data
     here = {image.image_id for image in data.images}

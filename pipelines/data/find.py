@@ -133,23 +133,26 @@ def cached_source(
         split: The image set of the VOC folder, where it has another name now.
 
     Raises:
-        KdpipeError: They are not where the cache says.
+        KdpipeError: They are not where the cache says, or it does not say.
     """
-    source = cache.metadata["data"]
-    val = source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
-    if voc is None and ann_file is None and "voc" in source:
-        voc = Path(source["voc"])
-    if voc is not None:
-        split = split or source.get("split")
-        paths = {"--voc": voc}
-    else:
-        ann_file = ann_file or Path(source["ann_file"])
-        img_dir = img_dir or Path(source["img_dir"])
-        paths = {"--ann-file": ann_file, "--img-dir": img_dir}
+    try:
+        source = cache.metadata["data"]
+        limit, val = source["limit"], source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
+        if voc is None and ann_file is None and "voc" in source:
+            voc = Path(source["voc"])
+        if voc is not None:
+            split = split or source.get("split")
+            paths = {"--voc": voc}
+        else:
+            ann_file = ann_file or Path(source["ann_file"])
+            img_dir = img_dir or Path(source["img_dir"])
+            paths = {"--ann-file": ann_file, "--img-dir": img_dir}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise KdpipeError(f"The cache {cache.location} does not record which data set it was made of.") from error
     for option, path in paths.items():
         if not path.exists():
             raise KdpipeError(f"{path} is not there, which {cache.location} was made of. Say where it moved: {option}.")
-    return DataSource(ann_file, img_dir, voc, split, source["limit"], val)
+    return DataSource(ann_file, img_dir, voc, split, limit, val)
 
 
 def training_data(
