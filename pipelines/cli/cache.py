@@ -17,10 +17,14 @@ from kdpipe.pipelines.cli.options import (
     Choices,
     Scale,
     data_options,
+    grouped,
     store_option,
     trust_option,
 )
+from kdpipe.pipelines.commands.options import TeacherCheckOptions
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console
+from kdpipe.pipelines.teacher.options import CacheOptions
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 
@@ -46,27 +50,16 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
 @click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
 @trust_option
+@grouped("options", CacheOptions)
 def cache_teacher_command(
     ckpt: Path,
     config: str | None,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    strict_data: bool,
+    data: DataOptions,
     out: str | None,
     store_options: dict[str, str],
-    tier: str,
-    dtype: str,
-    codec: str,
-    levels: tuple[str, ...] | None,
-    proposals: int | None,
-    scale: tuple[int, int] | None,
-    views: tuple[str, ...],
-    part_size: int,
+    options: CacheOptions,
     limit: int | None,
     device: str | None,
-    skip_bad_images: bool,
     dry_run: bool,
     trust: bool,
 ) -> None:
@@ -82,7 +75,7 @@ def cache_teacher_command(
     from kdpipe.pipelines.data.report import report_data
     from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
     from kdpipe.pipelines.runtime.ranks import Ranks
-    from kdpipe.pipelines.teacher.setup import CacheOptions, prepare_teacher, with_classes
+    from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
     from kdpipe.pipelines.teacher.teacher import teacher_config
 
     console = command_console()
@@ -91,26 +84,14 @@ def cache_teacher_command(
         with Ranks.launched() as ranks:
             checkpoint = load_checkpoint(ckpt, trust=trust)
             cfg = teacher_config(checkpoint, config)
-            source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, limit=limit)
+            source = find_data(cfg, data, limit)
             location = location or open_location(source.cache_path(), store_options)
-            options = CacheOptions(
-                tier=tier,
-                dtype=dtype,
-                codec=codec,
-                levels=levels,
-                proposals=proposals,
-                views=views,
-                scale=scale,
-                part_size=part_size,
-                skip_bad_images=skip_bad_images,
-                strict_data=strict_data,
-            )
             if dry_run:
                 teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
-                spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
-                report_data(data, console, trained=True, strict=strict_data)
-                costs = estimate(teacher, data, data.images, spec)
-                print_estimate(console, costs, spec, len(data.images), location)
+                spec, images = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
+                report_data(images, console, trained=True, strict=options.strict_data)
+                costs = estimate(teacher, images, images.images, spec)
+                print_estimate(console, costs, spec, len(images.images), location)
                 return
             result = cache_teacher(
                 checkpoint,
@@ -144,22 +125,8 @@ def cache_teacher_command(
 @click.option("--ap", is_flag=True, help="Compute the teacher's AP from the cache alone.")
 @data_options
 @trust_option
-def verify_command(
-    cache: str,
-    store_options: dict[str, str],
-    repair: bool,
-    ckpt: Path | None,
-    config: str | None,
-    sample: int,
-    device: str | None,
-    ap: bool,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    strict_data: bool,
-    trust: bool,
-) -> None:
+@grouped("options", TeacherCheckOptions)
+def verify_command(cache: str, store_options: dict[str, str], repair: bool, options: TeacherCheckOptions) -> None:
     """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not.
 
     Where its images are at hand, they are compared with those that the teacher saw.
@@ -170,27 +137,13 @@ def verify_command(
 
     console = command_console(shared=False)
     location = open_location(cache, store_options)
-    if ckpt is not None:
-        check_ckpt(ckpt, config, device, trust=trust)
+    if options.ckpt is not None:
+        check_ckpt(options.ckpt, options.config, options.device, trust=options.trust)
     good = verify_files(location, repair=repair, console=console)
     if good:
-        good = verify_pictures(location, img_dir=img_dir, voc=voc, console=console)
-    if good and (ckpt is not None or ap):
-        good = verify_teacher(
-            location,
-            ckpt,
-            config=config,
-            sample=sample,
-            device=device,
-            ap=ap,
-            ann_file=ann_file,
-            img_dir=img_dir,
-            voc=voc,
-            split=split,
-            strict_data=strict_data,
-            trust=trust,
-            console=console,
-        )
+        good = verify_pictures(location, img_dir=options.data.img_dir, voc=options.data.voc, console=console)
+    if good and (options.ckpt is not None or options.ap):
+        good = verify_teacher(location, options, console)
     sys.exit(0 if good else 1)
 
 

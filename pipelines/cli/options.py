@@ -1,5 +1,7 @@
 """Types and options that several commands share."""
 
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -7,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from kdpipe.pipelines.data.options import DataOptions, ValOptions
 
 __all__ = [
     "BATCH",
@@ -23,6 +27,7 @@ __all__ = [
     "Scale",
     "WholeRange",
     "data_options",
+    "grouped",
     "skip_option",
     "store_option",
     "training_options",
@@ -155,17 +160,38 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def grouped(name: str, kind: type[Any]) -> Callable[[Any], Any]:
+    """Options of a command that it gets as one dataclass: those with the names of its fields.
+
+    Args:
+        name: Of the command's argument.
+        kind: The dataclass; each of its fields is an option, or a group that was made before.
+    """
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def call(*args: Any, **values: Any) -> Any:
+            group = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            return command(*args, **values, **{name: group})
+
+        return call
+
+    return decorate
+
+
 data_options = _options(
     click.option("--ann-file", type=PATH, help="COCO JSON of the images."),
     click.option("--img-dir", type=PATH, help="Folder of the images."),
     click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages), in place of both."),
     click.option("--split", help="Image set of the VOC folder. Default: train, or the one of the cache."),
     click.option("--strict-data", is_flag=True, help="Refuse data of which annotations or images would be left out."),
+    grouped("data", DataOptions),
 )
 val_options = _options(
     click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
     click.option("--val-split", help="Image set of the VOC folder to measure AP on, in place of both."),
+    grouped("val", ValOptions),
 )
 training_options = _options(
     click.option(

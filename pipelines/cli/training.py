@@ -17,12 +17,15 @@ from kdpipe.pipelines.cli.options import (
     Bytes,
     Scale,
     data_options,
+    grouped,
     skip_option,
     store_option,
     training_options,
     trust_option,
     val_options,
 )
+from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
+from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
 from kdpipe.pipelines.runtime.launch import trained_together
 
@@ -75,29 +78,21 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @val_options
 @skip_option
 @trust_option
+@grouped("student_options", StudentOptions)
 @trained_together
 def train_student_command(
     cache: str | None,
     store_options: dict[str, str],
-    local_copy: Path | None,
-    local_bytes: int | None,
     teacher_ckpt: Path | None,
     teacher_config: str | None,
     student: str,
     methods: str | None,
     epochs: int | None,
     schedule: str,
-    rois: str | None,
-    ckd_branch: str | None,
-    missing_view: str | None,
+    student_options: StudentOptions,
     allow_partial: bool,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    val_ann_file: Path | None,
-    val_img_dir: Path | None,
-    val_split: str | None,
+    data: DataOptions,
+    val: ValOptions,
     trust: bool,
     **training: Any,
 ) -> None:
@@ -121,11 +116,15 @@ def train_student_command(
     if (cache is None) == (teacher_ckpt is None):
         raise click.UsageError("train-student needs either --cache or --teacher-ckpt.")
     for option, idle, of in (
-        ("--missing-view", missing_view is not None and cache is None, "--cache"),
+        ("--missing-view", student_options.missing_view is not None and cache is None, "--cache"),
         ("--allow-partial", allow_partial and cache is None, "--cache"),
         ("--store-option", store_options and cache is None, "--cache"),
-        ("--local-copy", local_copy is not None and cache is None, "--cache"),
-        ("--local-bytes", local_bytes is not None and local_copy is None, "--local-copy"),
+        ("--local-copy", student_options.local_copy is not None and cache is None, "--cache"),
+        (
+            "--local-bytes",
+            student_options.local_bytes is not None and student_options.local_copy is None,
+            "--local-copy",
+        ),
         ("--teacher-config", teacher_config is not None and teacher_ckpt is None, "--teacher-ckpt"),
     ):
         if idle:
@@ -137,11 +136,9 @@ def train_student_command(
     if cache is not None:
         location = open_location(cache, store_options)
         teacher = open_cache(location, allow_partial=allow_partial)
-        source = cached_source(teacher, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+        source = cached_source(teacher, data)
     elif teacher_ckpt is not None:
-        teacher, source = online_teacher(
-            teacher_ckpt, teacher_config, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split, trust=trust
-        )
+        teacher, source = online_teacher(teacher_ckpt, teacher_config, data, trust=trust)
     chosen = choose_methods(asked, config, training["options"], teacher.spec, console)
     named = Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}"
     work_dir = training.pop("work_dir") or named
@@ -152,15 +149,11 @@ def train_student_command(
     result = train_student(
         config,
         teacher,
-        partial(training_data, source, val_ann_file, val_img_dir, val_split),
+        partial(training_data, source, val),
         chosen,
         recipe,
         work_dir,
-        rois=rois,
-        ckd_branch=ckd_branch,
-        missing_view=missing_view or "mirror",
-        local_copy=local_copy,
-        local_bytes=local_bytes,
+        student_options,
         resume=resume,
         console=console,
     )
@@ -178,13 +171,8 @@ def train_student_command(
 def train_teacher_command(
     config: str,
     epochs: int | None,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    val_ann_file: Path | None,
-    val_img_dir: Path | None,
-    val_split: str | None,
+    data: DataOptions,
+    val: ValOptions,
     **training: Any,
 ) -> None:
     """Train a plain detector, for those who have no teacher for their data yet."""
@@ -193,10 +181,11 @@ def train_teacher_command(
     from kdpipe.pipelines.training.run import train_detector
 
     console = command_console()
-    if voc is None and (ann_file is None or img_dir is None):
+    if data.voc is None and (data.ann_file is None or data.img_dir is None):
         raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
     found = find_config(config)
-    load_data = partial(training_data, DataSource(ann_file, img_dir, voc, split), val_ann_file, val_img_dir, val_split)
+    source = DataSource(data.ann_file, data.img_dir, data.voc, data.split)
+    load_data = partial(training_data, source, val)
     work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
     resume = training.pop("resume")
     recipe = _recipe(found, epochs=epochs, default_epochs=12, **training)
@@ -211,38 +200,13 @@ def train_teacher_command(
 @click.option("--batch-size", type=BATCH, default=1, show_default=True)
 @skip_option
 @trust_option
-def evaluate_command(
-    ckpt: Path,
-    config: str | None,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    strict_data: bool,
-    scale: tuple[int, int] | None,
-    batch_size: int,
-    skip_bad_images: bool,
-    trust: bool,
-) -> None:
+@grouped("options", EvaluateOptions)
+def evaluate_command(options: EvaluateOptions) -> None:
     """Print the COCO AP of a checkpoint."""
     from kdpipe.pipelines.commands.evaluate import evaluate, metrics_table
 
     console = command_console(shared=False)
-    metrics = evaluate(
-        ckpt,
-        config=config,
-        ann_file=ann_file,
-        img_dir=img_dir,
-        voc=voc,
-        split=split,
-        scale=scale,
-        batch_size=batch_size,
-        trust=trust,
-        strict_data=strict_data,
-        skip_bad_images=skip_bad_images,
-        console=console,
-    )
-    console.print(metrics_table(metrics))
+    console.print(metrics_table(evaluate(options, console)))
 
 
 def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **values: Any) -> Any:

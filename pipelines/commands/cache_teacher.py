@@ -32,7 +32,8 @@ from kdpipe.pipelines.detectors.credentials import masked
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.runtime.ranks import Ranks
 from kdpipe.pipelines.teacher.commits import Commits
-from kdpipe.pipelines.teacher.setup import CacheOptions, digest_model, prepare_teacher, with_classes
+from kdpipe.pipelines.teacher.options import CacheOptions
+from kdpipe.pipelines.teacher.setup import digest_model, prepare_teacher, with_classes
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["CachingResult", "cache_teacher"]

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.commands.options import EvaluateOptions
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.find import DataSource
@@ -33,36 +35,12 @@ __all__ = ["evaluate", "metrics_table"]
 _TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
 
-def evaluate(
-    ckpt: Path,
-    *,
-    config: str | None,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None = None,
-    split: str | None = None,
-    scale: tuple[int, int] | None,
-    batch_size: int,
-    trust: bool,
-    strict_data: bool = False,
-    console: Console,
-    skip_bad_images: bool = False,
-) -> dict[str, float]:
+def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
     """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
 
     Args:
-        ckpt: Checkpoint of any mmdet detector.
-        config: Its config; None reads it from the checkpoint.
-        ann_file: COCO JSON; None takes the validation images of the config.
-        img_dir: Folder of the images.
-        voc: Pascal VOC folder, in place of both.
-        split: Its image set.
-        scale: `(w, h)` of the network input; None takes the config's.
-        batch_size: Images per forward pass.
-        trust: Unpickle the checkpoint even where it holds more than weights.
-        strict_data: Refuse annotations of which some would be left out.
+        options: What is measured, and how.
         console: Where progress is shown.
-        skip_bad_images: Measure without images that cannot be read or are not as annotated.
 
     Returns:
         mmdet's metric names without prefix (`bbox_mAP`, ...) -> value.
@@ -70,26 +48,27 @@ def evaluate(
     Raises:
         KdpipeError: Bad checkpoint, config or data.
     """
-    checkpoint = load_checkpoint(ckpt, trust=trust)
-    cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
+    checkpoint = load_checkpoint(options.ckpt, trust=options.trust)
+    cfg = find_config(options.config) if options.config else config_from_checkpoint(checkpoint)
     if cfg is None:
-        raise KdpipeError(f"{ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
-    if voc is not None and split is None:
+        raise KdpipeError(f"{options.ckpt} carries no config. Name it: --config, a name of mmdet's zoo or a file.")
+    data_of = options.data
+    if data_of.voc is not None and data_of.split is None:
         raise KdpipeError("--voc needs --split here: which image set is AP measured on?")
-    if ann_file is None and img_dir is None and voc is None:
+    if data_of.ann_file is None and data_of.img_dir is None and data_of.voc is None:
         paths = dataset_paths(cfg, "val")
         if paths is None or not paths[0].exists():
             raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
-        ann_file, img_dir = paths
+        data_of = replace(data_of, ann_file=paths[0], img_dir=paths[1])
     known = class_names(checkpoint)
     model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
-    data = DataSource(ann_file, img_dir, voc, split).load()
+    data = DataSource(data_of.ann_file, data_of.img_dir, data_of.voc, data_of.split).load()
     if known is not None:
-        data = match_classes(data, known, f"the checkpoint {ckpt.name}")
-    report_data(data, console, trained=False, strict=strict_data)
-    skip = skip_bad_images and not strict_data
+        data = match_classes(data, known, f"the checkpoint {options.ckpt.name}")
+    report_data(data, console, trained=False, strict=options.strict_data)
+    skip = options.skip_bad_images and not options.strict_data
     decoding = pipeline_decoding(test_steps(cfg))
-    data = usable_images(data, console, scale=kept_ratio_scale(cfg, scale), decoding=decoding, skip=skip)
+    data = usable_images(data, console, scale=kept_ratio_scale(cfg, options.scale), decoding=decoding, skip=skip)
     if model is None:
         model = _detector(cfg, checkpoint, len(data.class_names))
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
@@ -98,7 +77,7 @@ def evaluate(
         data.write_copy()
         if cfg.get("test_dataloader"):  # what teachers are cached with; the one for validation may be another
             cfg.val_dataloader = cfg.test_dataloader
-        set_validation(cfg, data, scale, batch_size, loader)
+        set_validation(cfg, data, options.scale, options.batch_size, loader)
         cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
         runner = QuietRunner(
             model=model,

@@ -17,6 +17,7 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.store.location import share_location
 from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
+from kdpipe.pipelines.commands.options import StudentOptions
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.teacher.online import OnlineTeacher
@@ -62,12 +63,8 @@ def train_student(
     methods: Sequence[str],
     recipe: Recipe,
     work_dir: Path,
+    options: StudentOptions,
     *,
-    rois: str | None = None,
-    ckd_branch: str | None = None,
-    missing_view: str = "mirror",
-    local_copy: Path | None = None,
-    local_bytes: int | None = None,
     resume: bool,
     console: Console,
 ) -> TrainingResult:
@@ -81,12 +78,7 @@ def train_student(
         methods: Some of `METHODS`; empty trains without distillation.
         recipe: Schedule and options.
         work_dir: Where logs and checkpoints go.
-        rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
-            say what the teacher says of any box.
-        ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the options say.
-        missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
-        local_copy: Folder of a local disk in which arrays of the cache are kept; None keeps none.
-        local_bytes: That these may take; None takes most of what is free.
+        options: How the student is shown its teacher.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -96,10 +88,11 @@ def train_student(
     work = WorkDir(work_dir)
     work.check(resume)
     begun = (work.record() or {}) if resume else {}
+    missing_view = options.missing_view or "mirror"
     dense = "roi_head" not in config.model
     losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
-    distill = distill_options(recipe.options, losses, ckd_branch)
+    distill = distill_options(recipe.options, losses, options.ckd_branch)
     if idle := unused_options(recipe.options, losses):
         console.print(f"Not used: {', '.join(idle)}, since --methods names no loss that they are for.")
     cache = teacher if isinstance(teacher, TeacherCache) else None
@@ -110,7 +103,7 @@ def train_student(
         check_student(config, recipe.options, teacher.spec.num_classes)
     else:
         build_detector(config, recipe.options, teacher.spec.num_classes)
-    chosen = who_chooses_rois(teacher, rois, distill, dense, console) if losses else None
+    chosen = who_chooses_rois(teacher, options.rois, distill, dense, console) if losses else None
     train, val = load_data()
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
@@ -152,10 +145,10 @@ def train_student(
     with ExitStack() as stack:
         if cache is not None:
             share_location(cache.location)
-            if local_copy is not None and losses:
+            if options.local_copy is not None and losses:
                 fields = _read_fields(cache.spec, needed_fields(losses), chosen)
                 say = partial(console.print, markup=False)
-                stack.enter_context(LocalCopy(cache.location, local_copy, local_bytes, fields, say))
+                stack.enter_context(LocalCopy(cache.location, options.local_copy, options.local_bytes, fields, say))
         running = with_seeds(running, None if cache is None else cache.location)
         data = [train] if val is None else [train, val]
         return run_training(running, cfg, data, work, record, resume=resume, console=console)

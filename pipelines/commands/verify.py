@@ -12,6 +12,7 @@ from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
+from kdpipe.pipelines.commands.options import TeacherCheckOptions
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text, plain
 
 __all__ = ["check_ckpt", "verify_files", "verify_teacher"]
@@ -135,37 +136,12 @@ def check_ckpt(ckpt: Path, config: str | None, device: str | None, *, trust: boo
         find_config(config)
 
 
-def verify_teacher(
-    location: Location,
-    ckpt: Path | None,
-    *,
-    config: str | None,
-    sample: int,
-    device: str | None,
-    ap: bool,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None = None,
-    split: str | None = None,
-    strict_data: bool = False,
-    trust: bool,
-    console: Console,
-) -> bool:
+def verify_teacher(location: Location, options: TeacherCheckOptions, console: Console) -> bool:
     """Compare a sound cache with its live teacher, and compute the teacher's AP from the cache; print both.
 
     Args:
         location: Of the cache.
-        ckpt: The teacher's checkpoint; None does not compare.
-        config: Its config; None takes the one that the cache records.
-        sample: How many images are compared.
-        device: Where the teacher runs.
-        ap: Compute AP.
-        ann_file: Where the annotation file moved.
-        img_dir: Where the images moved.
-        voc: Where the VOC folder moved.
-        split: Its image set, where it has another name now.
-        strict_data: Refuse annotations of which some would be left out.
-        trust: Unpickle the checkpoint even where it holds more than weights.
+        options: What is compared, and with what.
         console: Where all is shown.
 
     Returns:
@@ -182,18 +158,20 @@ def verify_teacher(
     from kdpipe.pipelines.teacher.decode import cached_ap
 
     cache, teacher = open_cache(location), None
-    if ckpt is not None:
-        teacher = cached_teacher(cache, ckpt, config=config, device=torch_device(device), trust=trust)
-    data = recorded_data(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
-    report_data(data, console, trained=False, strict=strict_data)
+    if options.ckpt is not None:
+        device = torch_device(options.device)
+        teacher = cached_teacher(cache, options.ckpt, config=options.config, device=device, trust=options.trust)
+    data = recorded_data(cache, options.data)
+    report_data(data, console, trained=False, strict=options.strict_data)
     wrong: list[str] = []
     if teacher is not None:
-        errors = compare_live(cache, teacher, data, sample, console)
+        errors = compare_live(cache, teacher, data, options.sample, console)
         console.print(errors_table(errors))
         wrong = unexplained(errors)
         for line in wrong:
             console.print(line, markup=False)
-    if ap:
+    if options.ap:
         console.print("The teacher's AP, from the cache alone:")
-        console.print(metrics_table(cached_ap(cache, recorded_config(cache, config, trust=trust), data, console)))
+        config = recorded_config(cache, options.config, trust=options.trust)
+        console.print(metrics_table(cached_ap(cache, config, data, console)))
     return not wrong

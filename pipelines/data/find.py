@@ -11,6 +11,7 @@ from mmengine.config import Config
 from kdpipe.cache.errors import KdpipeError, present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco, load_voc
+from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
 
 __all__ = ["DataSource", "cached_source", "find_data", "torch_device", "training_data"]
@@ -86,22 +87,19 @@ class DataSource:
         return Path(f"{folder.name or 'cache'}.zarr")
 
 
-def find_data(
-    config: Config,
-    *,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None,
-    split: str | None,
-    limit: int | None = None,
-) -> DataSource:
+def find_data(config: Config, data: DataOptions, limit: int | None = None) -> DataSource:
     """The data set of a teacher: the one named, or the training images of its config.
+
+    Args:
+        config: The teacher's.
+        data: What is named.
+        limit: Only the first so many images.
 
     Raises:
         KdpipeError: Options that exclude each other, or no data set.
     """
-    if voc is not None or ann_file is not None or img_dir is not None or split is not None:
-        return DataSource(ann_file, img_dir, voc, split, limit)
+    if data != DataOptions():
+        return DataSource(data.ann_file, data.img_dir, data.voc, data.split, limit)
     paths = dataset_paths(config, "train")
     if paths is None:
         raise KdpipeError(
@@ -115,26 +113,17 @@ def find_data(
     return DataSource(*paths, limit=limit, val=dataset_paths(config, "val"))
 
 
-def cached_source(
-    cache: TeacherCache,
-    *,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None = None,
-    split: str | None = None,
-) -> DataSource:
+def cached_source(cache: TeacherCache, moved: DataOptions) -> DataSource:
     """Where the images are that a cache was made of, and the validation images that belong to them.
 
     Args:
         cache: The cache.
-        ann_file: Where the annotation file moved.
-        img_dir: Where the images moved.
-        voc: Where the VOC folder moved that it was made of.
-        split: The image set of the VOC folder, where it has another name now.
+        moved: Where they moved since.
 
     Raises:
         KdpipeError: They are not where the cache says, or it does not say.
     """
+    ann_file, img_dir, voc, split = moved.ann_file, moved.img_dir, moved.voc, moved.split
     try:
         source = cache.metadata["data"]
         limit, val = source["limit"], source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
@@ -155,14 +144,17 @@ def cached_source(
     return DataSource(ann_file, img_dir, voc, split, limit, val)
 
 
-def training_data(
-    source: DataSource, val_ann_file: Path | None, val_img_dir: Path | None, val_split: str | None
-) -> tuple[DetectionData, DetectionData | None]:
+def training_data(source: DataSource, named: ValOptions) -> tuple[DetectionData, DetectionData | None]:
     """Training images, and validation images: those named, or those of the source where they are on disk.
+
+    Args:
+        source: Where the training images are.
+        named: The validation images.
 
     Raises:
         KdpipeError: Options that exclude each other; or bad data.
     """
+    val_ann_file, val_img_dir, val_split = named.val_ann_file, named.val_img_dir, named.val_split
     if val_split is not None and (source.voc is None or val_ann_file is not None or val_img_dir is not None):
         raise KdpipeError("--val-split names an image set of the VOC folder (--voc), in place of --val-ann-file.")
     train, val = source.load(), source.val

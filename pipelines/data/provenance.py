@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -13,6 +12,7 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import cached_source
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.configs import config_from_file, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
 
@@ -48,22 +48,12 @@ def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = Fa
     return for_inference(config_from_file(text, f"the config that the cache {cache.location} records", trust=trust))
 
 
-def recorded_data(
-    cache: TeacherCache,
-    *,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None = None,
-    split: str | None = None,
-) -> DetectionData:
+def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
     """The images and annotations that a cache was made of.
 
     Args:
         cache: The cache.
-        ann_file: Where the annotation file moved.
-        img_dir: Where the images moved.
-        voc: Where the VOC folder moved.
-        split: Its image set, where it has another name now.
+        moved: Where these moved since.
 
     Raises:
         KdpipeError: They are not where the cache says, or not the same.
@@ -72,7 +62,7 @@ def recorded_data(
         raise CacheError(
             f"The cache {cache.location} does not record what it was made of, and cannot be compared with it."
         )
-    source = cached_source(cache, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    source = cached_source(cache, moved)
     data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.location.title}")
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(

@@ -16,6 +16,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.pipelines.commands.cache_teacher import cache_teacher
+from kdpipe.pipelines.commands.options import StudentOptions
 from kdpipe.pipelines.commands.train_student import train_student
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.find import DataSource
@@ -23,7 +24,7 @@ from kdpipe.pipelines.demo.drawing import draw_shapes, is_drawn
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
-from kdpipe.pipelines.teacher.setup import CacheOptions
+from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import teacher_config
 from kdpipe.pipelines.training.config import Recipe
 from kdpipe.pipelines.training.run import train_detector
@@ -218,10 +219,9 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
     def train(work_dir: Path, resume: bool) -> None:
         distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
         recipe = _recipe(settings, settings.student, settings.student_epochs, distill)
+        options = StudentOptions(rois="teacher")
         cache, load_data = open_cache(out / "shapes.zarr"), partial(_both, out)
-        train_student(
-            _config(), cache, load_data, methods, recipe, work_dir, rois="teacher", resume=resume, console=console
-        )
+        train_student(_config(), cache, load_data, methods, recipe, work_dir, options, resume=resume, console=console)
 
     return _trained(out / name, settings.student_epochs, train)
 

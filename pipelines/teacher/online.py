@@ -21,8 +21,10 @@ from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.targets import BatchRois, RoiTargets
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource, find_data
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
-from kdpipe.pipelines.teacher.setup import CacheOptions, prepare_teacher, with_classes
+from kdpipe.pipelines.teacher.options import CacheOptions
+from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
 __all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
@@ -157,11 +159,8 @@ class OnlineTeacher:
 def online_teacher(
     ckpt: Path,
     config: str | None,
+    data: DataOptions,
     *,
-    ann_file: Path | None,
-    img_dir: Path | None,
-    voc: Path | None = None,
-    split: str | None = None,
     trust: bool,
 ) -> tuple[OnlineTeacher, DataSource]:
     """Load a teacher, and find the images to train on: those named, or those of the teacher's config.
@@ -169,10 +168,7 @@ def online_teacher(
     Args:
         ckpt: The checkpoint.
         config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
-        ann_file: COCO JSON of the training images.
-        img_dir: Their folder.
-        voc: Pascal VOC folder, in place of both.
-        split: Its image set.
+        data: The training images, where they are named.
         trust: Unpickle the checkpoint even where it holds more than weights.
 
     Returns:
@@ -183,7 +179,7 @@ def online_teacher(
     """
     checkpoint = load_checkpoint(ckpt, trust=trust)
     cfg = teacher_config(checkpoint, config)
-    source = find_data(cfg, ann_file=ann_file, img_dir=img_dir, voc=voc, split=split)
+    source = find_data(cfg, data)
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, options, torch.device("cpu"))
     teacher.pixels.check_live()

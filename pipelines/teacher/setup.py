@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,15 +10,16 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.spec import DEFAULT_DTYPE, CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.teacher.family_checks import TeacherError
+from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
 
-__all__ = ["CacheOptions", "default_jittered", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
+__all__ = ["default_jittered", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
 
 # The teacher's best proposals kept per image where nothing is said. The objects tier, for those whose disk decides, has
 # fewer, and in their place boxes near the objects.
@@ -26,35 +27,6 @@ _PROPOSALS, _OBJECTS_PROPOSALS, _OBJECTS_JITTERED = 512, 128, 128
 
 TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
 _TRIAL_SIZE = (96, 64)  # its width and height
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What is cached of a teacher, and how.
-
-    Attributes:
-        tier: One of `TIERS`.
-        dtype: One of `DTYPES`.
-        codec: One of `CODECS`.
-        proposals: The teacher's best proposals kept per image; None takes what suits the tier.
-        views: Some of `VIEWS`.
-        levels: Names of the pyramid levels that are kept, such as P3; None keeps all.
-        scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
-        part_size: Raw bytes per part, the unit of commit and of resuming.
-        skip_bad_images: Go on past unreadable images, and record them.
-        strict_data: Refuse data of which some would be left out.
-    """
-
-    tier: str = "pyramid"
-    dtype: str = DEFAULT_DTYPE
-    codec: str = "zstd"
-    proposals: int | None = None
-    levels: tuple[str, ...] | None = None
-    views: tuple[str, ...] = ("identity",)
-    scale: tuple[int, int] | None = None
-    part_size: int = 1 << 30
-    skip_bad_images: bool = False
-    strict_data: bool = False
 
 
 def prepare_teacher(

@@ -34,7 +34,7 @@ from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
-from kdpipe.pipelines.teacher.setup import CacheOptions
+from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
 SCALE = (1333, 800)

@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 
 from kdpipe.pipelines.commands.evaluate import evaluate
+from kdpipe.pipelines.commands.options import EvaluateOptions
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.training.runner import QuietRunner
 
 if TYPE_CHECKING:
@@ -40,16 +42,8 @@ def test_is_the_ap_that_training_measured(
     monkeypatch.setattr(QuietRunner, "test", test_and_tell)
     wanted = json.loads((trained / "result.json").read_text())["metrics"]
     for ann_file, img_dir in ((None, None), (kit.val_ann, kit.val_img)):
-        found = evaluate(
-            trained / "student.pth",
-            config=None,
-            ann_file=ann_file,
-            img_dir=img_dir,
-            scale=None,
-            batch_size=3,
-            trust=False,
-            console=Console(quiet=True),
-        )
+        options = EvaluateOptions(trained / "student.pth", data=DataOptions(ann_file, img_dir), batch_size=3)
+        found = evaluate(options, Console(quiet=True))
         assert found == pytest.approx(wanted, abs=1e-9)
     assert len(set(names)) == 2
 

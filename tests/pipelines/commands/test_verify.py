@@ -11,6 +11,8 @@ from rich.console import Console
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.commands.evaluate import evaluate
+from kdpipe.pipelines.commands.options import EvaluateOptions
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.data.provenance import recorded_config, recorded_data
 from kdpipe.pipelines.teacher.decode import cached_ap
 
@@ -43,21 +45,12 @@ def found_by_teacher(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def ap_of_cache(path: Path) -> dict[str, float]:
     cache = open_cache(path)
-    return cached_ap(cache, recorded_config(cache, None), recorded_data(cache, ann_file=None, img_dir=None), QUIET)
+    return cached_ap(cache, recorded_config(cache, None), recorded_data(cache, DataOptions()), QUIET)
 
 
 def test_ap_from_the_cache_is_that_of_the_live_teacher(kit: "Kit", work: Path, found_by_teacher: Path) -> None:
     source = ("--ckpt", kit.teacher, "--ann-file", found_by_teacher, "--img-dir", kit.img, *AS_MANY)
-    live = evaluate(
-        kit.teacher,
-        config=None,
-        ann_file=found_by_teacher,
-        img_dir=kit.img,
-        scale=(128, 96),
-        batch_size=1,
-        trust=False,
-        console=QUIET,
-    )
+    live = evaluate(EvaluateOptions(kit.teacher, data=DataOptions(found_by_teacher, kit.img), scale=(128, 96)), QUIET)
     assert 0.05 < live["bbox_mAP"] < 0.95
     kit.run("cache-teacher", *source, "--dtype", "float32", "--out", "exact.zarr")
     exact = ap_of_cache(work / "exact.zarr")

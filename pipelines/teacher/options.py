@@ -1,0 +1,36 @@
+"""What is cached of a teacher, as the command line says it. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+
+from kdpipe.cache.spec import DEFAULT_DTYPE
+
+__all__ = ["CacheOptions"]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is cached of a teacher, and how.
+
+    Attributes:
+        tier: One of `TIERS`.
+        dtype: One of `DTYPES`.
+        codec: One of `CODECS`.
+        proposals: The teacher's best proposals kept per image; None takes what suits the tier.
+        views: Some of `VIEWS`.
+        levels: Names of the pyramid levels that are kept, such as P3; None keeps all.
+        scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
+        part_size: Raw bytes per part, the unit of commit and of resuming.
+        skip_bad_images: Go on past unreadable images, and record them.
+        strict_data: Refuse data of which some would be left out.
+    """
+
+    tier: str = "pyramid"
+    dtype: str = DEFAULT_DTYPE
+    codec: str = "zstd"
+    proposals: int | None = None
+    levels: tuple[str, ...] | None = None
+    views: tuple[str, ...] = ("identity",)
+    scale: tuple[int, int] | None = None
+    part_size: int = 1 << 30
+    skip_bad_images: bool = False
+    strict_data: bool = False
