@@ -7,6 +7,7 @@ import pytest
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.data.find import cached_source
+from kdpipe.pipelines.data.options import DataOptions
 
 SOUND = {"limit": None, "val": None, "ann_file": "a.json", "img_dir": "images"}
 
@@ -17,6 +18,6 @@ SOUND = {"limit": None, "val": None, "ann_file": "a.json", "img_dir": "images"}
 def test_a_record_of_another_kind(data: Any) -> None:
     cache: Any = SimpleNamespace(metadata={"data": data}, location="x.zarr")
     with pytest.raises(KdpipeError, match="does not record which data set"):
-        cached_source(cache, ann_file=None, img_dir=None)
+        cached_source(cache, DataOptions())
     with pytest.raises(KdpipeError, match="is not there, which"):
-        cached_source(SimpleNamespace(metadata={"data": SOUND}, location="x"), ann_file=None, img_dir=None)  # type: ignore[arg-type]
+        cached_source(SimpleNamespace(metadata={"data": SOUND}, location="x"), DataOptions())  # type: ignore[arg-type]
