@@ -19,7 +19,7 @@ CODECS = ("zstd", "lz4", "none")
 VIEWS = ("identity", "hflip")
 
 # RoI features are stored of at most so many boxes of an image, and of all its ground-truth boxes.
-MAX_OBJECTS = 64
+MAX_OBJECTS = 56
 
 # Of one row of an array, which is never divided: RoI features of the largest teachers have a hundredth of it.
 MAX_ROW_BYTES = 64 << 20

@@ -17,6 +17,7 @@ from mmengine.config import Config
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.spec import MAX_OBJECTS
 from kdpipe.cache.write.selection import merge_unlikely
 from kdpipe.pipelines.data.datasets import load_coco
 from kdpipe.pipelines.data.images import read_image
@@ -83,7 +84,9 @@ def test_holds_what_the_teacher_says(
             assert (found.num_proposals, found.input_size) == (record.num_proposals, record.input_size)
             assert found.num_proposals <= 40
             assert torch.equal(found.boxes, record.boxes)
-            assert np.allclose(found.boxes[found.num_proposals :], data.gt_boxes(info.image_id), atol=1e-4)
+            assert found.num_jittered == record.num_jittered > 64 * (tier == "objects") - 1
+            truth = found.boxes[found.num_proposals + found.num_jittered :]
+            assert np.allclose(truth, data.gt_boxes(info.image_id), atol=1e-4)
             assert close(found.logits, record.logits, others, None)
             assert record.deltas is not None
             assert record.logits is not None
@@ -96,7 +99,7 @@ def test_holds_what_the_teacher_says(
             if "roi_features" in FIELDS[tier]:
                 assert record.roi_features is not None
                 assert found.roi_rows is not None
-                assert len(data.gt_boxes(info.image_id)) <= len(found.roi_rows) <= 64
+                assert len(data.gt_boxes(info.image_id)) <= len(found.roi_rows) <= MAX_OBJECTS
                 wanted = record.roi_features[found.roi_rows.long()]
                 if dtype == "int4":
                     assert float((found.rois() - wanted).norm() / wanted.norm()) < 0.2
