@@ -73,15 +73,20 @@ def read_record(location: Location, key: str) -> dict[str, Any] | None:
 
 
 def read_part_record(location: Location, index: int, images: range, root: str) -> dict[str, Any] | None:
+    """The record of a part, if there is a valid one: see `parse_part_record`."""
+    return parse_part_record(location.read(f"{part_key(index)}/{RECORD}"), index, images, root)
+
+
+def parse_part_record(data: bytes | None, index: int, images: range, root: str) -> dict[str, Any] | None:
     """The record of a part, if it is valid: every entry is there, and of its type.
 
     Args:
-        location: of the cache.
+        data: the part's `zarr.json`.
         index: number of the part.
         images: that the plan gives to this part.
         root: `Root.digest` of the cache: a part that was made for another one is none.
     """
-    record = read_record(location, part_key(index))
+    record = parse_record(data)
     wanted = {"part": index, "images": [images.start, images.stop], "root": root}
     if record is None or any(record.get(name) != value for name, value in wanted.items()):
         return None

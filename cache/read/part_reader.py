@@ -203,6 +203,23 @@ class PartReader:
         return f"The array {name!r} of part {self._number}{whose}"
 
 
+def check_rois(rois: npt.ArrayLike, info: TargetIndex) -> npt.NDArray[np.int64]:
+    """Row numbers [M] within an image, as they are.
+
+    Raises:
+        CacheError: they are none.
+    """
+    selected = np.asarray(rois)
+    if selected.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if selected.ndim != 1 or selected.dtype.kind not in "iu" or selected.min() < 0 or selected.max() >= info.num_rois:
+        raise CacheError(
+            f"Rows of image {info.image_id} are whole numbers from 0 to {info.num_rois - 1} in one dimension, found "
+            f"{selected.dtype} of shape {selected.shape} from {selected.min()} to {selected.max()}."
+        )
+    return selected.astype(np.int64)
+
+
 def _span(selected: npt.NDArray[np.int64], start: int) -> range:
     """The rows from the first to the last of those selected, which are numbered from `start`."""
     if not len(selected):

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.format.head import HEAD, parameter_layout
-from kdpipe.cache.format.record import files_key, read_files, read_head_record, read_part_record
+from kdpipe.cache.format.record import files_key, parse_part_record, read_files, read_head_record, read_part_record
 from kdpipe.cache.format.root import Root
 from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.read.gone import gone_error, unreadable_error
-from kdpipe.cache.read.part_reader import PartReader
+from kdpipe.cache.read.part_reader import PartReader, check_rois
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TargetIndex, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.store.location import Location, Place, open_location, part_key
+from kdpipe.cache.store.location import RECORD, Location, Place, open_location, part_key
 from kdpipe.cache.views import view_matrix
 
 # Kept in memory per process: rows of indices, some 200 bytes each, and parts, some 30 kB each.
@@ -47,15 +47,16 @@ def open_cache(place: Place, *, allow_partial: bool = False) -> "TeacherCache":
     root = read_root(location)
     parts, digest = root.parts, root.digest
 
-    def read(numbers: range) -> list[tuple[int, list[dict[str, Any]] | None]]:
-        records = [(number, read_part_record(location, number, parts[number], digest)) for number in numbers]
-        return [(number, None if record is None else record["skipped"]) for number, record in records]
+    def read(numbers: range) -> list[bytes | None]:
+        return [location.read(f"{part_key(number)}/{RECORD}") for number in numbers]
 
     step = max(1, min(_MOST_RECORDS, -(-len(parts) // location.threads)))
     batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
     with location.explained("Reading the cache"), ThreadPoolExecutor(location.threads) as pool:
-        entries = [entry for batch in pool.map(read, batches) for entry in batch]
-    skipped = {number: images for number, images in entries if images is not None}
+        files = [data for batch in pool.map(read, batches) for data in batch]
+    # parsed when all are read: threads that do both wait for each other
+    records = (parse_part_record(data, number, parts[number], digest) for number, data in enumerate(files))
+    skipped = {number: record["skipped"] for number, record in enumerate(records) if record is not None}
     missing = [str(number) for number in range(len(parts)) if number not in skipped]
     if missing and not allow_partial:
         named = ", ".join(missing[:_NAMED_PARTS]) + ", ..." * (len(missing) > _NAMED_PARTS)
@@ -177,7 +178,7 @@ class TeacherCache:
         fields = self._check_fields(fields)
         part, row = self._locate(image_id, view)
         info = part.describe(row)
-        selected = None if rois is None else _check_rois(rois, info)
+        selected = None if rois is None else check_rois(rois, info)
         num_proposals, num_jittered = info.num_proposals, info.num_jittered
         if selected is not None:
             before_gt = int(np.count_nonzero(selected < num_proposals + num_jittered))
@@ -292,15 +293,3 @@ class _Process:
                 _, oldest = self._parts.popitem(last=False)
                 self._rows -= oldest.rows
             return part
-
-
-def _check_rois(rois: npt.ArrayLike, info: TargetIndex) -> npt.NDArray[np.int64]:
-    selected = np.asarray(rois)
-    if selected.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if selected.ndim != 1 or selected.dtype.kind not in "iu" or selected.min() < 0 or selected.max() >= info.num_rois:
-        raise CacheError(
-            f"Rows of image {info.image_id} are whole numbers from 0 to {info.num_rois - 1} in one dimension, found "
-            f"{selected.dtype} of shape {selected.shape} from {selected.min()} to {selected.max()}."
-        )
-    return selected.astype(np.int64)

@@ -1,6 +1,6 @@
 """How fast are targets read, beside what people use instead, and who notices damage?
 
-    python tests/benchmarks/reading.py --out /tmp/reading
+    python -m tests.benchmarks.reading --out /tmp/reading
 
 Makes up targets of the size of a Faster R-CNN R50-FPN at 800 pixels, stores the same arrays in every way of stores.py,
 and prints a table for whole images and RoI fields of the pyramid tier, and one for the objects tier. Every reader gives
@@ -21,8 +21,9 @@ from typing import Any
 
 import click
 import numpy as np
-import stores
-from stores import STORES, samples
+
+from tests.benchmarks import stores
+from tests.benchmarks.stores import STORES, samples
 
 CODECS = ("zstd", "lz4", "none")
 # Title, worker processes, threads of each, and whether files are in the page cache.
@@ -142,10 +143,10 @@ class Bench:
     def table(self, rois: bool, rounds: int) -> str:
         """Medians of rounds in which all stores take turns."""
         taken: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for title, *column in COLUMNS:
+        for title, processes, threads, warm in COLUMNS:
             for _ in range(rounds):
                 for name in self.names:
-                    taken.setdefault((name, title), []).append(self.measure(name, rois, *column))
+                    taken.setdefault((name, title), []).append(self.measure(name, rois, processes, threads, warm))
         titles = ["processor, 1 thread", *(title for title, *_ in COLUMNS)]
         lines = [f"| ms per image | MB on disk | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
         for name in self.names:
@@ -159,7 +160,7 @@ class Bench:
         """What reading all images makes of single flipped bits in the largest file of each store."""
         lines = [f"| of {FLIPS} flipped bits | an error | wrong values | not seen | says |", "|---|---|---|---|---|"]
         for name in self.names:
-            order = {"store": name.removeprefix(OTHER), "folder": self.folder(name).name}
+            order: dict[str, Any] = {"store": name.removeprefix(OTHER), "folder": self.folder(name).name}
             order["numbers"] = list(range(self.count))
             whole = self.worker(name, 1).ask("digests", **order)
             assert isinstance(whole, list), whole

@@ -41,13 +41,14 @@ def make_cache(out: Path, tier: str, codec: str, count: int) -> None:
     """
     proposals, truth = BOXES[tier]
     images = [ImageInfo(n, f"{n:06d}.jpg", *SIZE, truth) for n in range(count)]
-    spec = CacheSpec(
+    options: dict[str, Any] = {
         **{"tier": tier, "dtype": "int8", "codec": codec, "class_names": tuple(map(str, range(80)))},
         **{"category_ids": tuple(range(80)), "channels": 256, "strides": (4, 8, 16, 32, 64), "roi_levels": 4},
         **{"finest_scale": 56, "roi_size": 7, "roi_sampling_ratio": 0, "roi_aligned": True, "embedding_dim": 1024},
         **{"box_means": (0.0,) * 4, "box_stds": (0.1, 0.1, 0.2, 0.2), "class_agnostic": False},
         **{"proposals": proposals, "views": ("identity",), "scale": (max(SIZE), min(SIZE))},
-    )
+    }
+    spec = CacheSpec(**options)
     generator = torch.Generator().manual_seed(0)
 
     def laplace(*shape: int) -> Tensor:
@@ -257,7 +258,9 @@ def open_zarr(folder: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCod
 
     zarr.config.set({"threading.max_workers": torch.get_num_threads(), "codec_pipeline.path": pipeline})
     part = PlainPart(folder)
-    arrays = {name: zarr.open_array(part.folder / name, mode="r") for name in (*part.names(False), "index")}
+    arrays: dict[str, Any] = {
+        name: zarr.open_array(part.folder / name, mode="r") for name in (*part.names(False), "index")
+    }
     index = arrays["index"][:]
 
     def read(number: int, rois: bool) -> list[Tensor]:
