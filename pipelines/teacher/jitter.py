@@ -1,4 +1,4 @@
-"""Boxes near annotated objects, which a cache holds beside the teacher's proposals: most of these are background."""
+"""Boxes near annotated objects, held by a cache beside the best proposals: many proposals are background."""
 
 import torch
 from torch import Tensor

@@ -179,6 +179,22 @@ def test_methods_that_the_tier_cannot_serve(kit: "Kit", work: Path) -> None:
     kit.train_student(work / "r", "-o", "distill.ckd.queue_size=64", cache=work / "objects.zarr")
 
 
+def test_levels_that_are_not_there(kit: "Kit", work: Path) -> None:
+    command = ("cache-teacher", *kit.source, *kit.VIEW, "--out", work / "x.zarr")
+    message = kit.refused(*command, "--levels", "P3,P8")
+    assert "the teacher has no P8. Its pyramid has P2, P3, P4, P5, P6 (strides 4, 8, 16, 32, 64)" in message
+    assert "--targets objects keeps none" in kit.refused(*command, "--levels", "P3", "--targets", "objects")
+    assert not (work / "x.zarr").exists()
+    assert "expected some of P1" in kit.refused(*command, "--levels", "3", code=2)
+    kit.run(*command, "--levels", "P3,P4,P5,P6", "--dtype", "int4")
+    message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,ckd", cache=work / "x.zarr"))
+    assert "'sgfi' needs" in message
+    assert "lacks P2 (it holds P3, P4, P5, P6)" in message
+    ended = kit.train_student(work / "w", "--methods", "ckd,pred", cache=work / "x.zarr")
+    assert "its pyramid lacks P2, which the teacher's RoI head reads" in ended.out
+    assert "spec.levels: found [1, 2, 3, 4], wanted nothing" in kit.refused(*command, "--dtype", "int4")
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writing stops at so many bytes per file, as on a full disk."""
