@@ -1,7 +1,7 @@
 """Commands that train and measure detectors: `train-student`, `train-teacher`, `evaluate`."""
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
 from kdpipe.pipelines.runtime.launch import trained_together
+from kdpipe.pipelines.training.options import TrainingOptions
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 
@@ -79,6 +80,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @skip_option
 @trust_option
 @grouped("student_options", StudentOptions)
+@grouped("training", TrainingOptions)
 @trained_together
 def train_student_command(
     cache: str | None,
@@ -87,14 +89,13 @@ def train_student_command(
     teacher_config: str | None,
     student: str,
     methods: str | None,
-    epochs: int | None,
     schedule: str,
     student_options: StudentOptions,
     allow_partial: bool,
     data: DataOptions,
     val: ValOptions,
+    training: TrainingOptions,
     trust: bool,
-    **training: Any,
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
 
@@ -108,7 +109,6 @@ def train_student_command(
     from kdpipe.pipelines.data.find import cached_source, training_data
     from kdpipe.pipelines.detectors.configs import find_config
     from kdpipe.pipelines.teacher.online import online_teacher
-    from kdpipe.pipelines.training.config import SCHEDULES
     from kdpipe.pipelines.training.student_choices import choose_methods
 
     console = command_console()
@@ -139,22 +139,18 @@ def train_student_command(
         source = cached_source(teacher, data)
     elif teacher_ckpt is not None:
         teacher, source = online_teacher(teacher_ckpt, teacher_config, data, trust=trust)
-    chosen = choose_methods(asked, config, training["options"], teacher.spec, console)
+    chosen = choose_methods(asked, config, training.options, teacher.spec, console)
     named = Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}"
-    work_dir = training.pop("work_dir") or named
-    resume = training.pop("resume")
-    training["scale"] = training["scale"] or teacher.spec.scale
-    multi_scale = schedule == "2x-ms"
-    recipe = _recipe(config, epochs=epochs, default_epochs=SCHEDULES[schedule], multi_scale=multi_scale, **training)
+    recipe = _recipe(config, replace(training, scale=training.scale or teacher.spec.scale), schedule)
     result = train_student(
         config,
         teacher,
         partial(training_data, source, val),
         chosen,
         recipe,
-        work_dir,
+        training.work_dir or named,
         student_options,
-        resume=resume,
+        resume=training.resume,
         console=console,
     )
     _report(console, result)
@@ -167,14 +163,9 @@ def train_student_command(
 @data_options
 @val_options
 @skip_option
+@grouped("training", TrainingOptions)
 @trained_together
-def train_teacher_command(
-    config: str,
-    epochs: int | None,
-    data: DataOptions,
-    val: ValOptions,
-    **training: Any,
-) -> None:
+def train_teacher_command(config: str, data: DataOptions, val: ValOptions, training: TrainingOptions) -> None:
     """Train a plain detector, for those who have no teacher for their data yet."""
     from kdpipe.pipelines.data.find import DataSource, training_data
     from kdpipe.pipelines.detectors.configs import find_config
@@ -186,10 +177,9 @@ def train_teacher_command(
     found = find_config(config)
     source = DataSource(data.ann_file, data.img_dir, data.voc, data.split)
     load_data = partial(training_data, source, val)
-    work_dir = training.pop("work_dir") or Path("work_dirs") / Path(config).stem
-    resume = training.pop("resume")
-    recipe = _recipe(found, epochs=epochs, default_epochs=12, **training)
-    _report(console, train_detector(found, load_data, recipe, work_dir, resume=resume, console=console))
+    work_dir = training.work_dir or Path("work_dirs") / Path(config).stem
+    recipe = _recipe(found, training)
+    _report(console, train_detector(found, load_data, recipe, work_dir, resume=training.resume, console=console))
 
 
 @click.command("evaluate")
@@ -209,40 +199,30 @@ def evaluate_command(options: EvaluateOptions) -> None:
     console.print(metrics_table(evaluate(options, console)))
 
 
-def _recipe(config: Any, *, default_epochs: int, multi_scale: bool = False, **values: Any) -> Any:
+def _recipe(config: Any, training: TrainingOptions, schedule: str = "1x") -> Any:
+    """What the options and the config say together.
+
+    Raises:
+        UsageError: An option and an override of the config say different things of one matter.
+    """
     from kdpipe.pipelines.detectors.configs import apply_known_options
-    from kdpipe.pipelines.training.config import Recipe
-    from kdpipe.pipelines.training.optimisers import check_own_recipe, own_epochs
+    from kdpipe.pipelines.training.config import make_recipe
 
-    config = apply_known_options(config, values["options"])
-    _refuse_contradictions(config, values)
-    if values["batch_size"] is None:
-        values["batch_size"] = (config.get("train_dataloader") or {}).get("batch_size", 2)
-    if values["seed"] is None:
-        values["seed"] = (config.get("randomness") or {}).get("seed") or 0
-    if values["source"] == "config":
-        check_own_recipe(config, values["epochs"], values["lr"], values["amp"], multi_scale)
-        default_epochs = own_epochs(config)
-    values["epochs"] = values["epochs"] or default_epochs
-    return Recipe(multi_scale=multi_scale, **values)
-
-
-def _refuse_contradictions(config: Any, values: Mapping[str, Any]) -> None:
-    """Refuse an option and an override of the config that say different things of one matter."""
-    given = {option.partition("=")[0].strip() for option in values["options"]}
-    for name, flag, key in (
-        ("epochs", "--epochs", "train_cfg.max_epochs"),
-        ("batch_size", "--batch-size", "train_dataloader.batch_size"),
-        ("lr", "--lr", "optim_wrapper.optimizer.lr"),
-        ("seed", "--seed", "randomness.seed"),
+    config = apply_known_options(config, training.options)
+    given = {option.partition("=")[0].strip() for option in training.options}
+    for value, flag, key in (
+        (training.epochs, "--epochs", "train_cfg.max_epochs"),
+        (training.batch_size, "--batch-size", "train_dataloader.batch_size"),
+        (training.lr, "--lr", "optim_wrapper.optimizer.lr"),
+        (training.seed, "--seed", "randomness.seed"),
     ):
-        if key in given and values[name] is not None:
-            section, _, rest = key.partition(".")
-            other: Any = config.get(section) or {}
-            for part in rest.split("."):
-                other = other.get(part)
-            if other is not None and other != values[name]:
-                raise click.UsageError(f"{flag} {values[name]} and -o {key}={other} contradict each other: give one.")
+        if key in given and value is not None:
+            other: Any = config
+            for part in key.split("."):
+                other = (other or {}).get(part)
+            if other is not None and other != value:
+                raise click.UsageError(f"{flag} {value} and -o {key}={other} contradict each other: give one.")
+    return make_recipe(config, training, schedule)
 
 
 def _report(console: Console, result: Any) -> None:

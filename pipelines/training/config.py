@@ -23,12 +23,22 @@ from kdpipe.pipelines.training.data import (
     training_samplers,
     with_filter,
 )
-from kdpipe.pipelines.training.optimisers import optim_wrapper
+from kdpipe.pipelines.training.optimisers import check_own_recipe, optim_wrapper, own_epochs
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run_settings import set_run
 from kdpipe.pipelines.training.transforms import set_scale
 
-__all__ = ["SCHEDULES", "Recipe", "own_config", "set_validation", "training_config", "with_overrides", "world_size"]
+__all__ = [
+    "SCHEDULES",
+    "Recipe",
+    "make_recipe",
+    "own_config",
+    "set_validation",
+    "training_config",
+    "with_overrides",
+    "world_size",
+]
 
 SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
@@ -78,6 +88,38 @@ class Recipe:
     strict_data: bool = False
     skip_bad_images: bool = False
     source: str = "paper"
+
+
+def make_recipe(config: Config, options: TrainingOptions, schedule: str = "1x") -> Recipe:
+    """What options and config say together, of which the options have the last word.
+
+    Args:
+        config: The user's, with the overrides in it that it knows the place of.
+        options: Of the command line.
+        schedule: One of `SCHEDULES`: the number of epochs where nothing else says it, and several scales or one.
+
+    Raises:
+        KdpipeError: The recipe is to be the config's, and options contradict it, or it has none.
+    """
+    epochs, multi_scale = options.epochs or SCHEDULES[schedule], schedule == "2x-ms"
+    if options.source == "config":
+        check_own_recipe(config, options.epochs, options.lr, options.amp, multi_scale)
+        epochs = own_epochs(config)
+    batch_size, seed = options.batch_size, options.seed
+    return Recipe(
+        epochs=epochs,
+        batch_size=(config.get("train_dataloader") or {}).get("batch_size", 2) if batch_size is None else batch_size,
+        lr=options.lr,
+        seed=(config.get("randomness") or {}).get("seed") or 0 if seed is None else seed,
+        scale=options.scale,
+        multi_scale=multi_scale,
+        amp=options.amp,
+        workers=options.workers,
+        options=options.options,
+        strict_data=options.strict_data,
+        skip_bad_images=options.skip_bad_images,
+        source=options.source,
+    )
 
 
 def world_size() -> int:
