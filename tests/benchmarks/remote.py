@@ -4,7 +4,7 @@
 
 Makes a cache of made-up targets in a folder, copies it to SeaweedFS on this machine, and reads all images in a shuffled
 order with loader workers, as a training does, from the folder and from the server by turns. A step of the training is
-simulated by waiting. With `--delay`, every answer of the server comes so many milliseconds later, as from afar.
+simulated by waiting.
 """
 
 import json
@@ -14,7 +14,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -145,45 +144,6 @@ class Server:
         self._process.wait()
 
 
-def delayed(port: int, seconds: float) -> int:
-    """A port that passes connections on, and gives each answer so many seconds later."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-
-    def forward(source: socket.socket, target: socket.socket, wait: float) -> None:
-        quiet = True
-        try:
-            while data := source.recv(1 << 20):
-                if wait and quiet:
-                    time.sleep(wait)
-                target.sendall(data)
-                quiet = wait > 0 and not _more(source)
-        except OSError:
-            pass
-        target.close()
-        source.close()
-
-    def serve() -> None:
-        while True:
-            client, _ = listener.accept()
-            server = socket.create_connection(("127.0.0.1", port))
-            for source, target, wait in ((client, server, 0.0), (server, client, seconds)):
-                threading.Thread(target=forward, args=(source, target, wait), daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    return int(listener.getsockname()[1])
-
-
-def _more(source: socket.socket) -> bool:
-    """Whether the rest of an answer follows at once."""
-    source.settimeout(0.002)
-    try:
-        return bool(source.recv(1, socket.MSG_PEEK))
-    except TimeoutError:
-        return False
-    finally:
-        source.settimeout(None)
-
-
 def epoch(loader: "DataLoader[float]", step: float) -> float:
     """Seconds of an epoch whose steps take at least so many seconds each."""
     start = time.perf_counter()
@@ -204,15 +164,13 @@ def one_thread(worker: int) -> None:
 @click.option("--workers", default=2, show_default=True)
 @click.option("--steps", default="0,50,100,200", show_default=True, help="Milliseconds per step, one epoch each.")
 @click.option("--epochs", default=3, show_default=True, help="Of each; the median counts.")
-@click.option("--delay", default=0.0, show_default=True, help="Milliseconds that each answer of the server is late.")
-def main(out: Path, tier: str, images: int, batch: int, workers: int, steps: str, epochs: int, delay: float) -> None:
+def main(out: Path, tier: str, images: int, batch: int, workers: int, steps: str, epochs: int) -> None:
     """Print seconds per epoch from the folder and from the server, and their ratio."""
     server = Server(out / "server")
     try:
         folder = out / "cache.zarr"
         make_cache(open_location(folder), tier, images, 256 << 20)
-        port = delayed(server.port, delay / 1000) if delay else server.port
-        bucket = Bucket(URL, {**KEYS, "endpoint": f"http://127.0.0.1:{port}"})
+        bucket = Bucket(URL, {**KEYS, "endpoint": f"http://127.0.0.1:{server.port}"})
         start, files = time.perf_counter(), [file for file in folder.rglob("*") if file.is_file()]
         for file in files:
             obstore.put(bucket._client.open(), file.relative_to(folder).as_posix(), file, use_multipart=False)
