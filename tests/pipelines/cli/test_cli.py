@@ -99,7 +99,7 @@ def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
     """Of the mmdet that is installed, too, where the current folder is a clone of mmdetection."""
     (work / "mmdet").mkdir()
     (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
-    command = (sys.executable, "-m", "kdpipe.pipelines.cli.main", "--debug", "train-student", "--cache", "x.zarr")
+    command = (sys.executable, "-m", "kdpipe.pipelines.cli", "--debug", "train-student", "--cache", "x.zarr")
     done = subprocess.run(command, capture_output=True, text=True, cwd=work)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
