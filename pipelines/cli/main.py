@@ -133,10 +133,3 @@ def _user_message(error: Exception) -> str | None:
             "--workers, or a machine or device (--device) with more of it."
         )
     return None
-
-
-if __name__ == "__main__":
-    if not getattr(sys.flags, "safe_path", False):
-        # `python -m` looks into the current folder first, where a clone of mmdetection would hide what is installed
-        del sys.path[0]
-    main()

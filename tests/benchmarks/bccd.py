@@ -158,7 +158,7 @@ def run(arguments: Sequence[str], log: Path) -> float:
     start = time.perf_counter()
     with log.open("a") as output:
         code = subprocess.run(
-            [sys.executable, "-m", "kdpipe.pipelines.cli.main", *arguments], stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "kdpipe.pipelines.cli", *arguments], stdout=output, stderr=subprocess.STDOUT
         ).returncode
     if code:
         raise click.ClickException(f"kdpipe {arguments[0]} failed:\n{log.read_text()[-2000:]}")

@@ -140,7 +140,7 @@ class Kit:
     def start(*args: object, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
         """Start a command in a process, and a session, of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "kdpipe.pipelines.cli.main", *map(str, args)],
+            [sys.executable, "-m", "kdpipe.pipelines.cli", *map(str, args)],
             cwd=cwd,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment},
             stdout=subprocess.PIPE,
