@@ -59,19 +59,17 @@ class ArrayLayout:
 
     def metadata(self, rows: int) -> dict[str, Any]:
         """The array's `zarr.json` as JSON values, for so many rows."""
-        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
-        return _metadata((rows, *self.row_shape), self.dtype, self.shard(rows), [codec])
+        return _metadata((rows, *self.row_shape), self.dtype, self.shard(rows), [self._sharding()])
 
     def chunk_metadata(self, rows: int) -> dict[str, Any]:
         """As `metadata`, of an array in which each chunk of a shard lies by itself."""
-        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
-        return _metadata((rows, *self.row_shape), self.dtype, self.chunk_rows, codec["configuration"]["codecs"])
+        codecs = self._sharding()["configuration"]["codecs"]
+        return _metadata((rows, *self.row_shape), self.dtype, self.chunk_rows, codecs)
 
     def index_metadata(self, rows: int) -> tuple[dict[str, Any], int]:
         """As `metadata`, of the index at the end of a shard (offset and size of each chunk); and its bytes."""
-        codec = _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
         chunks = self.shard(rows) // self.chunk_rows
-        metadata = _metadata((chunks, 2), "uint64", chunks, codec["configuration"]["index_codecs"])
+        metadata = _metadata((chunks, 2), "uint64", chunks, self._sharding()["configuration"]["index_codecs"])
         return metadata, 16 * chunks + 4
 
     def num_files(self, rows: int) -> int:
@@ -89,6 +87,9 @@ class ArrayLayout:
 
     def _starts(self, rows: int) -> range:
         return range(0, rows, self.shard(rows))
+
+    def _sharding(self) -> dict[str, Any]:
+        return _sharding((self.chunk_rows, *self.row_shape), self.dtype, self.codec)
 
 
 def _metadata(shape: tuple[int, ...], dtype: str, chunk_rows: int, codecs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _sharding(chunk: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
     itemsize = np.dtype(dtype).itemsize
     inner: list[ArrayBytesCodec | BytesBytesCodec] = [BytesCodec(endian="little" if itemsize > 1 else None)]
     if codec == "zstd" and dtype in _AS_THEY_ARE:
-        inner.append(ZstdCodec(level=1))
+        inner.append(ZstdCodec(level=_LEVELS["zstd"]))
     elif codec != "none":
         name: Literal["zstd", "lz4"] = "zstd" if codec == "zstd" else "lz4"
         inner.append(BloscCodec(cname=name, clevel=_LEVELS[name], shuffle="bitshuffle", typesize=itemsize, blocksize=0))

@@ -163,6 +163,11 @@ def _is_file(name: str) -> bool:
     return all(part.isprintable() and part.strip(".") for part in name.split("/"))
 
 
+def files_below(files: Files, name: str) -> Files:
+    """Those of the files that lie in a folder, such as an array's, by their names in it."""
+    return {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}
+
+
 def check_sizes(location: Location, key: str, files: Files) -> list[str]:
     """Lines naming the files that cannot be found or have another size than recorded. Reads no data."""
     found = location.sizes(key, files)

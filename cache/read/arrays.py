@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
-from kdpipe.cache.format.record import Files, check_sizes
+from kdpipe.cache.format.record import Files, check_sizes, files_below
 from kdpipe.cache.format.zarr_arrays import FileArray, Reading, StoreArray, check_metadata, may_read_files
 from kdpipe.cache.read.range_array import RangeArray
 from kdpipe.cache.store.location import GoneError, Location
@@ -43,7 +43,7 @@ class ArrayReader:
 
     def __init__(self, location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> None:
         self.location, self.name, self.rows = location, name, rows
-        own = {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}
+        own = files_below(files, name)
         if len(own) != 1 + layout.num_files(rows) or own.keys() != {"zarr.json", *layout.files(rows)}:
             raise DamagedError(name, f"its {len(own)} files are not those of {rows} rows")
         place = f"{key}/{name}"

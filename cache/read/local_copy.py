@@ -11,7 +11,7 @@ from types import TracebackType
 
 from kdpipe.cache.errors import CacheError
 from kdpipe.cache.format.layout import part_layout
-from kdpipe.cache.format.record import Files, files_key, read_files, read_part_record
+from kdpipe.cache.format.record import Files, files_below, files_key, read_files, read_part_record
 from kdpipe.cache.format.root import Root
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.folder import Folder
@@ -139,7 +139,7 @@ class LocalCopy:
             if files is None:
                 continue  # it is not made yet, or damaged, which whoever reads it is told
             names = [f"{key}/{name}" for name in self._arrays if not (self._folder / key / name).is_dir()]
-            yield number, {name: _below(files, name.removeprefix(f"{key}/")) for name in names}
+            yield number, {name: files_below(files, name.removeprefix(f"{key}/")) for name in names}
 
     def _copy_array(self, key: str, files: Files) -> None:
         with temporary_folder(self._folder / key) as aside:
@@ -161,8 +161,3 @@ class LocalCopy:
                         f"written: run `kdpipe verify {self._location} --repair`."
                     )
             new.rename(self._folder / key)
-
-
-def _below(files: Files, name: str) -> Files:
-    """Those in a folder, by their names in it."""
-    return {file.removeprefix(f"{name}/"): entry for file, entry in files.items() if file.startswith(f"{name}/")}

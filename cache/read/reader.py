@@ -4,7 +4,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,8 +51,8 @@ def open_cache(place: Place, *, allow_partial: bool = False) -> "TeacherCache":
 
     step = max(1, min(_MOST_RECORDS, -(-len(parts) // location.threads)))
     batches = [range(start, min(start + step, len(parts))) for start in range(0, len(parts), step)]
-    with location.explained("Reading the cache"), ThreadPoolExecutor(location.threads) as pool:
-        files = [data for batch in pool.map(read, batches) for data in batch]
+    with location.explained("Reading the cache"):
+        files = [data for batch in location.at_once(read, batches) for data in batch]
     # parsed when all are read: threads that do both wait for each other
     records = (parse_part_record(data, number, parts[number], digest) for number, data in enumerate(files))
     skipped = {number: record["skipped"] for number, record in enumerate(records) if record is not None}

@@ -3,11 +3,14 @@
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
-from kdpipe.cache.format.record import Files
+from kdpipe.cache.format.record import FILES, Files, files_key, read_files
 from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.store.location import GoneError, Location
+
+NO_LIST = f"{FILES} is missing or has other content than was written"
 
 # Is told how many bytes were read.
 Tick = Callable[[int], None]
@@ -43,6 +46,13 @@ class GroupFiles:
     location: Location
     key: str
     files: Files
+
+    @classmethod
+    def read(cls, location: Location, key: str, record: Mapping[str, Any]) -> "GroupFiles | None":
+        """The files of the group of a key, whose record this is; None where their list is not as it was written."""
+        place = files_key(key, record)
+        files = read_files(location, place, record["files"])
+        return None if files is None else cls(location, place, files)
 
     def unknown_files(self, arrays: Collection[str]) -> str | None:
         """What is wrong with the list where files of none of the arrays are in it, to follow its name."""

@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 from kdpipe.cache.format.index import index_fault, rows_fault
 from kdpipe.cache.format.layout import ArrayLayout, Block, index_columns, part_layout
-from kdpipe.cache.format.record import FILES, files_key, read_files
+from kdpipe.cache.format.record import FILES
 from kdpipe.cache.spec import VIEWS, CacheSpec
-from kdpipe.cache.store.location import Location, part_key
-from kdpipe.cache.verify.arrays import Finding, GroupFiles, Look, Tick, grouped, metadata_fault
+from kdpipe.cache.store.location import part_key
+from kdpipe.cache.verify.arrays import NO_LIST, Finding, GroupFiles, Look, Tick, grouped, metadata_fault
 from kdpipe.cache.verify.fault import Fault
 
 # Boxes are mapped to the network input and back in float32: so many pixels beyond the image are rounding.
@@ -24,12 +24,17 @@ Task = Callable[[Tick], list[Fault]]
 
 
 def check_part(
-    location: Location, number: int, image_ids: Ids, record: Mapping[str, Any], spec: CacheSpec, tick: Tick
+    group: GroupFiles | None,
+    number: int,
+    image_ids: Ids,
+    record: Mapping[str, Any],
+    spec: CacheSpec,
+    tick: Tick,
 ) -> tuple[list[Fault], list[Task]]:
     """Check the metadata and the index of a part.
 
     Args:
-        location: of the cache.
+        group: the files of the part; None where their list is missing or not as it was written.
         number: of the part.
         image_ids: of the images that the plan gives to this part, in order.
         record: its commit record.
@@ -40,11 +45,9 @@ def check_part(
         What is wrong, and what is left to do: a task per file of the other arrays. There are none where the index is
         damaged, since the whole part has to be made again.
     """
-    key = files_key(part_key(number), record)
-    files = read_files(location, key, record["files"])
-    part = _Part(number, image_ids, record, spec, GroupFiles(location, key, files or {}))
-    if files is None:
-        return [part.fault(FILES, "is missing or has other content than was written")], []
+    if group is None:
+        return [Fault(f"part {number}", NO_LIST, number, None, tuple(image_ids.tolist()), part_key(number))], []
+    part = _Part(number, image_ids, record, spec, group)
     if wrong := rows_fault(record, spec):
         return [part.fault("index", wrong, "index")], []
     if wrong := part.group.unknown_files(part.layout):

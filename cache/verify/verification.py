@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +11,11 @@ import numpy as np
 
 from kdpipe.cache.format.head import HEAD, parameter_layout
 from kdpipe.cache.format.layout import Block
-from kdpipe.cache.format.record import (
-    FILES,
-    Files,
-    files_key,
-    read_files,
-    read_head_record,
-    read_part_record,
-    read_record,
-)
+from kdpipe.cache.format.record import FILES, files_key, read_head_record, read_part_record, read_record
 from kdpipe.cache.format.root import PLAN, Root
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.location import RECORD, Location, Place, open_location, part_key
-from kdpipe.cache.verify.arrays import GroupFiles, Tick, metadata_fault
+from kdpipe.cache.verify.arrays import NO_LIST, GroupFiles, Tick, metadata_fault
 from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.verify.part import Task, check_part
 
@@ -31,6 +23,10 @@ __all__ = ["Verification", "remove_faults", "verify_cache"]
 
 # Is told how many bytes of how many were read.
 Progress = Callable[[int, int], None]
+# The commit record of each group by its key, the plan's being that of the cache; None where there is none.
+Records = dict[str, dict[str, Any] | None]
+# The files of each group that has a record; None where their list is not as it was written.
+Groups = dict[str, GroupFiles | None]
 
 
 @dataclass(frozen=True)
@@ -98,14 +94,18 @@ def verify_cache(place: Place, progress: Progress, threads: int | None = None) -
     with location.explained("Reading the cache"):
         digest, spans = root.digest, root.parts
         numbers = range(len(spans))
-        read = location.at_once(lambda number: read_part_record(location, number, spans[number], digest), numbers)
-        records = dict(enumerate(read))
-        faults, missing = _without_record(location, root, records)
-        known, total = _known_files(location, records)
+        parts = location.at_once(lambda number: read_part_record(location, number, spans[number], digest), numbers)
+        faults, missing = _without_record(location, root, parts)
+        records: Records = {PLAN: read_record(location, ""), HEAD: read_head_record(location)}
+        records |= {part_key(number): record for number, record in enumerate(parts)}
+        there = [(key, record) for key, record in records.items() if record is not None]
+        lists = location.at_once(lambda entry: GroupFiles.read(location, *entry), there)
+        groups: Groups = {key: group for (key, _), group in zip(there, lists, strict=True)}
+        known, total = _known_files(records, groups)
         notes = _leftovers(location, known, faults)
-        skipped = sum(len(record["skipped"]) for record in records.values() if record)
+        skipped = sum(len(record["skipped"]) for record in parts if record)
         count = _Count()
-        faults += _run(_tasks(location, root, records, faults, count), count, total, progress, threads)
+        faults += _run(_tasks(location, root, records, groups, faults, count), count, total, progress, threads)
     faults.sort(key=lambda fault: (fault.part is not None, fault.part or 0))
     images = len(root.image_ids)
     return Verification(images, skipped, len(spans), missing, count.done, tuple(faults), tuple(notes))
@@ -130,11 +130,11 @@ def remove_faults(place: Place, found: Verification) -> list[str]:
 
 
 def _without_record(
-    location: Location, root: Root, records: dict[int, dict[str, Any] | None]
+    location: Location, root: Root, records: Sequence[dict[str, Any] | None]
 ) -> tuple[list[Fault], tuple[int, ...]]:
     """The parts that have to be made, and the numbers of those that were never committed."""
     faults, missing = [], []
-    for number, record in records.items():
+    for number, record in enumerate(records):
         if record is None:
             there = location.read(f"{part_key(number)}/{RECORD}") is not None
             span = root.parts[number]
@@ -146,20 +146,18 @@ def _without_record(
     return faults, tuple(missing)
 
 
-def _known_files(location: Location, records: dict[int, dict[str, Any] | None]) -> tuple[set[str], int]:
+def _known_files(records: Records, groups: Groups) -> tuple[set[str], int]:
     """Keys of all files that belong to the cache, one that ends in `/` for all below it; and the bytes of chunks."""
     known, total = {RECORD}, 0
-    groups = [("", PLAN, read_record(location, "")), (HEAD, HEAD, read_head_record(location))]
-    groups += [(part_key(number), part_key(number), record) for number, record in records.items()]
-    for key, files_of, record in groups:
+    for key, record in records.items():
         if record is None:
             known.add(f"{key}/")  # it is a fault of its own
             continue
-        place = files_key(files_of, record)
-        files = read_files(location, place, record["files"])
-        total += sum(size for name, (size, _) in (files or {}).items() if not name.endswith(RECORD))
-        known |= {f"{key}/{RECORD}" if key else RECORD, f"{place}/{FILES}"}
-        known |= {f"{place}/{name}" for name in files} if files else {f"{place}/"}
+        place, group = files_key(key, record), groups[key]
+        files = {} if group is None else group.files
+        total += sum(size for name, (size, _) in files.items() if not name.endswith(RECORD))
+        known |= {RECORD if key == PLAN else f"{key}/{RECORD}", f"{place}/{FILES}"}
+        known |= {f"{place}/{name}" for name in files} or {f"{place}/"}
     return known, total
 
 
@@ -176,27 +174,25 @@ def _leftovers(location: Location, known: set[str], faults: list[Fault]) -> list
 
 
 def _tasks(
-    location: Location, root: Root, records: dict[int, dict[str, Any] | None], faults: list[Fault], count: "_Count"
+    location: Location, root: Root, records: Records, groups: Groups, faults: list[Fault], count: "_Count"
 ) -> Iterator[Task]:
     """The checks of all files of the head and of the parts; what is wrong with the latter's index goes to `faults`."""
-    yield lambda tick: _check_plan(location, root, tick)
-    yield lambda tick: _check_head(location, root, tick)
-    for number, record in records.items():
+    yield lambda tick: _check_plan(groups.get(PLAN), root, tick)
+    yield lambda tick: _check_head(location, records[HEAD], groups.get(HEAD), root, tick)
+    for number, span in enumerate(root.parts):
+        record = records[part_key(number)]
         if record is not None:
-            span = root.parts[number]
             ids = root.image_ids[span.start : span.stop]
-            wrong, tasks = check_part(location, number, ids, record, root.spec, count)
+            wrong, tasks = check_part(groups[part_key(number)], number, ids, record, root.spec, count)
             faults += wrong
             yield from tasks
 
 
-def _check_plan(location: Location, root: Root, tick: Tick) -> list[Fault]:
+def _check_plan(group: GroupFiles | None, root: Root, tick: Tick) -> list[Fault]:
     """What is wrong with the plan, beside what let it be read."""
-    record = read_record(location, "") or {"files": ""}
-    key = files_key(PLAN, record)
-    files: Files = read_files(location, key, record["files"]) or {}
-    group = GroupFiles(location, key, files)
-    chunks = [name for name in files if not name.endswith(RECORD)]  # the metadata were looked at when it was opened
+    if group is None:
+        return [Fault("the root", f"{PLAN}/{NO_LIST}", repairable=False)]
+    chunks = [name for name in group.files if not name.endswith(RECORD)]  # the metadata were looked at when opened
     wrong = [f"{PLAN}/{name} {reason}" for name in chunks if (reason := group.wrong_file(name, tick))]
     if unknown := group.unknown_files(("image_ids", "part_starts")):
         wrong.append(f"{PLAN}/{FILES} {unknown}")
@@ -233,19 +229,18 @@ def _collect(pending: "set[Future[list[Fault]]]", faults: list[Fault]) -> "set[F
     return rest
 
 
-def _check_head(location: Location, root: Root, tick: Tick) -> list[Fault]:
+def _check_head(
+    location: Location, record: dict[str, Any] | None, group: GroupFiles | None, root: Root, tick: Tick
+) -> list[Fault]:
     """Everything of the teacher's head: it is small, and read as one."""
-    record = read_head_record(location)
     if record is None:
         there = location.read(f"{HEAD}/{RECORD}") is not None
         return [Fault("the head", _no_record(there), remove=HEAD if there else None)]
     if record["root"] != root.digest:
         return [Fault("the head", "was made for another cache", remove=HEAD)]
-    key = files_key(HEAD, record)
-    files = read_files(location, key, record["files"])
-    if files is None:
-        return [Fault("the head", f"{FILES} is missing or has other content than was written", remove=HEAD)]
-    group, faults = GroupFiles(location, key, files), []
+    if group is None:
+        return [Fault("the head", NO_LIST, remove=HEAD)]
+    faults = []
     if unknown := group.unknown_files(record["parameters"]):
         faults.append(Fault("the head", f"{FILES} {unknown}", remove=HEAD))
     for name, entry in record["parameters"].items():

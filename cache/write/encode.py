@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdpipe.cache.errors import CacheError
+from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.format.layout import Block
 from kdpipe.cache.quantize import quantize, quantize4, quantize_rows
 from kdpipe.cache.records import TeacherRecord
@@ -104,9 +104,7 @@ def _encode_boxes(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str
 
 def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
     """The deltas, those of unlikely classes merged where the cache keeps no more."""
-    deltas, logits, num_gt = record.deltas, record.logits, record.num_gt
-    assert deltas is not None
-    assert logits is not None
+    deltas, logits, num_gt = present(record.deltas, "deltas"), present(record.logits, "logits"), record.num_gt
     if not spec.delta_floor or not spec.is_quantized or spec.class_agnostic:
         return deltas
     if record.gt_labels is None or len(record.gt_labels) != num_gt:
@@ -117,9 +115,9 @@ def _stored_deltas(what: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
 
 def _encode_objects(what: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
     """The arrays that have a row per box with RoI features."""
-    features = record.roi_features
-    _check_shape(what, "roi_features", features, (len(record.boxes), spec.channels, spec.roi_size, spec.roi_size))
-    assert features is not None
+    shape = (len(record.boxes), spec.channels, spec.roi_size, spec.roi_size)
+    _check_shape(what, "roi_features", record.roi_features, shape)
+    features = present(record.roi_features, "roi_features")
     rows = choose_objects(record.boxes, record.num_gt)
     chosen = features[rows.to(features.device)]
     arrays = {"roi_rows": _to_host(rows.to(torch.int32), rows)}
