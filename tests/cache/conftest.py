@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import http.server
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from kdpipe.cache.format.zarr_arrays import WrittenFiles
 from kdpipe.cache.identity import canonical_json, digest_json
 from kdpipe.cache.plan import level_shapes
 from kdpipe.cache.read.root import read_root
+from kdpipe.cache.store.bucket import Bucket
 from kdpipe.cache.store.folder import Folder
 from kdpipe.cache.store.location import Place
 from kdpipe.cache.views import input_size
@@ -28,6 +30,8 @@ from kdpipe.cache.write.arrays import write_array
 
 if TYPE_CHECKING:
     from tests.conftest import Forks
+
+_count = iter(range(1_000_000))
 
 
 class Kit:
@@ -115,6 +119,25 @@ class Kit:
                         part.add(cls.record(writer.images[position], view, writer.spec))
 
     @classmethod
+    def fill_at_once(cls, place: Callable[[], Place]) -> list[BaseException]:
+        """Write all parts by three writers at the same time, whether they are there or not; what went wrong."""
+        failed: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                writer = cls.writer(place(), cls.spec(), cls.images())
+                cls.fill(writer, range(len(writer.parts)))
+            except BaseException as error:
+                failed.append(error)
+
+        writers = [threading.Thread(target=write) for _ in range(3)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        return failed
+
+    @classmethod
     def make(cls, path: Path, spec: CacheSpec | None = None, count: int = 7) -> Path:
         """A finished cache."""
         cls.fill(cls.writer(path, cls.spec() if spec is None else spec, cls.images(count)))
@@ -196,6 +219,15 @@ class Kit:
         data = bytearray(file.read_bytes())
         data[int(len(data) * at)] ^= 16
         file.write_bytes(data)
+
+
+@pytest.fixture(params=["memory", "moto"])
+def location(request: pytest.FixtureRequest) -> Bucket:
+    """An empty place in an object store."""
+    name = f"cache-{os.getpid()}-{next(_count)}.zarr"
+    if request.param == "memory":
+        return Bucket(f"memory://{name}", {})
+    return Bucket(f"s3://kdpipe/tests/{name}", request.getfixturevalue("moto").options)
 
 
 @pytest.fixture(scope="session")

@@ -30,15 +30,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.02)
 
 
-@pytest.fixture(params=["memory", "moto"])
-def location(request: pytest.FixtureRequest) -> Bucket:
-    """An empty place in an object store."""
-    name = f"cache-{os.getpid()}-{next(_count)}.zarr"
-    if request.param == "memory":
-        return Bucket(f"memory://{name}", {})
-    return Bucket(f"s3://kdpipe/tests/{name}", request.getfixturevalue("moto").options)
-
-
 @pytest.fixture
 def faulty(moto: Any, proxy: Any) -> Bucket:
     """An empty place in an object store behind a proxy."""

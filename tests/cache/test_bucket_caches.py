@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,6 @@ _count = iter(range(1_000_000))
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.02)
-
-
-@pytest.fixture(params=["memory", "moto"])
-def location(request: pytest.FixtureRequest) -> Bucket:
-    """An empty place in an object store."""
-    name = f"whole-{os.getpid()}-{next(_count)}.zarr"
-    if request.param == "memory":
-        return Bucket(f"memory://{name}", {})
-    return Bucket(f"s3://kdpipe/tests/{name}", request.getfixturevalue("moto").options)
 
 
 def keys(location: Bucket) -> list[str]:
@@ -152,21 +142,7 @@ def test_something_else_is_there(location: Bucket, kit: Any) -> None:
 
 def test_two_writers_of_all_parts(location: Bucket, tmp_path: Path, kit: Any) -> None:
     """Whoever is second keeps what the first committed, and both are content."""
-    failed: list[BaseException] = []
-
-    def write() -> None:
-        try:
-            writer = kit.writer(location, kit.spec(), kit.images())
-            kit.fill(writer, range(len(writer.parts)))
-        except BaseException as error:
-            failed.append(error)
-
-    writers = [threading.Thread(target=write) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert failed == []
+    assert kit.fill_at_once(lambda: location) == []
     download(location, tmp_path / "copy.zarr")
     assert kit.tree(tmp_path / "copy.zarr") == kit.tree(kit.make(tmp_path / "x.zarr"))
 

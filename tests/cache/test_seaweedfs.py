@@ -85,21 +85,7 @@ def test_killed_while_it_is_read(weed: Any, kit: Any, tmp_path: Path) -> None:
 
 
 def test_two_writers(weed: Any, kit: Any, tmp_path: Path) -> None:
-    failed: list[BaseException] = []
-
-    def write() -> None:
-        try:
-            writer = kit.writer(Bucket(URL, weed.options), kit.spec(), kit.images())
-            kit.fill(writer, range(len(writer.parts)))
-        except BaseException as error:
-            failed.append(error)
-
-    writers = [threading.Thread(target=write) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert failed == []
+    assert kit.fill_at_once(lambda: Bucket(URL, weed.options)) == []
     download(Bucket(URL, weed.options), tmp_path / "copy.zarr")
     assert kit.tree(tmp_path / "copy.zarr") == kit.tree(kit.make(tmp_path / "x.zarr"))
 

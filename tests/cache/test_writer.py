@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,25 +211,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path, kit: "type
 
 def test_two_writers_at_once_do_no_harm(tmp_path: Path, cache_path: Path, kit: "type[Kit]") -> None:
     path = tmp_path / "other.zarr"
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            writer = kit.writer(path, kit.spec(), kit.images())
-            writer.write_head(kit.head())
-            for index in range(len(writer.parts)):
-                with writer.part(index) as part:
-                    for n in writer.parts[index]:
-                        part.add(kit.record(writer.images[n], "identity", writer.spec))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert kit.fill_at_once(lambda: path) == []
     assert kit.tree(path) == kit.tree(cache_path)
 
 
