@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,12 @@ def test_the_target_is_read_only(kit: "Kit", tmpfs: Path, undisturbed: dict[str,
 
 
 def deny(folder: Path) -> None:
-    """Let nobody write to a folder, not even root."""
+    """Let nobody write to a folder, not even root; not before the file is closed that a thread is writing there."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+    until = time.monotonic() + 30
+    while (done := subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True)).returncode:
+        assert time.monotonic() < until, done.stderr
+        time.sleep(0.01)
 
 
 def test_a_permission_is_lost(
