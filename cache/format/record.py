@@ -180,8 +180,13 @@ def check_sizes(location: Location, key: str, files: Files) -> list[str]:
     return lines
 
 
-def is_whole(location: Location, key: str, record: Mapping[str, Any]) -> bool:
-    """Whether all files of a group are there in the recorded sizes."""
+def whole_files(location: Location, key: str, record: Mapping[str, Any]) -> Files | None:
+    """The files of a group; None where one is not there in its size, or their list is not as it was written."""
     place = files_key(key, record)
     files = read_files(location, place, record["files"])
-    return files is not None and not check_sizes(location, place, files)
+    return None if files is None or check_sizes(location, place, files) else files
+
+
+def is_whole(location: Location, key: str, record: Mapping[str, Any]) -> bool:
+    """Whether all files of a group are there in the recorded sizes."""
+    return whole_files(location, key, record) is not None

@@ -133,11 +133,11 @@ def _without_record(
     location: Location, root: Root, records: Sequence[dict[str, Any] | None]
 ) -> tuple[list[Fault], tuple[int, ...]]:
     """The parts that have to be made, and the numbers of those that were never committed."""
-    faults, missing = [], []
+    faults, missing, spans = [], [], root.parts
     for number, record in enumerate(records):
         if record is None:
             there = location.read(f"{part_key(number)}/{RECORD}") is not None
-            span = root.parts[number]
+            span = spans[number]
             ids = tuple(root.image_ids[span.start : span.stop].tolist())
             remove = part_key(number) if there else None
             faults.append(Fault(f"part {number}", _no_record(there), number, None, ids, remove))

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdpipe.cache.errors import present
 from kdpipe.cache.format.head import HEAD
 from kdpipe.cache.format.layout import part_layout
-from kdpipe.cache.format.record import Files, check_sizes, files_key, read_files, read_part_record, read_record
+from kdpipe.cache.format.record import Files, read_head_record, read_part_record, whole_files
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
@@ -68,17 +68,21 @@ def describe_cache(location: Location) -> dict[str, Any]:
         CacheError: there is no cache, or its root is damaged.
     """
     cache, root = open_cache(location, allow_partial=True), read_root(location)
-    missing, disk, raw, digest = [], Counter({"index": 0}), Counter({"index": 0}), root.digest
+    missing, disk, raw = [], Counter({"index": 0}), Counter({"index": 0})
+    parts, digest = root.parts, root.digest
+
+    def look(number: int) -> tuple[dict[str, Any] | None, Files | None]:
+        record = read_part_record(location, number, parts[number], digest)
+        return record, record and whole_files(location, part_key(number), record)
+
     with location.explained("Reading the cache"):
-        for number, span in enumerate(root.parts):
-            record = read_part_record(location, number, span, digest)
-            files = record and _sound_files(location, part_key(number), record)
+        for number, (record, files) in enumerate(location.at_once(look, range(len(parts)))):
             if record is None or files is None:
-                missing.append({"part": number, "images": len(span)})
+                missing.append({"part": number, "images": len(parts[number])})
             else:
                 _add_sizes(files, record, cache.spec, disk, raw)
-        head = read_record(location, HEAD)
-        head_files = head and _sound_files(location, HEAD, head)
+        head = read_head_record(location)
+        head_files = head and whole_files(location, HEAD, head)
     state = "missing" if head is None else "damaged" if head_files is None else "stored"
     fields = {name: {"raw": raw[name], "disk": disk[name]} for name in (*cache.spec.fields, "index") if name in disk}
     return {
@@ -89,7 +93,7 @@ def describe_cache(location: Location) -> dict[str, Any]:
         "identity": cache.identity,
         "spec": cache.spec.to_json(),
         "images": {"planned": len(root.image_ids), "cached": len(cache), "skipped": cache.skipped},
-        "parts": {"planned": len(root.parts), "committed": len(root.parts) - len(missing), "missing": missing},
+        "parts": {"planned": len(parts), "committed": len(parts) - len(missing), "missing": missing},
         "part_size": root.plan["part_size"],
         "head": {
             "state": state,
@@ -115,13 +119,6 @@ def _objects(cache: TeacherCache) -> dict[str, Any] | None:
         "mean": sum(counts) / max(1, len(counts)),
         "at_limit": sum(count >= MAX_OBJECTS for count in counts),
     }
-
-
-def _sound_files(location: Location, key: str, record: dict[str, Any]) -> Files | None:
-    """The files of a part or of the head; None where one is missing or has another size than recorded."""
-    place = files_key(key, record)
-    files = read_files(location, place, record["files"])
-    return None if files is None or check_sizes(location, place, files) else files
 
 
 def _add_sizes(files: Files, record: dict[str, Any], spec: CacheSpec, disk: Counter[str], raw: Counter[str]) -> None:
