@@ -72,7 +72,9 @@ class Forks:
             return json.loads(self._server.stdout.readline())
 
     def close(self) -> None:
-        self._server.communicate()
+        """End the server. It is told so: a process that a test forked may still hold the pipe open."""
+        self.ask({"end": True})
+        self._server.wait(60)
 
 
 class Forked:

@@ -3,7 +3,7 @@
     python fork_server.py FOLDER MODULE...
 
 Reads a JSON line per request and answers with one: {"code", "args", "env", "cwd", "out", "err"} starts a process that
-runs the code, and gives its id; {"poll": id} gives its exit code, or null while it runs.
+runs the code, and gives its id; {"poll": id} gives its exit code, or null while it runs; {"end": true} ends the server.
 """
 
 import importlib
@@ -36,12 +36,15 @@ def become(request: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until one says that it is the last."""
     sys.path.insert(0, sys.argv[1])
     for name in sys.argv[2:]:
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
+        if "end" in request:
+            print("null", flush=True)
+            os._exit(0)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None

@@ -40,17 +40,28 @@ CACHES = {
     "pyramid": ["--dtype", "int8"],
     "pyramid-int4": ["--dtype", "int4"],
     "objects": ["--targets", "objects", "--dtype", "int8"],
-    "objects-int4": ["--targets", "objects", "--dtype", "int4"],
     "objects-both-views": ["--targets", "objects", "--dtype", "int8", "--views", "identity,hflip"],
 }
-# Name: cache, who chooses the RoIs, and the row that it is compared with.
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a student is trained with, and the row that it is compared with."""
+
+    cache: str
+    rois: str
+    beside: str = ""
+    methods: str = bccd.ALL
+
+
 STUDENTS = {
-    "pyramid, student's RoIs": ("pyramid", "student", ""),
-    "pyramid, teacher's RoIs": ("pyramid", "teacher", "pyramid, student's RoIs"),
-    "objects": ("objects", "teacher", "pyramid, student's RoIs"),
-    "objects int4": ("objects-int4", "teacher", "objects"),
-    "objects, both views": ("objects-both-views", "teacher", "objects"),
-    "pyramid int4, student's RoIs": ("pyramid-int4", "student", "pyramid, student's RoIs"),
+    "pyramid, student's RoIs": Student("pyramid", "student"),
+    "pyramid int4, student's RoIs": Student("pyramid-int4", "student", "pyramid, student's RoIs"),
+    "pyramid, teacher's RoIs": Student("pyramid", "teacher", "pyramid, student's RoIs"),
+    "objects": Student("objects", "teacher", "pyramid, student's RoIs"),
+    "objects, both views": Student("objects-both-views", "teacher", "objects"),
+    "objects, ckd alone": Student("objects", "teacher", methods="ckd"),
+    "objects, both views, ckd alone": Student("objects-both-views", "teacher", "objects, ckd alone", "ckd"),
 }
 
 
@@ -82,13 +93,13 @@ def work_dir(out: Path, name: str, student: str, seed: int) -> Path:
 
 
 def train_student(data: Path, out: Path, name: str, student: str, seed: int) -> None:
-    cache, rois, _ = STUDENTS[student]
+    row = STUDENTS[student]
     model = [x.replace("sampler.num=128", f"sampler.num={ROIS}") for x in DATA[name].model(16, 64, 256)]
-    arguments = ["train-student", "--methods", bccd.ALL, "--rois", rois, *model, *places(data, name)]
+    arguments = ["train-student", "--methods", row.methods, "--rois", row.rois, *model, *places(data, name)]
     arguments += ["--val-ann-file", str(data / name / "test.json")]
-    arguments += ["--cache", str(out / name / f"{cache}.zarr"), "--scale", "192x144", "--seed", str(seed)]
+    arguments += ["--cache", str(out / name / f"{row.cache}.zarr"), "--scale", "192x144", "--seed", str(seed)]
     arguments += ["-o", "distill.ckd.queue_size=8192", "--workers", "0"]
-    arguments += ["-o", f"distill.rois.num={ROIS}"] if rois == "teacher" else []
+    arguments += ["-o", f"distill.rois.num={ROIS}"] if row.rois == "teacher" else []
     bccd.train(arguments, work_dir(out, name, student, seed), DATA[name].epochs)
 
 
@@ -102,7 +113,8 @@ def table(out: Path, seeds: int) -> str:
     """What is known so far, as Markdown; differences are of the same seeds, in points, with their standard error."""
     lines = ["| data | student | AP of each seed | mean | minus | points |", "|---|---|---|---|---|---|"]
     for name in DATA:
-        for student, (_, _, other) in STUDENTS.items():
+        for student, row in STUDENTS.items():
+            other = row.beside
             found, beside = results(out, name, student, seeds), results(out, name, other, seeds) if other else {}
             if not found:
                 continue
@@ -120,17 +132,20 @@ def table(out: Path, seeds: int) -> str:
 @click.command()
 @click.option("--data", type=click.Path(exists=True, path_type=Path), default=Path("../shared/data"))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--data-set", "names", type=click.Choice(list(DATA)), multiple=True, default=list(DATA), show_default=True
+)
 @click.option("--only", help="Only students whose name holds this.", default="")
 @click.option("--seeds", type=int, default=4, show_default=True)
-def main(data: Path, out: Path, only: str, seeds: int) -> None:
+def main(data: Path, out: Path, names: tuple[str, ...], only: str, seeds: int) -> None:
     """Train the teachers, cache them, train all students, print the table."""
     os.environ["OMP_NUM_THREADS"] = "1"
     students = [student for student in STUDENTS if only in student]
-    for name in DATA:
+    for name in names:
         (out / name).mkdir(parents=True, exist_ok=True)
-        prepare(data, out, name, {STUDENTS[student][0] for student in students})
+        prepare(data, out, name, {STUDENTS[student].cache for student in students})
     for seed in range(seeds):
-        for name in DATA:
+        for name in names:
             for student in students:
                 train_student(data, out, name, student, seed)
                 (out / "tiers.md").write_text(table(out, seeds))
