@@ -4,17 +4,16 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import mmcv.ops as mmcv_ops  # of the bridge, which `tests/conftest.py` put in
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-import kdpipe.pipelines  # noqa: F401  (the bridge goes in before mmcv is imported)
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.mmcv_ops.roi import _in_windows
 
-mmcv_ops = pytest.importorskip("mmcv.ops")
 Array = npt.NDArray[Any]
 DEVICES = [
     "cpu",
