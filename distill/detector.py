@@ -29,7 +29,7 @@ from kdpipe.distill.methods import (
     needed_fields,
 )
 from kdpipe.distill.preprocessor import DistilledPreprocessor
-from kdpipe.distill.rois.sampling import roi_align_levels
+from kdpipe.distill.rois.align import roi_align_levels
 from kdpipe.distill.students.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent
 from kdpipe.distill.students.head_transfer import HeadTransfer
 from kdpipe.distill.students.two_stage import OwnLoss, TwoStageStudent

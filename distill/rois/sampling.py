@@ -1,14 +1,12 @@
-"""Which RoIs the losses look at, and their features: matching, sampling, RoIAlign."""
+"""Which RoIs the losses look at: matching with the ground truth, sampling."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou
 
-from kdpipe.distill.losses.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
-from kdpipe.distill.rois.align_cpu import are_ordinary, roi_align_channels_last
+from kdpipe.distill.losses.numeric import LossInputError, check_shape, full_precision
 
 # Overlaps held at a time: 4 MiB of float32, and a few times that while they are computed.
 _SLICE_ELEMENTS = 2**20
@@ -107,7 +105,8 @@ def best_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         others: Tensor[M, 4] in the same frame.
 
     Returns:
-        Tensor[R] float32 (float64 for float64 boxes), 0 where there are no others, and Tensor[R] int64.
+        Tensor[R] float32 (float64 for float64 boxes), 0 where there are no others, and Tensor[R] int64, of several
+        with the same IoU the first. Two boxes without area have an IoU of 0.
     """
     boxes, others = full_precision(boxes, others)
     overlap, best = boxes.new_zeros(len(boxes)), torch.zeros_like(boxes[:, 0], dtype=torch.int64)
@@ -115,7 +114,7 @@ def best_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         step = max(_SLICE_ELEMENTS // len(others), 1)
         for start in range(0, len(boxes), step):
             rows = slice(start, start + step)
-            overlap[rows], best[rows] = box_iou(boxes[rows], others).max(dim=1)
+            overlap[rows], best[rows] = box_iou(boxes[rows], others).nan_to_num_(nan=0.0).max(dim=1)
     return overlap, best
 
 
@@ -124,125 +123,3 @@ def _draw(mask: Tensor, num: int, generator: torch.Generator) -> Tensor:
     rows = mask.nonzero().squeeze(1)
     order = torch.randperm(rows.numel(), generator=generator, device=generator.device)[:num]
     return rows[order.to(rows.device)].sort().values
-
-
-def assign_levels(boxes: Tensor, finest_scale: float, num_levels: int) -> Tensor:
-    """Pyramid level of each box, by the rule of mmdet's `SingleRoIExtractor.map_roi_levels`.
-
-    floor(log2(sqrt(area) / finest_scale + 1e-6)), clamped to the levels there are.
-
-    Args:
-        boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the view that the pyramid was made from.
-        finest_scale: boxes up to twice this size go to level 0, pixels.
-        num_levels: L.
-
-    Returns:
-        Tensor[R] int64 in [0, L).
-    """
-    (boxes,) = full_precision(boxes)
-    scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = (scale / finest_scale + 1e-6).log2().floor()
-    return level.clamp(min=0, max=num_levels - 1).long()
-
-
-def roi_align_levels(
-    pyramid: Sequence[Tensor],
-    strides: Sequence[int],
-    rois: Tensor,
-    size: int = 7,
-    sampling_ratio: int = 2,
-    aligned: bool = True,
-) -> Tensor:
-    """RoI features from every level of a pyramid.
-
-    Args:
-        pyramid: per level Tensor[B, C, h, w].
-        strides: pixels per cell of each level.
-        rois: Tensor[R, 5] (index in the batch, x1, y1, x2, y2), pixels of the network input.
-        size: cells per side of a RoI feature.
-        sampling_ratio: samples per side of a cell, at least 1; fixed, so that large RoIs cost no more on fine levels.
-        aligned: the half-pixel shift of mmdet's default RoIAlign.
-
-    Returns:
-        Tensor[R, L, C, size, size], float32 (float64 for a float64 pyramid), in memory channels last.
-
-    Raises:
-        LossInputError: shapes that do not fit, or no sample per cell.
-    """
-    _check_pyramid(pyramid, strides, rois)
-    if sampling_ratio < 1:
-        raise LossInputError(f"RoIAlign on every level needs a sampling_ratio of at least 1, found {sampling_ratio}.")
-    levels = [
-        _roi_align(features, stride, rois, size, sampling_ratio, aligned).permute(0, 2, 3, 1)
-        for features, stride in zip(pyramid, strides, strict=True)
-    ]
-    return torch.stack(levels, dim=1).permute(0, 1, 4, 2, 3)
-
-
-def roi_align_assigned(
-    pyramid: Sequence[Tensor | None],
-    strides: Sequence[int],
-    rois: Tensor,
-    finest_scale: float,
-    size: int = 7,
-    sampling_ratio: int = 0,
-    aligned: bool = True,
-) -> Tensor:
-    """RoI features, each from the one level that its size assigns, as mmdet's `SingleRoIExtractor` makes them.
-
-    Every level stays part of the graph, RoIs on it or not.
-
-    Args:
-        pyramid: per level of the RoI extractor Tensor[B, C, h, w], or None for a level that no RoI is assigned to.
-        strides: pixels per cell of each level.
-        rois: Tensor[R, 5] (index in the batch, x1, y1, x2, y2), pixels of the network input that the pyramid is of.
-        finest_scale: see `assign_levels`.
-        size: cells per side of a RoI feature.
-        sampling_ratio: samples per side of a cell; 0 is adaptive, mmdet's default.
-        aligned: the half-pixel shift of mmdet's default RoIAlign.
-
-    Returns:
-        Tensor[R, C, size, size], float32 (float64 for a float64 pyramid).
-
-    Raises:
-        LossInputError: shapes that do not fit, or a RoI is assigned to a level that is None.
-    """
-    _check_pyramid(pyramid, strides, rois)
-    level = assign_levels(rois[:, 1:], finest_scale, len(pyramid))  # [R]
-    parts, parts_rows = [], []
-    for index, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
-        rows = (level == index).nonzero().squeeze(1)
-        if features is not None:
-            parts.append(_roi_align(features, stride, rois[rows], size, sampling_ratio, aligned))
-            parts_rows.append(rows)
-        elif rows.numel():
-            raise LossInputError(
-                f"{rows.numel()} of {rois.shape[0]} RoIs are assigned to level {index} (stride {stride}) of the "
-                "pyramid, which was not given. Read that level of the cache, too."
-            )
-    return torch.cat(parts)[torch.cat(parts_rows).argsort()]
-
-
-def _check_pyramid(pyramid: Sequence[Tensor | None], strides: Sequence[int], rois: Tensor) -> None:
-    check_shape("rois", rois, (rois.shape[0], 5), "RoIs (index in the batch, x1, y1, x2, y2)")
-    given = [features for features in pyramid if features is not None]
-    for features in given:
-        check_dims("a level of the pyramid", features, "[B, C, h, w]")
-    if not given or len(pyramid) != len(strides) or len({features.shape[:2] for features in given}) > 1:
-        raise LossInputError(
-            "A pyramid needs at least one level, one stride per level, and the same batch and channels on all levels; "
-            f"found strides {list(strides)} and levels {[None if x is None else list(x.shape) for x in pyramid]}."
-        )
-
-
-def _roi_align(features: Tensor, stride: int, rois: Tensor, size: int, sampling_ratio: int, aligned: bool) -> Tensor:
-    """RoIAlign in full precision: half-precision coordinates would be pixels off."""
-    with no_autocast(features):
-        (full,) = full_precision(features)
-        boxes, scale = rois.detach().to(full), 1.0 / stride
-        if not full.is_cuda and are_ordinary(boxes, scale):
-            return roi_align_channels_last(full, boxes, scale, (size, size), sampling_ratio, aligned).permute(
-                0, 3, 1, 2
-            )
-        pooled: Tensor = roi_align(full, boxes, size, scale, sampling_ratio, aligned)
-    return pooled

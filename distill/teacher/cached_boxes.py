@@ -11,7 +11,8 @@ from torch import Tensor
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, visible_boxes
-from kdpipe.distill.rois.sampling import assign_levels, sample_rois
+from kdpipe.distill.rois.align import assign_levels
+from kdpipe.distill.rois.sampling import sample_rois
 from kdpipe.distill.teacher.targets import RoiTargets
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.rois.sampling import roi_align_assigned
+from kdpipe.distill.rois.align import roi_align_assigned
 
 # Of an image: per level Tensor[C, h_l, w_l] in storage type, or None where no RoI needs it; scale Tensor[L, C] of int8.
 StoredPyramid = tuple[Sequence[Tensor | None], Tensor | None]

@@ -25,7 +25,7 @@ from kdpipe.cache.views import map_boxes
 from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss
 from kdpipe.distill.losses.sgfi import SGFI
-from kdpipe.distill.rois.sampling import roi_align_assigned, roi_align_levels
+from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
 from kdpipe.pipelines.data.datasets import load_coco
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint

@@ -29,7 +29,7 @@ import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
 from kdpipe.distill.losses.ckd import ckd_loss
 from kdpipe.distill.losses.sgfi import SGFI, sgfi_loss
-from kdpipe.distill.rois.sampling import roi_align_assigned, roi_align_levels
+from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
 from kdpipe.pipelines.data.datasets import load_coco
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
-from kdpipe.distill.rois.sampling import roi_align_assigned
+from kdpipe.distill.rois.align import roi_align_assigned
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError, moved_to, parameters_of
 
 SEMANTIC_BRANCH = "roi_head.semantic_head."

@@ -9,16 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from kdpipe.distill.rois import pairing
+from kdpipe.distill.losses.numeric import LossInputError
+from kdpipe.distill.rois import pairing, pairing_cpu
 from kdpipe.distill.rois.pairing import pair_boxes
 from kdpipe.distill.rois.sampling import best_overlap
 
 
-def check(boxes: Tensor, others: Tensor) -> int:
+def check(boxes: Tensor, others: Tensor, iou: float = 0.5) -> int:
     """Compare with all overlaps, ties included; returns how many boxes have a partner."""
-    found, partner = pair_boxes(boxes, others)
+    found, partner = pair_boxes(boxes, others, iou)
+    plain = pairing._pair(boxes, others, iou)  # on other devices than a CPU
+    assert torch.equal(found, plain[0])
+    assert torch.equal(partner, plain[1])
     overlap, _ = best_overlap(boxes, others)
-    assert torch.equal(found, overlap >= 0.5)
+    assert torch.equal(found, overlap >= iou)
     every = best_of_all(boxes, others)
     assert torch.equal(partner[found], every[found])
     assert not partner[~found].any()
@@ -65,15 +69,21 @@ def test_partners_are_those_of_all_overlaps(
     check(ordered(boxes) * scale + shift, ordered(others) * scale + shift)
 
 
-@given(seed=st.integers(0, 10**6), near=st.sampled_from([0.02, 0.2, 0.5]))
-def test_partners_of_boxes_that_were_moved(seed: int, near: float) -> None:
+@given(seed=st.integers(0, 10**6), near=st.sampled_from([0.02, 0.2, 0.5]), iou=st.sampled_from([0.5, 0.7, 1.0]))
+def test_partners_of_boxes_that_were_moved(seed: int, near: float, iou: float) -> None:
     """Every box has candidates, many of which overlap it by about a half."""
     others = random_boxes(300, seed, smallest=1.0)
     g = torch.Generator().manual_seed(seed)
     chosen = others[torch.randint(0, 300, (60,), generator=g)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
     boxes = (chosen + near * sides * torch.randn(60, 4, generator=g)).clamp(0, 500)
-    check(ordered(boxes.tolist()), others)
+    check(ordered(boxes.tolist()), others, iou)
+
+
+@pytest.mark.parametrize("iou", [0.49, 1.01, float("nan")])
+def test_overlaps_of_less_than_a_half_are_not_looked_for(iou: float) -> None:
+    with pytest.raises(LossInputError, match=r"at least 0\.5"):
+        pair_boxes(torch.zeros(0, 4), torch.zeros(0, 4), iou)
 
 
 @pytest.mark.parametrize("place", [(0.0, 0.0), (1.0, 1.0), (0.5, 1.0)])
@@ -113,7 +123,7 @@ def test_slices_change_nothing(pairs: int, monkeypatch: pytest.MonkeyPatch) -> N
     boxes = others[::2] + 0.5
     whole = pair_boxes(boxes, others)
     assert whole[0].sum() > 10
-    monkeypatch.setattr(pairing, "_SLICE_PAIRS", pairs)
+    monkeypatch.setattr(pairing_cpu, "_SLICE_PAIRS", pairs)
     for found, wanted in zip(pair_boxes(boxes, others), whole, strict=True):
         assert torch.equal(found, wanted)
 
@@ -128,17 +138,17 @@ def test_nothing_to_pair() -> None:
 def test_far_fewer_pairs_are_looked_at_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all of the others are alike, never more than a slice at a time."""
     sizes: list[int] = []
-    iou = pairing._iou
+    iou = pairing_cpu._iou
 
     def watch(boxes: Tensor, others: Tensor) -> Tensor:
         sizes.append(len(boxes))
         return iou(boxes, others)
 
-    monkeypatch.setattr(pairing, "_iou", watch)
+    monkeypatch.setattr(pairing_cpu, "_iou", watch)
     pair_boxes(random_boxes(100, 1, smallest=8.0), random_boxes(20000, 2, smallest=8.0))
     assert sum(sizes) < 100 * 20000 / 20
     sizes.clear()
-    monkeypatch.setattr(pairing, "_SLICE_PAIRS", 5000)
+    monkeypatch.setattr(pairing_cpu, "_SLICE_PAIRS", 5000)
     pair_boxes(torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(10, 1), torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(2000, 1))
     assert sum(sizes) == 10 * 2000
     assert max(sizes) == 5000

@@ -18,7 +18,7 @@ from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.methods import needed_fields
-from kdpipe.distill.rois.sampling import roi_align_levels
+from kdpipe.distill.rois.align import roi_align_levels
 from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.heads.fc import TeacherHead
