@@ -4,6 +4,7 @@ In all of these the teacher is a constant and gets no gradient, the arithmetic i
 whatever autocast says, and no RoIs give a zero that is still part of the graph.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -167,7 +168,8 @@ def recode_deltas(
         Tensor[..., 4], float32 (float64 for float64 input), normalised with `to_means` and `to_stds`.
 
     Raises:
-        LossInputError: not four of something, or a standard deviation that is not positive.
+        LossInputError: not four of something, a standard deviation that is not positive, or a number that is not
+            finite.
     """
     constants = (from_means, from_stds, to_means, to_stds)
     if deltas.shape[-1:] != (4,) or any(len(constant) != 4 for constant in constants):
@@ -175,8 +177,10 @@ def recode_deltas(
             f"Deltas [..., 4] are recoded with 4 means and 4 stds on each side; found deltas {list(deltas.shape)} and "
             f"means and stds {[tuple(constant) for constant in constants]}."
         )
-    if min(*from_stds, *to_stds) <= 0:
+    if not all(0 < std < math.inf for std in (*from_stds, *to_stds)):
         raise LossInputError(f"Stds of a box coder must be above 0, found {tuple(from_stds)} and {tuple(to_stds)}.")
+    if not all(map(math.isfinite, (*from_means, *to_means))):
+        raise LossInputError(f"Means of a box coder must be finite, found {tuple(from_means)} and {tuple(to_means)}.")
     (full,) = full_precision(deltas)
     mean_in, std_in, mean_out, std_out = (full.new_tensor(constant) for constant in constants)
     return (full * std_in + (mean_in - mean_out)) / std_out

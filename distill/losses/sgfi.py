@@ -1,5 +1,6 @@
 """Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
 
+import math
 from typing import Any
 
 import torch
@@ -35,14 +36,14 @@ def sgfi_loss(
         The loss, a scalar (0 for R = 0, still part of the graph), and the level weights Tensor[R, L] in [0, 1].
 
     Raises:
-        LossInputError: shapes that do not fit, or a temperature that is a number and not positive.
+        LossInputError: shapes that do not fit, or a temperature that is a number and not positive and finite.
     """
     check_dims("student_rois", student_rois, "[R, L, C, H, W]")
     num_rois, num_levels, *feature_shape = student_rois.shape
     check_shape(
         "teacher_rois", teacher_rois, (num_rois, *feature_shape), f"student_rois {list(student_rois.shape)} [R, L, ...]"
     )
-    if num_levels == 0 or (not isinstance(temperature, Tensor) and temperature <= 0):
+    if num_levels == 0 or (not isinstance(temperature, Tensor) and not 0 < temperature < math.inf):
         raise LossInputError(f"SGFI needs a level and a temperature above 0, found {num_levels} levels, {temperature}.")
     with no_autocast(student_rois):
         student, teacher = full_precision(student_rois, teacher_rois.detach())

@@ -99,8 +99,8 @@ def roi_align_assigned(
         Tensor[R, C, size, size], float32 (float64 for a float64 pyramid).
 
     Raises:
-        LossInputError: shapes that do not fit, a RoI that is none (see `roi_align_levels`), or one that is assigned to a
-            level which is None.
+        LossInputError: shapes that do not fit, a RoI that is none (see `roi_align_levels`), or one that is assigned to
+            a level which is None.
     """
     _check_pyramid(pyramid, strides, rois)
     level = assign_levels(rois[:, 1:], finest_scale, len(pyramid))  # [R]
@@ -132,8 +132,8 @@ def _check_pyramid(pyramid: Sequence[Tensor | None], strides: Sequence[int], roi
     images, batch = rois[:, 0], given[0].shape[0]
     if not bool(((images >= 0) & (images < batch)).all()):
         raise LossInputError(
-            f"RoIs are of images {float(images.min()):g} to {float(images.max()):g}; expected 0 to {batch - 1}, the batch "
-            "of the pyramid."
+            f"RoIs are of images {float(images.min()):g} to {float(images.max()):g}; expected 0 to {batch - 1}, as "
+            "the pyramid has."
         )
 
 
@@ -148,8 +148,8 @@ def check_boxes(boxes: Tensor) -> None:
         row = int(is_box.int().argmin())
         raise LossInputError(
             f"{int((~is_box).sum())} of {len(boxes)} RoIs are no boxes, the first of them {boxes[row].tolist()}; "
-            "expected finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2. Boxes that a student predicts become NaN when its "
-            "training diverges: use a lower rate (--lr)."
+            "expected finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2. Boxes that a student predicts become NaN "
+            "when its training diverges: use a lower rate (--lr)."
         )
 
 

@@ -256,7 +256,10 @@ def test_recoding_keeps_the_box() -> None:
         torch.testing.assert_close(recoded[..., i] * other_stds[i] + other_means[i], offset)
     torch.testing.assert_close(recode_deltas(recoded, other_means, other_stds, means, stds), deltas)
     assert recode_deltas(deltas.half(), means, stds, other_means, other_stds).dtype == torch.float32
-    with pytest.raises(LossInputError, match="above 0"):
-        recode_deltas(deltas, means, stds, means, (0.1, 0.0, 0.1, 0.1))
+    for wrong in (0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(LossInputError, match="above 0"):
+            recode_deltas(deltas, means, stds, means, (0.1, wrong, 0.1, 0.1))
+    with pytest.raises(LossInputError, match="finite"):
+        recode_deltas(deltas, (0.0, math.nan, 0.0, 0.0), stds, means, stds)
     with pytest.raises(LossInputError, match="4 means"):
         recode_deltas(deltas, means[:3], stds, means, stds)

@@ -229,8 +229,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         sgfi_loss(student, teacher[:4], Pool(), 1.0)
     with pytest.raises(LossInputError, match=r"\[5, 4, 7, 7\]; expected \[R, L, C, H, W\]"):
         sgfi_loss(teacher, teacher, Pool(), 1.0)
-    with pytest.raises(LossInputError, match="temperature above 0"):
-        sgfi_loss(student, teacher, Pool(), 0.0)
+    for temperature in (0.0, math.nan, math.inf):
+        with pytest.raises(LossInputError, match="temperature above 0"):
+            sgfi_loss(student, teacher, Pool(), temperature)
     with pytest.raises(LossInputError, match="0 levels"):
         sgfi_loss(student[:, :0], teacher, Pool(), 1.0)
     with pytest.raises(LossInputError, match=r"\[5, 3, 4, 7, 7\]; expected \[5, 3, 6, 7, 7\]"):
