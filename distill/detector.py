@@ -28,19 +28,21 @@ from kdpipe.distill.methods import (
     loss_name,
     needed_fields,
 )
+from kdpipe.distill.outputs import BatchRois, HeadOutputs, TeacherOutputs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois.align import roi_align_levels
-from kdpipe.distill.students.dense import CKD_BRANCHES, DenseLoss, DenseOutputs, DenseStudent
+from kdpipe.distill.students.dense import CKD_BRANCHES, DenseForward, DenseOutputs, DenseStudent
 from kdpipe.distill.students.head_transfer import HeadTransfer
-from kdpipe.distill.students.two_stage import OwnLoss, TwoStageStudent
-from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher
-from kdpipe.distill.teacher.heads.cascade import CascadeHead, frozen_head
+from kdpipe.distill.students.two_stage import TwoStageForward, TwoStageStudent
+from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
+from kdpipe.distill.teacher.heads.build import frozen_head
+from kdpipe.distill.teacher.heads.cascade import CascadeHead
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.shared_stage import SharedStageHead
-from kdpipe.distill.teacher.source import CachedTeacher, TeacherSource
-from kdpipe.distill.teacher.targets import Answers, BatchRois, HeadOutputs, RoiTargets, join_targets
+from kdpipe.distill.teacher.source import CachedTargets, TargetSource
+from kdpipe.distill.teacher.targets import RoiTargets, join_targets
 
-MODELS.register_module(module=CachedTeacher)
+MODELS.register_module(module=CachedTargets)
 
 
 @MODELS.register_module()
@@ -56,7 +58,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         student: mmdet config of the student, or the built detector.
         spec: `CacheSpec.to_json()` of the teacher.
         methods: Some of `METHODS`.
-        teacher: Where targets come from: config of a `TeacherSource`, or one.
+        teacher: Where targets come from: config of a `TargetSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
         ckd: Options of `CKD`; `exclude_iou` (0.5): pairs of one image that overlap more are no negatives; and `branch`,
@@ -82,7 +84,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         share_interval: int = 50,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
-        source: TeacherSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
+        source: TargetSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
         super().__init__(data_preprocessor=DistilledPreprocessor(detector.data_preprocessor, source))
         self.student: Any = detector
         self.teacher = source
@@ -188,7 +190,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         losses.update(self._distill(student, own, targets))
-        if isinstance(student, TwoStageStudent) and isinstance(own, OwnLoss):
+        if isinstance(student, TwoStageStudent) and isinstance(own, TwoStageForward):
             self._add_later(losses, student, own, targets)
         if self.share_interval and self._steps % self.share_interval == 0:
             losses |= gradient_shares(losses, own.pyramid)
@@ -199,7 +201,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self,
         losses: dict[str, Any],
         student: TwoStageStudent,
-        own: OwnLoss,
+        own: TwoStageForward,
         targets: Sequence[RoiTargets] | Sequence[TeacherView],
     ) -> None:
         """Add what the later stages of a cascade lose."""
@@ -214,7 +216,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     def _distill(
         self,
         student: TwoStageStudent | DenseStudent,
-        own: OwnLoss | DenseLoss,
+        own: TwoStageForward | DenseForward,
         targets: Sequence[RoiTargets] | Sequence[TeacherView],
     ) -> dict[str, Tensor]:
         """All distillation losses and the counts that go to the log."""
@@ -243,9 +245,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     def _at_rois(
         self,
         student: TwoStageStudent | DenseStudent,
-        own: OwnLoss | DenseLoss,
+        own: TwoStageForward | DenseForward,
         targets: Sequence[RoiTargets] | Sequence[TeacherView],
-    ) -> tuple[BatchRois, BatchRois, HeadOutputs | DenseOutputs | None, Answers]:
+    ) -> tuple[BatchRois, BatchRois, HeadOutputs | DenseOutputs | None, TeacherOutputs]:
         """The RoIs of this step, those of them that both heads speak of, and what student and teacher say of these.
 
         The student's answer is None where no loss wants to know.
@@ -256,14 +258,14 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             kept = torch.tensor([view.view != "skipped" for view in views], device=own.chosen.rois.device)
             kept = kept[own.chosen.rois[:, 0].long()]  # [R]
             rois = own.chosen.select(kept)
-            return rois, rois, own.outputs.select(kept), ask_teacher(views, rois, self._head, self.spec, needs)
+            return rois, rois, own.outputs.select(kept), apply_teacher_head(views, rois, self._head, self.spec, needs)
         rois, said = join_targets([x for x in targets if isinstance(x, RoiTargets)], self.spec, needs)
         if not needs - {"features"}:
             return rois, rois, None, said
         if isinstance(student, TwoStageStudent):
             return rois, rois, student.outputs(own.pyramid, rois.rois), said
-        if not isinstance(own, DenseLoss):
-            raise ContractError(f"A {type(own).__name__} pairs no boxes of a dense student; expected a DenseLoss.")
+        if not isinstance(own, DenseForward):
+            raise ContractError(f"A {type(own).__name__} pairs no boxes of a dense student; expected a DenseForward.")
         found, shown = own.paired(rois.rois)
         return rois, rois.select(found), shown, said.select(found)
 
@@ -286,7 +288,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         return {"loss_ckd": loss, "ckd_queue": ckd.queue.count.to(rois.rois)}
 
     def _predictions(
-        self, student: TwoStageStudent, rois: BatchRois, shown: HeadOutputs, said: Answers
+        self, student: TwoStageStudent, rois: BatchRois, shown: HeadOutputs, said: TeacherOutputs
     ) -> dict[str, Tensor]:
         """The losses that look at the class scores and boxes of a two-stage student's head."""
         result: dict[str, Tensor] = {}

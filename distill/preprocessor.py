@@ -5,14 +5,14 @@ from typing import Any
 from mmdet.registry import MODELS
 from mmengine.model import BaseDataPreprocessor
 
-from kdpipe.distill.teacher.source import TeacherSource
+from kdpipe.distill.teacher.source import TargetSource
 
 
 @MODELS.register_module()
 class DistilledPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]
     """The student's own preprocessor, with what the teacher says put beside the images, on the same device."""
 
-    def __init__(self, student: Any, teacher: TeacherSource) -> None:
+    def __init__(self, student: Any, teacher: TargetSource) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher

@@ -14,11 +14,11 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.pairing import pair_boxes
 from kdpipe.distill.rois.sampling import sample_rois
 from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
-from kdpipe.distill.teacher.targets import BatchRois
 
 CKD_BRANCHES = ("classification", "localization", "combined")
 
@@ -79,7 +79,7 @@ class DenseStudent:
         self.stage, self.weight = 0, 1.0  # a cascade of one
 
     @contextmanager
-    def watch(self) -> Iterator["DenseLoss"]:
+    def watch(self) -> Iterator["DenseForward"]:
         """Collect pyramid, features and outputs of the head while the detector makes them for its own loss.
 
         Nothing is computed twice and no random number is drawn, so that the detector's own loss stays what it is.
@@ -87,7 +87,7 @@ class DenseStudent:
         Yields:
             What is filled in by the forward pass.
         """
-        own = DenseLoss(self)
+        own = DenseForward(self)
         loss_by_feat = self.head.loss_by_feat
 
         def keep_outputs(scores: Sequence[Tensor], regression: Sequence[Tensor], *others: Any, **options: Any) -> Any:
@@ -157,7 +157,7 @@ def _check_head(detector: Any, head: Any) -> None:
         raise StudentError("PAA fits Gaussian mixtures with scikit-learn, which is missing: pip install scikit-learn")
 
 
-class DenseLoss:
+class DenseForward:
     """What a dense student made while it computed its own loss.
 
     Attributes:

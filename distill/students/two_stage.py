@@ -10,8 +10,8 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.outputs import BatchRois, HeadOutputs
 from kdpipe.distill.students.structure import two_stage_problem
-from kdpipe.distill.teacher.targets import BatchRois, HeadOutputs
 
 
 class StudentError(KdpipeError):
@@ -34,7 +34,7 @@ def check_batch_augments(detector: Any) -> None:
         )
 
 
-class OwnLoss:
+class TwoStageForward:
     """What the student made while it computed its own loss.
 
     Attributes:
@@ -44,7 +44,7 @@ class OwnLoss:
 
     def __init__(self, pyramid: list[Tensor] | None = None, later: int = 0) -> None:
         self.pyramid: list[Tensor] = [] if pyramid is None else pyramid
-        self.later = [OwnLoss(self.pyramid) for _ in range(later)]
+        self.later = [TwoStageForward(self.pyramid) for _ in range(later)]
         self._at_rois: tuple[BatchRois, HeadOutputs] | None = None
 
     def keep(self, rois: BatchRois, outputs: HeadOutputs) -> None:
@@ -119,7 +119,7 @@ class TwoStageStudent:
         return [TwoStageStudent(self.detector, stage) for stage in range(self.stage + 1, count)]
 
     @contextmanager
-    def watch(self) -> Iterator["OwnLoss"]:
+    def watch(self) -> Iterator["TwoStageForward"]:
         """Collect pyramid, RoIs and outputs of the box head while the detector makes them for its own loss.
 
         Nothing is computed twice and no random number is drawn, so that the detector's own loss stays what it is.
@@ -128,7 +128,7 @@ class TwoStageStudent:
             What is filled in by the forward pass.
         """
         later = self.later
-        own = OwnLoss(later=len(later))
+        own = TwoStageForward(later=len(later))
 
         def keep_pyramid(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
             own.pyramid[:] = outputs
@@ -144,7 +144,7 @@ class TwoStageStudent:
             hook.remove()
 
     @contextmanager
-    def _watch_head(self, own: OwnLoss) -> Iterator[None]:
+    def _watch_head(self, own: TwoStageForward) -> Iterator[None]:
         embeddings: list[Tensor] = []
         loss_and_target = self.head.loss_and_target
 

@@ -14,13 +14,14 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.outputs import BatchRois, TeacherOutputs
 from kdpipe.distill.teacher.cached_boxes import cached_view
 from kdpipe.distill.teacher.heads.cascade import CascadeHead
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.semantic import SemanticBranch
 from kdpipe.distill.teacher.heads.shared_stage import SharedStageHead
 from kdpipe.distill.teacher.pyramids import TeacherPyramids
-from kdpipe.distill.teacher.targets import Answers, BatchRois, map_tensors
+from kdpipe.distill.teacher.targets import map_tensors
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def read_teacher_view(
 
 
 @torch.no_grad()
-def ask_teacher(
+def apply_teacher_head(
     views: Sequence[TeacherView],
     rois: BatchRois,
     head: TeacherHead | CascadeHead | SharedStageHead,
     spec: CacheSpec,
     needs: Collection[str],
-) -> Answers:
+) -> TeacherOutputs:
     """What the teacher says of the RoIs of a batch: RoIAlign on its pyramids, then its box head.
 
     Args:
@@ -131,7 +132,7 @@ def ask_teacher(
         if "features" in needs:
             features, mirrored = features[asked.positive], mirrored[asked.positive]
             said["features"] = torch.where(mirrored[:, None, None, None], mirror_features(features), features)
-    return Answers(**said)
+    return TeacherOutputs(**said)
 
 
 def _fused(

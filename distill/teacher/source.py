@@ -11,16 +11,17 @@ from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.methods import missing_levels
-from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher, read_teacher_view
-from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.outputs import BatchRois
+from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head, read_teacher_view
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.distill.teacher.targets import BatchRois, RoiTargets
+from kdpipe.distill.teacher.targets import RoiTargets
 
 # A head that is rebuilt rightly gives what is cached but for the storage type, which costs about 1 % (int8).
 _HEAD_TOLERANCE = 0.1
 
 
-class TeacherSource(Protocol):
+class TargetSource(Protocol):
     """Where targets come from."""
 
     def head_state(self) -> Mapping[str, Tensor]:
@@ -38,7 +39,7 @@ class TeacherSource(Protocol):
         """
 
 
-class CachedTeacher:
+class CachedTargets:
     """Targets that loader workers read from a cache (`AddTeacherTargets`), and the head that lies in it.
 
     Args:
@@ -78,7 +79,7 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
         boxes = map_boxes(known.boxes, known.matrix)
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
         every = torch.ones(len(rois), dtype=torch.bool)
-        found = ask_teacher([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
+        found = apply_teacher_head([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
         wanted = present(known.logits, f"the logits of image {image_id}").float()
         off = float((present(found, "the logits of the box head") - wanted).norm() / wanted.norm().clamp(min=1e-12))
         if not off <= _HEAD_TOLERANCE:

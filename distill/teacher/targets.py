@@ -13,71 +13,12 @@ from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.outputs import BatchRois, TeacherOutputs
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
 ROIS = ("teacher", "student")
 _OF_PREDICTION = ("logits", "deltas")
-
-
-@dataclass(frozen=True)
-class BatchRois:
-    """R RoIs of a batch; those of an image lie together, its positives first.
-
-    Attributes:
-        rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.
-        labels: Tensor[R] int64, number of classes = background.
-        positive: Tensor[R] bool.
-    """
-
-    rois: Tensor
-    labels: Tensor
-    positive: Tensor
-
-    def select(self, rows: Tensor) -> "BatchRois":
-        """Those of a mask or of row numbers."""
-        return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
-
-
-@dataclass(frozen=True)
-class HeadOutputs:
-    """What a box head says of R RoIs.
-
-    Attributes:
-        embeddings: Tensor[R, D], input of the classifier layer.
-        logits: Tensor[R, K + 1], background last.
-        deltas: Tensor[R, K or 1, 4], normalised by the box coder of that head.
-    """
-
-    embeddings: Tensor
-    logits: Tensor
-    deltas: Tensor
-
-    def select(self, rows: Tensor) -> "HeadOutputs":
-        """Those of a mask or of row numbers."""
-        return HeadOutputs(self.embeddings[rows], self.logits[rows], self.deltas[rows])
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the teacher says of the RoIs of a batch, in the student's orientation. What no loss asks for is None.
-
-    Attributes:
-        features: Tensor[P, C, size, size] float32, RoI features of the positives.
-        embeddings: Tensor[R, D].
-        logits: Tensor[R, K + 1], background last.
-        deltas: Tensor[R, K or 1, 4], normalised by the teacher's box coder.
-    """
-
-    features: Tensor | None = None
-    embeddings: Tensor | None = None
-    logits: Tensor | None = None
-    deltas: Tensor | None = None
-
-    def select(self, rows: Tensor) -> "Answers":
-        """The features as they are, and the rest at a mask or at row numbers."""
-        of_head = {name: getattr(self, name) for name in ("embeddings", "logits", "deltas")}
-        return replace(self, **{name: value[rows] for name, value in of_head.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -172,7 +113,9 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     return torch.cat(parts)
 
 
-def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collection[str]) -> tuple[BatchRois, Answers]:
+def join_targets(
+    targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collection[str]
+) -> tuple[BatchRois, TeacherOutputs]:
     """The RoIs of a batch, and what the teacher said of them.
 
     Args:
@@ -193,4 +136,4 @@ def join_targets(targets: Sequence[RoiTargets], spec: CacheSpec, needs: Collecti
             said["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in known])
     if "features" in needs:
         said["features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
-    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), Answers(**said)
+    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), TeacherOutputs(**said)

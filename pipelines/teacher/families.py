@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdpipe.cache.records import decode_deltas, encode_boxes
+from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.rois.align import roi_align_assigned
-from kdpipe.distill.teacher.targets import HeadOutputs
 
 __all__ = ["is_cascade", "roi_size", "say", "semantic_branch", "shared_style", "stages"]
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.sampling import sample_rois
-from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher
-from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.distill.teacher.targets import BatchRois, RoiTargets
+from kdpipe.distill.teacher.targets import RoiTargets
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource, find_data
 from kdpipe.pipelines.data.options import DataOptions
@@ -207,7 +208,7 @@ def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
     wanted, _ = teacher.say(pyramid, boxes, sample)
     try:
         head = frozen_head(teacher.head_state(), spec)
-        found = ask_teacher([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
+        found = apply_teacher_head([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
     except TeacherHeadError as error:
         return str(error)
     right = torch.allclose(present(found, "the logits of the box head"), wanted.logits, rtol=1e-3, atol=1e-3)

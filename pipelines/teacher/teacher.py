@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
-from kdpipe.distill.teacher.targets import HeadOutputs
+from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config

@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.store.location import Location
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.teacher.source import CachedTeacher
+from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.provenance import recorded
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
@@ -57,7 +57,7 @@ def with_distillation(
         if rois == "teacher":
             source = {**source, "rois": {"needs": needs, **distill.rois}}
     else:
-        source = {"type": CachedTeacher.__name__, "cache": teacher.location.address}
+        source = {"type": CachedTargets.__name__, "cache": teacher.location.address}
     pixels = recorded(teacher.identity, "teacher", "pixels") or {}
     later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
     parts = [*dictionaries(cfg.train_dataloader.dataset), *later]

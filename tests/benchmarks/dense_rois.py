@@ -21,7 +21,7 @@ def measure(name: str, what: str, rounds: int) -> None:
     from mmdet.utils import register_all_modules
 
     import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
-    from kdpipe.distill.students.dense import DenseLoss, DenseStudent
+    from kdpipe.distill.students.dense import DenseForward, DenseStudent
     from kdpipe.pipelines.detectors.configs import find_config
 
     register_all_modules(init_default_scope=True)
@@ -36,7 +36,7 @@ def measure(name: str, what: str, rounds: int) -> None:
         corner = torch.rand(count, 2) * (torch.tensor(SIZE[::-1]) - sides).clamp(min=0)
         return torch.cat([corner, corner + sides], dim=1).clamp(max=SIZE[1])
 
-    own = DenseLoss(student)
+    own = DenseForward(student)
     for stride in student.strides:
         h, w = -(-SIZE[0] // stride), -(-1344 // stride)
         shape = (IMAGES, student.num_anchors * 4, h, w)

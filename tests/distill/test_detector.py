@@ -13,7 +13,7 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.students.two_stage import TwoStageStudent
-from kdpipe.distill.teacher.source import CachedTeacher
+from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.distill.teacher.targets import RoiTargets
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    model = DistilledDetector(pair.student(), pair.spec.to_json(), methods, CachedTeacher("x.zarr"), **options)
+    model = DistilledDetector(pair.student(), pair.spec.to_json(), methods, CachedTargets("x.zarr"), **options)
     model.init_weights()
     return model
 
@@ -219,19 +219,19 @@ def test_class_agnostic_sides_cannot_be_class_aware(pair: "type[Pair]") -> None:
     config = pair.student()
     config.roi_head.bbox_head.reg_class_agnostic = True
     with pytest.raises(ContractError, match="reg_class_agnostic=False"):
-        DistilledDetector(config, pair.spec.to_json(), ("pred",), CachedTeacher("x.zarr"))
+        DistilledDetector(config, pair.spec.to_json(), ("pred",), CachedTargets("x.zarr"))
 
 
 def test_a_student_with_other_classes_is_refused(pair: "type[Pair]") -> None:
     config = pair.student()
     config.roi_head.bbox_head.num_classes = 5
     with pytest.raises(ContractError, match="5 classes and the cache 3"):
-        DistilledDetector(config, pair.spec.to_json(), ("cls",), CachedTeacher("x.zarr"))
+        DistilledDetector(config, pair.spec.to_json(), ("cls",), CachedTargets("x.zarr"))
 
 
 def test_a_weight_without_its_loss_is_refused(pair: "type[Pair]") -> None:
     with pytest.raises(ContractError, match="sgfi"):
-        DistilledDetector(pair.student(), pair.spec.to_json(), ("cls",), CachedTeacher("x.zarr"), weights={"sgfi": 2.0})
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("cls",), CachedTargets("x.zarr"), weights={"sgfi": 2.0})
 
 
 def test_a_batch_without_targets_is_refused(pair: "type[Pair]") -> None:

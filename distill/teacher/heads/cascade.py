@@ -9,10 +9,9 @@ from kdpipe.cache.errors import present
 from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.semantic import SEMANTIC_BRANCH, SemanticBranch
-from kdpipe.distill.teacher.heads.shared_stage import SHARED_STAGE, SharedStageHead
-from kdpipe.distill.teacher.targets import HeadOutputs
 
 
 class CascadeHead:
@@ -66,18 +65,3 @@ class CascadeHead:
         return HeadOutputs(
             present(outputs, "the stages of the cascade").embeddings, torch.stack(logits).mean(dim=0), deltas
         )
-
-
-def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead | SharedStageHead:
-    """The box head, or heads, that a cache keeps.
-
-    Args:
-        state: Parameters by their names in the teacher's state dict.
-        spec: What the teacher is.
-
-    Raises:
-        TeacherHeadError: It cannot say what the teacher says of any box.
-    """
-    if any(name.startswith(SHARED_STAGE) for name in state):
-        return SharedStageHead(state, spec)
-    return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import check_shape, no_autocast
-from kdpipe.distill.teacher.targets import HeadOutputs
+from kdpipe.distill.outputs import HeadOutputs
 
 _KNOWN = re.compile(r"(shared_fcs\.\d+|cls_fcs\.\d+|reg_fcs\.\d+|fc_cls|fc_reg)\.(weight|bias)")
 

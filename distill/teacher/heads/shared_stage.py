@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import check_shape, no_autocast
+from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.fc import TeacherHead, TeacherHeadError, moved_to, parameters_of
-from kdpipe.distill.teacher.targets import HeadOutputs
 
 SHARED_STAGE = "roi_head.shared_head."
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"

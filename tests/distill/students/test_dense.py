@@ -21,7 +21,7 @@ from kdpipe.distill.losses.prediction import dense_classification_kd_loss
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.rois import sampling as rois
 from kdpipe.distill.rois.sampling import best_overlap
-from kdpipe.distill.students.dense import CKD_BRANCHES, DenseLoss, DenseStudent
+from kdpipe.distill.students.dense import CKD_BRANCHES, DenseForward, DenseStudent
 from kdpipe.distill.students.two_stage import StudentError
 from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.targets import RoiTargets
@@ -106,7 +106,7 @@ def step(pair: "type[Pair]", model: DistilledDetector, targets: list[Any]) -> di
     return result
 
 
-def watched(pair: "type[Pair]", model: DistilledDetector, **options: Any) -> DenseLoss:
+def watched(pair: "type[Pair]", model: DistilledDetector, **options: Any) -> DenseForward:
     """A forward pass of the student for its own loss."""
     prepared = model.data_preprocessor.student(pair.batch(2), True)
     student = DenseStudent(model.student, **{"num": 32, **options})
@@ -213,7 +213,7 @@ def test_boxes_are_those_that_mmdet_predicts(pair: "type[Pair]", family: str) ->
         assert len(wanted) > 50
 
 
-def _ones(own: DenseLoss) -> list[Tensor]:
+def _ones(own: DenseForward) -> list[Tensor]:
     """A score factor per prediction."""
     anchors = own._student.num_anchors
     return [level.new_ones(level.shape[0], anchors, *level.shape[2:]) for level in own.scores]

@@ -13,9 +13,9 @@ from torch import Tensor
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
+from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.students.two_stage import StudentError, TwoStageStudent
 from kdpipe.distill.teacher.any_box import TeacherView
-from kdpipe.distill.teacher.targets import BatchRois
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import LossInputError
-from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.heads.shared_stage import SharedStageHead
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from kdpipe.cache.read.reader import open_cache
-from kdpipe.distill.teacher.any_box import ask_teacher, read_teacher_view
-from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.outputs import BatchRois
+from kdpipe.distill.teacher.any_box import apply_teacher_head, read_teacher_view
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.source import check_serves_student_rois
-from kdpipe.distill.teacher.targets import BatchRois
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
@@ -78,7 +78,7 @@ def test_a_frozen_head_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: 
     one = BatchRois(torch.tensor([[0.0, 8, 8, 60, 50]]), torch.zeros(1).long(), torch.ones(1).bool())
     for view in views.values():
         empty, some = (
-            ask_teacher([view, view], rois, frozen_head(cache.head(), cache.spec), cache.spec, needs)
+            apply_teacher_head([view, view], rois, frozen_head(cache.head(), cache.spec), cache.spec, needs)
             for rois in (none, one)
         )
         for name in needs:

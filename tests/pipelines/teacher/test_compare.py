@@ -18,11 +18,12 @@ from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.methods import needed_fields
+from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.align import roi_align_levels
-from kdpipe.distill.teacher.any_box import TeacherView, ask_teacher, read_teacher_view
+from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.heads.fc import TeacherHead
-from kdpipe.distill.teacher.targets import BatchRois, RoiTargets, teacher_roi_features
+from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
@@ -96,7 +97,7 @@ class BloodCells:
         return model
 
     def cached(self, dtype: str, family: str = "faster-rcnn") -> DistilledDetector:
-        return self.detector({"type": "CachedTeacher", "cache": str(self.cache(dtype))}, family)
+        return self.detector({"type": "CachedTargets", "cache": str(self.cache(dtype))}, family)
 
     def live(self, family: str = "faster-rcnn") -> DistilledDetector:
         return self.detector(LiveTeacher(self.teacher, open_cache(self.cache("float32")).spec), family)
@@ -128,7 +129,7 @@ def difference(found: Tensor | None, wanted: Tensor) -> float:
 
 def said(model: DistilledDetector, batch: Any, rois: BatchRois, needs: Any) -> Any:
     views = model.data_preprocessor(batch, True)["targets"]
-    return ask_teacher(views, rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
+    return apply_teacher_head(views, rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
 
 
 def rois_of(cells: BloodCells, flip: bool) -> BatchRois:
@@ -219,7 +220,7 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     rois.rois[:, 1:] -= torch.tensor([130.0, 70, 130, 70])
     model = cells.cached("float32")
     needs = ("features", "logits", "deltas")
-    found = ask_teacher([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
+    found = apply_teacher_head([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
 
     seen = there
     if mirrored:

@@ -15,10 +15,10 @@ from torchvision.ops import roi_align
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.records import decode_deltas
 from kdpipe.cache.views import map_boxes
-from kdpipe.distill.teacher.any_box import ask_teacher, read_teacher_view
-from kdpipe.distill.teacher.heads.cascade import frozen_head
+from kdpipe.distill.outputs import BatchRois
+from kdpipe.distill.teacher.any_box import apply_teacher_head, read_teacher_view
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.source import check_serves_student_rois
-from kdpipe.distill.teacher.targets import BatchRois
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
@@ -162,7 +162,7 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     boxes[:10] += torch.tensor([128.0, 96.0]).repeat(2) - boxes[:10, 2:].repeat(1, 2)  # where stages move them out
     rois = BatchRois(torch.cat([torch.zeros(30, 1), boxes], dim=1), torch.zeros(30).long(), torch.ones(30).bool())
     head = frozen_head(cache.head(), cache.spec)
-    said = ask_teacher([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "features"))
+    said = apply_teacher_head([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "features"))
     pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
     roi_head = teacher.model.roi_head
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
     }
     needs = ("logits", "deltas", "embeddings", "features")
     head = frozen_head(cache.head(), cache.spec)
-    said = {name: ask_teacher([view], rois, head, cache.spec, needs) for name, view in views.items()}
+    said = {name: apply_teacher_head([view], rois, head, cache.spec, needs) for name, view in views.items()}
     for field, value in ((name, features if name == "features" else getattr(wanted, name)) for name in needs):
         cached, live = (getattr(answers, field) for answers in said.values())
         assert float((cached - live).norm() / live.norm()) < 1e-5, field

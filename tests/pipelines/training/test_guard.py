@@ -9,8 +9,8 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from torch import Tensor
 
 from kdpipe.distill.losses.prediction import classification_kd_loss
-from kdpipe.distill.teacher.any_box import ask_teacher
-from kdpipe.distill.teacher.targets import Answers
+from kdpipe.distill.outputs import TeacherOutputs
+from kdpipe.distill.teacher.any_box import apply_teacher_head
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -72,11 +72,11 @@ def test_weights_that_are_not_finite_are_not_saved(kit: "Kit", work: Path) -> No
 
 
 def test_a_loss_that_contributes_nothing(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing_positive(views: Any, rois: Any, *args: Any) -> Answers:
+    def nothing_positive(views: Any, rois: Any, *args: Any) -> TeacherOutputs:
         rois.positive[:] = False
-        return ask_teacher(views, rois, *args)
+        return apply_teacher_head(views, rois, *args)
 
-    monkeypatch.setattr("kdpipe.distill.detector.ask_teacher", nothing_positive)
+    monkeypatch.setattr("kdpipe.distill.detector.apply_teacher_head", nothing_positive)
     message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,cls"))
     assert "loss_sgfi was 0 in every step so far" in message
     assert "0 positive" in message
