@@ -165,13 +165,15 @@ def grouped(name: str, kind: type[Any]) -> Callable[[Any], Any]:
 
     Args:
         name: Of the command's argument.
-        kind: The dataclass; each of its fields is an option, or a group that was made before.
+        kind: The dataclass; its fields are options, or groups that were made before. One that the command has no
+            option for keeps its default.
     """
 
     def decorate(command: Any) -> Any:
         @functools.wraps(command)
         def call(*args: Any, **values: Any) -> Any:
-            group = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            names = [field.name for field in dataclasses.fields(kind) if field.name in values]
+            group = kind(**{field: values.pop(field) for field in names})
             return command(*args, **values, **{name: group})
 
         return call
@@ -196,11 +198,9 @@ val_options = _options(
 training_options = _options(
     click.option(
         "--recipe",
-        "source",
         type=click.Choice(["paper", "config"]),
-        default="paper",
-        show_default=True,
-        help="Optimiser, schedule and epochs: those of the paper, or all of the config's.",
+        help="Whose optimiser, schedule and epochs. Default: those of the config where it is a file of yours, or else "
+        "the paper's.",
     ),
     click.option("--batch-size", type=BATCH, help="Images per step and process. Default: the config's."),
     click.option("--lr", type=FiniteRange(0, 1000, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
@@ -210,7 +210,7 @@ training_options = _options(
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
     click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
     click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4."),
-    click.option("-o", "--cfg-options", "options", multiple=True, metavar="KEY=VALUE", help="Override the config."),
+    click.option("-o", "--cfg-options", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the config."),
 )
 store_option = click.option(
     "--store-option",

@@ -28,7 +28,7 @@ from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
 from kdpipe.pipelines.runtime.launch import trained_together
-from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.options import SCHEDULES, TrainingOptions
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 
@@ -53,10 +53,8 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 @click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: those of --schedule or --recipe.")
 @click.option(
     "--schedule",
-    type=click.Choice(["1x", "2x-ms"]),
-    default="1x",
-    show_default=True,
-    help="12 epochs, or 24 with multi-scale.",
+    type=click.Choice(list(SCHEDULES)),
+    help="12 epochs, or 24 with multi-scale, and warm-up and cosine. Default: 1x, or that of --recipe config.",
 )
 @click.option(
     "--rois",
@@ -89,12 +87,13 @@ def train_student_command(
     teacher_config: str | None,
     student: str,
     methods: str | None,
-    schedule: str,
     student_options: StudentOptions,
     allow_partial: bool,
     data: DataOptions,
     val: ValOptions,
     training: TrainingOptions,
+    work_dir: Path | None,
+    resume: bool,
     trust: bool,
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
@@ -139,18 +138,17 @@ def train_student_command(
         source = cached_source(teacher, data)
     elif teacher_ckpt is not None:
         teacher, source = online_teacher(teacher_ckpt, teacher_config, data, trust=trust)
-    chosen = choose_methods(asked, config, training.options, teacher.spec, console)
-    named = Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}"
-    recipe = _recipe(config, replace(training, scale=training.scale or teacher.spec.scale), schedule)
+    chosen = choose_methods(asked, config, training.overrides, teacher.spec, console)
+    training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
     result = train_student(
         config,
         teacher,
         partial(training_data, source, val),
         chosen,
-        recipe,
-        training.work_dir or named,
+        training,
         student_options,
-        resume=training.resume,
+        work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}",
+        resume=resume,
         console=console,
     )
     _report(console, result)
@@ -165,7 +163,9 @@ def train_student_command(
 @skip_option
 @grouped("training", TrainingOptions)
 @trained_together
-def train_teacher_command(config: str, data: DataOptions, val: ValOptions, training: TrainingOptions) -> None:
+def train_teacher_command(
+    config: str, data: DataOptions, val: ValOptions, training: TrainingOptions, work_dir: Path | None, resume: bool
+) -> None:
     """Train a plain detector, for those who have no teacher for their data yet."""
     from kdpipe.pipelines.data.find import DataSource, training_data
     from kdpipe.pipelines.detectors.configs import find_config
@@ -174,12 +174,12 @@ def train_teacher_command(config: str, data: DataOptions, val: ValOptions, train
     console = command_console()
     if data.voc is None and (data.ann_file is None or data.img_dir is None):
         raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
-    found = find_config(config)
+    detector = find_config(config)
     source = DataSource(data.ann_file, data.img_dir, data.voc, data.split)
     load_data = partial(training_data, source, val)
-    work_dir = training.work_dir or Path("work_dirs") / Path(config).stem
-    recipe = _recipe(found, training)
-    _report(console, train_detector(found, load_data, recipe, work_dir, resume=training.resume, console=console))
+    work_dir = work_dir or Path("work_dirs") / Path(config).stem
+    training = _with_recipe(training, config, detector)
+    _report(console, train_detector(detector, load_data, training, work_dir, resume=resume, console=console))
 
 
 @click.command("evaluate")
@@ -199,30 +199,34 @@ def evaluate_command(options: EvaluateOptions) -> None:
     console.print(metrics_table(evaluate(options, console)))
 
 
-def _recipe(config: Any, training: TrainingOptions, schedule: str = "1x") -> Any:
-    """What the options and the config say together.
+def _with_recipe(training: TrainingOptions, name: str, config: Any) -> TrainingOptions:
+    """The options of a training, with whose recipe it has.
+
+    Args:
+        training: As they were given.
+        name: Of the config, or its file.
+        config: What that is.
 
     Raises:
         UsageError: An option and an override of the config say different things of one matter.
     """
-    from kdpipe.pipelines.detectors.configs import apply_known_options
-    from kdpipe.pipelines.training.config import make_recipe
+    from kdpipe.pipelines.detectors.configs import apply_known_options, is_of_zoo
 
-    config = apply_known_options(config, training.options)
-    given = {option.partition("=")[0].strip() for option in training.options}
+    config = apply_known_options(config, training.overrides)
+    overridden = {override.partition("=")[0].strip() for override in training.overrides}
     for value, flag, key in (
         (training.epochs, "--epochs", "train_cfg.max_epochs"),
         (training.batch_size, "--batch-size", "train_dataloader.batch_size"),
         (training.lr, "--lr", "optim_wrapper.optimizer.lr"),
         (training.seed, "--seed", "randomness.seed"),
     ):
-        if key in given and value is not None:
+        if key in overridden and value is not None:
             other: Any = config
             for part in key.split("."):
                 other = (other or {}).get(part)
             if other is not None and other != value:
                 raise click.UsageError(f"{flag} {value} and -o {key}={other} contradict each other: give one.")
-    return make_recipe(config, training, schedule)
+    return replace(training, recipe=training.recipe or ("paper" if is_of_zoo(name) else "config"))
 
 
 def _report(console: Console, result: Any) -> None:

@@ -21,12 +21,13 @@ from kdpipe.pipelines.commands.options import StudentOptions
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.teacher.online import OnlineTeacher
-from kdpipe.pipelines.training.config import Recipe, own_config, training_config, world_size
+from kdpipe.pipelines.training.config import own_config, training_config, world_size
 from kdpipe.pipelines.training.distill_options import distill_options, other_options, unused_options
-from kdpipe.pipelines.training.recipe import check_resumed, plain_values, training_record
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.run import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training.student_check import build_detector, check_student
 from kdpipe.pipelines.training.student_choices import teacher_name, who_chooses_rois
+from kdpipe.pipelines.training.training_record import check_resumed, plain_values, training_record
 from kdpipe.pipelines.training.work_dir import WorkDir
 from kdpipe.pipelines.training.wrapping import with_distillation, with_seeds
 
@@ -61,9 +62,9 @@ def train_student(
     teacher: TeacherCache | OnlineTeacher,
     load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
     methods: Sequence[str],
-    recipe: Recipe,
-    work_dir: Path,
+    training: TrainingOptions,
     options: StudentOptions,
+    work_dir: Path,
     *,
     resume: bool,
     console: Console,
@@ -76,9 +77,9 @@ def train_student(
         load_data: Reads the images that were cached, or any, and the validation images, or None. It is called when all
             that can be checked without them is right.
         methods: Some of `METHODS`; empty trains without distillation.
-        recipe: Schedule and options.
-        work_dir: Where logs and checkpoints go.
+        training: How it is trained.
         options: How the student is shown its teacher.
+        work_dir: Where logs and checkpoints go.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
 
@@ -92,17 +93,17 @@ def train_student(
     dense = "roi_head" not in config.model
     losses = expand_methods(methods, dense)
     check_contract(teacher.spec, losses)
-    distill = distill_options(recipe.options, losses, options.ckd_branch)
-    if idle := unused_options(recipe.options, losses):
+    distill = distill_options(training.overrides, losses, options.ckd_branch)
+    if idle := unused_options(training.overrides, losses):
         console.print(f"Not used: {', '.join(idle)}, since --methods names no loss that they are for.")
     cache = teacher if isinstance(teacher, TeacherCache) else None
     if cache is not None:
         _check_cached(cache, begun)
         _check_teacher(cache, begun, work_dir)
     if methods:
-        check_student(config, recipe.options, teacher.spec.num_classes)
+        check_student(config, training.overrides, teacher.spec.num_classes)
     else:
-        build_detector(config, recipe.options, teacher.spec.num_classes)
+        build_detector(config, training.overrides, teacher.spec.num_classes)
     chosen = who_chooses_rois(teacher, options.rois, distill, dense, console) if losses else None
     train, val = load_data()
     if val is None:
@@ -120,7 +121,7 @@ def train_student(
         train = train if images is None else train.only(images)
         if skipped := {image["image_id"] for image in cache.skipped}:
             train = train.only([image.image_id for image in train.images if image.image_id not in skipped])
-    plain = replace(recipe, options=other_options(recipe.options))
+    plain = replace(training, overrides=tuple(other_options(training.overrides)))
     config = own_config(config, plain)
     train, val = training_copies(train, val, config, plain, work, console)
     cfg = training_config(config, train, val, plain, console)

@@ -26,7 +26,7 @@ from kdpipe.pipelines.detectors.configs import find_config
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import teacher_config
-from kdpipe.pipelines.training.config import Recipe
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.run import train_detector
 from kdpipe.pipelines.training.work_dir import WorkDir
 
@@ -193,8 +193,8 @@ def _both(out: Path) -> tuple[DetectionData, DetectionData]:
 
 def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     def train(work_dir: Path, resume: bool) -> None:
-        recipe = _recipe(settings, settings.teacher, settings.teacher_epochs, ())
-        train_detector(_config(), partial(_both, out), recipe, work_dir, resume=resume, console=console)
+        options = _training(settings, settings.teacher, settings.teacher_epochs, ())
+        train_detector(_config(), partial(_both, out), options, work_dir, resume=resume, console=console)
 
     return _trained(out / "teacher", settings.teacher_epochs, train)
 
@@ -218,10 +218,10 @@ def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
 def _student(out: Path, settings: DemoSettings, console: Console, name: str, methods: Sequence[str]) -> Outcome:
     def train(work_dir: Path, resume: bool) -> None:
         distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
-        recipe = _recipe(settings, settings.student, settings.student_epochs, distill)
+        training = _training(settings, settings.student, settings.student_epochs, distill)
         options = StudentOptions(rois="teacher")
         cache, load_data = open_cache(out / "shapes.zarr"), partial(_both, out)
-        train_student(_config(), cache, load_data, methods, recipe, work_dir, options, resume=resume, console=console)
+        train_student(_config(), cache, load_data, methods, training, options, work_dir, resume=resume, console=console)
 
     return _trained(out / name, settings.student_epochs, train)
 
@@ -243,16 +243,16 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence[str]) -> Recipe:
+def _training(settings: DemoSettings, width: Width, epochs: int, overrides: Sequence[str]) -> TrainingOptions:
     """From scratch, for small objects and narrow layers, with one validation at the end."""
     optimizer = {"type": "AdamW", "lr": settings.lr, "weight_decay": 0.05}  # from scratch it learns faster than SGD
     stages = [width.base * factor for factor in (1, 2, 4, 8)]
-    return Recipe(
+    return TrainingOptions(
         epochs=epochs,
         batch_size=settings.batch_size,
         seed=settings.seed,
         scale=settings.scale,
-        options=(
+        overrides=(
             "model.backbone.depth=18",
             f"model.backbone.base_channels={width.base}",
             "model.backbone.frozen_stages=-1",
@@ -273,6 +273,6 @@ def _recipe(settings: DemoSettings, width: Width, epochs: int, options: Sequence
             *(f"model.{phase}.max_per_img=200" for phase in ("train_cfg.rpn_proposal", "test_cfg.rpn")),
             f"optim_wrapper.optimizer={optimizer}",
             f"train_cfg.val_interval={epochs}",
-            *options,
+            *overrides,
         ),
     )

@@ -26,6 +26,7 @@ __all__ = [
     "config_from_checkpoint",
     "config_from_file",
     "find_config",
+    "is_of_zoo",
     "set_num_classes",
     "zoo",
 ]
@@ -93,6 +94,12 @@ def find_config(name_or_path: str | Path) -> Config:
             ) from error
         reason = str(error) or "a pure-Python config that calls what it imports, and mmengine lets it name that only"
         raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def is_of_zoo(name_or_path: str | Path) -> bool:
+    """Whether `find_config` takes this for a config that mmdet ships, and not for a file of the user's."""
+    path = Path(name_or_path)
+    return not path.is_file() or path.resolve().is_relative_to(zoo().resolve())
 
 
 def zoo() -> Path:

@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +22,13 @@ from kdpipe.pipelines.training.data import (
     training_samplers,
     with_filter,
 )
-from kdpipe.pipelines.training.optimisers import check_own_recipe, optim_wrapper, own_epochs
 from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.recipe import set_recipe
 from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run_settings import set_run
 from kdpipe.pipelines.training.transforms import set_scale
 
 __all__ = [
-    "SCHEDULES",
-    "Recipe",
-    "make_recipe",
     "own_config",
     "set_validation",
     "training_config",
@@ -40,7 +36,6 @@ __all__ = [
     "world_size",
 ]
 
-SCHEDULES = {"1x": 12, "2x-ms": 24}
 MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
 
 _BATCHES = "Its loaders hand samples on as mmdet's pipelines make them. Leave it out."
@@ -57,165 +52,91 @@ _FIXED = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a detector is trained.
-
-    Attributes:
-        epochs: Number of passes over the training images.
-        batch_size: Images per step and process.
-        lr: Peak learning rate; None: see `optim_wrapper`.
-        seed: Seed of everything random.
-        scale: `(w, h)` of mmdet's Resize; None keeps the resizing of the config.
-        multi_scale: Draw the scale of each training image from 0.8 to 1.0 of `scale`.
-        amp: Mixed precision.
-        workers: Loader workers; None chooses by the number of cores.
-        options: `KEY=VALUE` overrides of the config, applied last.
-        strict_data: Refuse data of which some would be left out.
-        skip_bad_images: Leave out images that cannot be read or are not as annotated.
-        source: `paper`, or `config`: optimiser, schedule, epochs and mixed precision are those of the config.
-    """
-
-    epochs: int
-    batch_size: int = 8
-    lr: float | None = None
-    seed: int = 0
-    scale: tuple[int, int] | None = None
-    multi_scale: bool = False
-    amp: bool = False
-    workers: int | None = None
-    options: Sequence[str] = ()
-    strict_data: bool = False
-    skip_bad_images: bool = False
-    source: str = "paper"
-
-
-def make_recipe(config: Config, options: TrainingOptions, schedule: str = "1x") -> Recipe:
-    """What options and config say together, of which the options have the last word.
-
-    Args:
-        config: The user's, with the overrides in it that it knows the place of.
-        options: Of the command line.
-        schedule: One of `SCHEDULES`: the number of epochs where nothing else says it, and several scales or one.
-
-    Raises:
-        KdpipeError: The recipe is to be the config's, and options contradict it, or it has none.
-    """
-    epochs, multi_scale = options.epochs or SCHEDULES[schedule], schedule == "2x-ms"
-    if options.source == "config":
-        check_own_recipe(config, options.epochs, options.lr, options.amp, multi_scale)
-        epochs = own_epochs(config)
-    batch_size, seed = options.batch_size, options.seed
-    return Recipe(
-        epochs=epochs,
-        batch_size=(config.get("train_dataloader") or {}).get("batch_size", 2) if batch_size is None else batch_size,
-        lr=options.lr,
-        seed=(config.get("randomness") or {}).get("seed") or 0 if seed is None else seed,
-        scale=options.scale,
-        multi_scale=multi_scale,
-        amp=options.amp,
-        workers=options.workers,
-        options=options.options,
-        strict_data=options.strict_data,
-        skip_bad_images=options.skip_bad_images,
-        source=options.source,
-    )
-
-
 def world_size() -> int:
     """Number of training processes, as torchrun and Slurm announce it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_config(config: Config, recipe: Recipe) -> Config:
+def own_config(config: Config, options: TrainingOptions) -> Config:
     """A user's config with their overrides, as far as it knows the places of these: what decides what is kept of it."""
-    return apply_known_options(with_filter(config), recipe.options)
+    return apply_known_options(with_filter(config), options.overrides)
 
 
 def training_config(
-    config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe, console: Console
+    config: Config, train: DetectionData, val: DetectionData | None, options: TrainingOptions, console: Console
 ) -> Config:
     """The training config of a plain detector, which nothing changes any more: `wrapping` only puts things around it.
 
     Three layers: the user's config, of which model, hooks and how images are read stay; what kdpipe sets (images,
-    number of classes, what options of the command line say, and the paper's optimiser and schedule unless the recipe is
-    the config's); and the overrides.
+    number of classes, what options of the command line say, and the paper's optimiser and schedule where the recipe is
+    not the config's); and the overrides.
 
     Args:
         config: The user's, as `own_config` gives it.
         train: Training images; the detector gets their classes.
         val: Validation images, or None.
-        recipe: Schedule and options.
+        options: Of the command.
         console: Told what of the config is not used.
 
     Raises:
         KdpipeError: There is nothing to train on; the config's data set or pipelines cannot be used; or an override is
             of what kdpipe sets itself, or leads nowhere.
     """
-    cfg = _detector_config(config, train, val, recipe)
+    cfg = _detector_config(config, train, val, options)
     set_num_classes(cfg.model, len(train.class_names))
-    cfg = with_overrides(cfg, recipe.options, recipe.source)
+    cfg = with_overrides(cfg, options)
     check_masks(cfg, train)
-    report_replaced(config, cfg, console)
+    report_replaced(config, cfg, options.recipe, console)
     return cfg
 
 
-def _detector_config(config: Config, train: DetectionData, val: DetectionData | None, recipe: Recipe) -> Config:
+def _detector_config(
+    config: Config, train: DetectionData, val: DetectionData | None, options: TrainingOptions
+) -> Config:
     if not any(image.num_gt for image in train.images):
         raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
     cfg = copy.deepcopy(config)
-    workers = recipe.workers if recipe.workers is not None else max(1, min(4, (os.cpu_count() or 1) // 2))
+    workers = options.workers if options.workers is not None else max(1, min(4, (os.cpu_count() or 1) // 2))
     loader = {
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "multiprocessing_context": "forkserver" if workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
+    batch_size = options.batch_size or (config.get("train_dataloader") or {}).get("batch_size", 2)
     cfg.train_dataloader = {
-        "batch_size": recipe.batch_size,
+        "batch_size": batch_size,
         **loader,
         **training_samplers(config),
-        "dataset": training_dataset(config, train, recipe.scale, MULTI_SCALE if recipe.multi_scale else None),
+        "dataset": training_dataset(config, train, options.scale, MULTI_SCALE if options.schedule == "2x-ms" else None),
     }
     if val is None:
-        _set_test_view(cfg, train.class_names, recipe.scale)
+        _set_test_view(cfg, train.class_names, options.scale)
     else:
-        set_validation(cfg, val, recipe.scale, recipe.batch_size, loader)
-    if recipe.source == "paper":
-        _set_recipe(cfg, config, recipe)
-    else:
-        cfg.train_cfg = {**cfg.train_cfg, "type": "EpochBasedTrainLoop"}
-        cfg.train_cfg.pop("by_epoch", None)
-        cfg.param_scheduler = cfg.param_scheduler or []  # a constant rate; None is for kdpipe's own, see below
-    set_run(cfg, config, recipe.seed)
+        set_validation(cfg, val, options.scale, batch_size, loader)
+    set_recipe(cfg, config, options, batch_size * world_size())
+    seed = (config.get("randomness") or {}).get("seed") or 0 if options.seed is None else options.seed
+    set_run(cfg, config, seed)
     cfg.launcher = "pytorch" if world_size() > 1 else "none"
     return cfg
 
 
-def _set_recipe(cfg: Config, config: Config, recipe: Recipe) -> None:
-    loop = config.get("train_cfg") or {}
-    by_epoch = "max_iters" not in loop
-    kept = {key: loop[key] for key in ("val_begin", "val_interval", "dynamic_intervals") if by_epoch and key in loop}
-    cfg.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": recipe.epochs, "val_interval": 1, **kept}
-    cfg.optim_wrapper = optim_wrapper(config, recipe.lr, recipe.batch_size * world_size(), recipe.amp)
-    cfg.param_scheduler = None  # that of kdpipe, made when the number of steps is known (run_training)
-
-
-def with_overrides(cfg: Config, options: Sequence[str], source: str) -> Config:
+def with_overrides(cfg: Config, options: TrainingOptions) -> Config:
     """A training config with the user's overrides, which have the last word but in one matter.
 
-    mmengine's `auto_scale_lr` would multiply a rate with the batch that has been already: it is for `--recipe config`.
+    mmengine's `auto_scale_lr` multiplies a rate with the batch: the config's own, not the paper's and that of `--lr`.
 
     Raises:
         ConfigError: As `apply_options` does; or an override is of what kdpipe sets itself.
     """
-    for option in options:
-        key = option.partition("=")[0].strip()
+    for override in options.overrides:
+        key = override.partition("=")[0].strip()
         for fixed, advice in _FIXED.items():
             if key == fixed or key.startswith(f"{fixed}."):
-                raise ConfigError(f"option {option!r}: kdpipe sets {fixed} itself. {advice}")
-    cfg = apply_options(cfg, options)
-    if source == "paper" and (cfg.get("auto_scale_lr") or {}).get("enable"):
+                raise ConfigError(f"option {override!r}: kdpipe sets {fixed} itself. {advice}")
+    cfg = apply_options(cfg, options.overrides)
+    is_peak = options.recipe != "config" or options.lr is not None
+    if is_peak and (cfg.get("auto_scale_lr") or {}).get("enable"):
         cfg.auto_scale_lr.enable = False
     return cfg
 

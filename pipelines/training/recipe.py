@@ -1,132 +1,117 @@
-"""What a training is begun with: recorded in its work directory, and compared when it is resumed."""
+"""Optimiser, schedule and epochs of a training: the paper's, or what the config says of them."""
 
-import json
-import math
-from collections.abc import Collection, Mapping
-from importlib.metadata import version
+import copy
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.registry import OPTIMIZERS
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.identity import difference
-from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.detectors.credentials import masked
+from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
+from kdpipe.pipelines.training.options import SCHEDULES, TrainingOptions
 
-__all__ = ["check_resumed", "check_saving", "plain_values", "training_record"]
+__all__ = ["optim_wrapper", "set_recipe"]
 
-# May be others when a training is resumed: its schedule is made anew for what is left.
-_SCHEDULE = ("epochs", "batch_size", "processes", "lr")
-# Sections of a config that decide what is learned.
-_SECTIONS = (
-    *("model", "train_dataloader", "optim_wrapper", "auto_scale_lr", "param_scheduler", "custom_hooks", "randomness"),
-)
-# Of a loader: where files lie and who reads them, and what is compared by itself.
-_PLACES = ("ann_file", "data_prefix", "data_root", "num_workers", "persistent_workers", "multiprocessing_context")
-_LOADER = (*_PLACES, "pin_memory", "prefetch_factor", "batch_size")
-_LINES = 12
+BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
+BASE_BATCH = 16
+_AMP_WRAPPERS = ("AmpOptimWrapper", "Bfloat16OptimWrapper")
+_VALIDATION = ("val_begin", "val_interval", "dynamic_intervals")
 
 
-def training_record(
-    name: str,
-    cfg: Config,
-    processes: int,
-    train: DetectionData,
-    val: DetectionData | None,
-    **more: Any,
-) -> dict[str, Any]:
-    """What a training is begun with, as JSON values, without credentials.
+def set_recipe(cfg: Config, config: Config, options: TrainingOptions, images: int) -> None:
+    """Set epochs, optimiser and schedule of a training.
 
     Args:
-        name: `student` or `teacher`.
-        cfg: The plain detector's training config, options applied.
-        processes: Number of training processes.
-        train: Training images.
-        val: Validation images, or None.
-        more: What else decides what is learned, such as the identity of a teacher.
-    """
-    config = {section: plain_values(cfg.get(section)) for section in _SECTIONS}
-    config["train_dataloader"] = plain_values(cfg.train_dataloader, _LOADER)
-    optimizer = config["optim_wrapper"].get("optimizer", {})
-    hooks = [hook for hook in cfg.get("custom_hooks") or [] if not str(hook.get("type")).endswith("EarlyStoppingHook")]
-    values = {
-        "kdpipe": version("kdpipe"),
-        "training": name,
-        "epochs": cfg.train_cfg.get("max_epochs"),
-        "batch_size": cfg.train_dataloader.get("batch_size"),
-        "processes": processes,
-        "lr": optimizer.pop("lr", None),
-        "data": train.digest(),
-        "validation": val and val.digest(),
-        "config": config | {"custom_hooks": plain_values(hooks)},
-        **{key: plain_values(value) for key, value in more.items()},
-    }
-    record: dict[str, Any] = json.loads(masked(json.dumps(values)))
-    return record
-
-
-def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: str) -> list[str]:
-    """Compare what a training was begun with and what it is to go on with.
-
-    Returns:
-        Lines that say what is different and may be: epochs, batch size, processes, rate, validation images.
+        cfg: Is changed in place.
+        config: The user's, with the overrides that it knows the places of.
+        options: Of the command.
+        images: Per step, of all processes.
 
     Raises:
-        KdpipeError: Something else is different; old and new values are named.
+        KdpipeError: The recipe is the config's, and it counts steps, or has no optimiser for `--lr`.
     """
-    allowed = ("kdpipe", "saved", *_SCHEDULE, "validation")
-    lines = difference(*({key: value for key, value in each.items() if key not in allowed} for each in (found, wanted)))
-    if lines:
-        more = f"\n  and {len(lines) - _LINES} more" if len(lines) > _LINES else ""
+    is_own = options.recipe == "config"
+    epochs = options.epochs or SCHEDULES.get(options.schedule or "") or (_own_epochs(config) if is_own else None)
+    loop = dict(config.get("train_cfg") or {})
+    kept = loop if is_own else {key: loop[key] for key in _VALIDATION if "max_iters" not in loop and key in loop}
+    kept = {key: value for key, value in kept.items() if key not in ("by_epoch", "max_iters")}
+    cfg.train_cfg = {"val_interval": 1, **kept, "type": "EpochBasedTrainLoop", "max_epochs": epochs or SCHEDULES["1x"]}
+    if is_own and config.get("optim_wrapper"):
+        cfg.optim_wrapper = _own_optim_wrapper(config, options)
+    else:
+        cfg.optim_wrapper = optim_wrapper(config, options.lr, images, options.amp)
+    if is_own and "param_scheduler" in config and options.schedule is None:
+        cfg.param_scheduler = copy.deepcopy(config.param_scheduler) or []  # a constant rate
+    else:
+        cfg.param_scheduler = None  # kdpipe's, made when the number of steps is known (`run_training`)
+
+
+def _own_epochs(config: Config) -> int | None:
+    """The number of epochs that a config trains for; None where it says nothing of that."""
+    loop = config.get("train_cfg") or {}
+    epochs = loop.get("max_epochs")
+    if "max_iters" in loop or type_name(loop.get("type", "")) == "IterBasedTrainLoop":
         raise KdpipeError(
-            f"{place} holds a training from something else:\n  "
-            + "\n  ".join(lines[:_LINES])
-            + more
-            + "\nResume with the cache or teacher, the config, the options and the --methods that the training began "
-            "with (--epochs, --batch-size, --lr, --workers and the number of processes may change), or begin anew in "
-            "another --work-dir."
+            f"The config trains for a number of steps (train_cfg is {dict(loop)}), and kdpipe trains by epochs. Say "
+            "for how many: --epochs. Or take the paper's optimiser and schedule: --recipe paper."
         )
-    changes = [f"{key} {found.get(key)} -> {wanted.get(key)}" for key in _SCHEDULE if found.get(key) != wanted.get(key)]
-    said = []
-    if changes:
-        said.append(f"Changed: {', '.join(changes)}. The learning rate goes on as in a training begun with these.")
-    if found.get("validation") != wanted.get("validation"):
-        said.append("Changed: the validation images. AP is not comparable with that of earlier epochs.")
-    return said
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        raise KdpipeError(f"train_cfg.max_epochs of the config is {epochs!r}, expected a positive number.")
+    return epochs
 
 
-def check_saving(cfg: Config) -> None:
-    """Refuse options under which a training could not be resumed from its work directory.
+def _own_optim_wrapper(config: Config, options: TrainingOptions) -> dict[str, Any]:
+    """That of a config, with the rate and the mixed precision of options."""
+    wrapper = copy.deepcopy(dict(config.optim_wrapper))
+    if options.lr is not None:
+        if not isinstance(wrapper.get("optimizer"), Mapping):
+            raise KdpipeError(
+                f"--lr {options.lr} is for an optimiser, and optim_wrapper of the config has no `optimizer`: leave "
+                "--lr out, change the rates with -o, or take the paper's optimiser and schedule (--recipe paper)."
+            )
+        wrapper["optimizer"]["lr"] = options.lr
+    if options.amp and not type_name(wrapper.get("type", "")).endswith(_AMP_WRAPPERS):
+        wrapper["type"] = _amp_wrapper()
+    return wrapper
 
-    Raises:
-        KdpipeError: Naming the option.
+
+def optim_wrapper(config: Config, lr: float | None, images: int, amp: bool) -> dict[str, Any]:
+    """mmengine's `optim_wrapper`: the paper's where the config names SGD or nothing, else the config's.
+
+    Args:
+        config: The user's.
+        lr: Peak rate; None takes 0.03 per 16 images for the paper's SGD. For another optimiser it is that of the
+            config, scaled with the batch where the config names a batch that it is for (`auto_scale_lr`).
+        images: Per step, of all processes.
+        amp: Mixed precision.
     """
-    hook = cfg.get("default_hooks", {}).get("checkpoint") or {}
-    wrong = [f"default_hooks.checkpoint.{name}" for name in ("out_dir", "filename_tmpl") if hook.get(name) is not None]
-    if not hook.get("by_epoch", True):
-        wrong.append("default_hooks.checkpoint.by_epoch")
-    if wrong:
-        raise KdpipeError(
-            f"{wrong[0]} cannot be set: checkpoints are named epoch_N.pth, are saved at the end of an epoch, and lie "
-            "in --work-dir. Leave it out."
-        )
-    if cfg.train_cfg.get("type") != "EpochBasedTrainLoop":
-        raise KdpipeError(
-            f"train_cfg.type is {cfg.train_cfg.get('type')}: kdpipe trains by epochs (EpochBasedTrainLoop). Give "
-            "--epochs in place of a number of steps."
-        )
+    wrapper = copy.deepcopy(dict(config.get("optim_wrapper") or {}))
+    if not _is_other(wrapper.get("optimizer")):
+        rate = lr if lr is not None else BASE_LR * images / BASE_BATCH
+        return {
+            "type": _amp_wrapper() if amp else "OptimWrapper",
+            "optimizer": {"type": "SGD", "lr": rate, "momentum": 0.9, "weight_decay": 1e-4},
+            "clip_grad": {"max_norm": 10, "norm_type": 2},
+        }
+    if amp:
+        wrapper["type"] = _amp_wrapper()
+    wrapper.setdefault("type", "OptimWrapper")
+    base = (config.get("auto_scale_lr") or {}).get("base_batch_size")
+    if lr is not None:
+        wrapper["optimizer"]["lr"] = lr
+    elif base and "lr" in wrapper["optimizer"]:
+        wrapper["optimizer"]["lr"] *= images / base
+    return wrapper
 
 
-def plain_values(value: Any, left_out: Collection[str] = ()) -> Any:
-    """JSON values of a config, lists of dictionaries as dictionaries, so that differences have names."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_values(entry, left_out) for key, entry in value.items() if key not in left_out}
-    if isinstance(value, list | tuple):
-        entries = [plain_values(entry, left_out) for entry in value]
-        nested = any(isinstance(entry, dict) for entry in entries)
-        return {str(index): entry for index, entry in enumerate(entries)} if nested else entries
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+def _is_other(optimizer: Any) -> bool:
+    """Whether a config's optimiser is another than SGD."""
+    if not isinstance(optimizer, Mapping) or "type" not in optimizer:
+        return False
+    return resolve_type(optimizer["type"], OPTIMIZERS) is not torch.optim.SGD
+
+
+def _amp_wrapper() -> str:
+    return "AmpOptimWrapper" if torch.cuda.is_available() else "Bfloat16OptimWrapper"

@@ -21,22 +21,27 @@ _COMPARED = (
 _WHOLE = ("param_scheduler", "optim_wrapper.paramwise_cfg", "train_dataloader.collate_fn")  # said by name only
 
 
-def report_replaced(config: Config, used: Config, console: Console) -> None:
+def report_replaced(config: Config, used: Config, recipe: str | None, console: Console) -> None:
     """Say in one line what of a config a training does not use, and in another whose optimiser it has.
 
     Args:
         config: The user's, with its overrides.
         used: That of the training.
+        recipe: As `TrainingOptions` has it.
         console: Where it is said.
     """
-    own_recipe = used.get("param_scheduler") is not None
-    wrapper = used.optim_wrapper
-    optimizer = (wrapper or {}).get("optimizer") or {}
-    if not own_recipe and not type_name(optimizer.get("type", "")).endswith("SGD"):
-        rate = f", peak rate {optimizer['lr']:g}" if "lr" in optimizer else ""
-        console.print(f"Optimiser: {optimizer['type']} of the config{rate}, with kdpipe's warm-up and cosine.")
+    is_kdpipes = used.get("param_scheduler") is None
+    schedule = "kdpipe's warm-up and cosine" if is_kdpipes else "its schedule"
+    optimizer = (used.optim_wrapper or {}).get("optimizer") or {}
+    name = type_name(optimizer["type"]) if "type" in optimizer else "optimisers"
+    rate = f", peak rate {optimizer['lr']:g}" if "lr" in optimizer else ""
+    if recipe == "config":
+        epochs = f"{used.train_cfg.max_epochs} epochs with {schedule}"
+        console.print(escape(f"Recipe: the config's: {name}{rate}, {epochs}. --recipe paper takes the paper's."))
+    elif is_kdpipes and not name.endswith("SGD"):
+        console.print(escape(f"Optimiser: {name} of the config{rate}, with {schedule}."))
     if parts := replaced_parts(config, used):
-        advice = "" if own_recipe else " --recipe config keeps its optimiser and schedule."
+        advice = " --recipe config keeps its optimiser and schedule." if recipe != "config" and is_kdpipes else ""
         console.print(escape(f"Not used of the config: {'; '.join(parts)}.{advice}"))
 
 

@@ -23,17 +23,18 @@ from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale, test_steps
 from kdpipe.pipelines.detectors.start_weights import StartWeightsHook, check_start_weights
 from kdpipe.pipelines.runtime.console import silent_stdout
 from kdpipe.pipelines.runtime.launch import is_first
-from kdpipe.pipelines.training.config import Recipe, own_config, training_config, world_size
+from kdpipe.pipelines.training.config import own_config, training_config, world_size
 from kdpipe.pipelines.training.data import left_out_by, pipeline_of
 from kdpipe.pipelines.training.faults import training_faults
 from kdpipe.pipelines.training.guard import FiniteHook, UsefulLossesHook
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.training.progress import ProgressHook
 from kdpipe.pipelines.training.reading import pipeline_decoding
-from kdpipe.pipelines.training.recipe import check_resumed, check_saving, training_record
 from kdpipe.pipelines.training.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.training.schedule import cosine_schedule
 from kdpipe.pipelines.training.student_check import build_detector
+from kdpipe.pipelines.training.training_record import check_resumed, check_saving, training_record
 from kdpipe.pipelines.training.work_dir import WorkDir
 from kdpipe.pipelines.training.work_dir_hook import WorkDirHook
 from kdpipe.pipelines.training.workers import end_workers, preload_workers
@@ -62,7 +63,7 @@ class TrainingResult:
 def train_detector(
     config: Config,
     load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
-    recipe: Recipe,
+    options: TrainingOptions,
     work_dir: Path,
     *,
     resume: bool,
@@ -73,7 +74,7 @@ def train_detector(
     Args:
         config: mmdet config of the detector; its number of classes follows the data.
         load_data: Reads training images, and validation images or None. It is called when the work directory is right.
-        recipe: Schedule and options.
+        options: How it is trained.
         work_dir: Where logs and checkpoints go.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
@@ -83,12 +84,12 @@ def train_detector(
     """
     work = WorkDir(work_dir)
     work.check(resume)
-    build_detector(config, recipe.options)
+    build_detector(config, options.overrides)
     train, val = load_data()
     val = val and match_classes(val, train.class_names, f"the training images {train.ann_file}")
-    config = own_config(config, recipe)
-    train, val = training_copies(train, val, config, recipe, work, console)
-    cfg = training_config(config, train, val, recipe, console)
+    config = own_config(config, options)
+    train, val = training_copies(train, val, config, options, work, console)
+    cfg = training_config(config, train, val, options, console)
     record = training_record("teacher", cfg, world_size(), train, val)
     data = [train] if val is None else [train, val]
     return run_training(with_seeds(cfg), cfg, data, work, record, resume=resume, console=console)
@@ -98,7 +99,7 @@ def training_copies(
     train: DetectionData,
     val: DetectionData | None,
     config: Config,
-    recipe: Recipe,
+    options: TrainingOptions,
     work: WorkDir,
     console: Console,
 ) -> tuple[DetectionData, DetectionData | None]:
@@ -107,13 +108,13 @@ def training_copies(
     They are not written yet (`DetectionData.write_copy`). All images are checked.
 
     Raises:
-        DataError: The recipe is strict, and something is left out.
+        DataError: The options are strict, and something is left out.
         ImageError: There are bad images.
     """
-    report_data(train, console, trained=True, strict=recipe.strict_data, filter_cfg=left_out_by(config))
+    report_data(train, console, trained=True, strict=options.strict_data, filter_cfg=left_out_by(config))
     if val is not None:
-        report_data(val, console, trained=False, strict=recipe.strict_data)
-    scale, skip = kept_ratio_scale(config, recipe.scale), recipe.skip_bad_images and not recipe.strict_data
+        report_data(val, console, trained=False, strict=options.strict_data)
+    scale, skip = kept_ratio_scale(config, options.scale), options.skip_bad_images and not options.strict_data
     dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
     reading = pipeline_decoding(pipeline_of(dataset, "train_dataloader.dataset.pipeline"))
     train = usable_images(train, console, scale=scale, decoding=reading, skip=skip)

@@ -170,7 +170,7 @@ def train(arguments: Sequence[str], work_dir: Path, epochs: int) -> None:
     if (work_dir / "result.json").exists():
         return
     resume = ["--resume"] if (work_dir / "last_checkpoint").exists() else []
-    schedule = ["--epochs", str(epochs), "--batch-size", "8", "--lr", "0.02"]
+    schedule = ["--recipe", "paper", "--epochs", str(epochs), "--batch-size", "8", "--lr", "0.02"]
     places = ["-o", f"train_cfg.val_interval={epochs}", "--work-dir", str(work_dir)]
     run([*arguments, *schedule, *places, *resume], work_dir.with_suffix(".log"))
 

@@ -86,8 +86,9 @@ class Kit:
         """`train-student` of one epoch of the tiny student, with a short queue, where `options` say nothing else."""
         start = ("train-student", "--cache", cache or self.cache, "--student", self.student, "--work-dir", work_dir)
         epochs = () if "--epochs" in options else ("--epochs", 1)
+        recipe = () if "--recipe" in options else ("--recipe", "paper")
         queue = () if "--methods" in options else ("-o", "distill.ckd.queue_size=256")
-        return (*start, *epochs, "--batch-size", 4, "--workers", workers, *queue, *options)
+        return (*start, *epochs, *recipe, "--batch-size", 4, "--workers", workers, *queue, *options)
 
     def train_student(self, *args: Any, **options: Any) -> Ended:
         """Run `student_command`."""

@@ -14,7 +14,7 @@ from mmdet.datasets import CocoDataset
 from mmengine.runner.checkpoint import get_torchvision_models
 
 from kdpipe.cache.read.reader import open_cache
-from kdpipe.pipelines.training.config import SCHEDULES
+from kdpipe.pipelines.training.options import SCHEDULES
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit

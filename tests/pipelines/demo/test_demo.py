@@ -13,7 +13,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.demo import run as demo
 from kdpipe.pipelines.demo.run import DemoSettings, Width, run_demo
-from kdpipe.pipelines.training.config import Recipe
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.work_dir import WorkDir
 
 NAMES = ["data set", "teacher", "cache", "student", "distilled student"]
@@ -53,7 +53,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     def train(*args: Any, resume: bool, **more: Any) -> None:
         (work_dir,) = (value for value in args if isinstance(value, Path))
-        (epochs,) = (value.epochs for value in args if isinstance(value, Recipe))
+        (epochs,) = (value.epochs for value in args if isinstance(value, TrainingOptions))
         done.append((work_dir.name, resume))
         work = WorkDir(work_dir)
         work.folder.mkdir(parents=True, exist_ok=True)

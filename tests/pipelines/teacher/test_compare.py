@@ -29,7 +29,8 @@ from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.online import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
-from kdpipe.pipelines.training.config import Recipe, training_config
+from kdpipe.pipelines.training.config import training_config
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.transforms import with_teacher_targets
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class BloodCells:
 
     def batch(self, cache: Path, flip: bool) -> Any:
         """The images as a training's pipeline hands them out, all flipped or none."""
-        cfg: Config = training_config(self.student, self.data, None, Recipe(epochs=1, scale=SCALE), Console(quiet=True))
+        cfg: Config = training_config(
+            self.student, self.data, None, TrainingOptions(epochs=1, scale=SCALE), Console(quiet=True)
+        )
         dataset = cfg.train_dataloader.dataset
         for transform in dataset.pipeline:
             if transform["type"] == "RandomFlip":

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
-from kdpipe.pipelines.detectors.configs import apply_known_options
+from kdpipe.pipelines.detectors.configs import apply_known_options, zoo
 from kdpipe.pipelines.detectors.literal_config import parse_literal_config
 from kdpipe.pipelines.training.config import with_overrides
-from kdpipe.pipelines.training.optimisers import check_own_recipe, optim_wrapper
+from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.recipe import optim_wrapper, set_recipe
 from kdpipe.pipelines.training.replaced import replaced_parts
 from kdpipe.pipelines.training.run_settings import set_run
 from kdpipe.pipelines.training.runner import _is_told
@@ -58,9 +60,10 @@ def test_optimisers(own: Any, base: int | None, lr: float | None, expected: dict
 
 def test_a_rate_is_scaled_once() -> None:
     scaling = Config({"auto_scale_lr": {"enable": False, "base_batch_size": 16}})
-    options = ["auto_scale_lr.enable=True"]
-    assert not with_overrides(scaling, options, "paper").auto_scale_lr.enable
-    assert with_overrides(scaling, options, "config").auto_scale_lr.enable
+    options = TrainingOptions(overrides=("auto_scale_lr.enable=True",))
+    assert not with_overrides(scaling, options).auto_scale_lr.enable
+    assert with_overrides(scaling, replace(options, recipe="config")).auto_scale_lr.enable
+    assert not with_overrides(scaling, replace(options, recipe="config", lr=0.1)).auto_scale_lr.enable
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_a_rate_is_scaled_once() -> None:
 )
 def test_what_kdpipe_sets_is_no_option(option: str) -> None:
     with pytest.raises(KdpipeError, match=f"kdpipe sets {option.split('.type')[0].split('=')[0]} itself"):
-        with_overrides(Config({}), [option], "paper")
+        with_overrides(Config({}), TrainingOptions(overrides=(option,)))
 
 
 @pytest.mark.parametrize(
@@ -98,41 +101,65 @@ def test_hooks_that_reach_into_the_detector(name: str) -> None:
         check_hooks(Config({"custom_hooks": [{"type": "CheckInvalidLossHook"}, {"type": name}]}))
 
 
+STEPS = [{"type": "MultiStepLR", "milestones": [5]}]
 OWN = {
     "optim_wrapper": {"type": "OptimWrapper", "optimizer": SGD},
-    "param_scheduler": [],
+    "param_scheduler": STEPS,
     "train_cfg": {"type": "EpochBasedTrainLoop", "max_epochs": 7},
+    "auto_scale_lr": {"enable": True, "base_batch_size": 16},
 }
-BY_STEP = {"type": "IterBasedTrainLoop", "max_iters": 100, "max_epochs": 7}
+BY_STEP = {"type": "IterBasedTrainLoop", "max_iters": 100, "val_interval": 50}
+KDPIPES = {"type": "SGD", "lr": 0.0075, "momentum": 0.9, "weight_decay": 1e-4}  # of 4 images per step
 
 
 @pytest.mark.parametrize(
-    ("changes", "given", "message"),
+    ("changes", "options", "epochs", "optimizer", "schedule"),
     [
-        ({"optim_wrapper": None}, {}, None),
-        ({}, {"epochs": 7}, None),
-        ({}, {"epochs": 8}, "trains for 7; --epochs 8 contradicts.*-o train_cfg.max_epochs=8"),
-        ({}, {"lr": 0.1}, "--lr 0.1 contradicts.*-o optim_wrapper.optimizer.lr=0.1"),
-        ({}, {"amp": True}, "has OptimWrapper; --amp contradicts"),
-        ({"optim_wrapper": {"type": "AmpOptimWrapper"}}, {"amp": True}, None),
-        ({}, {"multi_scale": True}, "--schedule 2x-ms contradicts"),
-        ({"train_cfg": ...}, {}, "there is no train_cfg"),
-        ({"train_cfg": BY_STEP}, {}, "a number of epochs, and train_cfg is .*IterBasedTrainLoop"),
-        ({"train_cfg": {"by_epoch": True}}, {}, "a number of epochs"),
-        ({"param_scheduler": ...}, {}, "has no param_scheduler"),
-        ({"optim_wrapper": ...}, {}, "has no optim_wrapper"),
+        ({}, {}, 7, SGD, STEPS),
+        ({}, {"epochs": 3}, 3, SGD, STEPS),
+        ({}, {"lr": 0.1}, 7, {**SGD, "lr": 0.1}, STEPS),
+        ({}, {"schedule": "2x-ms"}, 24, SGD, None),
+        ({"param_scheduler": []}, {}, 7, SGD, []),
+        ({"param_scheduler": None}, {}, 7, SGD, []),
+        ({"param_scheduler": ...}, {}, 7, SGD, None),
+        ({"train_cfg": ...}, {}, 12, SGD, STEPS),
+        ({"train_cfg": BY_STEP}, {"epochs": 3}, 3, SGD, STEPS),
+        ({"optim_wrapper": ...}, {}, 7, KDPIPES, STEPS),
+        ({}, {"recipe": "paper"}, 12, KDPIPES, None),
+        ({}, {"recipe": None, "epochs": 2}, 2, KDPIPES, None),
     ],
 )
-def test_options_that_contradict_the_recipe_of_a_config(
-    changes: dict[str, Any], given: dict[str, Any], message: str | None
+def test_what_a_config_sets_stays_unless_an_option_says_otherwise(
+    changes: dict[str, Any], options: dict[str, Any], epochs: int, optimizer: Any, schedule: Any
 ) -> None:
     config = Config({key: value for key, value in {**OWN, **changes}.items() if value is not ...})
-    values = {"epochs": None, "lr": None, "amp": False, "multi_scale": False, **given}
-    if message is None:
-        check_own_recipe(config, **values)
-        return
+    before, cfg = config.to_dict(), Config({})
+    set_recipe(cfg, config, TrainingOptions(**{"recipe": "config", **options}), images=4)
+    assert cfg.train_cfg.type == "EpochBasedTrainLoop"
+    assert (cfg.train_cfg.max_epochs, cfg.optim_wrapper.optimizer, cfg.param_scheduler) == (epochs, optimizer, schedule)
+    assert "max_iters" not in cfg.train_cfg
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"train_cfg": BY_STEP}, {}, "a number of steps .*IterBasedTrainLoop.*--epochs.*--recipe paper"),
+        ({"train_cfg": {"max_epochs": 0}}, {}, "max_epochs of the config is 0"),
+        ({"optim_wrapper": {"constructor": "Two"}}, {"lr": 0.1}, "--lr 0.1 is for an optimiser.*--recipe paper"),
+    ],
+)
+def test_configs_that_cannot_be_followed(changes: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(KdpipeError, match=message):
-        check_own_recipe(config, **values)
+        set_recipe(Config({}), Config({**OWN, **changes}), TrainingOptions(recipe="config", **options), images=4)
+
+
+def test_mixed_precision_of_a_config_stays() -> None:
+    config = Config({**OWN, "optim_wrapper": {"type": "AmpOptimWrapper", "optimizer": SGD, "loss_scale": 512.0}})
+    for amp in (False, True):
+        cfg = Config({})
+        set_recipe(cfg, config, TrainingOptions(recipe="config", amp=amp), images=4)
+        assert cfg.optim_wrapper == config.optim_wrapper
 
 
 @pytest.mark.parametrize(
@@ -267,7 +294,7 @@ def test_a_best_checkpoint_needs_validation() -> None:
     assert replaced_parts(used, used) == []
 
 
-def test_the_recipe_of_a_config_is_kept_whole(kit: "Kit", work: Path) -> None:
+def test_the_recipe_of_a_file_of_the_users_is_kept_whole(kit: "Kit", work: Path) -> None:
     options = {
         "optim_wrapper.accumulative_counts": 2,
         "train_cfg.max_epochs": 2,
@@ -276,12 +303,26 @@ def test_the_recipe_of_a_config_is_kept_whole(kit: "Kit", work: Path) -> None:
     }
     changes = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
     start = ("train-student", "--cache", kit.cache, "--student", kit.student, "--methods", "none", "--workers", 0)
-    ended = kit.run(*start, "--batch-size", 4, "--work-dir", work / "w", "--recipe", "config", *changes)
-    assert "Not used" not in ended.out
+    printed = kit.run(*start, "--batch-size", 4, "--work-dir", work / "w", *changes).out.replace("\n", " ")
+    assert "Not used" not in printed
+    assert "Recipe: the config's: SGD, peak rate 0.02, 2 epochs with its schedule. --recipe paper takes" in printed
     log = next((work / "w").glob("*/*.log")).read_text()
     assert re.findall(r"Epoch\(train\).* lr: ([\d.e+-]+)", log) == ["2.0000e-02"] * 2 + ["2.0000e-03"] * 2
     register_safe_types()
     meta = torch.load(work / "w" / "student.pth", weights_only=True)["meta"]
     assert parse_literal_config(meta["cfg"])["optim_wrapper"]["accumulative_counts"] == 2
-    message = kit.refused(*start, "--recipe", "config", "--epochs", 3, "--work-dir", work / "x")
-    assert "--epochs 3 contradicts" in message
+
+
+def test_whose_recipe_a_training_has(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = []
+
+    def train(*args: Any, **options: Any) -> Any:
+        recipes.append(next(value for value in args if isinstance(value, TrainingOptions)).recipe)
+        raise KdpipeError("enough")
+
+    monkeypatch.setattr("kdpipe.pipelines.training.run.train_detector", train)
+    name = "faster-rcnn_r50_fpn_1x_coco"
+    for config in (name, f"{name}.py", zoo() / "faster_rcnn" / f"{name}.py", kit.student):
+        for option in ((), ("--recipe", "paper"), ("--recipe", "config")):
+            kit.refused("train-teacher", "--config", config, *kit.data, *option)
+    assert recipes == ["paper", "paper", "config"] * 3 + ["config", "paper", "config"]

@@ -4,11 +4,13 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
-from kdpipe.pipelines.training.config import Recipe, own_config, training_config
+from kdpipe.pipelines.training.config import own_config, training_config
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.wrapping import with_seeds
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from tests.pipelines.conftest import Kit
 
+CUDA = torch.cuda.is_available()
 ADAM = {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.1}
 STEPS = {"type": "MultiStepLR", "by_epoch": True, "milestones": [1, 2], "gamma": 0.5}
 OWN: dict[str, Any] = {
@@ -37,13 +40,13 @@ def data(kit: "Kit", work: "Path") -> DetectionData:
     return load_coco(kit.ann, kit.img).copied_to(work / "train.json")
 
 
-def built(kit: "Kit", data: DetectionData, own: dict[str, Any] | None = None, **recipe: Any) -> Config:
+def built(kit: "Kit", data: DetectionData, own: dict[str, Any] | None = None, **options: Any) -> Config:
     """The training config of the tiny detector with sections of the user's own; the user's config stays as it was."""
     config = kit.config()
     config.merge_from_dict(copy.deepcopy(own or {}))
-    given = Recipe(**{"epochs": 5, "batch_size": 2, **recipe})
+    training = TrainingOptions(**{"batch_size": 2, **options})
     before = copy.deepcopy(config.to_dict())
-    cfg = training_config(own_config(config, given), data, data, given, Console(quiet=True))
+    cfg = training_config(own_config(config, training), data, data, training, Console(quiet=True))
     assert config.to_dict() == before
     return cfg
 
@@ -77,16 +80,16 @@ def at(config: Any, path: str) -> Any:
         ("model.roi_head.bbox_head.num_classes", "9", 9),
     ],
 )
-@pytest.mark.parametrize("source", ["paper", "config"])
+@pytest.mark.parametrize("recipe", ["paper", "config"])
 def test_an_override_has_the_last_word(
-    kit: "Kit", data: DetectionData, source: str, path: str, text: str, value: Any
+    kit: "Kit", data: DetectionData, recipe: str, path: str, text: str, value: Any
 ) -> None:
-    cfg = built(kit, data, OWN, source=source, options=(f"{path}={text}",), scale=(96, 64), seed=1)
+    cfg = built(kit, data, OWN, recipe=recipe, overrides=(f"{path}={text}",), scale=(96, 64), seed=1)
     assert at(cfg, path) == value
 
 
 def test_the_sampler_of_an_override_is_the_one_that_runs(kit: "Kit", data: DetectionData) -> None:
-    cfg = built(kit, data, options=("train_dataloader.sampler.type=ClassAwareSampler",))
+    cfg = built(kit, data, overrides=("train_dataloader.sampler.type=ClassAwareSampler",))
     running = with_seeds(cfg)
     assert running.train_dataloader.sampler.type == "EpochSampler"
     assert running.train_dataloader.sampler.sampler.type == "ClassAwareSampler"
@@ -96,7 +99,7 @@ def test_the_sampler_of_an_override_is_the_one_that_runs(kit: "Kit", data: Detec
 def test_optimiser_and_schedule_of_the_users_config_stay_where_it_is_the_recipe(
     kit: "Kit", data: DetectionData
 ) -> None:
-    cfg = built(kit, data, OWN, source="config", epochs=3)
+    cfg = built(kit, data, OWN, recipe="config")
     expected = kit.config()
     expected.merge_from_dict(OWN)
     for section in ("optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks"):
@@ -105,7 +108,7 @@ def test_optimiser_and_schedule_of_the_users_config_stay_where_it_is_the_recipe(
 
 def test_another_optimiser_of_the_users_config_stays_in_the_papers_schedule(kit: "Kit", data: DetectionData) -> None:
     own = {**OWN, "optim_wrapper": {**OWN["optim_wrapper"], "optimizer": ADAM}}
-    cfg = built(kit, data, own)
+    cfg = built(kit, data, own, epochs=5)
     assert cfg.optim_wrapper.optimizer.type == "AdamW"
     assert cfg.optim_wrapper.optimizer.weight_decay == 0.1
     assert cfg.optim_wrapper.clip_grad.max_norm == 3
@@ -132,13 +135,18 @@ def test_what_else_the_users_config_says_stays(kit: "Kit", data: DetectionData) 
         ({"seed": 5}, "randomness.seed", 5),
         ({"lr": 0.25}, "optim_wrapper.optimizer.lr", 0.25),
         ({"epochs": 8}, "train_cfg.max_epochs", 8),
+        ({"schedule": "2x-ms"}, "train_cfg.max_epochs", 24),
+        ({"schedule": "2x-ms", "epochs": 8}, "train_cfg.max_epochs", 8),
+        ({"schedule": "1x"}, "param_scheduler", None),
+        ({"amp": True}, "optim_wrapper.type", "AmpOptimWrapper" if CUDA else "Bfloat16OptimWrapper"),
         ({"scale": (80, 48)}, "val_dataloader.dataset.pipeline.1.scale", (80, 48)),
     ],
 )
+@pytest.mark.parametrize("recipe", ["paper", "config"])
 def test_an_option_of_the_command_line_stands_over_the_users_config(
-    kit: "Kit", data: DetectionData, options: dict[str, Any], path: str, value: Any
+    kit: "Kit", data: DetectionData, recipe: str, options: dict[str, Any], path: str, value: Any
 ) -> None:
-    cfg: Any = built(kit, data, OWN, **options)
+    cfg: Any = built(kit, data, OWN, recipe=recipe, **options)
     for name in path.split("."):
         cfg = cfg[int(name) if name.isdecimal() else name]
     assert cfg == value

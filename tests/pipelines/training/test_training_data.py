@@ -16,8 +16,9 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.detectors.configs import apply_known_options
-from kdpipe.pipelines.training.config import Recipe, training_config
+from kdpipe.pipelines.training.config import training_config
 from kdpipe.pipelines.training.data import innermost, left_out_by, with_filter
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.wrapping import with_seeds
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def data(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> DetectionData:
 def loader(data: DetectionData, dataset: dict[str, Any], **options: Any) -> Any:
     """The training loader that a training with a config's data set would have, built."""
     config = Config({"model": {"type": "X"}, "train_dataloader": {"dataset": dataset, **options}})
-    recipe = Recipe(epochs=1, batch_size=2, workers=0, scale=(128, 96))
-    cfg = with_seeds(training_config(config, data, None, recipe, Console(quiet=True)))
+    training = TrainingOptions(epochs=1, batch_size=2, workers=0, scale=(128, 96))
+    cfg = with_seeds(training_config(config, data, None, training, Console(quiet=True)))
     with DefaultScope.overwrite_default_scope("mmdet"):
         return Runner.build_dataloader(cfg.train_dataloader, seed=0)
 

@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.training.recipe import check_resumed, check_saving, training_record
+from kdpipe.pipelines.training.training_record import check_resumed, check_saving, training_record
 
 CONFIG: dict[str, Any] = {
     "model": {"type": "FasterRCNN", "backbone": {"depth": 18}, "ranges": [[-1.0, 64.0], [64.0, float("inf")]]},
