@@ -16,12 +16,12 @@ class CacheError(KdpipeError):
     """A cache is missing, incomplete, corrupt, or does not fit what was asked of it."""
 
 
-def present(value: _T | None, what: str) -> _T:
+def present(value: _T | None, name: str) -> _T:
     """A value that is there wherever its owner keeps its word.
 
     Raises:
-        KdpipeError: It is None; `what` names it.
+        KdpipeError: It is None; `name` says which.
     """
     if value is None:
-        raise KdpipeError(f"{what}: expected here, and not there.")
+        raise KdpipeError(f"{name}: expected here, and not there.")
     return value

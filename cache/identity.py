@@ -66,11 +66,11 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     Returns:
         Such as `["options.scale: found [1333, 800], wanted [640, 480]"]`; empty where both are equal.
     """
-    left, right = _flatten(found), _flatten(wanted)
+    found_leaves, wanted_leaves = _flatten(found), _flatten(wanted)
     return [
-        f"{name}: found {left.get(name, 'nothing')}, wanted {right.get(name, 'nothing')}"
-        for name in sorted(left.keys() | right.keys())
-        if left.get(name) != right.get(name)
+        f"{name}: found {found_leaves.get(name, 'nothing')}, wanted {wanted_leaves.get(name, 'nothing')}"
+        for name in sorted(found_leaves.keys() | wanted_leaves.keys())
+        if found_leaves.get(name) != wanted_leaves.get(name)
     ]
 
 

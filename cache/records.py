@@ -185,7 +185,9 @@ class TeacherTargets:
             levels.append(None if level is None else _to_float(level, scale, device, dtype))
         return tuple(levels)
 
-    def rois(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def float_roi_features(
+        self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The RoI features as a float tensor, as `pyramid` does for the levels.
 
         Returns:

@@ -263,16 +263,16 @@ class CacheSpec:
             CacheError: another format version, a missing or unknown entry, or a value of the wrong type or range.
         """
         check_version(values.get("version"))
-        given = {name: value for name, value in values.items() if name != "version"}
+        entries = {name: value for name, value in values.items() if name != "version"}
         hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-        hints = {name: hint for name, hint in hints.items() if name in given or name not in (*_OPTIONAL, "levels")}
-        if given.keys() != hints.keys():
-            missing, unknown = sorted(hints.keys() - given.keys()), sorted(given.keys() - hints.keys())
+        hints = {name: hint for name, hint in hints.items() if name in entries or name not in (*_OPTIONAL, "levels")}
+        if entries.keys() != hints.keys():
+            missing, unknown = sorted(hints.keys() - entries.keys()), sorted(entries.keys() - hints.keys())
             raise CacheError(
                 f"The specification in the cache is damaged: missing entries {missing}, unknown entries {unknown}. "
                 "Cache the teacher again."
             )
-        return cls(**{name: from_json_value(name, given[name], hint) for name, hint in hints.items()})
+        return cls(**{name: from_json_value(name, entries[name], hint) for name, hint in hints.items()})
 
 
 def check_version(version: object) -> None:

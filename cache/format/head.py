@@ -10,7 +10,7 @@ from kdpipe.cache.format.layout import ArrayLayout, array_layout
 HEAD = "head"
 _DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 # Numbers in all parameters together: those of the largest detectors have a tenth of it.
-_MOST_NUMBERS = 1 << 30
+_MAX_NUMBERS = 1 << 30
 _MOST_DIMENSIONS, _MOST_LETTERS = 16, 200
 
 
@@ -29,10 +29,10 @@ def is_head(parameters: Any) -> bool:
     shapes = [entry["shape"] for entry in parameters.values()]
     if not all(isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS for shape in shapes):
         return False
-    if any(type(side) is not int or not 0 <= side <= _MOST_NUMBERS for shape in shapes for side in shape):
+    if any(type(side) is not int or not 0 <= side <= _MAX_NUMBERS for shape in shapes for side in shape):
         return False
     numbers = sum(math.prod(shape) for shape in shapes)
-    return numbers <= _MOST_NUMBERS and all(entry["dtype"] in _DTYPES for entry in parameters.values())
+    return numbers <= _MAX_NUMBERS and all(entry["dtype"] in _DTYPES for entry in parameters.values())
 
 
 def parameter_layout(entry: Mapping[str, Any], codec: str) -> tuple[ArrayLayout, int]:

@@ -12,7 +12,7 @@ from kdpipe.cache.views import ViewError, input_size
 # Beyond these, a number is none that a teacher gives, and reading it would only take the memory.
 _MOST_NAME_BYTES, _MOST_BOXES, _MOST_ELEMENTS = 1 << 16, 1 << 17, 1 << 32
 # A network input is padded by at most so many pixels before the levels are made.
-_MOST_PADDING = 256
+_MAX_PADDING = 256
 
 
 def rows_fault(record: Mapping[str, Any], spec: CacheSpec) -> str | None:
@@ -63,17 +63,17 @@ def index_fault(index: Block, names: Block, rows: Mapping[str, int], spec: Cache
 
 def _row_fault(entry: Mapping[str, int], spec: CacheSpec) -> str | None:
     """What is wrong with the sizes in a row, all of which are positive."""
-    found = (entry["input_height"], entry["input_width"])
+    size = (entry["input_height"], entry["input_width"])
     try:
         expected = input_size((entry["height"], entry["width"]), spec.scale)
     except ViewError as error:
         return str(error)
-    if found != expected:
-        return f"a network input of {found}, expected {expected}"
+    if size != expected:
+        return f"a network input of {size}, expected {expected}"
     for level in range(len(spec.strides) if "features" in spec.fields else 0):
         shape = (entry[f"level{level}_height"], entry[f"level{level}_width"])
-        if shape[0] > found[0] + _MOST_PADDING or shape[1] > found[1] + _MOST_PADDING:
-            return f"a level of {shape} cells, and a network input of {found}"
+        if shape[0] > size[0] + _MAX_PADDING or shape[1] > size[1] + _MAX_PADDING:
+            return f"a level of {shape} cells, and a network input of {size}"
     if _elements(entry, spec) > _MOST_ELEMENTS:
         return f"{_elements(entry, spec)} numbers of features"
     return None

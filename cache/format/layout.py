@@ -155,14 +155,14 @@ def index_columns(spec: CacheSpec) -> list[str]:
     return columns
 
 
-def is_as_written(found: Mapping[str, Any], layout: ArrayLayout, rows: int) -> bool:
+def is_as_written(metadata: Mapping[str, Any], layout: ArrayLayout, rows: int) -> bool:
     """Whether a `zarr.json` says what kdpipe writes for a layout; nothing in it is trusted, or run, before that.
 
     What zarr adds where it is empty, and names of dimensions, do not count.
     """
     ignored = ("attributes", "dimension_names", "storage_transformers")
-    kept = {name: value for name, value in found.items() if name not in ignored}
-    return kept == layout.metadata(rows) and not found.get("storage_transformers")
+    entries = {name: value for name, value in metadata.items() if name not in ignored}
+    return entries == layout.metadata(rows) and not metadata.get("storage_transformers")
 
 
 def _feature_chunk(spec: CacheSpec) -> int:

@@ -25,8 +25,8 @@ FILES = "files.json"
 _NAME_DIGITS = 16
 
 # Numbers beyond this are none of bytes or rows.
-_MOST = 1 << 48
-_MOST_IMAGES = 1 << 26
+_MAX_SIZE = 1 << 48
+_MAX_IMAGES = 1 << 26
 
 
 def write_record(folder: Path, content: Mapping[str, Any], files: Files, within: str = "") -> None:
@@ -87,8 +87,8 @@ def parse_part_record(data: bytes | None, index: int, images: range, root: str) 
         root: `Root.digest` of the cache: a part that was made for another one is none.
     """
     record = parse_record(data)
-    wanted = {"part": index, "images": [images.start, images.stop], "root": root}
-    if record is None or any(record.get(name) != value for name, value in wanted.items()):
+    expected = {"part": index, "images": [images.start, images.stop], "root": root}
+    if record is None or any(record.get(name) != value for name, value in expected.items()):
         return None
     rows, skipped = record.get("rows"), record.get("skipped")
     sound = isinstance(rows, dict) and rows.keys() == set(PER) and all(map(is_size, rows.values()))
@@ -112,13 +112,13 @@ def parse_root_record(data: bytes) -> dict[str, Any] | None:
     plan, counts = record["plan"], ("images", "parts", "part_size")
     if plan.keys() != {*counts, "digest"} or not is_digest(plan["digest"]) or not all(is_size(plan[n]) for n in counts):
         return None
-    most = min(_MOST_IMAGES, plan["parts"] * MAX_PART_IMAGES)
+    most = min(_MAX_IMAGES, plan["parts"] * MAX_PART_IMAGES)
     return record if plan["parts"] <= plan["images"] <= most else None
 
 
 def is_size(value: Any) -> bool:
     """Whether a JSON value is a number of bytes or rows."""
-    return type(value) is int and 0 <= value < _MOST
+    return type(value) is int and 0 <= value < _MAX_SIZE
 
 
 def is_digest(value: Any) -> bool:
@@ -150,9 +150,9 @@ def read_files(location: Location, key: str, digest: str) -> Files | None:
     if data is None or hashlib.sha256(data).hexdigest() != digest:
         return None
     try:
-        found = json.loads(data)
-        files = {name: (size, sha) for name, (size, sha) in found.items() if is_size(size) and is_digest(sha)}
-        sound = len(files) == len(found) and all(map(_is_file, files)) and data == canonical_json(found)
+        entries = json.loads(data)
+        files = {name: (size, sha) for name, (size, sha) in entries.items() if is_size(size) and is_digest(sha)}
+        sound = len(files) == len(entries) and all(map(_is_file, files)) and data == canonical_json(entries)
     except (ValueError, TypeError, AttributeError, RecursionError, CacheError):
         return None
     return files if sound else None
@@ -170,13 +170,13 @@ def files_below(files: Files, name: str) -> Files:
 
 def check_sizes(location: Location, key: str, files: Files) -> list[str]:
     """Lines naming the files that cannot be found or have another size than recorded. Reads no data."""
-    found = location.sizes(key, files)
+    stored_sizes = location.sizes(key, files)
     lines = []
     for name, (size, _) in sorted(files.items()):
-        if name not in found:
+        if name not in stored_sizes:
             lines.append(f"{name} is missing")
-        elif found[name] != size:
-            lines.append(f"{name} has {found[name]} bytes instead of {size}")
+        elif stored_sizes[name] != size:
+            lines.append(f"{name} has {stored_sizes[name]} bytes instead of {size}")
     return lines
 
 

@@ -26,7 +26,7 @@ from kdpipe.cache.store.location import GoneError
 _first_pid: int | None = None  # of the process that used tensorstore first, in this line of forks
 
 
-class Reading(Protocol):
+class PendingRead(Protocol):
     """Rows that are being read."""
 
     def result(self) -> Block:
@@ -75,9 +75,9 @@ class FileArray:
             context=reading_context(torch.get_num_threads()),
         ).result()
 
-    def start(self, rows: range) -> Reading:
+    def start(self, rows: range) -> PendingRead:
         """Begin to read rows."""
-        reading: Reading = self._array[rows.start : rows.stop].read()
+        reading: PendingRead = self._array[rows.start : rows.stop].read()
         return reading
 
 
@@ -94,9 +94,9 @@ class StoreArray:
         self._array = _zarr_array(_LocalArrays(folder, read_only=True), "", layout, rows)
         self._chunk = layout.chunk_rows
 
-    def start(self, rows: range) -> Reading:
+    def start(self, rows: range) -> PendingRead:
         """Begin to read rows."""
-        reading: Reading = asyncio.run_coroutine_threadsafe(self._read(rows), event_loop())
+        reading: PendingRead = asyncio.run_coroutine_threadsafe(self._read(rows), event_loop())
         return reading
 
     async def _read(self, rows: range) -> Any:
@@ -118,10 +118,10 @@ class _LocalArrays(LocalStore):
         Raises:
             GoneError: it is missing or empty.
         """
-        found = await super().get(key, prototype, byte_range)
-        if not found:
+        content = await super().get(key, prototype, byte_range)
+        if not content:
             raise GoneError(key)
-        return found
+        return content
 
 
 def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
@@ -132,20 +132,20 @@ def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "A
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:
     """What is wrong with a `zarr.json`, to follow its name; None where it says what is written for that layout."""
     try:
-        found = json.loads(data or b"", object_pairs_hook=_once)
+        metadata = json.loads(data or b"", object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return "is missing or no JSON"
-    if not isinstance(found, dict) or not is_as_written(found, layout, rows):
+    if not isinstance(metadata, dict) or not is_as_written(metadata, layout, rows):
         return f"does not describe {rows} rows of {layout.row_shape} {layout.dtype} as kdpipe writes them"
     return None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON mapping; one that says something twice is read in two ways."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("an entry is given twice")
-    return found
+    return mapping
 
 
 def may_read_files() -> bool:

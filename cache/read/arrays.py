@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
 from kdpipe.cache.format.record import Files, check_sizes, files_below
-from kdpipe.cache.format.zarr_arrays import FileArray, Reading, StoreArray, check_metadata, may_read_files
+from kdpipe.cache.format.zarr_arrays import FileArray, PendingRead, StoreArray, check_metadata, may_read_files
 from kdpipe.cache.read.range_array import RangeArray
 from kdpipe.cache.store.location import GoneError, Location
 
@@ -43,21 +43,21 @@ class ArrayReader:
 
     def __init__(self, location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> None:
         self.location, self.name, self.rows = location, name, rows
-        own = files_below(files, name)
-        if len(own) != 1 + layout.num_files(rows) or own.keys() != {"zarr.json", *layout.files(rows)}:
-            raise DamagedError(name, f"its {len(own)} files are not those of {rows} rows")
+        array_files = files_below(files, name)
+        if len(array_files) != 1 + layout.num_files(rows) or array_files.keys() != {"zarr.json", *layout.files(rows)}:
+            raise DamagedError(name, f"its {len(array_files)} files are not those of {rows} rows")
         place = f"{key}/{name}"
-        if wrong := check_sizes(location, place, own):
+        if wrong := check_sizes(location, place, array_files):
             raise DamagedError(name, "; ".join(wrong))
         data = location.read(f"{place}/zarr.json")
-        if data is None or hashlib.sha256(data).hexdigest() != own["zarr.json"][1]:
+        if data is None or hashlib.sha256(data).hexdigest() != array_files["zarr.json"][1]:
             raise DamagedError(name, "zarr.json has other content than was written")
         if reason := check_metadata(data, layout, rows):
             raise DamagedError(name, f"zarr.json {reason}")
         folder = location.local_path(place)
         self._array: FileArray | StoreArray | RangeArray
         if folder is None:
-            sizes = {file: size for file, (size, _) in own.items()}
+            sizes = {file: size for file, (size, _) in array_files.items()}
             self._array = RangeArray(location, place, layout, rows, sizes)
         elif may_read_files():
             self._array = FileArray(folder, layout, rows)
@@ -65,7 +65,7 @@ class ArrayReader:
             self._array = StoreArray(folder, layout, rows)
         self._layout = layout
 
-    def start(self, rows: range) -> Reading:
+    def start(self, rows: range) -> PendingRead:
         """Begin to read rows.
 
         Raises:
@@ -76,17 +76,17 @@ class ArrayReader:
         return self._array.start(rows)
 
 
-def read_rows(wanted: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
+def read_rows(requests: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
     """Rows of arrays, all at the same time.
 
     Raises:
         DamagedError: what is stored is not what was written, or is missing.
         OSError: it cannot be read.
     """
-    started = [reader.start(rows) for reader, rows in wanted]
+    started = [reader.start(rows) for reader, rows in requests]
     blocks: list[Block] = []
     failed: list[tuple[str, Exception]] = []
-    for (reader, _), reading in zip(wanted, started, strict=True):
+    for (reader, _), reading in zip(requests, started, strict=True):
         try:
             blocks.append(reading.result())
         except (ValueError, RuntimeError, GoneError, OSError) as error:

@@ -30,15 +30,15 @@ def gone_error(location: Location, number: int | None = None) -> CacheError | No
     return None
 
 
-def unreadable_error(error: OSError, what: str, file: str) -> CacheError:
+def unreadable_error(error: OSError, name: str, file: str) -> CacheError:
     """What to say where the system does not let a file be read.
 
     Args:
         error: of the system.
-        what: cannot be read; begins the sentence.
+        name: of what cannot be read; begins the sentence.
         file: that it was, unless the error says it.
     """
     return CacheError(
-        f"{what} cannot be read ({error.strerror or error}: {error.filename or file}). Check that the disk or network "
+        f"{name} cannot be read ({error.strerror or error}: {error.filename or file}). Check that the disk or network "
         "is sound and that this user may read the cache."
     )

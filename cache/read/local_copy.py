@@ -145,7 +145,7 @@ class LocalCopy:
         with temporary_folder(self._folder / key) as aside:
             new = aside / "new"
             new.mkdir()
-            for name, (_, wanted) in files.items():
+            for name, (_, expected_digest) in files.items():
                 digest = hashlib.sha256()
                 with (new / name).open("wb") as out:
                     for block in self._location.stream(f"{key}/{name}"):
@@ -155,7 +155,7 @@ class LocalCopy:
                         digest.update(block)
                     out.flush()
                     os.fsync(out.fileno())
-                if digest.hexdigest() != wanted:
+                if digest.hexdigest() != expected_digest:
                     raise CacheError(
                         f"The local copy ends at {key}/{name} of {self._location}, which has other content than was "
                         f"written: run `kdpipe verify {self._location} --repair`."

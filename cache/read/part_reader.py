@@ -53,8 +53,8 @@ class PartReader:
 
     def row(self, image_id: int, view: str) -> int | None:
         """Number of the index row of an image in a view."""
-        found = np.flatnonzero((self._index[:, 0] == image_id) & (self._index[:, 1] == VIEWS.index(view)))
-        return int(found[0]) if len(found) else None
+        index_rows = np.flatnonzero((self._index[:, 0] == image_id) & (self._index[:, 1] == VIEWS.index(view)))
+        return int(index_rows[0]) if len(index_rows) else None
 
     def describe(self, row: int) -> TargetIndex:
         """Sizes of the image and view in an index row."""
@@ -101,18 +101,18 @@ class PartReader:
         boxes = range(entry["box_start"], entry["box_stop"])
         rows = {"view": range(row, row + 1), "object": range(entry["object_start"], entry["object_stop"])}
         rows["box"] = boxes if selected is None else _span(selected, boxes.start)
-        wanted: list[tuple[str, range | None]] = []
+        requests: list[tuple[str, range | None]] = []
         for name in arrays:
             if name == "features":
-                wanted += [(name, range(starts[run[0]], starts[run[-1] + 1])) for run in runs]
+                requests += [(name, range(starts[run[0]], starts[run[-1] + 1])) for run in runs]
             else:
-                wanted.append((name, rows[self._layout[name].per]))
-        blocks = self._read(wanted, [entry["image_id"]])
+                requests.append((name, rows[self._layout[name].per]))
+        blocks = self._read(requests, [entry["image_id"]])
         values: dict[str, Any] = {}
         if "features" in arrays:
-            packed = [block for (name, _), block in zip(wanted, blocks, strict=True) if name == "features"]
+            packed = [block for (name, _), block in zip(requests, blocks, strict=True) if name == "features"]
             values["features"] = self._unpack(entry, starts, runs, packed)
-        for (name, _), block in zip(wanted, blocks, strict=True):
+        for (name, _), block in zip(requests, blocks, strict=True):
             per = self._layout[name].per
             if name != "features":
                 picked = (
@@ -146,7 +146,7 @@ class PartReader:
     def _entry(self, row: int) -> dict[str, int]:
         return dict(zip(self._columns, self._index[row].tolist(), strict=True))
 
-    def _read(self, wanted: Sequence[tuple[str, range | None]], image_ids: list[int]) -> list[Block]:
+    def _read(self, requests: Sequence[tuple[str, range | None]], image_ids: list[int]) -> list[Block]:
         """Rows of arrays (None: all rows), at the same time.
 
         Raises:
@@ -155,21 +155,21 @@ class PartReader:
         with self._location.explained(f"Reading part {self._number}"):
             try:
                 if self._location.local_path(self._key) is None:  # opening one takes a few requests
-                    self._location.at_once(self._array, {name for name, _ in wanted} - self._arrays.keys())
-                pairs = [(self._array(name), rows) for name, rows in wanted]
+                    self._location.at_once(self._array, {name for name, _ in requests} - self._arrays.keys())
+                pairs = [(self._array(name), rows) for name, rows in requests]
                 return read_rows([(array, range(array.rows) if rows is None else rows) for array, rows in pairs])
             except DamagedError as error:
                 if not self._leave_copy(error):
                     raise self._damaged(error, image_ids) from error
             except OSError as error:
                 raise unreadable_error(error, f"Part {self._number} of {self._location}", self._key) from error
-        return self._read(wanted, image_ids)
+        return self._read(requests, image_ids)
 
     def _array(self, name: str) -> ArrayReader:
         """An array, opened where it is nearest, also if it was copied since it was opened."""
         near = self._nearest(name)
-        known = self._arrays.get(name)
-        if known is None or (known.location is self._location and near is not self._location):
+        opened = self._arrays.get(name)
+        if opened is None or (opened.location is self._location and near is not self._location):
             if self._files is None:
                 raise DamagedError(name, "the part's files.json is missing or has other content than was written")
             rows = self._record["rows"][self._layout[name].per]
@@ -181,8 +181,8 @@ class PartReader:
 
     def _leave_copy(self, error: DamagedError) -> bool:
         """Whether what is damaged is a local copy; then it is not used any more."""
-        known = self._arrays.pop(error.name, None)
-        if (self._nearest(error.name) if known is None else known.location) is self._location:
+        opened = self._arrays.pop(error.name, None)
+        if (self._nearest(error.name) if opened is None else opened.location) is self._location:
             return False
         self._not_copied.add(error.name)
         logging.getLogger("kdpipe").warning(
@@ -194,22 +194,22 @@ class PartReader:
     def _damaged(self, error: DamagedError, image_ids: list[int]) -> CacheError:
         """What to say of damage: it names the array and the images that it was read for."""
         return gone_error(self._location, self._number) or CacheError(
-            f"{self._what(error.name, image_ids)} is damaged ({error.reason}). Run `kdpipe verify {self._location} "
+            f"{self._describe(error.name, image_ids)} is damaged ({error.reason}). Run `kdpipe verify {self._location} "
             "--repair`, then `kdpipe cache-teacher` with the same options: it makes this part anew."
         )
 
-    def _what(self, name: str, image_ids: list[int]) -> str:
+    def _describe(self, name: str, image_ids: list[int]) -> str:
         whose = f", needed for image {', '.join(map(str, image_ids))}," if image_ids else ""
         return f"The array {name!r} of part {self._number}{whose}"
 
 
-def check_rois(rois: npt.ArrayLike, info: TargetIndex) -> npt.NDArray[np.int64]:
+def check_rows(rows: npt.ArrayLike, info: TargetIndex) -> npt.NDArray[np.int64]:
     """Row numbers [M] within an image, as they are.
 
     Raises:
         CacheError: they are none.
     """
-    selected = np.asarray(rois)
+    selected = np.asarray(rows)
     if selected.size == 0:
         return np.zeros(0, dtype=np.int64)
     if selected.ndim != 1 or selected.dtype.kind not in "iu" or selected.min() < 0 or selected.max() >= info.num_rois:

@@ -9,7 +9,7 @@ import tensorstore
 import torch
 
 from kdpipe.cache.format.layout import ArrayLayout, Block
-from kdpipe.cache.format.zarr_arrays import Reading, event_loop, reading_context
+from kdpipe.cache.format.zarr_arrays import PendingRead, event_loop, reading_context
 from kdpipe.cache.store.location import Location
 
 # Chunks that lie one behind the other are asked for together, up to so many bytes.
@@ -36,9 +36,9 @@ class RangeArray:
         self._chunks = layout.shard(rows) // layout.chunk_rows  # per shard
         self._indices: dict[int, asyncio.Task[Block]] = {}
 
-    def start(self, rows: range) -> Reading:
+    def start(self, rows: range) -> PendingRead:
         """Begin to read rows."""
-        reading: Reading = asyncio.run_coroutine_threadsafe(self._read(rows), event_loop())
+        reading: PendingRead = asyncio.run_coroutine_threadsafe(self._read(rows), event_loop())
         return reading
 
     async def _read(self, rows: range) -> Block:
@@ -51,12 +51,12 @@ class RangeArray:
         array = _in_memory(self._layout.chunk_metadata(self._rows), chunks)
         return np.asarray(await array[rows.start : rows.stop].read())
 
-    async def _fetch_chunks(self, shard: int, wanted: range) -> dict[int, bytes]:
+    async def _fetch_chunks(self, shard: int, chunks: range) -> dict[int, bytes]:
         """The encoded chunks of a shard among those wanted, by number."""
         start = shard * self._chunks
-        numbers = range(max(wanted.start, start), min(wanted.stop, start + self._chunks))
-        places = await self._index(shard)
-        spans = [(number, int(places[number - start, 0]), int(places[number - start, 1])) for number in numbers]
+        numbers = range(max(chunks.start, start), min(chunks.stop, start + self._chunks))
+        index = await self._index(shard)
+        spans = [(number, int(index[number - start, 0]), int(index[number - start, 1])) for number in numbers]
         groups: list[list[tuple[int, int, int]]] = []
         for span in sorted(spans, key=lambda span: span[1]):
             ahead = groups[-1] if groups else []

@@ -17,7 +17,7 @@ from kdpipe.cache.format.record import files_key, parse_part_record, read_files,
 from kdpipe.cache.format.root import Root
 from kdpipe.cache.read.arrays import ArrayReader, DamagedError, read_rows
 from kdpipe.cache.read.gone import gone_error, unreadable_error
-from kdpipe.cache.read.part_reader import PartReader, check_rois
+from kdpipe.cache.read.part_reader import PartReader, check_rows
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TargetIndex, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
@@ -58,10 +58,10 @@ def open_cache(place: Place, *, allow_partial: bool = False) -> "TeacherCache":
     skipped = {number: record["skipped"] for number, record in enumerate(records) if record is not None}
     missing = [str(number) for number in range(len(parts)) if number not in skipped]
     if missing and not allow_partial:
-        named = ", ".join(missing[:_NAMED_PARTS]) + ", ..." * (len(missing) > _NAMED_PARTS)
+        part_names = ", ".join(missing[:_NAMED_PARTS]) + ", ..." * (len(missing) > _NAMED_PARTS)
         raise CacheError(
             f"The cache {location} is incomplete: {len(missing)} of {len(parts)} parts are missing or damaged (part "
-            f"{named}). Run `kdpipe cache-teacher` with the same options again: it makes only what is missing."
+            f"{part_names}). Run `kdpipe cache-teacher` with the same options again: it makes only what is missing."
         )
     return TeacherCache(location, root, skipped)
 
@@ -136,12 +136,12 @@ class TeacherCache:
         files = read_files(self.location, key, record["files"])
         if files is None:
             raise DamagedError(HEAD, "its list of files is missing or has other content than was written")
-        wanted = []
+        requests = []
         for name, entry in record["parameters"].items():
             layout, rows = parameter_layout(entry, self.spec.codec)
-            wanted.append((ArrayReader(self.location, key, name, layout, rows, files), range(rows)))
-        named = zip(record["parameters"].items(), read_rows(wanted), strict=True)
-        return {name: torch.from_numpy(block.reshape(entry["shape"])) for (name, entry), block in named}
+            requests.append((ArrayReader(self.location, key, name, layout, rows, files), range(rows)))
+        parameters = zip(record["parameters"].items(), read_rows(requests), strict=True)
+        return {name: torch.from_numpy(block.reshape(entry["shape"])) for (name, entry), block in parameters}
 
     def index(self, image_id: int, view: str = "identity") -> TargetIndex:
         """Sizes of an image in a view; reads no targets.
@@ -158,7 +158,7 @@ class TeacherCache:
         view: str = "identity",
         fields: Sequence[str] | None = None,
         levels: Sequence[int] | None = None,
-        rois: npt.ArrayLike | None = None,
+        rows: npt.ArrayLike | None = None,
     ) -> TeacherTargets:
         """What the teacher said of an image in a view. Reads what is asked for, and the boxes always.
 
@@ -167,7 +167,7 @@ class TeacherCache:
             view: one of `spec.views`.
             fields: some of `spec.fields`; None reads all.
             levels: positions in `spec.strides` of the pyramid levels to read; None reads all.
-            rois: row numbers [M] within the image, proposals before jittered boxes before ground truth, applied to all
+            rows: numbers [M] within the image, proposals before jittered boxes before ground truth, applied to all
                 fields that have a row per box; None reads all. `num_proposals` of the result counts the proposals among
                 them, `num_jittered` the jittered boxes.
 
@@ -177,7 +177,7 @@ class TeacherCache:
         fields = self._check_fields(fields)
         part, row = self._locate(image_id, view)
         info = part.describe(row)
-        selected = None if rois is None else check_rois(rois, info)
+        selected = None if rows is None else check_rows(rows, info)
         num_proposals, num_jittered = info.num_proposals, info.num_jittered
         if selected is not None:
             before_gt = int(np.count_nonzero(selected < num_proposals + num_jittered))
@@ -278,8 +278,8 @@ class _Process:
             try:
                 record = read_part_record(self._location, number, span, self._root)
             except OSError as error:
-                what = f"Part {number} of the cache {self._location}"
-                raise unreadable_error(error, what, part_key(number)) from error
+                name = f"Part {number} of the cache {self._location}"
+                raise unreadable_error(error, name, part_key(number)) from error
             if record is None:
                 raise gone_error(self._location, number) or CacheError(
                     f"Part {number} of the cache {self._location} is no longer whole: run `kdpipe cache-teacher` with "

@@ -17,7 +17,7 @@ _OPTIONS = {
 }
 _KEYS = ("access_key_id", "secret_access_key", "session_token")
 # Profiles whose keys have to be asked for, which is the business of AWS's own SDK.
-_ASKED = ("role_arn", "sso_session", "sso_start_url", "credential_process", "login_session")
+_NEEDS_BOTO3 = ("role_arn", "sso_session", "sso_start_url", "credential_process", "login_session")
 
 
 def complete_options(options: Mapping[str, str]) -> tuple[dict[str, str], Any]:
@@ -33,29 +33,29 @@ def complete_options(options: Mapping[str, str]) -> tuple[dict[str, str], Any]:
         CacheError: AWS_PROFILE names a profile that is not there, or one that needs boto3, which is not installed.
     """
     variables = [name for name in os.environ if name.startswith("AWS_")]
-    known = {name.lower().removeprefix("aws_") for name in (*options, *variables)}
+    set_options = {name.lower().removeprefix("aws_") for name in (*options, *variables)}
     name = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
     profile = _read(name or "default")
     if name and not profile:
         raise CacheError(
             f"AWS_PROFILE names the profile {name!r}, which is in none of {', '.join(map(str, _files()))}: correct it."
         )
-    found = {ours: profile[theirs] for theirs, ours in _OPTIONS.items() if theirs in profile}
-    if known & {"region", "default_region"}:
-        found.pop("region", None)
-    if known & {"endpoint", "endpoint_url", "endpoint_url_s3"}:
-        found.pop("endpoint", None)
+    settings = {option: profile[key] for key, option in _OPTIONS.items() if key in profile}
+    if set_options & {"region", "default_region"}:
+        settings.pop("region", None)
+    if set_options & {"endpoint", "endpoint_url", "endpoint_url_s3"}:
+        settings.pop("endpoint", None)
     provider = None
-    if known & {"access_key_id", "skip_signature", "web_identity_token_file"}:
-        found = {name: value for name, value in found.items() if name not in _KEYS}
-    elif "access_key_id" not in found and any(name in profile for name in _ASKED):
+    if set_options & {"access_key_id", "skip_signature", "web_identity_token_file"}:
+        settings = {name: value for name, value in settings.items() if name not in _KEYS}
+    elif "access_key_id" not in settings and any(name in profile for name in _NEEDS_BOTO3):
         provider = _boto3(name or "default")
-    return {**found, **options}, provider
+    return {**settings, **options}, provider
 
 
 def _files() -> list[Path]:
-    places = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
-    return [Path(os.environ.get(variable, default)).expanduser() for variable, default in places]
+    files = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    return [Path(os.environ.get(variable, default)).expanduser() for variable, default in files]
 
 
 def _read(name: str) -> dict[str, str]:

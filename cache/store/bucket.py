@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _BLOCK = 8 << 20
 _UPLOADS = 4  # files of up to 64 MiB, held in memory
 # Folders of files, which kdpipe names by their digest. Their writer may still be at work on those of today.
-_OURS = re.compile(r"(parts/\d{5,}|head|plan)/[0-9a-f]{16}")
-_REST = timedelta(days=1)
+_FILES_FOLDER = re.compile(r"(parts/\d{5,}|head|plan)/[0-9a-f]{16}")
+_MIN_AGE = timedelta(days=1)
 
 
 class Bucket(Location):
@@ -61,7 +61,7 @@ class Bucket(Location):
 
     def is_absent(self) -> bool:
         """Also where another process is about to make a cache, or died of it: its files are there before the record."""
-        return self.read(RECORD) is None and all(_OURS.match(meta["path"]) for meta in self._list(""))
+        return self.read(RECORD) is None and all(_FILES_FOLDER.match(meta["path"]) for meta in self._list(""))
 
     def size(self, key: str) -> int:
         return sum(meta["size"] for meta in self._list(key))
@@ -82,14 +82,14 @@ class Bucket(Location):
 
     def sizes(self, key: str, names: Collection[str]) -> dict[str, int]:
         start = len(key) + 1 if key else 0
-        found = {meta["path"][start:]: meta["size"] for meta in self._list(key)}
-        return {name: found[name] for name in names if name in found}
+        listed = {meta["path"][start:]: meta["size"] for meta in self._list(key)}
+        return {name: listed[name] for name in names if name in listed}
 
     async def fetch(self, key: str, start: int, stop: int) -> bytes:
         async def get(store: ObjectStore) -> bytes:
             return bytes(await obstore.get_range_async(store, key, start=start, end=stop))
 
-        with _found(key):
+        with _missing_is_gone(key):
             data = await self._client.ask(get)
             if len(data) < stop - start:
                 raise GoneError(key)
@@ -111,14 +111,14 @@ class Bucket(Location):
         except AlreadyExistsError:
             return False
         # what another process took for the leftovers of a dead writer of this part, and removed meanwhile
-        there = self.sizes(key, files)
-        self._upload(key, {name: path for name, path in files.items() if name not in there})
+        stored = self.sizes(key, files)
+        self._upload(key, {name: path for name, path in files.items() if name not in stored})
         return True
 
     def discard(self, key: str) -> None:
         """Remove a record, and of what is below it that which no writer can be at work on: what is a day old."""
         self._delete([_join(key, RECORD)])
-        limit = datetime.now(timezone.utc) - _REST
+        limit = datetime.now(timezone.utc) - _MIN_AGE
         below = self._list(key)
         self._delete([meta["path"] for meta in below if meta["last_modified"] < limit])
         if key and not below:
@@ -128,44 +128,45 @@ class Bucket(Location):
         """Remove what dead writers left in the local temporary folder; in the store itself nothing is certain."""
         remove_dead(_scratch())
 
-    def leftovers(self, known: Collection[str]) -> list[Leftover]:
-        whole = tuple(name for name in known if name.endswith("/"))
-        parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    def leftovers(self, known_keys: Collection[str]) -> list[Leftover]:
+        whole = tuple(name for name in known_keys if name.endswith("/"))
+        parents = {str(parent) for name in known_keys for parent in PurePosixPath(name).parents}
         newest: dict[str, datetime] = {}
         for meta in self._list(""):
             path = meta["path"]
-            if path in known or path in parents or path.startswith(whole):
+            if path in known_keys or path in parents or path.startswith(whole):
                 continue
             above = [str(parent) for parent in reversed(PurePosixPath(path).parents)]
             key = next((place for place in above if place not in parents and place != "."), path)
-            match = _OURS.match(path)
+            match = _FILES_FOLDER.match(path)
             key = match[0] if match and len(match[0]) > len(key) else key
             newest[key] = max(newest.get(key, meta["last_modified"]), meta["last_modified"])
-        found = []
+        leftovers = []
         for key, time in sorted(newest.items()):
-            if not _OURS.fullmatch(key):
-                found.append(Leftover(key, FOREIGN, False, True))
-            elif datetime.now(timezone.utc) - time > _REST:
-                found.append(Leftover(key, "belongs to no record, and nothing was added for a day", True, True))
+            if not _FILES_FOLDER.fullmatch(key):
+                leftovers.append(Leftover(key, FOREIGN, False, True))
+            elif datetime.now(timezone.utc) - time > _MIN_AGE:
+                leftovers.append(Leftover(key, "belongs to no record, and nothing was added for a day", True, True))
             else:
-                found.append(Leftover(key, "is being written, or was left behind less than a day ago", False, False))
-        return found
+                state = "is being written, or was left behind less than a day ago"
+                leftovers.append(Leftover(key, state, False, False))
+        return leftovers
 
     @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
+    def explained(self, action: str) -> Iterator[None]:
         try:
             yield
         except GoneError as error:
-            raise CacheError(f"{what} failed: {error} in {self}.") from error
+            raise CacheError(f"{action} failed: {error} in {self}.") from error
         except BaseError as error:
-            raise CacheError(f"{what} failed. {advice(error, self.name)}.") from None
+            raise CacheError(f"{action} failed. {advice(error, self.name)}.") from None
         except FileNotFoundError as error:
             if not is_no_bucket(error):
                 raise
-            raise CacheError(f"{what} failed. {advice(error, self.name)}.") from None
+            raise CacheError(f"{action} failed. {advice(error, self.name)}.") from None
         except OSError as error:
             raise CacheError(
-                f"{what} failed: {error.strerror or error} ({error.filename or _scratch()}). Parts are made in that "
+                f"{action} failed: {error.strerror or error} ({error.filename or _scratch()}). Parts are made in that "
                 "local folder before they are uploaded: set TMPDIR to a disk with more space, and run the same command "
                 "again."
             ) from error
@@ -174,8 +175,8 @@ class Bucket(Location):
         return None
 
     def _get(self, key: str, store: ObjectStore | None = None) -> bytes | None:
-        async def get(ours: ObjectStore) -> bytes:
-            return bytes(await (await obstore.get_async(store or ours, key)).bytes_async())
+        async def get(own_store: ObjectStore) -> bytes:
+            return bytes(await (await obstore.get_async(store or own_store, key)).bytes_async())
 
         try:
             return self._client.run(get)
@@ -188,10 +189,10 @@ class Bucket(Location):
         """A block of a file, and the size of the whole file."""
 
         async def get(store: ObjectStore) -> tuple[bytes, int]:
-            answer = await obstore.get_async(store, key, options={"range": (start, start + _BLOCK)})
-            return bytes(await answer.bytes_async()), answer.meta["size"]
+            response = await obstore.get_async(store, key, options={"range": (start, start + _BLOCK)})
+            return bytes(await response.bytes_async()), response.meta["size"]
 
-        with _found(key):
+        with _missing_is_gone(key):
             try:
                 return self._client.run(get)
             except BaseError as error:
@@ -232,7 +233,7 @@ class Bucket(Location):
 
 
 @contextlib.contextmanager
-def _found(key: str) -> Iterator[None]:
+def _missing_is_gone(key: str) -> Iterator[None]:
     """Say `GoneError` of a file that is not there, or is shorter than was asked for."""
     try:
         yield

@@ -117,9 +117,9 @@ class Client:
         start, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             try:
-                answer = await request(self.store(timeout))
+                result = await request(self.store(timeout))
                 self._was_reached = True
-                return answer
+                return result
             except BaseError as error:
                 waited = time.monotonic() - start
                 patience = self._patience if self._was_reached else min(self._patience, _FIRST_PATIENCE)
@@ -170,20 +170,20 @@ def check_url(url: str) -> str:
         CacheError: it is of no kind that is known, or holds credentials.
     """
     parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
     if parts.scheme not in (*_STORES, "memory"):
-        raise CacheError(f"{shown} is neither a path nor s3://bucket/path, gs://bucket/path or az://container/path.")
+        raise CacheError(f"{address} is neither a path nor s3://bucket/path, gs://bucket/path or az://container/path.")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise CacheError(
-            f"The address of {shown} holds more than a bucket and a path. Credentials go into environment variables or "
-            "configuration files, options into --store-option KEY=VALUE."
+            f"The address of {address} holds more than a bucket and a path. Credentials go into environment variables "
+            "or configuration files, options into --store-option KEY=VALUE."
         )
     if not parts.netloc or "//" in parts.path.rstrip("/"):
-        raise CacheError(f"{shown} has an empty name in it: expected {parts.scheme}://bucket/path.")
-    return shown
+        raise CacheError(f"{address} has an empty name in it: expected {parts.scheme}://bucket/path.")
+    return address
 
 
 def _endpoint(options: Mapping[str, str]) -> str:
-    given = next((value for name, value in options.items() if "endpoint" in name.lower()), "")
+    endpoint = next((value for name, value in options.items() if "endpoint" in name.lower()), "")
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-    return given or next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return endpoint or next((os.environ[name] for name in names if os.environ.get(name)), "")

@@ -65,13 +65,13 @@ class Folder(Location):
             raise GoneError(key) from error
 
     def sizes(self, key: str, names: Collection[str]) -> dict[str, int]:
-        found = {}
+        sizes = {}
         for name in names:
             with contextlib.suppress(*_ABSENT):
                 state = Path(f"{self.path}/{key}/{name}").stat()
                 if stat.S_ISREG(state.st_mode):
-                    found[name] = state.st_size
-        return found
+                    sizes[name] = state.st_size
+        return sizes
 
     def size(self, key: str) -> int:
         total = 0
@@ -129,22 +129,22 @@ class Folder(Location):
             )
         return place
 
-    def leftovers(self, known: Collection[str]) -> list[Leftover]:
-        found = []
-        for key in _strays(self.path, known):
+    def leftovers(self, known_keys: Collection[str]) -> list[Leftover]:
+        leftovers = []
+        for key in _strays(self.path, known_keys):
             place = self.path / key
             if not TEMPORARY.fullmatch(place.name) or place.is_symlink() or place.is_file():
-                found.append(Leftover(key, FOREIGN, False, True))
+                leftovers.append(Leftover(key, FOREIGN, False, True))
             elif state := writer_state(place):
-                found.append(Leftover(key, STATES[state], state == "dead", state == "dead"))
-        return found
+                leftovers.append(Leftover(key, STATES[state], state == "dead", state == "dead"))
+        return leftovers
 
     @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
+    def explained(self, action: str) -> Iterator[None]:
         try:
             yield
         except GoneError as error:
-            raise CacheError(f"{what} failed: {error} in {self}.") from error
+            raise CacheError(f"{action} failed: {error} in {self}.") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 advice = (
@@ -156,7 +156,7 @@ class Folder(Location):
             else:
                 advice = "Check that the file system is there and sound, and run the same command again"
             where = error.filename or self
-            raise CacheError(f"{what} failed: {error.strerror or error} ({where}). {advice}.") from error
+            raise CacheError(f"{action} failed: {error.strerror or error} ({where}). {advice}.") from error
 
     def free_bytes(self) -> int:
         path = self.path.resolve()
@@ -197,15 +197,15 @@ def _sync_tree(folder: Path) -> None:
         _sync(Path(path))
 
 
-def _strays(folder: Path, known: Collection[str]) -> Iterator[str]:
+def _strays(folder: Path, known_keys: Collection[str]) -> Iterator[str]:
     """Keys of all files and folders below a folder that are none of the known files' or theirs."""
-    ours = {name.rstrip("/") for name in known}  # whatever is there in their place is a fault of its own
-    parents = {str(parent) for name in ours for parent in Path(name).parents}
+    cache_keys = {name.rstrip("/") for name in known_keys}  # whatever is there in their place is a fault of its own
+    parents = {str(parent) for name in cache_keys for parent in Path(name).parents}
     for top, folders, names in os.walk(folder):
         place = Path(top).relative_to(folder)
         for name in sorted(folders):
             path = str(place / name)
-            if path not in parents and path not in ours:
+            if path not in parents and path not in cache_keys:
                 yield path
-        folders[:] = [name for name in folders if str(place / name) in parents and str(place / name) not in ours]
-        yield from (path for name in sorted(names) if (path := str(place / name)) not in ours)
+        folders[:] = [name for name in folders if str(place / name) in parents and str(place / name) not in cache_keys]
+        yield from (path for name in sorted(names) if (path := str(place / name)) not in cache_keys)

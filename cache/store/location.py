@@ -153,16 +153,16 @@ class Location(ABC):
         """Remove what dead writers left behind, as far as it is certain that they are dead."""
 
     @abstractmethod
-    def leftovers(self, known: Collection[str]) -> list[Leftover]:
+    def leftovers(self, known_keys: Collection[str]) -> list[Leftover]:
         """What is there and is none of the known files.
 
         Args:
-            known: keys of all files that belong to the cache; a key that ends in `/` stands for all below it.
+            known_keys: keys of all files that belong to the cache; a key that ends in `/` stands for all below it.
         """
 
     @abstractmethod
-    def explained(self, what: str) -> AbstractContextManager[None]:
-        """Turn errors of the system into `CacheError` that says what to do; `what` begins the sentence."""
+    def explained(self, action: str) -> AbstractContextManager[None]:
+        """Turn errors of the system into `CacheError` that says what to do; `action` begins the sentence."""
 
     @abstractmethod
     def free_bytes(self) -> int | None:

@@ -15,7 +15,7 @@ NO_LIST = f"{FILES} is missing or has other content than was written"
 # Is told how many bytes were read.
 Tick = Callable[[int], None]
 # What is wrong with values, given the number of the first row: a reason, and which of the rows; None where nothing is.
-Look = Callable[[int, Block], "tuple[str, Block] | None"]
+BlockCheck = Callable[[int, Block], "tuple[str, Block] | None"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class GroupFiles:
         return None if digest.hexdigest() == expected else "has other content than was written"
 
     def check_file(
-        self, array: str, file: str, layout: ArrayLayout, rows: int, look: Look | None, tick: Tick
+        self, array: str, file: str, layout: ArrayLayout, rows: int, check: BlockCheck | None, tick: Tick
     ) -> list[Finding]:
         """Check one file of an array: its digest, then the checksum and the values of each of its chunks.
 
@@ -88,29 +88,29 @@ class GroupFiles:
             file: name of the file within the array.
             layout: of the array.
             rows: of the array.
-            look: at the values; None takes them as they are.
+            check: of the values; None takes them as they are.
             tick: is told how many bytes were read.
         """
         held = layout.files(rows)[file]
         wrong = self.wrong_file(f"{array}/{file}", tick)
-        if wrong is None and look is None:
+        if wrong is None and check is None:
             return []
         try:
             reader = ArrayReader(self.location, self.key, array, layout, rows, self.files)
         except DamagedError:
             return [Finding(wrong or "cannot be opened", held)]
-        found = []
+        findings = []
         for chunk in _chunks(held, layout.chunk_rows, one_by_one=wrong is not None):
             try:
                 (block,) = read_rows([(reader, chunk)])
             except (DamagedError, OSError) as error:
-                found.append(Finding(wrong or str(error), chunk))
+                findings.append(Finding(wrong or str(error), chunk))
                 continue
-            if look is not None and (seen := look(chunk.start, block)):
-                found.append(Finding(seen[0], chunk, seen[1]))
-        if wrong is not None and not any(finding.reason == wrong for finding in found):
-            found.append(Finding(wrong, held))  # all chunks can be decoded: it is another file, or damaged between them
-        return found
+            if check is not None and (problem := check(chunk.start, block)):
+                findings.append(Finding(problem[0], chunk, problem[1]))
+        if wrong is not None and not any(finding.reason == wrong for finding in findings):
+            findings.append(Finding(wrong, held))  # all chunks can be decoded: another file, or damaged between them
+        return findings
 
 
 def _chunks(rows: range, size: int, one_by_one: bool) -> Iterator[range]:
@@ -129,9 +129,9 @@ def metadata_fault(group: GroupFiles, array: str, layout: ArrayLayout, rows: int
     return None
 
 
-def grouped(found: list[Finding]) -> Mapping[str, list[Finding]]:
+def grouped(findings: list[Finding]) -> Mapping[str, list[Finding]]:
     """Findings by reason."""
-    result: dict[str, list[Finding]] = {}
-    for finding in found:
-        result.setdefault(finding.reason, []).append(finding)
-    return result
+    by_reason: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_reason.setdefault(finding.reason, []).append(finding)
+    return by_reason

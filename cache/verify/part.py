@@ -11,7 +11,7 @@ from kdpipe.cache.format.layout import ArrayLayout, Block, index_columns, part_l
 from kdpipe.cache.format.record import FILES
 from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.store.location import part_key
-from kdpipe.cache.verify.arrays import NO_LIST, Finding, GroupFiles, Look, Tick, grouped, metadata_fault
+from kdpipe.cache.verify.arrays import NO_LIST, BlockCheck, Finding, GroupFiles, Tick, grouped, metadata_fault
 from kdpipe.cache.verify.fault import Fault
 
 # Boxes are mapped to the network input and back in float32: so many pixels beyond the image are rounding.
@@ -120,27 +120,29 @@ class _Part:
     def check_index(self, index: Block, names: Block) -> str | None:
         """What is wrong with the rows of the index, of which `record` and plan say how they have to be."""
         skipped = {entry["image_id"] for entry in self.record["skipped"]}
-        kept = [image_id for image_id in self.image_ids.tolist() if image_id not in skipped]
-        if len(kept) + len(skipped) != len(self.image_ids):
+        image_ids = [image_id for image_id in self.image_ids.tolist() if image_id not in skipped]
+        if len(image_ids) + len(skipped) != len(self.image_ids):
             return "records skipped images that are not of this part"
-        wanted = [[image_id, VIEWS.index(view)] for image_id in kept for view in self.spec.views]
-        if index[:, :2].tolist() != wanted:
-            return f"has not the images and views of the plan: expected {len(wanted)} rows, found {len(index)}"
+        expected = [[image_id, VIEWS.index(view)] for image_id in image_ids for view in self.spec.views]
+        if index[:, :2].tolist() != expected:
+            return f"has not the images and views of the plan: expected {len(expected)} rows, found {len(index)}"
         return index_fault(index, names, self.record["rows"], self.spec)
 
     def task(self, name: str, file: str) -> Task:
         """The check of one file."""
 
         def run(tick: Tick) -> list[Fault]:
-            found = self.group.check_file(name, file, self.layout[name], self.rows(name), self._look(name), tick)
-            return [self._named(name, file, reason, same) for reason, same in grouped(found).items()]
+            findings = self.group.check_file(
+                name, file, self.layout[name], self.rows(name), self._value_check(name), tick
+            )
+            return [self._fault(name, file, reason, same) for reason, same in grouped(findings).items()]
 
         return run
 
-    def _named(self, name: str, file: str, reason: str, found: Sequence[Finding]) -> Fault:
+    def _fault(self, name: str, file: str, reason: str, findings: Sequence[Finding]) -> Fault:
         """The same thing wrong with some rows of a file, as one fault that names the images."""
         concerned = np.zeros(len(self.index), dtype=bool)
-        for finding in found:
+        for finding in findings:
             rows = np.array([finding.rows.start, finding.rows.stop - 1])
             if finding.wrong is None:
                 first, last = self._owners(name, rows).tolist()
@@ -156,12 +158,12 @@ class _Part:
         owners: Ids = np.searchsorted(starts, rows, side="right") - 1
         return owners
 
-    def _look(self, name: str) -> Look | None:
+    def _value_check(self, name: str) -> BlockCheck | None:
         """The check of the values of an array; None where every value is fine."""
         if np.dtype(self.layout[name].dtype).kind != "f":
             return None
 
-        def look(first: int, block: Block) -> tuple[str, Block] | None:
+        def check(first: int, block: Block) -> tuple[str, Block] | None:
             finite = np.isfinite(block)
             if not finite.all():
                 return "has values that are not finite", _any_in_row(~finite)
@@ -172,7 +174,7 @@ class _Part:
                 return ("has boxes outside of their image, or upside down", wrong) if wrong.any() else None
             return None
 
-        return look
+        return check
 
     def _wrong_boxes(self, boxes: Block, first: int) -> Block:
         """Which rows [N, 4] of `boxes`, the first of which has that number, cannot be."""

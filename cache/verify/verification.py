@@ -98,11 +98,11 @@ def verify_cache(place: Place, progress: Progress, threads: int | None = None) -
         faults, missing = _without_record(location, root, parts)
         records: Records = {PLAN: read_record(location, ""), HEAD: read_head_record(location)}
         records |= {part_key(number): record for number, record in enumerate(parts)}
-        there = [(key, record) for key, record in records.items() if record is not None]
-        lists = location.at_once(lambda entry: GroupFiles.read(location, *entry), there)
-        groups: Groups = {key: group for (key, _), group in zip(there, lists, strict=True)}
-        known, total = _known_files(records, groups)
-        notes = _leftovers(location, known, faults)
+        present_records = [(key, record) for key, record in records.items() if record is not None]
+        lists = location.at_once(lambda entry: GroupFiles.read(location, *entry), present_records)
+        groups: Groups = {key: group for (key, _), group in zip(present_records, lists, strict=True)}
+        known_keys, total = _known_files(records, groups)
+        notes = _leftovers(location, known_keys, faults)
         skipped = sum(len(record["skipped"]) for record in parts if record)
         count = _Count()
         faults += _run(_tasks(location, root, records, groups, faults, count), count, total, progress, threads)
@@ -111,7 +111,7 @@ def verify_cache(place: Place, progress: Progress, threads: int | None = None) -
     return Verification(images, skipped, len(spans), missing, count.done, tuple(faults), tuple(notes))
 
 
-def remove_faults(place: Place, found: Verification) -> list[str]:
+def remove_faults(place: Place, verification: Verification) -> list[str]:
     """Remove what is wrong, in one atomic act each, so that `cache-teacher` with the same options makes it anew.
 
     Returns:
@@ -121,8 +121,8 @@ def remove_faults(place: Place, found: Verification) -> list[str]:
         CacheError: it cannot be removed.
     """
     location = open_location(place)
-    wanted = sorted({fault.remove for fault in found.faults if fault.remove is not None})
-    whole = [key for key in wanted if not any(key.startswith(f"{other}/") for other in wanted)]
+    keys = sorted({fault.remove for fault in verification.faults if fault.remove is not None})
+    whole = [key for key in keys if not any(key.startswith(f"{other}/") for other in keys)]
     with location.explained("Removing damaged parts"):
         for key in whole:
             location.discard(key)
@@ -136,40 +136,40 @@ def _without_record(
     faults, missing, spans = [], [], root.parts
     for number, record in enumerate(records):
         if record is None:
-            there = location.read(f"{part_key(number)}/{RECORD}") is not None
+            has_record = location.read(f"{part_key(number)}/{RECORD}") is not None
             span = spans[number]
             ids = tuple(root.image_ids[span.start : span.stop].tolist())
-            remove = part_key(number) if there else None
-            faults.append(Fault(f"part {number}", _no_record(there), number, None, ids, remove))
-            if not there:
+            remove = part_key(number) if has_record else None
+            faults.append(Fault(f"part {number}", _no_record(has_record), number, None, ids, remove))
+            if not has_record:
                 missing.append(number)
     return faults, tuple(missing)
 
 
 def _known_files(records: Records, groups: Groups) -> tuple[set[str], int]:
     """Keys of all files that belong to the cache, one that ends in `/` for all below it; and the bytes of chunks."""
-    known, total = {RECORD}, 0
+    keys, total = {RECORD}, 0
     for key, record in records.items():
         if record is None:
-            known.add(f"{key}/")  # it is a fault of its own
+            keys.add(f"{key}/")  # it is a fault of its own
             continue
         place, group = files_key(key, record), groups[key]
         files = {} if group is None else group.files
         total += sum(size for name, (size, _) in files.items() if not name.endswith(RECORD))
-        known |= {RECORD if key == PLAN else f"{key}/{RECORD}", f"{place}/{FILES}"}
-        known |= {f"{place}/{name}" for name in files} or {f"{place}/"}
-    return known, total
+        keys |= {RECORD if key == PLAN else f"{key}/{RECORD}", f"{place}/{FILES}"}
+        keys |= {f"{place}/{name}" for name in files} or {f"{place}/"}
+    return keys, total
 
 
-def _leftovers(location: Location, known: set[str], faults: list[Fault]) -> list[str]:
+def _leftovers(location: Location, known_keys: set[str], faults: list[Fault]) -> list[str]:
     """Notes on what is there and does not belong to the cache; what should not be there goes to `faults`."""
     notes = []
-    for one in location.leftovers(known):
-        if not one.is_fault:
-            notes.append(f"{one.key} {one.state}")
+    for leftover in location.leftovers(known_keys):
+        if not leftover.is_fault:
+            notes.append(f"{leftover.key} {leftover.state}")
         else:
-            remove = one.key if one.is_removable else None
-            faults.append(Fault(one.key, one.state, remove=remove, repairable=one.is_removable))
+            remove = leftover.key if leftover.is_removable else None
+            faults.append(Fault(leftover.key, leftover.state, remove=remove, repairable=leftover.is_removable))
     return notes
 
 
@@ -223,10 +223,10 @@ def _run(tasks: Iterator[Task], count: _Count, total: int, progress: Progress, t
 
 
 def _collect(pending: "set[Future[list[Fault]]]", faults: list[Fault]) -> "set[Future[list[Fault]]]":
-    done, rest = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+    done, pending_still = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
     for future in done:
         faults += future.result()
-    return rest
+    return pending_still
 
 
 def _check_head(
@@ -234,8 +234,8 @@ def _check_head(
 ) -> list[Fault]:
     """Everything of the teacher's head: it is small, and read as one."""
     if record is None:
-        there = location.read(f"{HEAD}/{RECORD}") is not None
-        return [Fault("the head", _no_record(there), remove=HEAD if there else None)]
+        has_record = location.read(f"{HEAD}/{RECORD}") is not None
+        return [Fault("the head", _no_record(has_record), remove=HEAD if has_record else None)]
     if record["root"] != root.digest:
         return [Fault("the head", "was made for another cache", remove=HEAD)]
     if group is None:
@@ -255,17 +255,17 @@ def _check_parameter(group: GroupFiles, name: str, entry: dict[str, Any], codec:
     if wrong := metadata_fault(group, name, layout, rows):
         return [f"{name}: {wrong}"]
 
-    def look(first: int, block: Block) -> tuple[str, Block] | None:
+    def check(first: int, block: Block) -> tuple[str, Block] | None:
         fine = block.dtype.kind != "f" or bool(np.isfinite(block).all())
         return None if fine else ("has values that are not finite", np.ones(len(block), dtype=bool))
 
-    found = [
+    findings = [
         (file, finding)
         for file in layout.files(rows)
-        for finding in group.check_file(name, file, layout, rows, look, tick)
+        for finding in group.check_file(name, file, layout, rows, check, tick)
     ]
-    return list(dict.fromkeys(f"{name}/{file} {finding.reason}" for file, finding in found))
+    return list(dict.fromkeys(f"{name}/{file} {finding.reason}" for file, finding in findings))
 
 
-def _no_record(there: bool) -> str:
-    return "has a damaged commit record (zarr.json)" if there else "is missing"
+def _no_record(has_record: bool) -> str:
+    return "has a damaged commit record (zarr.json)" if has_record else "is missing"

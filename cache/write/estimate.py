@@ -42,8 +42,8 @@ def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], sp
         if encoded.scale is not None:
             blocks.setdefault("scale", []).append(encoded.scale[None])
     raw, stored, layout = Counter[str](), Counter[str](), part_layout(spec)
-    for name, found in blocks.items():
-        values, field = np.concatenate(found), FIELD_OF_ARRAY.get(name, name)
+    for name, field_blocks in blocks.items():
+        values, field = np.concatenate(field_blocks), FIELD_OF_ARRAY.get(name, name)
         raw[field] += values.nbytes
         stored[field] += stored_bytes(values, layout[name])
     of_images = len(images) * len(spec.views) / len(records)

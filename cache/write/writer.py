@@ -63,13 +63,13 @@ class CacheWriter:
             if is_new and create_root(location, spec, self.images, self.parts, part_size, identity, metadata):
                 return
             root = read_root(location)
-            found = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
-            _check_same(location, found, {**identity, "spec": spec.to_json(), "plan": plan})
+            recorded = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
+            _check_same(location, recorded, {**identity, "spec": spec.to_json(), "plan": plan})
 
     def pending(self) -> list[int]:
         """Numbers of the parts that are not committed, or whose files are missing or cut short."""
         committed = self.location.at_once(self._committed, range(len(self.parts)))
-        return [index for index, there in enumerate(committed) if not there]
+        return [index for index, is_committed in enumerate(committed) if not is_committed]
 
     def write_head(self, state: Mapping[str, Tensor]) -> None:
         """Store the weights of the teacher's RPN and RoI head; does nothing where they are stored already.
@@ -112,17 +112,17 @@ def check_resumable(place: Place, spec: CacheSpec, identity: Mapping[str, Any], 
         if location.check_new():
             return
         root = read_root(location)
-    known = {name: root.identity.get(name) for name in identity}
-    wanted = replace(spec, class_names=root.spec.class_names, category_ids=root.spec.category_ids)
+    recorded = {name: root.identity.get(name) for name in identity}
+    requested = replace(spec, class_names=root.spec.class_names, category_ids=root.spec.category_ids)
     _check_same(
         location,
-        {**known, "spec": root.spec.to_json(), "plan": {"part_size": root.plan["part_size"]}},
-        {**identity, "spec": wanted.to_json(), "plan": {"part_size": part_size}},
+        {**recorded, "spec": root.spec.to_json(), "plan": {"part_size": root.plan["part_size"]}},
+        {**identity, "spec": requested.to_json(), "plan": {"part_size": part_size}},
     )
 
 
-def _check_same(location: Location, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if lines := difference(found, wanted):
+def _check_same(location: Location, recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    if lines := difference(recorded, requested):
         raise CacheError(
             f"The cache {location} was made with something else, and stays as it is:\n  "
             + "\n  ".join(lines)

@@ -76,7 +76,7 @@ def read_teacher_view(
     if mirrored and missing_view == "skip":
         return TeacherView("skipped", np.eye(3))
     levels = range(cache.spec.head_levels)
-    said = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
+    said = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
     features = present(said.features, f"the pyramid of image {image_id}")
     pyramid = tuple(level for level in features if level is not None)
     relative = relative_matrix(matrix, said.matrix)

@@ -107,7 +107,7 @@ def read_roi_targets(
         return targets
     teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
     levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
-    teacher = cache.targets(image_id, view, fields=("features",), levels=levels, rois=())
+    teacher = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
     return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)
 
 

@@ -172,7 +172,7 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
             values, scale = cached.float_embeddings(), _beside(cached.embedding_scale, 1)
         elif field == "roi_features":
             rows = present(cached.roi_rows, "the rows of the RoI features").long()
-            values, said, scale = cached.rois(), said[rows], _beside(cached.roi_scale, 2)
+            values, said, scale = cached.float_roi_features(), said[rows], _beside(cached.roi_scale, 2)
         else:
             values = getattr(cached, field)
             if field == "deltas":

@@ -52,7 +52,7 @@ def values_of(targets: TeacherTargets, field: str) -> Tensor | None:
     if field == "features":
         return torch.cat([level.reshape(-1) for level in pyramid(targets)])
     if field == "roi_features":
-        return targets.rois().reshape(-1)
+        return targets.float_roi_features().reshape(-1)
     if field == "embeddings":
         return targets.float_embeddings().reshape(-1)
     return getattr(targets, field).float().reshape(-1)  # type: ignore[no-any-return]

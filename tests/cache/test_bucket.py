@@ -113,7 +113,7 @@ def test_discard(faulty: Bucket, proxy: Any, monkeypatch: pytest.MonkeyPatch) ->
     faulty.discard("parts/00000")
     assert faulty.read("parts/00000/zarr.json") is None
     assert len(everything(faulty)) == len(before) - 1  # the rest may be that of a writer at work
-    monkeypatch.setattr(bucket_module, "_REST", timedelta(seconds=-5))
+    monkeypatch.setattr(bucket_module, "_MIN_AGE", timedelta(seconds=-5))
     proxy.requests.clear()
     faulty.discard("parts/00000")
     assert {name.split("/")[1] for name in everything(faulty)} == {"000001"}
@@ -170,7 +170,7 @@ def test_leftovers(location: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         "notes": (False, True),
         f"{place}/boxes/more": (False, True),
     }
-    monkeypatch.setattr(bucket_module, "_REST", timedelta(0))
+    monkeypatch.setattr(bucket_module, "_MIN_AGE", timedelta(0))
     found = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known)}
     assert found["parts/00003/0123456789abcdef"] == found[other] == (True, True)
     assert found["notes"] == found[f"{place}/boxes/more"] == (False, True)

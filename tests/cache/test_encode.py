@@ -76,7 +76,7 @@ def test_boxes_near_objects_are_counted_apart(tmp_path: Path, kit: "type[Kit]") 
     with writer.part(0) as part:
         part.add(record)
     cache = open_cache(writer.location)
-    index, targets = cache.index(image.image_id), cache.targets(image.image_id, rois=[1, 7, 8, 11, 12])
+    index, targets = cache.index(image.image_id), cache.targets(image.image_id, rows=[1, 7, 8, 11, 12])
     assert (index.num_proposals, index.num_jittered, index.num_rois) == (8, 4, 15)
     assert (targets.num_proposals, targets.num_jittered) == (2, 2)
     assert targets.roi_rows is not None

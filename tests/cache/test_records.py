@@ -82,8 +82,8 @@ def test_floats_of_int8(kit: "type[Kit]") -> None:
     assert first is None
     assert second is not None
     assert second.flatten().tolist() == [2.5, 10.0]
-    assert targets.rois(dtype=torch.float16).flatten().tolist() == [3, 6, 9, 12]
-    assert targets.rois(dtype=torch.float16).dtype == torch.float16
+    assert targets.float_roi_features(dtype=torch.float16).flatten().tolist() == [3, 6, 9, 12]
+    assert targets.float_roi_features(dtype=torch.float16).dtype == torch.float16
 
 
 def test_what_was_not_read_is_named(kit: "type[Kit]") -> None:

@@ -201,7 +201,7 @@ def test_some_levels(cache_path: Path, levels: list[int]) -> None:
 def test_some_rois(tmp_path: Path, kit: "type[Kit]", tier: str, rois: list[int]) -> None:
     cache = open_cache(kit.make(tmp_path / "x.zarr", kit.spec(tier=tier), count=4))
     image_id = kit.images()[3].image_id  # 12 proposals, 3 ground-truth boxes
-    everything, some = cache.targets(image_id), cache.targets(image_id, rois=np.array(rois, dtype=np.int64))
+    everything, some = cache.targets(image_id), cache.targets(image_id, rows=np.array(rois, dtype=np.int64))
     for name in cache.spec.box_arrays():
         torch.testing.assert_close(getattr(some, name), getattr(everything, name)[rois], rtol=0, atol=0)
     for name in cache.spec.object_arrays():  # of the boxes that they are of, whichever were asked for

@@ -102,7 +102,7 @@ def test_holds_what_the_teacher_says(
                 assert len(data.gt_boxes(info.image_id)) <= len(found.roi_rows) <= MAX_OBJECTS
                 wanted = record.roi_features[found.roi_rows.long()]
                 if dtype == "int4":
-                    assert float((found.rois() - wanted).norm() / wanted.norm()) < 0.2
+                    assert float((found.float_roi_features() - wanted).norm() / wanted.norm()) < 0.2
                 else:
                     assert close(found.roi_features, wanted, dtype, found.roi_scale)
             if "features" in FIELDS[tier]:
