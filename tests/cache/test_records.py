@@ -88,7 +88,7 @@ def test_floats_of_int8(kit: "type[Kit]") -> None:
 
 def test_what_was_not_read_is_named(kit: "type[Kit]") -> None:
     targets = dataclasses.replace(make_targets(torch.zeros(2, 4), torch.zeros(2, 3, 4), flip=False), deltas=None)
-    for call in (targets.pyramid, targets.rois, lambda: targets.class_boxes(kit.spec())):
+    for call in (targets.pyramid, targets.float_roi_features, lambda: targets.class_boxes(kit.spec())):
         with pytest.raises(CacheError, match="not read"):
             call()
     assert np.array_equal(targets.matrix, view_matrix((100, 150), (60, 120), False))
