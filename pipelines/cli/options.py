@@ -186,13 +186,16 @@ data_options = _options(
     click.option("--img-dir", type=PATH, help="Folder of the images."),
     click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages), in place of both."),
     click.option("--split", help="Image set of the VOC folder. Default: train, or the one of the cache."),
+    click.option("--bdd", type=PATH, help="Detection labels of BDD100K (a JSON), in place of --ann-file."),
     click.option("--strict-data", is_flag=True, help="Refuse data of which annotations or images would be left out."),
     grouped("data", DataOptions),
 )
 val_options = _options(
     click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
-    click.option("--val-split", help="Image set of the VOC folder to measure AP on, in place of both."),
+    click.option("--val-voc", type=PATH, help="Pascal VOC folder, in place of both. Default, with --val-split: --voc."),
+    click.option("--val-split", help="Image set of the VOC folder to measure AP on."),
+    click.option("--val-bdd", type=PATH, help="Detection labels of BDD100K to measure AP on, with --val-img-dir."),
     grouped("val", ValOptions),
 )
 training_options = _options(

@@ -98,7 +98,8 @@ def train_student_command(
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
 
-    Images and annotations are those that the cache names; --ann-file and --img-dir, or --voc, say where they moved.
+    Images and annotations are those that the cache names; --ann-file (or --bdd) and --img-dir, or --voc, say
+    where they moved.
     With --teacher-ckpt in place of --cache, the teacher runs beside the student (online distillation).
     """
     from kdpipe.cache.read.reader import open_cache
@@ -172,10 +173,10 @@ def train_teacher_command(
     from kdpipe.pipelines.training.run import train_detector
 
     console = command_console()
-    if data.voc is None and (data.ann_file is None or data.img_dir is None):
-        raise click.UsageError("train-teacher needs --ann-file and --img-dir, or --voc.")
+    if data == DataOptions():
+        raise click.UsageError("train-teacher needs --ann-file (or --bdd) and --img-dir, or --voc.")
     detector = find_config(config)
-    source = DataSource(data.ann_file, data.img_dir, data.voc, data.split)
+    source = DataSource(data)
     load_data = partial(training_data, source, val)
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
     training = _with_recipe(training, config, detector)
@@ -192,11 +193,12 @@ def train_teacher_command(
 @trust_option
 @grouped("options", EvaluateOptions)
 def evaluate_command(options: EvaluateOptions) -> None:
-    """Print the COCO AP of a checkpoint."""
-    from kdpipe.pipelines.commands.evaluate import evaluate, metrics_table
+    """Print the COCO AP of a checkpoint; of images of a Pascal VOC folder, Pascal VOC's, too."""
+    from kdpipe.pipelines.commands.evaluate import evaluate, metrics_tables
 
     console = command_console(shared=False)
-    console.print(metrics_table(evaluate(options, console)))
+    for table in metrics_tables(evaluate(options, console)):
+        console.print(table)
 
 
 def _with_recipe(training: TrainingOptions, name: str, config: Any) -> TrainingOptions:

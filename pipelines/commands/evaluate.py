@@ -1,8 +1,7 @@
-"""`kdpipe evaluate`: the COCO AP of a checkpoint."""
+"""`kdpipe evaluate`: the AP of a checkpoint, as COCO and Pascal VOC measure it."""
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,35 @@ from kdpipe.pipelines.commands.options import EvaluateOptions
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.find import DataSource
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.data.picture_checks import usable_images
 from kdpipe.pipelines.data.report import report_data
+from kdpipe.pipelines.data.voc_ap import VOC_IOUS, VOC_MODES, voc_name
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names, load_checkpoint, load_strict
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config, set_num_classes
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, kept_ratio_scale, test_steps
 from kdpipe.pipelines.runtime.console import silent_stdout
 from kdpipe.pipelines.training.config import set_validation
-from kdpipe.pipelines.training.progress import AP_NAMES, ProgressHook, coco_metrics
+from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX, ProgressHook, ap_metrics
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import QuietRunner
+from kdpipe.pipelines.training.voc_metric import with_voc_metric
 
-__all__ = ["evaluate", "metrics_table"]
+__all__ = ["evaluate", "metrics_tables"]
 
 _TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
-    """COCO metrics of a checkpoint, by mmengine's Runner and pycocotools.
+    """AP of a checkpoint, by mmengine's Runner: COCO's by pycocotools, and Pascal VOC's where the images are of there.
 
     Args:
         options: What is measured, and how.
         console: Where progress is shown.
 
     Returns:
-        mmdet's metric names without prefix (`bbox_mAP`, ...) -> value.
+        As `ap_metrics` gives them.
 
     Raises:
         KdpipeError: Bad checkpoint, config or data.
@@ -55,14 +57,17 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
     data_of = options.data
     if data_of.voc is not None and data_of.split is None:
         raise KdpipeError("--voc needs --split here: which image set is AP measured on?")
-    if data_of.ann_file is None and data_of.img_dir is None and data_of.voc is None:
+    if data_of == DataOptions():
         paths = dataset_paths(cfg, "val")
         if paths is None or not paths[0].exists():
-            raise KdpipeError("Give --ann-file and --img-dir: the config names no validation images that are here.")
-        data_of = replace(data_of, ann_file=paths[0], img_dir=paths[1])
+            raise KdpipeError(
+                "Give --ann-file (or --bdd) and --img-dir, or --voc and --split: the config names no validation images "
+                "that are here."
+            )
+        data_of = DataOptions(*paths)
     known = class_names(checkpoint)
     model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
-    data = DataSource(data_of.ann_file, data_of.img_dir, data_of.voc, data_of.split).load()
+    data = DataSource(data_of).load()
     if known is not None:
         data = match_classes(data, known, f"the checkpoint {options.ckpt.name}")
     report_data(data, console, trained=False, strict=options.strict_data)
@@ -83,7 +88,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
             model=model,
             work_dir=folder,
             test_dataloader=cfg.test_dataloader,
-            test_evaluator=cfg.test_evaluator,
+            test_evaluator=with_voc_metric(cfg.test_evaluator, data),
             test_cfg=cfg.test_cfg,
             default_scope="mmdet",
             experiment_name="evaluate",
@@ -94,7 +99,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
             metrics = runner.test()
         finally:
             progress.close()
-    return coco_metrics(metrics)
+    return ap_metrics(metrics)
 
 
 def _detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
@@ -111,8 +116,13 @@ def _detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
     return model
 
 
-def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """AP over IoU and over object sizes."""
+def metrics_tables(metrics: Mapping[str, float]) -> list[Table]:
+    """COCO's AP over IoU and over object sizes; and Pascal VOC's, where it was measured."""
     table = Table(*_TITLES)
     table.add_row(*(f"{metrics[name]:.3f}" for name in AP_NAMES))
-    return table
+    if VOC_PREFIX + voc_name(VOC_IOUS[0], VOC_MODES[0]) not in metrics:
+        return [table]
+    voc = Table("Pascal VOC", *(f"AP@{iou}" for iou in VOC_IOUS))
+    for mode, title in zip(VOC_MODES, ("11-point (VOC2007)", "area (VOC2010 and later)"), strict=True):
+        voc.add_row(title, *(f"{metrics[VOC_PREFIX + voc_name(iou, mode)]:.3f}" for iou in VOC_IOUS))
+    return [table, voc]

@@ -215,7 +215,11 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
     spec, parts, images = values["spec"], values["parts"], values["images"]
     skipped, names, head = images["skipped"], spec["class_names"], values["head"]
     data = values["data"]
-    source = f"{data['voc']}, split {data['split']}" if "voc" in data else data.get("ann_file", "not recorded")
+    source = (
+        f"{data['voc']}, split {data['split']}"
+        if "voc" in data
+        else data.get("ann_file") or data.get("bdd", "not recorded")
+    )
     about = {
         "cache": f"{values['path']}, format version {values['format_version']}",
         "teacher": values["teacher"].get("checkpoint", "not recorded"),

@@ -150,7 +150,7 @@ def verify_teacher(location: Location, options: TeacherCheckOptions, console: Co
     Raises:
         KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
     """
-    from kdpipe.pipelines.commands.evaluate import metrics_table
+    from kdpipe.pipelines.commands.evaluate import metrics_tables
     from kdpipe.pipelines.data.find import torch_device
     from kdpipe.pipelines.data.provenance import recorded_config, recorded_data
     from kdpipe.pipelines.data.report import report_data
@@ -173,5 +173,6 @@ def verify_teacher(location: Location, options: TeacherCheckOptions, console: Co
     if options.ap:
         console.print("The teacher's AP, from the cache alone:")
         config = recorded_config(cache, options.config, trust=options.trust)
-        console.print(metrics_table(cached_ap(cache, config, data, console)))
+        for table in metrics_tables(cached_ap(cache, config, data, console)):
+            console.print(table)
     return not wrong

@@ -23,7 +23,7 @@ from kdpipe.pipelines.data.coco_entries import (
 from kdpipe.pipelines.data.file_names import names_on_disk
 from kdpipe.pipelines.data.images import ImageError, image_size
 
-__all__ = ["CocoFile", "check_entries", "read_coco"]
+__all__ = ["CocoFile", "check_entries", "check_folder", "read_coco"]
 
 _MOST_PIXELS = 1 << 31  # more is no width
 _UNREAD = (1, 1)  # size of an image that neither the file nor the image gives
@@ -57,10 +57,19 @@ class CocoFile:
 def read_coco(path: Path, img_dir: Path) -> CocoFile:
     """Reads and checks COCO JSON; see `kdpipe.pipelines.data.datasets.load_coco`."""
     entries = read_entries(path)
+    check_folder(img_dir)
+    return check_entries(entries, path, img_dir)
+
+
+def check_folder(img_dir: Path) -> None:
+    """Refuses a folder of images that is not there.
+
+    Raises:
+        DataError: it is none.
+    """
     if not img_dir.is_dir():
         state = "is no folder" if img_dir.exists() else "does not exist"
         raise DataError(f"image folder {img_dir} {state}. Give the folder of the images as --img-dir.")
-    return check_entries(entries, path, img_dir)
 
 
 def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:

@@ -19,6 +19,8 @@ __all__ = [
     "DataError",
     "ImageEntry",
     "annotation_chunks",
+    "decode_json",
+    "read_bytes",
     "read_entries",
 ]
 
@@ -87,10 +89,9 @@ def read_entries(path: Path) -> CocoEntries:
     Raises:
         DataError: there is no such file, it is no JSON, or no COCO JSON.
     """
-    data = _bytes(path)
-    encoding = json.detect_encoding(data)
+    data = read_bytes(path, "Give the COCO JSON of the data set as --ann-file.")
     try:
-        file = msgspec.json.decode(data if encoding == "utf-8" else data.decode(encoding), type=_File)
+        file = decode_json(data, _File)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return _decode_leniently(path, data)
     return CocoEntries(file.images, file.annotations, file.categories)
@@ -119,15 +120,29 @@ def annotation_chunks(entries: CocoEntries, path: Path) -> Iterator[list[Annotat
     entries.annotations.clear()
 
 
-def _bytes(path: Path) -> bytes:
+def decode_json(data: bytes, kind: Any) -> Any:
+    """Decodes JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark, as a type that msgspec knows.
+
+    Raises:
+        DecodeError: of msgspec: it is no JSON, or not of this type.
+        UnicodeError: it is not in that encoding.
+    """
+    encoding = json.detect_encoding(data)
+    return msgspec.json.decode(data if encoding == "utf-8" else data.decode(encoding), type=kind)
+
+
+def read_bytes(path: Path, advice: str) -> bytes:
+    """The bytes of an annotation file; `advice` says what to give where there is none.
+
+    Raises:
+        DataError: it is missing, empty, a folder, or cannot be read.
+    """
     if path.is_dir():
         raise DataError(f"annotation file {path} is a folder. {foreign_folder(path)}")
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(
-            f"annotation file {path} does not exist. Give the COCO JSON of the data set as --ann-file."
-        ) from error
+        raise DataError(f"annotation file {path} does not exist. {advice}") from error
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}.") from error
     if not data.strip():

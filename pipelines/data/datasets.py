@@ -13,6 +13,7 @@ from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_json
 from kdpipe.cache.plan import ImageInfo
 from kdpipe.pipelines.data.annotations import Annotations, LeftOut
+from kdpipe.pipelines.data.bdd import read_bdd
 from kdpipe.pipelines.data.coco import CocoFile, read_coco
 from kdpipe.pipelines.data.coco_copy import write_coco
 from kdpipe.pipelines.data.coco_entries import DataError
@@ -21,6 +22,7 @@ from kdpipe.pipelines.runtime.console import bytes_text, command_console, plain
 
 __all__ = [
     "DetectionData",
+    "load_bdd",
     "load_coco",
     "load_voc",
 ]
@@ -43,6 +45,7 @@ class DetectionData:
         notes: what was done to the data, for the user.
         roots: names of categories that other categories are kinds of.
         is_federated: each image has some of its classes annotated only, as LVIS has.
+        is_voc: from a Pascal VOC folder, whose AP is measured, too.
         coco_file: the COCO JSON that mmdet and pycocotools read, which `write_copy` writes; None until `copied_to`.
     """
 
@@ -56,6 +59,7 @@ class DetectionData:
     notes: tuple[str, ...] = ()
     roots: frozenset[str] = frozenset()
     is_federated: bool = False
+    is_voc: bool = False
     coco_file: Path | None = None
 
     @cached_property
@@ -143,9 +147,24 @@ def load_coco(ann_file: str | Path, img_dir: str | Path, limit: int | None = Non
         DataError: the file is missing or malformed, or there is nothing to learn from; what and where is named.
     """
     ann_file, img_dir = Path(ann_file), Path(img_dir)
-    if ann_file.is_file() and (size := ann_file.stat().st_size) >= _LARGE:
-        command_console().print(plain(f"Reading {ann_file} ({bytes_text(size)})."), markup=False)
+    _announce(ann_file)
     return _limited(read_coco(ann_file, img_dir), ann_file, img_dir, limit)
+
+
+def load_bdd(labels: str | Path, img_dir: str | Path, limit: int | None = None) -> DetectionData:
+    """Reads and checks detection labels of BDD100K; see `kdpipe.pipelines.data.bdd.read_bdd`.
+
+    Args:
+        labels: the JSON of a split.
+        img_dir: folder of the images.
+        limit: keep the first so many images only.
+
+    Raises:
+        DataError: the file is missing or malformed, or there is nothing to learn from.
+    """
+    labels, img_dir = Path(labels), Path(img_dir)
+    _announce(labels)
+    return _limited(read_bdd(labels, img_dir), labels, img_dir, limit)
 
 
 def load_voc(folder: str | Path, split: str, limit: int | None = None) -> DetectionData:
@@ -161,7 +180,14 @@ def load_voc(folder: str | Path, split: str, limit: int | None = None) -> Detect
         DataError: there is nothing to learn from.
     """
     folder = Path(folder)
-    return _limited(read_voc(folder, split), split_path(folder, split), folder / "JPEGImages", limit)
+    data = _limited(read_voc(folder, split), split_path(folder, split), folder / "JPEGImages", limit)
+    return replace(data, is_voc=True)
+
+
+def _announce(path: Path) -> None:
+    """Says that a large file is being read."""
+    if path.is_file() and (size := path.stat().st_size) >= _LARGE:
+        command_console().print(plain(f"Reading {path} ({bytes_text(size)})."), markup=False)
 
 
 def _limited(content: CocoFile, ann_file: Path, img_dir: Path, limit: int | None) -> DetectionData:

@@ -1,7 +1,8 @@
 """Which images and annotations a command works on, when its options say so and when they do not."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError, present
 from kdpipe.cache.read.reader import TeacherCache
-from kdpipe.pipelines.data.datasets import DetectionData, load_coco, load_voc
+from kdpipe.pipelines.data.datasets import DetectionData, load_bdd, load_coco, load_voc
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
 
@@ -22,39 +23,29 @@ DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where images and annotations are: in COCO JSON and a folder, or in a Pascal VOC folder. `load` reads them.
+    """Where images and annotations are; `load` reads them.
 
     Attributes:
-        ann_file: COCO JSON.
-        img_dir: Folder of its images.
-        voc: Pascal VOC folder.
-        split: Image set of the VOC folder; by default `train`.
+        named: COCO JSON or BDD100K's labels, and a folder; or a Pascal VOC folder, whose split is `train` by default.
         limit: Only the first so many images.
-        val: Annotation file and image folder of the validation images that belong to them.
+        val: Annotation file (COCO JSON) and image folder of the validation images that belong to them.
 
     Raises:
         KdpipeError: Options that exclude each other, or are missing.
     """
 
-    ann_file: Path | None = None
-    img_dir: Path | None = None
-    voc: Path | None = None
-    split: str | None = None
+    named: DataOptions
     limit: int | None = None
     val: tuple[Path, Path] | None = None
 
     def __post_init__(self) -> None:
-        if self.voc is None and self.split is not None:
-            raise KdpipeError("--split names an image set of a VOC folder: give the folder, too: --voc.")
-        if self.voc is not None and (self.ann_file is not None or self.img_dir is not None):
-            raise KdpipeError("Give either --voc (with --split), or --ann-file and --img-dir, not both.")
-        if self.voc is None and (self.ann_file is None or self.img_dir is None):
-            raise KdpipeError("--ann-file and --img-dir belong together; one of them is missing.")
+        _check_named(self.named, "--")
 
     @property
     def images(self) -> Path:
         """Folder of the images."""
-        return present(self.img_dir, "the folder of the images") if self.voc is None else self.voc / "JPEGImages"
+        voc = self.named.voc
+        return present(self.named.img_dir, "the folder of the images") if voc is None else voc / "JPEGImages"
 
     def load(self) -> DetectionData:
         """Read and check the annotations.
@@ -62,16 +53,21 @@ class DataSource:
         Raises:
             KdpipeError: Bad data.
         """
-        if self.voc is not None:
-            return load_voc(self.voc, self.split or DEFAULT_SPLIT, self.limit)
-        return load_coco(present(self.ann_file, "the annotation file"), self.images, self.limit)
+        if self.named.voc is not None:
+            return load_voc(self.named.voc, self.named.split or DEFAULT_SPLIT, self.limit)
+        if self.named.bdd is not None:
+            return load_bdd(self.named.bdd, self.images, self.limit)
+        return load_coco(present(self.named.ann_file, "the annotation file"), self.images, self.limit)
 
     def record(self) -> dict[str, Any]:
         """What a cache remembers of it, as JSON values."""
-        if self.voc is not None:
-            place = {"voc": str(self.voc.resolve()), "split": self.split or DEFAULT_SPLIT}
+        named = self.named
+        if named.voc is not None:
+            place = {"voc": str(named.voc.resolve()), "split": named.split or DEFAULT_SPLIT}
+        elif named.bdd is not None:
+            place = {"bdd": str(named.bdd.resolve())}
         else:
-            place = {"ann_file": str(present(self.ann_file, "the annotation file").resolve())}
+            place = {"ann_file": str(present(named.ann_file, "the annotation file").resolve())}
         return {
             **place,
             "img_dir": str(self.images.resolve()),
@@ -80,11 +76,33 @@ class DataSource:
         }
 
     def cache_path(self) -> Path:
-        """A cache in this folder, named after the VOC folder, or the folder of the annotation file."""
-        source = (self.voc or self.ann_file or Path()).resolve()
+        """A cache in this folder, named after the VOC folder, BDD100K's file, or the folder of the annotation file."""
+        if self.named.bdd is not None:
+            return Path(f"{self.named.bdd.stem}.zarr")
+        source = (self.named.voc or self.named.ann_file or Path()).resolve()
         folder = source if source.is_dir() else source.parent
         folder = folder.parent if folder.name == "annotations" else folder
         return Path(f"{folder.name or 'cache'}.zarr")
+
+
+def _check_named(named: DataOptions, prefix: str) -> None:
+    """Refuses options that exclude each other, or are missing; `prefix` is that of their names."""
+    labels = [named.ann_file, named.bdd]
+    if named.voc is not None:
+        if named.img_dir is not None or any(labels):
+            raise KdpipeError(
+                f"Give either {prefix}voc (with {prefix}split), or {prefix}ann-file or {prefix}bdd and "
+                f"{prefix}img-dir, not both."
+            )
+        return
+    if named.split is not None:
+        raise KdpipeError(f"{prefix}split names an image set of a VOC folder: give the folder, too: {prefix}voc.")
+    if all(labels):
+        raise KdpipeError(f"Give either {prefix}ann-file (COCO JSON) or {prefix}bdd (labels of BDD100K), not both.")
+    if named.img_dir is None or not any(labels):
+        raise KdpipeError(
+            f"{prefix}ann-file (or {prefix}bdd) and {prefix}img-dir belong together; one of them is missing."
+        )
 
 
 def find_data(config: Config, data: DataOptions, limit: int | None = None) -> DataSource:
@@ -99,18 +117,19 @@ def find_data(config: Config, data: DataOptions, limit: int | None = None) -> Da
         KdpipeError: Options that exclude each other, or no data set.
     """
     if data != DataOptions():
-        return DataSource(data.ann_file, data.img_dir, data.voc, data.split, limit)
+        return DataSource(data, limit)
     paths = dataset_paths(config, "train")
     if paths is None:
         raise KdpipeError(
-            "The teacher's config names no COCO data set. Give --ann-file and --img-dir, or --voc and --split."
+            "The teacher's config names no COCO data set. Give --ann-file (or --bdd) and --img-dir, or --voc and "
+            "--split."
         )
     if not paths[0].exists():
         raise KdpipeError(
             f"The teacher's config names the annotation file {paths[0]}, and there is none. "
-            "Run where data/ lies, or give --ann-file and --img-dir, or --voc and --split."
+            "Run where data/ lies, or give --ann-file (or --bdd) and --img-dir, or --voc and --split."
         )
-    return DataSource(*paths, limit=limit, val=dataset_paths(config, "val"))
+    return DataSource(DataOptions(*paths), limit=limit, val=dataset_paths(config, "val"))
 
 
 def cached_source(cache: TeacherCache, moved: DataOptions) -> DataSource:
@@ -123,25 +142,28 @@ def cached_source(cache: TeacherCache, moved: DataOptions) -> DataSource:
     Raises:
         KdpipeError: They are not where the cache says, or it does not say.
     """
-    ann_file, img_dir, voc, split = moved.ann_file, moved.img_dir, moved.voc, moved.split
     try:
         source = cache.metadata["data"]
         limit, val = source["limit"], source["val"] and (Path(source["val"][0]), Path(source["val"][1]))
-        if voc is None and ann_file is None and "voc" in source:
-            voc = Path(source["voc"])
-        if voc is not None:
-            split = split or source.get("split")
-            paths = {"--voc": voc}
-        else:
-            ann_file = ann_file or Path(source["ann_file"])
-            img_dir = img_dir or Path(source["img_dir"])
-            paths = {"--ann-file": ann_file, "--img-dir": img_dir}
+        named = _recorded_options(source, moved)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise KdpipeError(f"The cache {cache.location} does not record which data set it was made of.") from error
-    for option, path in paths.items():
-        if not path.exists():
-            raise KdpipeError(f"{path} is not there, which {cache.location} was made of. Say where it moved: {option}.")
-    return DataSource(ann_file, img_dir, voc, split, limit, val)
+    for option in ("voc", "bdd", "ann_file", "img_dir"):
+        path = getattr(named, option)
+        if path is not None and not path.exists():
+            flag = f"--{option.replace('_', '-')}"
+            raise KdpipeError(f"{path} is not there, which {cache.location} was made of. Say where it moved: {flag}.")
+    return DataSource(named, limit, val)
+
+
+def _recorded_options(source: Mapping[str, Any], moved: DataOptions) -> DataOptions:
+    """What a cache records, with what is said of where it moved."""
+    if moved.voc is None and moved.bdd is None and moved.ann_file is None:
+        place = {name: Path(source[name]) for name in ("voc", "bdd") if name in source}
+        moved = replace(moved, **(place or {"ann_file": Path(source["ann_file"])}))  # type: ignore[arg-type]
+    if moved.voc is not None:
+        return replace(moved, split=moved.split or source.get("split"))
+    return replace(moved, img_dir=moved.img_dir or Path(source["img_dir"]))
 
 
 def training_data(source: DataSource, named: ValOptions) -> tuple[DetectionData, DetectionData | None]:
@@ -154,17 +176,26 @@ def training_data(source: DataSource, named: ValOptions) -> tuple[DetectionData,
     Raises:
         KdpipeError: Options that exclude each other; or bad data.
     """
-    val_ann_file, val_img_dir, val_split = named.val_ann_file, named.val_img_dir, named.val_split
-    if val_split is not None and (source.voc is None or val_ann_file is not None or val_img_dir is not None):
-        raise KdpipeError("--val-split names an image set of the VOC folder (--voc), in place of --val-ann-file.")
-    train, val = source.load(), source.val
-    if val_split is not None and source.voc is not None:
-        return train, load_voc(source.voc, val_split)
-    if val_ann_file is not None:
-        return train, load_coco(val_ann_file, val_img_dir or source.images)
-    if val is None or not all(path.exists() for path in val):
-        return train, None
-    return train, load_coco(*val)
+    val = _val_source(source, named)
+    return source.load(), None if val is None else val.load()
+
+
+def _val_source(source: DataSource, named: ValOptions) -> DataSource | None:
+    if named == ValOptions():
+        here = source.val is not None and all(path.exists() for path in source.val)
+        return DataSource(DataOptions(*present(source.val, "the validation images"))) if here else None
+    voc, img_dir = named.val_voc, named.val_img_dir
+    if named.val_split is not None and voc is None:
+        voc = source.named.voc
+        if voc is None:
+            raise KdpipeError("--val-split names an image set of a VOC folder: give the folder, too: --val-voc.")
+    if voc is not None and named.val_split is None:
+        raise KdpipeError("--val-voc needs --val-split here: which image set is AP measured on?")
+    if voc is None and (named.val_ann_file or named.val_bdd):
+        img_dir = img_dir or source.images
+    found = DataOptions(named.val_ann_file, img_dir, voc, named.val_split, named.val_bdd)
+    _check_named(found, "--val-")
+    return DataSource(found)
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -19,10 +19,7 @@ _LINES = (
     "Convert it: mmdetection's tools/dataset_converters/crowdhuman2coco.py",
 )
 _LABELME = ("labelme's annotation of one image", "Convert the folder: pip install labelme2coco; labelme2coco FOLDER")
-_BDD = (
-    "labels of BDD100K",
-    "Convert it: pip install bdd100k; python -m bdd100k.label.to_coco -m det -i FILE -o OUT.json",
-)
+_BDD = ("labels of BDD100K", "Give the detection labels of a split as --bdd, with --img-dir")
 _LABEL_STUDIO = ("an export of Label Studio", "Export the project as COCO")
 _VIA = ("annotations of VIA", "Export them as COCO")
 _PICTURE = ("a picture", "Give the COCO JSON that describes the pictures")

@@ -19,6 +19,7 @@ __all__ = ["usable_images"]
 
 _THREADS = 8  # a network disk answers many at a time
 _BATCH = 256
+_NAMED = 20  # incomplete images in one warning
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def usable_images(
 
     found = _check_all(data.images, check_image, console)
     if found.notes:
-        line = f"Warning: {_count(len(found.notes), data)} incomplete and used as decoded, the first: {found.notes[0]}."
-        console.print(plain(line), markup=False)
+        lines = [f"Warning: {_count(len(found.notes), data)} incomplete and used as decoded:", *found.notes[:_NAMED]]
+        if len(found.notes) > _NAMED:
+            lines.append(f"and {len(found.notes) - _NAMED} more")
+        console.print("\n  ".join(map(plain, lines)), markup=False)
     if not found.problems:
         return data
     first, count = next(iter(found.problems.values())), len(found.problems)

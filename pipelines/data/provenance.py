@@ -58,7 +58,7 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
     Raises:
         KdpipeError: They are not where the cache says, or not the same.
     """
-    if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc")):
+    if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc", "bdd")):
         raise CacheError(
             f"The cache {cache.location} does not record what it was made of, and cannot be compared with it."
         )
@@ -67,7 +67,7 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
     if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
             f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, "
-            "classes and boxes). Name the annotations that were cached: --ann-file, or --voc and --split."
+            "classes and boxes). Name the annotations that were cached: --ann-file or --bdd, or --voc and --split."
         )
     return data
 
@@ -76,6 +76,8 @@ def remake_command(cache: TeacherCache, part_size: int) -> str:
     """The command that makes what a cache lacks, as far as the cache records it."""
     spec, data = cache.spec, recorded(cache.metadata, "data") or {}
     named = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
+    if "bdd" in data:
+        named = ("--bdd", data["bdd"], *named[2:])
     if "voc" in data:
         named = ("--voc", data["voc"], "--split", data["split"])
     words = [

@@ -20,6 +20,7 @@ from kdpipe.pipelines.commands.options import StudentOptions
 from kdpipe.pipelines.commands.train_student import train_student
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.find import DataSource
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.demo.drawing import draw_shapes, is_drawn
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config
@@ -202,7 +203,7 @@ def _teacher(out: Path, settings: DemoSettings, console: Console) -> Outcome:
 def _cache(out: Path, settings: DemoSettings, console: Console) -> Outcome:
     checkpoint = load_checkpoint(out / "teacher" / "teacher.pth")
     train, val = _both(out)
-    source = DataSource(train.ann_file, train.img_dir, val=(val.ann_file, val.img_dir))
+    source = DataSource(DataOptions(train.ann_file, train.img_dir), val=(val.ann_file, val.img_dir))
     result = cache_teacher(
         checkpoint,
         teacher_config(checkpoint, None),

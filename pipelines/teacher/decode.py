@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.views import map_boxes
 from kdpipe.pipelines.data.datasets import DetectionData
+from kdpipe.pipelines.data.voc_ap import Detections, read_objects, voc_ap
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.runtime.console import ProgressBar, silent_stdout
-from kdpipe.pipelines.training.progress import AP_NAMES
+from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX
 
 __all__ = ["cached_ap"]
 
 
 @torch.inference_mode()
 def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console: Console) -> dict[str, float]:
-    """COCO metrics of the detections that cached logits and deltas of the proposals decode to.
+    """AP of the detections that cached logits and deltas of the proposals decode to.
 
     They are decoded as mmdet decodes those of the live teacher: score threshold, class-wise NMS and number of
     detections are those of its config. The images are those of the cache.
@@ -39,7 +41,7 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         console: Where progress is shown.
 
     Returns:
-        mmdet's metric names without prefix (`bbox_mAP`, ...) -> value, not rounded.
+        As `ap_metrics` gives them, not rounded.
 
     Raises:
         CacheError: the cache lacks the view, or is damaged.
@@ -53,17 +55,31 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         # of a cascade, what is cached is in the units of the first stage
         head = MODELS.build(head_config[0] if isinstance(head_config, list) else head_config)
         options = config.model.test_cfg.rcnn
-    found: list[dict[str, Any]] = []
+    found: dict[int, Detections] = {}
     start = time.perf_counter()
     with ProgressBar(console, "teacher's AP", len(cache)) as progress:
         for done, image_id in enumerate(cache.image_ids.tolist(), 1):
-            found += _detections(cache, image_id, head, options)
+            if (said := _detections(cache, image_id, head, options)) is not None:
+                found[image_id] = said
             progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
-    if not found:
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = data.copied_to(Path(folder) / "annotations.json").write_copy()
+        metrics = _coco_ap(cache, annotations, found)
+        if data.is_voc:
+            objects = read_objects(annotations)
+            objects = {image_id: objects[image_id] for image_id in cache.image_ids.tolist()}
+            metrics |= {VOC_PREFIX + name: value for name, value in voc_ap(objects, found).items()}
+    return metrics
+
+
+def _coco_ap(cache: TeacherCache, annotations: Path, found: Mapping[int, Detections]) -> dict[str, float]:
+    """COCO's AP on the images of a cache."""
+    results = [entry for image_id, each in found.items() for entry in _results(cache, image_id, each)]
+    if not results:
         return dict.fromkeys(AP_NAMES, 0.0)
-    with tempfile.TemporaryDirectory() as folder, silent_stdout():
-        truth = COCO(str(data.copied_to(Path(folder) / "annotations.json").write_copy()))
-        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+    with silent_stdout():
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.params.imgIds = cache.image_ids.tolist()
         evaluation.params.catIds = list(cache.spec.category_ids)
         evaluation.evaluate()
@@ -72,15 +88,24 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
     return dict(zip(AP_NAMES, map(float, evaluation.stats[: len(AP_NAMES)]), strict=True))
 
 
-def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> list[dict[str, Any]]:
+def _results(cache: TeacherCache, image_id: int, found: Detections) -> list[dict[str, Any]]:
     """Detections of an image as COCO results."""
+    sides = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
+    return [
+        {"image_id": image_id, "category_id": cache.spec.category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(found.labels.tolist(), sides.tolist(), found.scores.tolist(), strict=True)
+    ]
+
+
+def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> Detections | None:
+    """Detections of an image; None where there is no proposal."""
     targets = cache.targets(image_id, "identity", fields=("logits", "deltas"))
     logits, deltas = (
         present(getattr(targets, field), f"{field} of image {image_id}") for field in ("logits", "deltas")
     )
     count = targets.num_proposals
     if count == 0:
-        return []
+        return None
     rois = map_boxes(targets.boxes[:count].double(), targets.matrix).float()
     meta = {
         "img_shape": targets.input_size,
@@ -95,9 +120,4 @@ def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> 
         rcnn_test_cfg=options,
         rescale=True,
     )[0]
-    boxes = said.bboxes.double().numpy()
-    sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    return [
-        {"image_id": image_id, "category_id": cache.spec.category_ids[label], "bbox": box, "score": score}
-        for label, box, score in zip(said.labels.tolist(), sides.tolist(), said.scores.tolist(), strict=True)
-    ]
+    return Detections(said.bboxes.double().numpy(), said.scores.numpy(), said.labels.numpy())

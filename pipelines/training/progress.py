@@ -9,20 +9,26 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EarlyStoppingHook, Hook
 from rich.console import Console
 
+from kdpipe.pipelines.data.voc_ap import VOC_IOUS, VOC_MODES, voc_name
 from kdpipe.pipelines.runtime.console import ProgressBar, stop
 
-__all__ = ["AP_NAMES", "ProgressHook", "coco_metrics"]
+__all__ = ["AP_NAMES", "VOC_PREFIX", "ProgressHook", "ap_metrics"]
 
 AP_NAMES = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
+VOC_PREFIX = "voc_"  # of the names of Pascal VOC's metrics
 
 
-def coco_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """COCO metrics by mmdet's names (`AP_NAMES`), out of all that an evaluation gave under whatever prefix.
+def ap_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """AP out of all that an evaluation gave under whatever prefix.
 
     A detector that finds nothing has AP 0; mmdet gives no figure at all.
+
+    Returns:
+        COCO's by mmdet's names (`AP_NAMES`); and Pascal VOC's where it was measured, such as `voc_AP50_11points`.
     """
-    found = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "coco/" in name}
-    return found or dict.fromkeys(AP_NAMES, 0.0)
+    coco = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "coco/" in name}
+    voc = {VOC_PREFIX + name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "voc/" in name}
+    return (coco or dict.fromkeys(AP_NAMES, 0.0)) | voc
 
 
 class ProgressHook(Hook):  # type: ignore[misc]
@@ -31,7 +37,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
     Attributes:
         step_times: Seconds of each step but the first of each pass.
         trained: Whether there was a step.
-        metrics: COCO metrics of the last evaluation, as `coco_metrics` gives them; None before the first.
+        metrics: AP of the last evaluation, as `ap_metrics` gives it; None before the first.
     """
 
     priority = "VERY_LOW"
@@ -95,9 +101,9 @@ class ProgressHook(Hook):  # type: ignore[misc]
         stop.check()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self.metrics = coco_metrics(metrics or {})
+        self.metrics = ap_metrics(metrics or {})
         if self.progress is not None:
-            self.console.print(f"{self.name}: AP {self.metrics['bbox_mAP']:.3f}")
+            self.console.print(f"{self.name}: AP {self.metrics['bbox_mAP']:.3f}{_voc_text(self.metrics)}")
 
     def after_train(self, runner: Any) -> None:
         self.close()
@@ -122,6 +128,13 @@ class ProgressHook(Hook):  # type: ignore[misc]
         stop.between_steps = False
         if self.progress is not None:
             self.progress.close()
+
+
+def _voc_text(metrics: Mapping[str, float]) -> str:
+    """Pascal VOC's AP of 11 points, where it was measured."""
+    names = {iou: VOC_PREFIX + voc_name(iou, VOC_MODES[0]) for iou in VOC_IOUS}
+    found = [f"{metrics[name]:.3f} at IoU {iou}" for iou, name in names.items() if name in metrics]
+    return f"; Pascal VOC, 11-point: {', '.join(found)}" if found else ""
 
 
 def _stopped_by(hook: EarlyStoppingHook) -> str:

@@ -35,6 +35,7 @@ from kdpipe.pipelines.training.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.training.schedule import cosine_schedule
 from kdpipe.pipelines.training.student_check import build_detector
 from kdpipe.pipelines.training.training_record import check_resumed, check_saving, training_record
+from kdpipe.pipelines.training.voc_metric import with_voc_metric
 from kdpipe.pipelines.training.work_dir import WorkDir
 from kdpipe.pipelines.training.work_dir_hook import WorkDirHook
 from kdpipe.pipelines.training.workers import end_workers, preload_workers
@@ -50,7 +51,7 @@ class TrainingResult:
     Attributes:
         checkpoint: The bare detector's newest checkpoint.
         ap: COCO AP on the validation images after the last epoch, or None without validation.
-        metrics: All validation metrics, by mmdet's names (`bbox_mAP`, ...).
+        metrics: All validation metrics, as `ap_metrics` gives them.
         seconds_per_step: Median over all steps, the first of each epoch excepted; NaN where there is no other.
     """
 
@@ -140,7 +141,7 @@ def run_training(
     Args:
         cfg: The config that runs, as `with_seeds` gives it.
         recorded: The plain detector's config, which checkpoints carry.
-        data: The data sets that the config reads, whose copies are written.
+        data: The training and, if any, the validation images that the config reads, whose copies are written.
         work: Where logs and checkpoints go.
         record: What the training is begun with, as `training_record` gives it.
         resume: Go on from the newest checkpoint in the work directory.
@@ -171,6 +172,8 @@ def run_training(
         if is_first():
             for each in data:
                 each.write_copy()
+        for each in data[1:]:
+            cfg.val_evaluator = with_voc_metric(cfg.get("val_evaluator"), each)
         return _train(cfg, recorded, work, record, console)
 
 

@@ -32,6 +32,7 @@ from kdpipe.pipelines.commands.cache_teacher import cache_teacher
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.images import read_image
+from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 from kdpipe.pipelines.teacher.options import CacheOptions
@@ -105,7 +106,10 @@ def against_forward(data: DetectionData, rounds: int) -> None:
             alone.append(answers_alone(teacher, data))
             out = work / f"{number}.zarr"
             options = CacheOptions(scale=SCALE, part_size=64 << 20)  # three images of this size
-            source, quiet = DataSource(data.ann_file, data.img_dir, limit=len(data.images)), Console(quiet=True)
+            source, quiet = (
+                DataSource(DataOptions(data.ann_file, data.img_dir), limit=len(data.images)),
+                Console(quiet=True),
+            )
             result = cache_teacher(
                 checkpoint, config, source, open_location(out), options, device=device, console=quiet
             )

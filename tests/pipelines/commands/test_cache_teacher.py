@@ -162,59 +162,6 @@ def test_padding_of_a_batch_does_not_leak_in(kit: "Kit", teacher: Teacher) -> No
     assert torch.allclose(said.logits.float(), result["cls_score"], atol=0.05)  # type: ignore[union-attr]
 
 
-def test_voc_is_the_same_as_coco(kit: "Kit", work: Path) -> None:
-    data = load_coco(kit.ann, kit.img)
-    voc, images = work / "drawn", []
-    for folder in ("Annotations", "ImageSets/Main"):
-        (voc / folder).mkdir(parents=True)
-    shutil.copytree(kit.img, voc / "JPEGImages")
-    boxes: list[dict[str, Any]] = []
-    for number, info in enumerate(data.images, 1):
-        objects = ""
-        for box, label in zip(data.gt_boxes(info.image_id), data.gt_labels(info.image_id), strict=True):
-            x1, y1, x2, y2 = (int(edge) for edge in box)
-            corners = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2 + 1}</xmax><ymax>{y2 + 1}</ymax>"
-            objects += f"<object><name>{data.class_names[label]}</name><bndbox>{corners}</bndbox></object>"
-            bbox = [x1, y1, x2 - x1, y2 - y1]
-            category = sorted(data.class_names).index(data.class_names[label]) + 1
-            boxes.append({"id": len(boxes) + 1, "image_id": number, "category_id": category, "bbox": bbox})
-        size = f"<size><width>{info.width}</width><height>{info.height}</height></size>"
-        xml = f"<annotation>{size}{objects}</annotation>"
-        (voc / "Annotations" / f"{Path(info.file_name).stem}.xml").write_text(xml)
-        images.append({"id": number, "file_name": info.file_name, "width": info.width, "height": info.height})
-    names = "\n".join(Path(info.file_name).stem for info in data.images)
-    (voc / "ImageSets" / "Main" / "val.txt").write_text(names)
-    categories = [{"id": number, "name": name} for number, name in enumerate(sorted(data.class_names), 1)]
-    ann = work / "coco.json"
-    ann.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    ckpt = kit.save_detector(work / "teacher.pth", kit.config(), classes=tuple(sorted(data.class_names)))
-
-    kit.run("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "val", *kit.VIEW)
-    kit.run("cache-teacher", "--ckpt", ckpt, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", "coco.zarr")
-    assert kit.tree(work / "drawn.zarr" / "parts") == kit.tree(work / "coco.zarr" / "parts")
-    assert sorted(path.name for path in work.glob("*.json")) == ["coco.json"]  # nothing is left beside the cache
-    before = kit.tree(work)
-    message = kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--split", "other", *kit.VIEW)
-    assert "There are: val" in message
-    assert "not both" in kit.refused("cache-teacher", "--ckpt", ckpt, "--voc", voc, "--ann-file", ann)
-    assert kit.tree(work) == before
-    kit.train_student(work / "w", "--methods", "cls", "--val-split", "val", cache=work / "drawn.zarr")
-    assert json.loads((work / "w" / "result.json").read_text())["ap"] is not None
-    tables = [kit.run("verify", work / f"{name}.zarr", "--ap").out.split("┃")[-1] for name in ("drawn", "coco")]
-    assert tables[0] == tables[1]
-    assert f"{voc}, split val" in kit.run("inspect", work / "drawn.zarr").out
-
-    voc.rename(work / "moved")
-    training = kit.student_command(work / "w2", "--methods", "cls", cache=work / "drawn.zarr")
-    message = kit.refused(*training)
-    assert "drawn is not there" in message
-    assert "--voc" in message
-    kit.run(*training, "--voc", work / "moved")
-    measured = ("evaluate", "--ckpt", work / "w" / "student.pth", "--voc", work / "moved")
-    assert "needs --split" in kit.refused(*measured)
-    assert "AP50" in kit.run(*measured, "--split", "val").out
-
-
 def test_limit_and_parts(kit: "Kit", work: Path) -> None:
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--limit", 5, "--part-size", "64KiB", "--out", "x.zarr")
     cache, data = open_cache("x.zarr"), load_coco(kit.ann, kit.img)

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from rich.console import Console
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.commands.evaluate import evaluate
 from kdpipe.pipelines.commands.options import EvaluateOptions
+from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.data.provenance import recorded_config, recorded_data
+from kdpipe.pipelines.data.voc_ap import VOC_MODES
 from kdpipe.pipelines.teacher.decode import cached_ap
 
 if TYPE_CHECKING:
@@ -48,13 +51,25 @@ def ap_of_cache(path: Path) -> dict[str, float]:
     return cached_ap(cache, recorded_config(cache, None), recorded_data(cache, DataOptions()), QUIET)
 
 
-def test_ap_from_the_cache_is_that_of_the_live_teacher(kit: "Kit", work: Path, found_by_teacher: Path) -> None:
+def test_ap_from_the_cache_is_that_of_the_live_teacher(
+    kit: "Kit", work: Path, found_by_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COCO's, and Pascal VOC's, as if the boxes were of a VOC folder."""
+
+    def load(*args: Any) -> DetectionData:
+        return replace(load_coco(*args), is_voc=True)
+
+    monkeypatch.setattr("kdpipe.pipelines.data.find.load_coco", load)
     source = ("--ckpt", kit.teacher, "--ann-file", found_by_teacher, "--img-dir", kit.img, *AS_MANY)
     live = evaluate(EvaluateOptions(kit.teacher, data=DataOptions(found_by_teacher, kit.img), scale=(128, 96)), QUIET)
     assert 0.05 < live["bbox_mAP"] < 0.95
     kit.run("cache-teacher", *source, "--dtype", "float32", "--out", "exact.zarr")
     exact = ap_of_cache(work / "exact.zarr")
-    assert {name: round(value, 3) for name, value in exact.items()} == live  # mmdet rounds
+    assert [0.05 < live[f"voc_AP50_{mode}"] < 0.95 for mode in VOC_MODES] == [True, True]
+    assert {name: round(value, 3) for name, value in exact.items()} == {
+        name: round(value, 3)
+        for name, value in live.items()  # mmdet rounds
+    }
     kit.run("cache-teacher", *source, "--out", "int8.zarr")
     for name, value in ap_of_cache(work / "int8.zarr").items():
         assert value == pytest.approx(exact[name], abs=0.02)
@@ -62,6 +77,7 @@ def test_ap_from_the_cache_is_that_of_the_live_teacher(kit: "Kit", work: Path, f
     assert "--ann-file" in kit.refused("verify", "exact.zarr", "--ap")
     ended = kit.run("verify", "exact.zarr", "--ap", "--ann-file", moved)
     assert f"{exact['bbox_mAP']:.3f}" in ended.out
+    assert f"11-point (VOC2007)       │ {exact['voc_AP50_11points']:.3f}  │" in ended.out
     assert "is not what the cache" in kit.refused("verify", "exact.zarr", "--ap", "--ann-file", kit.ann)
 
 

@@ -207,10 +207,10 @@ def test_commands_measure_what_stock_pycocotools_measures(
     source = ("--ckpt", kit.teacher, "--ann-file", "val.json", "--img-dir", kit.val_img)
     kit.run("cache-teacher", *source, *kit.VIEW, "--out", "val.zarr")
 
-    def detections(cache: Any, image_id: int, *args: Any) -> list[dict[str, Any]]:
+    def of_image(cache: Any, image_id: int, *args: Any) -> list[dict[str, Any]]:
         return [entry for entry in results if entry["image_id"] == image_id]
 
-    monkeypatch.setattr("kdpipe.pipelines.teacher.decode._detections", detections)
+    monkeypatch.setattr("kdpipe.pipelines.teacher.decode._results", of_image)
     assert f"{wanted[0]:.3f}" in kit.run("verify", "val.zarr", "--ap").out
 
 

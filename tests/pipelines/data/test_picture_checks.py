@@ -102,8 +102,20 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_used_with_a_warning(folder: Path, s
     (folder / "3.png").write_bytes(file.getvalue()[:-4] + bytes(1000))  # a name says nothing of the format
     found, said = check(folder, skip=skip)
     assert len(found.images) == 5
-    assert said.startswith("Warning: 1 of the 5 images of a.json is incomplete and used as decoded, the first: image ")
+    assert said.startswith("Warning: 1 of the 5 images of a.json is incomplete and used as decoded:\n  image ")
     assert "3.png lacks its last bytes" in said
+
+
+def test_all_incomplete_jpegs_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.open(folder / "0.png").save(file, "JPEG")
+    for number in (0, 2, 4):
+        (folder / f"{number}.png").write_bytes(file.getvalue()[:-4])
+    said = check(folder)[1].splitlines()
+    assert said[0] == "Warning: 3 of the 5 images of a.json are incomplete and used as decoded:"
+    assert [line.split(" lacks")[0][-5:] for line in said[1:]] == ["0.png", "2.png", "4.png"]
+    monkeypatch.setattr("kdpipe.pipelines.data.picture_checks._NAMED", 2)
+    assert check(folder)[1].splitlines()[-1] == "  and 1 more"
 
 
 def test_what_only_decoding_finds_is_left_out(folder: Path) -> None:
