@@ -73,8 +73,8 @@ class Forks:
 
     def close(self) -> None:
         """End the server. It is told so: a process that a test forked may still hold the pipe open."""
-        self.ask({"end": True})
-        self._server.wait(60)
+        with self._server:
+            self.ask({"end": True})
 
 
 class Forked:

@@ -66,10 +66,15 @@ class CacheWriter:
             recorded = {**root.identity, "spec": root.spec.to_json(), "plan": root.plan}
             _check_same(location, recorded, {**identity, "spec": spec.to_json(), "plan": plan})
 
-    def pending(self) -> list[int]:
-        """Numbers of the parts that are not committed, or whose files are missing or cut short."""
-        committed = self.location.at_once(self._committed, range(len(self.parts)))
-        return [index for index, is_committed in enumerate(committed) if not is_committed]
+    def pending(self, among: Sequence[int] | None = None) -> list[int]:
+        """Numbers of the parts that are not committed, or whose files are missing or cut short.
+
+        Args:
+            among: the parts to look at; None looks at all.
+        """
+        among = range(len(self.parts)) if among is None else among
+        committed = self.location.at_once(self._committed, among)
+        return [index for index, is_committed in zip(among, committed, strict=True) if not is_committed]
 
     def write_head(self, state: Mapping[str, Tensor]) -> None:
         """Store the weights of the teacher's RPN and RoI head; does nothing where they are stored already.

@@ -1,5 +1,6 @@
 """Commands that make caches and look into them: `cache-teacher`, `verify`, `inspect`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kdpipe.pipelines.cli.options import (
     Bytes,
     Choices,
     Scale,
+    Shard,
     data_options,
     grouped,
     store_option,
@@ -24,6 +26,7 @@ from kdpipe.pipelines.cli.options import (
 from kdpipe.pipelines.commands.options import TeacherCheckOptions
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console
+from kdpipe.pipelines.runtime.launch import doubts, find_shard
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
@@ -47,6 +50,12 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
 @click.option("--limit", type=COUNT, help="Only the first N images.")
 @click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
+@click.option(
+    "--shard",
+    "given_shard",
+    type=Shard(),
+    help="Make part i only where i % N is I, from 0. Default: all, or by torchrun, srun or a Slurm array.",
+)
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
 @click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
 @trust_option
@@ -60,13 +69,14 @@ def cache_teacher_command(
     options: CacheOptions,
     limit: int | None,
     device: str | None,
+    given_shard: tuple[int | None, int] | None,
     dry_run: bool,
     trust: bool,
 ) -> None:
     """Run the teacher once over a data set and keep what it says.
 
-    Interrupted, the cache stays valid; the same command goes on with it. Started by torchrun or srun, processes share
-    the work.
+    Interrupted, the cache stays valid; the same command goes on with it. Several processes, on any machines, may fill
+    one cache: docs/machines.md.
     """
     from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.commands.cache_teacher import cache_teacher
@@ -74,38 +84,44 @@ def cache_teacher_command(
     from kdpipe.pipelines.data.find import find_data, torch_device
     from kdpipe.pipelines.data.report import report_data
     from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
-    from kdpipe.pipelines.runtime.ranks import Ranks
     from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
     from kdpipe.pipelines.teacher.teacher import teacher_config
 
-    console = command_console()
+    shard = find_shard(os.environ, given_shard)
+    console = command_console(shared=False, live=shard.count == 1)
+    if shard.variables:
+        console.print(f"Shard {shard}, by {shard.source}.")
+    for doubt in doubts(shard, os.environ, is_interactive=sys.stdin is not None and sys.stdin.isatty()):
+        console.print(f"Warning: {doubt}")
     location = None if out is None else open_location(out, store_options)
     try:
-        with Ranks.launched() as ranks:
-            checkpoint = load_checkpoint(ckpt, trust=trust)
-            cfg = teacher_config(checkpoint, config)
-            source = find_data(cfg, data, limit)
-            location = location or open_location(source.cache_path(), store_options)
-            if dry_run:
-                teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
-                spec, images = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
-                report_data(images, console, trained=True, strict=options.strict_data)
-                costs = estimate(teacher, images, images.images, spec)
-                print_estimate(console, costs, spec, len(images.images), location)
-                return
-            result = cache_teacher(
-                checkpoint,
-                cfg,
-                source,
-                location,
-                options,
-                device=torch_device(device),
-                console=console,
-                ranks=ranks,
-            )
+        checkpoint = load_checkpoint(ckpt, trust=trust)
+        cfg = teacher_config(checkpoint, config)
+        source = find_data(cfg, data, limit)
+        location = location or open_location(source.cache_path(), store_options)
+        if dry_run:
+            teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
+            spec, images = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
+            report_data(images, console, trained=True, strict=options.strict_data)
+            costs = estimate(teacher, images, images.images, spec)
+            print_estimate(console, costs, spec, len(images.images), location)
+            return
+        chosen = torch_device(device)
+        named = str(Path(config).resolve()) if config and Path(config).exists() else config
+        result = cache_teacher(
+            checkpoint, cfg, source, location, options, device=chosen, console=console, config=named, shard=shard
+        )
     except KeyboardInterrupt:
         console.print("Stopped. What is cached is valid; the same command goes on from there.")
         raise
+    if result.missing_parts:
+        console.print(
+            f"Shard {shard} is done: {result.new_images} new images in {result.seconds:.1f} s. Other shards still have "
+            f"to make {result.missing_parts} of {result.parts} parts; kdpipe inspect {result.location} names them."
+        )
+        return
+    if shard.count > 1:
+        console.print(f"Shard {shard} is done, and the cache is complete.")
     console.print(
         f"{result.location}: {result.images} images, {result.skipped} skipped, {bytes_text(result.disk_bytes)} on disk "
         f"({100 * result.disk_bytes / max(1, result.raw_bytes):.0f} % of the raw bytes), and "

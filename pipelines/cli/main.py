@@ -15,7 +15,7 @@ from kdpipe.pipelines.cli.cache import cache_teacher_command, inspect_command, v
 from kdpipe.pipelines.cli.options import PATH
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
-from kdpipe.pipelines.runtime.launch import ToldError, find_launch, is_first
+from kdpipe.pipelines.runtime.launch import find_rank, is_first
 
 __all__ = ["main"]
 
@@ -50,11 +50,11 @@ def doctor_command() -> None:
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
 def demo_command(out: Path, fresh: bool) -> None:
     """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
-    launch = find_launch(os.environ)
-    if launch.size > 1:
+    rank = find_rank(os.environ)
+    if rank.count > 1:
         raise KdpipeError(
-            f"The demo runs in one process, and this is one of {launch.size}. Start it without torchrun and srun; "
-            f"where it is alone, unset {' and '.join(launch.variables)}."
+            f"The demo runs in one process, and this is one of {rank.count}. Start it without torchrun and srun; "
+            f"where it is alone, unset {rank.source}."
         )
     from kdpipe.pipelines.demo.run import run_demo
 
@@ -100,11 +100,8 @@ def _run(args: list[str], *, debug: bool) -> None:
             error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        if is_first():
-            click.echo("Interrupted.", err=True)
+        click.echo("Interrupted.", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    except ToldError:
-        sys.exit(EXIT_ERROR)
     except Exception as error:
         if debug:
             raise

@@ -25,6 +25,7 @@ __all__ = [
     "Choices",
     "FiniteRange",
     "Scale",
+    "Shard",
     "WholeRange",
     "data_options",
     "grouped",
@@ -109,6 +110,25 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
         if not set(names) <= set(self.allowed) or len(set(names)) < len(names):
             self.fail(f"{value!r}: expected some of {', '.join(self.allowed)}, separated by commas.", param, ctx)
         return tuple(name for name in self.allowed if name in names)
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg]
+    """`0/8` -> `(0, 8)`, and `/8` -> `(None, 8)`."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,6})?/(\d{1,6})", value.replace(" ", ""))
+        if match is None or not int(match[2]) or int(match[1] or 0) >= int(match[2]):
+            self.fail(
+                f"{value!r} is no shard; expected I/N with I from 0 to N - 1, such as 0/8 (or /8 in an indexed job of "
+                "Kubernetes, which says I).",
+                param,
+                ctx,
+            )
+        return int(match[1]) if match[1] else None, int(match[2])
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]

@@ -27,8 +27,8 @@ from kdpipe.pipelines.cli.options import (
 from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
-from kdpipe.pipelines.runtime.launch import trained_together
 from kdpipe.pipelines.training.options import SCHEDULES, TrainingOptions
+from kdpipe.pipelines.training.process_group import trained_together
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 

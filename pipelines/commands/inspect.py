@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -21,6 +22,7 @@ from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, MAX_OBJECTS, CacheSpec
 from kdpipe.cache.store.location import Location, part_key
 from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.pipelines.commands.cache_command import cache_command
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 
 __all__ = ["describe_cache", "describe_image", "inspect_cache"]
@@ -103,6 +105,7 @@ def describe_cache(location: Location) -> dict[str, Any]:
         "fields": fields,
         "objects": _objects(cache),
         "losses": _losses(cache.spec, state),
+        "command": cache_command(cache, root.plan["part_size"]),
     }
 
 
@@ -258,7 +261,11 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
     for part in parts["missing"][:_SHOWN]:
         console.print(Text(f"missing  part {part['part']} of {part['images']} images"))
     if parts["missing"]:
-        console.print(Text(f"missing  {len(parts['missing'])} parts: run `kdpipe cache-teacher` with the same options"))
+        command = values["command"]
+        made = "the program that made the cache makes them" if command is None else "this makes them"
+        stored = ", with the --store-option of before" if "://" in values["path"] else ""
+        console.print(Text(f"missing  {len(parts['missing'])} parts; {made}{stored}:"))
+        console.print(Text(plain(shlex.join(command or []))))
 
 
 def _show_image(image: dict[str, Any], console: Console) -> None:

@@ -199,7 +199,7 @@ def _val_source(source: DataSource, named: ValOptions) -> DataSource | None:
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of `--device`; by default the GPU that is this process's by LOCAL_RANK, or the CPU.
+    """The device of `--device`; by default the GPU with this process's number on its machine, or the CPU.
 
     Raises:
         KdpipeError: There is no such device.
@@ -207,7 +207,10 @@ def torch_device(name: str | None) -> torch.device:
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device(
+            "cuda",
+            int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") % torch.cuda.device_count(),
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

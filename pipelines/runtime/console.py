@@ -135,13 +135,16 @@ class ProgressBar:
         self._bar.stop()
 
 
-def command_console(*, shared: bool = True) -> Console:
+def command_console(*, shared: bool = True, live: bool = True) -> Console:
     """Standard output.
 
     Args:
         shared: Several processes do this together: only the first speaks.
+        live: Nobody else shows progress there: where it is a terminal, a bar that moves.
     """
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=shared and not is_first())
+    terminal = None if live else False
+    quiet = shared and not is_first()
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet, force_terminal=terminal)
 
 
 @contextlib.contextmanager

@@ -1,178 +1,159 @@
-"""How this process was started: alone, by torchrun, or by Slurm's srun. Nothing heavy is imported here."""
+"""Which of several processes this one is, as its environment says. Nothing heavy is imported here."""
 
-import functools
 import os
 import re
-import subprocess
-import zlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from kdpipe.cache.errors import KdpipeError
 
-__all__ = ["Launch", "LaunchError", "ToldError", "find_launch", "is_first", "trained_together"]
+__all__ = ["LaunchError", "Rank", "doubts", "find_rank", "find_shard", "is_first"]
 
 
 class LaunchError(KdpipeError):
-    """The variables of torchrun or Slurm do not say what they should, or the other processes did not come."""
-
-
-class ToldError(KdpipeError):
-    """The run failed, and another of its processes has told the user why."""
+    """The variables of torchrun, Slurm or Kubernetes do not say what they should, or other processes did not come."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """The place of this process among those of its run.
+class Rank:
+    """Number of a process among those that were started together.
 
     Attributes:
-        rank: Number of this process; the first, 0, speaks for the run.
-        size: Number of processes.
-        host, port: Where they meet; empty and 0 for one process alone.
-        variables: What says so in the environment, to be named in messages.
-        is_hosted: Whether torchrun keeps the meeting place, which then outlives every process.
-        attempt: How often torchrun has started these processes before.
+        index: From 0 to `count` - 1.
+        count: Number of processes.
+        variables: What says so, to be named in messages.
     """
 
-    rank: int = 0
-    size: int = 1
-    host: str = ""
-    port: int = 0
+    index: int = 0
+    count: int = 1
     variables: tuple[str, ...] = ()
-    is_hosted: bool = False
-    attempt: str = "0"
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
     @property
-    def alone_advice(self) -> str:
-        """What to do where one process was started with the variables of several."""
-        return _advice(self.variables)
+    def source(self) -> str:
+        """The variables as words."""
+        return " and ".join(self.variables)
+
+
+def find_shard(environment: Mapping[str, str], given: tuple[int | None, int] | None = None) -> Rank:
+    """The shard of a cache that is this process's.
+
+    Args:
+        environment: Of torchrun, srun, and of a job array around them, whose tasks each have so many shards.
+        given: `--shard`: index and count. Without the index it is that of an indexed Kubernetes job.
+
+    Raises:
+        LaunchError: A variable is missing or makes no sense.
+    """
+    if given is None:
+        outer = _array_task(environment)
+    elif given[0] is not None:
+        return Rank(given[0], given[1], ("--shard",))
+    else:
+        if not environment.get("JOB_COMPLETION_INDEX"):
+            raise LaunchError(
+                f"--shard /{given[1]} takes the number of this pod from JOB_COMPLETION_INDEX, which Kubernetes sets in "
+                "a job with completionMode: Indexed, and it is not set. Elsewhere give the number: "
+                f"--shard 0/{given[1]}, from 0 to {given[1] - 1}."
+            )
+        index = _number(environment, "JOB_COMPLETION_INDEX", 0, given[1] - 1, f"--shard says {given[1]}")
+        outer = Rank(index, given[1], ("JOB_COMPLETION_INDEX",))
+    inner = find_rank(environment)
+    return Rank(outer.index * inner.count + inner.index, outer.count * inner.count, outer.variables + inner.variables)
+
+
+def find_rank(environment: Mapping[str, str]) -> Rank:
+    """The rank among processes of one torchrun, or of one step of Slurm (srun); the only one where there is neither.
+
+    Raises:
+        LaunchError: A variable is missing or makes no sense.
+    """
+    if not environment.get("RANK") and environment.get("SLURM_PROCID"):
+        return _task_of_step(environment)
+    if not environment.get("WORLD_SIZE"):
+        return Rank()
+    count = _number(environment, "WORLD_SIZE", 1)
+    if count == 1:
+        return Rank()
+    if not environment.get("RANK"):
+        raise LaunchError(f"WORLD_SIZE is {count}, and RANK is not set. {_advice('WORLD_SIZE')}")
+    return Rank(_number(environment, "RANK", 0, count - 1, f"WORLD_SIZE is {count}"), count, ("RANK", "WORLD_SIZE"))
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks for its run; one that cannot find out speaks."""
+    """Whether this is the first process of its torchrun or step; one that cannot find out says yes."""
     try:
-        return _place(os.environ)[0] == 0
+        return find_rank(os.environ).index == 0
     except LaunchError:
         return True
 
 
-def find_launch(environment: MutableMapping[str, str]) -> Launch:
-    """Read the variables of torchrun, or else those of srun; for commands whose processes work together.
+def doubts(rank: Rank, environment: Mapping[str, str], *, is_interactive: bool) -> list[str]:
+    """What looks as if a process was started alone, where there should be several, or the other way round.
 
     Args:
-        environment: Where srun started this process, torchrun's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-            MASTER_PORT are set in it, as torch and mmengine read them.
-
-    Raises:
-        LaunchError: A variable is missing or makes no sense, or the first of several nodes cannot be found out.
+        rank: As `find_shard` gives it.
+        environment: That it was found in.
+        is_interactive: Somebody types at this process, which torchrun, srun and arrays have for none but the first.
     """
-    rank, size, variables = _place(environment)
-    if size == 1:
-        return Launch(variables=variables)
-    if "RANK" not in variables:
-        # Jobs that share a node must not share the port. Names and defaults are mmengine's.
-        job = environment.get("SLURM_JOB_ID", "9500")
-        port = 20_000 + (int(job) if job.isdecimal() else zlib.crc32(job.encode())) % 10_000
-        if not environment.get("MASTER_ADDR"):
-            environment["MASTER_ADDR"] = _first_node(environment)
-        if not environment.get("MASTER_PORT"):
-            environment["MASTER_PORT"] = str(port)
-        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-        environment["RANK"], environment["WORLD_SIZE"] = str(rank), str(size)
-    if not environment.get("LOCAL_RANK"):
-        environment["LOCAL_RANK"] = "0"  # Kubernetes: one process on each machine
-    _number(environment, "LOCAL_RANK", 0)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not environment.get(name):
-            raise LaunchError(f"WORLD_SIZE is {size}, and {name!r} is not set. {_advice(variables)}")
-    return Launch(
-        rank,
-        size,
-        host=environment["MASTER_ADDR"],
-        port=_number(environment, "MASTER_PORT", 1, 65_535),
-        variables=variables,
-        is_hosted=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    )
+    may_be_alone = "RANK" in rank.variables and not environment.get("TORCHELASTIC_RUN_ID")
+    if rank.count > 1 and "--shard" not in rank.variables and (may_be_alone or is_interactive):
+        return [f"If no other process was started (a shell in a job or container), unset {rank.source}."]
+    if rank.variables:
+        return []
+    if environment.get("JOB_COMPLETION_INDEX"):
+        return ["JOB_COMPLETION_INDEX is set: without --shard /COMPLETIONS each pod of this job makes the whole cache."]
+    is_script = environment.get("SLURM_PROCID") and not environment.get("SLURM_STEP_ID")
+    if is_script and environment.get("SLURM_NTASKS", "1").isdecimal() and int(environment["SLURM_NTASKS"]) > 1:
+        tasks = environment["SLURM_NTASKS"]
+        return [f"This job has {tasks} tasks, and this is one process: start it by srun to use them."]
+    return []
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int, tuple[str, ...]]:
-    """Number of this process, of all, and the variables that say so."""
-    if environment.get("RANK") or not environment.get("SLURM_PROCID"):
-        return _torch_place(environment)
-    if environment.get("SLURM_JOB_ID") and not environment.get("SLURM_STEP_ID"):
-        return 0, 1, ()  # the script of sbatch: one process, whatever SLURM_NTASKS says; srun sets SLURM_STEP_ID, too
+def _task_of_step(environment: Mapping[str, str]) -> Rank:
+    if not environment.get("SLURM_STEP_ID"):
+        return Rank()  # the script of sbatch: one process, whatever SLURM_NTASKS says
     # of the step, where Slurm tells it apart from the job: a shell within a job is one process
     name = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
-    size = _tasks(environment, name)
-    if size == 1:
-        return 0, 1, ()
-    return _number(environment, "SLURM_PROCID", 0, size - 1, name), size, ("SLURM_PROCID", name)
+    count = _number(environment, name, 1) if environment.get(name) else 1
+    if count == 1:
+        return Rank()
+    return Rank(_number(environment, "SLURM_PROCID", 0, count - 1, f"{name} is {count}"), count, ("SLURM_PROCID", name))
 
 
-def _torch_place(environment: Mapping[str, str]) -> tuple[int, int, tuple[str, ...]]:
-    variables = tuple(name for name in ("RANK", "WORLD_SIZE") if environment.get(name))
-    size = _number(environment, "WORLD_SIZE", 1) if "WORLD_SIZE" in variables else 1
-    if size > 1 and "RANK" not in variables:
-        raise LaunchError(f"WORLD_SIZE is {size}, and 'RANK' is not set. {_advice(variables)}")
-    rank = _number(environment, "RANK", 0, size - 1, "WORLD_SIZE") if "RANK" in variables else 0
-    return rank, size, variables
+def _array_task(environment: Mapping[str, str]) -> Rank:
+    if not environment.get("SLURM_ARRAY_TASK_ID"):
+        return Rank()
+    first, step, count = (
+        _number(environment, f"SLURM_ARRAY_TASK_{name}", least)
+        if environment.get(f"SLURM_ARRAY_TASK_{name}")
+        else other
+        for name, least, other in (("MIN", 0, 0), ("STEP", 1, 1), ("COUNT", 1, 1))
+    )
+    index, rest = divmod(_number(environment, "SLURM_ARRAY_TASK_ID", 0) - first, step)
+    if rest or not 0 <= index < count:
+        raise LaunchError(
+            f"SLURM_ARRAY_TASK_ID is {environment['SLURM_ARRAY_TASK_ID']} in an array of {count} tasks from {first} in "
+            f"steps of {step}: the numbers of the array have gaps. Submit it as --array=0-{count - 1}, or give --shard."
+        )
+    if count == 1:
+        return Rank()
+    return Rank(index, count, ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"))
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None, other: str = "") -> int:
-    """A variable as a whole number from `least` to `most`, which is one less than the variable `other` says."""
+def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None, why: str = "") -> int:
+    """A variable as a whole number from `least` to `most`; `why` says where the bound comes from."""
     text = environment[name].strip()
     if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= (int(text) if most is None else most):
         return int(text)
-    bound = "" if most is None else f" to {most}"
-    why = f", since {other} is {environment.get(other) or 'not set'}" if other else ""
+    bound = "" if most is None else f" to {most}, since {why}"
     raise LaunchError(
-        f"The environment variable {name} is {environment[name]!r}; expected is a whole number from {least}{bound}"
-        f"{why}. {_advice((name, other) if environment.get(other) else (name,))}"
+        f"The environment variable {name} is {environment[name]!r}; expected is a whole number from {least}{bound}. "
+        f"{_advice(name)}"
     )
 
 
-def _tasks(environment: Mapping[str, str], name: str) -> int:
-    """A number of tasks; also in Slurm's notation per node, `4(x2),1` for 4, 4 and 1."""
-    text = environment.get(name, "1").replace(" ", "") or "1"
-    if not re.fullmatch(r"\d{1,6}(\(x\d{1,6}\))?(,\d{1,6}(\(x\d{1,6}\))?)*", text):
-        raise LaunchError(
-            f"The environment variable {name} is {environment[name]!r}; expected is a number of tasks. "
-            f"{_advice((name, 'SLURM_PROCID'))}"
-        )
-    counts = [entry.rstrip(")").split("(x") for entry in text.split(",")]
-    return max(1, sum(int(count) * int(times[0] if times else 1) for count, *times in counts))
-
-
-def _advice(names: tuple[str, ...]) -> str:
-    return f"Start several processes with torchrun or srun; for one process alone, unset {' and '.join(names)}."
-
-
-def _first_node(environment: Mapping[str, str]) -> str:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "localhost"
-    if "," not in nodes and "[" not in nodes:
-        return nodes
-    try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return found.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise LaunchError(
-            f"The first node of {nodes} cannot be found out (scontrol show hostnames: {error}). Set MASTER_ADDR to it."
-        ) from error
-
-
-def trained_together(command: Callable[..., Any]) -> Callable[..., Any]:
-    """For commands that train: where several processes were started, they meet before it begins, and end together."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
-        launch = find_launch(os.environ)
-        if launch.size == 1:
-            return command(*args, **options)
-        from kdpipe.pipelines.runtime.training_ranks import TrainingRanks
-
-        with TrainingRanks(launch):
-            return command(*args, **options)
-
-    return run
+def _advice(name: str) -> str:
+    return f"torchrun, Slurm or Kubernetes sets it; for one process alone, unset {name}."

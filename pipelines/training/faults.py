@@ -14,7 +14,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.detectors.start_weights import pretrained_options
 from kdpipe.pipelines.runtime.console import bytes_text, nobody_reads
 from kdpipe.pipelines.runtime.machine import shared_memory
-from kdpipe.pipelines.runtime.training_ranks import lost_others
+from kdpipe.pipelines.training.process_group import lost_others
 
 __all__ = ["training_faults"]
 

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.detectors.checkpoints import refused_type
 from kdpipe.pipelines.detectors.credentials import masked
-from kdpipe.pipelines.runtime.training_ranks import join_process_group
+from kdpipe.pipelines.training.process_group import join_process_group
 from kdpipe.pipelines.training.schedule import schedule_shape, wind_forward
 
 __all__ = ["Bfloat16OptimWrapper", "FormattedConfig", "QuietRunner", "RunnerError"]
@@ -91,7 +91,7 @@ class QuietRunner(Runner):  # type: ignore[misc]
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """As mmengine's, but the start method of processes stays what it is: loaders name theirs.
 
-        Several processes are joined here: in mmengine they wait for each other without a word, and hear no signal.
+        Several processes are joined here: mmengine would do so without a word, and needs a GPU.
         """
         if self.distributed and not torch.distributed.is_initialized():
             join_process_group(env_cfg.get("dist_cfg", {}))
