@@ -27,6 +27,7 @@ from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_conf
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, kept_ratio_scale, test_steps
 from kdpipe.pipelines.runtime.console import silent_stdout
 from kdpipe.pipelines.training.config import set_validation
+from kdpipe.pipelines.training.loading import complete_images
 from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX, ProgressHook, ap_metrics
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import QuietRunner
@@ -83,6 +84,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
         if cfg.get("test_dataloader"):  # what teachers are cached with; the one for validation may be another
             cfg.val_dataloader = cfg.test_dataloader
         set_validation(cfg, data, options.scale, options.batch_size, loader)
+        complete_images(cfg.test_dataloader)
         cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
         runner = QuietRunner(
             model=model,

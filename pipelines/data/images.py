@@ -14,7 +14,7 @@ from kdpipe.cache.identity import digest_file
 from kdpipe.cache.views import ViewError, input_size
 from kdpipe.pipelines.data.decoding import DEFAULT, Decoding
 from kdpipe.pipelines.data.image_headers import read_header
-from kdpipe.pipelines.data.truncation import IncompleteError, lost_share
+from kdpipe.pipelines.data.truncation import IncompleteError, completed, lost_share
 
 __all__ = [
     "ImageError",
@@ -42,7 +42,7 @@ class Picture:
     """An image file that was read.
 
     Attributes:
-        pixels: ``[H, W, 3]`` uint8, BGR, as mmdet's LoadImageFromFile gives them.
+        pixels: ``[H, W, 3]`` uint8, BGR, as mmdet's LoadImageFromFile gives them of a file that has an end.
         digest: of the file's bytes, as the index of a cache keeps it.
         note: what is not as it should be, and does not keep it from being used; mostly empty.
     """
@@ -79,7 +79,7 @@ def load_picture(
         raise ImageError(
             f"image {path} ({len(data):,} bytes) is truncated: {100 * lost:.0f} % of its pixels are lost. Replace it."
         )
-    pixels = _decode(path, data, decoding)
+    pixels = _decode(path, data if lost is None else completed(data), decoding)
     height, width = pixels.shape[:2]
     _check_size(path, (height, width), expected, scale, decoding)
     note = "" if lost is None else f"image {path} lacks its last bytes ({100 * lost:.1f} % of its pixels are lost)"

@@ -1,4 +1,4 @@
-"""How much of an image file is missing, where it does not end as its format says."""
+"""Image files that do not end as their format says: how much is missing, and what can be decoded of the rest."""
 
 import contextlib
 import io
@@ -12,11 +12,12 @@ from PIL import Image, UnidentifiedImageError
 
 from kdpipe.pipelines.data.image_headers import JPEG_END, PNG_END
 
-__all__ = ["IncompleteError", "lost_share"]
+__all__ = ["IncompleteError", "completed", "lost_share"]
 
 _JPEG_START, _PNG_START = b"\xff\xd8", b"\x89PNG"
 _START_OF_SCAN, _RESTART_INTERVAL = 0xDA, 0xDD
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in coded data: the end of a scan
+_PADDING = b"\0\xff"
 _FILLER = b"\x5a"  # coded data in place of what is missing: any that is not flat
 
 
@@ -41,8 +42,7 @@ def lost_share(data: bytes) -> float | None:
         IncompleteError: the image of another format is cut off or damaged.
     """
     if data.startswith(_JPEG_START):
-        tail = data[-64:].rstrip(b"\0\r\n")
-        return None if tail.endswith(JPEG_END) else _lost_jpeg(data.rstrip(b"\0\xff"))
+        return None if _ends(data) else _lost_jpeg(data.rstrip(_PADDING))
     if data.startswith(_PNG_START):
         if PNG_END not in data:  # OpenCV 5 does not decode it, whatever is missing
             raise IncompleteError("its end is missing")
@@ -50,6 +50,25 @@ def lost_share(data: bytes) -> float | None:
     with contextlib.suppress(UnidentifiedImageError), _explained(), Image.open(io.BytesIO(data)) as image:
         image.load()
     return None  # a format that Pillow does not know is OpenCV's to judge
+
+
+def completed(data: bytes) -> bytes:
+    """An image file with an end, where it is a JPEG that lacks its last bytes; others as they are.
+
+    OpenCV 5 decodes a JPEG without an end from a file, and mostly not from memory; with one, both are the same: what is
+    missing is grey.
+
+    Args:
+        data: all bytes of the file.
+    """
+    if not data.startswith(_JPEG_START) or _ends(data):
+        return data
+    rest = data.rstrip(_PADDING)
+    return data if _walk(rest)[0] else rest + JPEG_END
+
+
+def _ends(data: bytes) -> bool:
+    return data[-64:].rstrip(b"\0\r\n").endswith(JPEG_END)
 
 
 def _lost_jpeg(data: bytes) -> float | None:

@@ -14,6 +14,7 @@ from kdpipe.pipelines.data.provenance import recorded
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
 from kdpipe.pipelines.teacher.online import OnlineTeacher
 from kdpipe.pipelines.training.data import innermost
+from kdpipe.pipelines.training.loading import complete_images
 from kdpipe.pipelines.training.parcel import pack_batch
 from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.training.seeding import EpochSampler, SeededDataset, SeedStepHook
@@ -97,8 +98,8 @@ def with_distillation(
 def with_seeds(cfg: Config, cache: Location | None = None) -> Config:
     """A copy of a training config in which every random choice is a function of seed, epoch and image.
 
-    Loader workers end with the training. Nothing of this is in the recorded config, which stock mmdet reads without
-    kdpipe.
+    Loader workers end with the training, and JPEGs that lack their last bytes are read. Nothing of this is in the
+    recorded config, which stock mmdet reads without kdpipe.
 
     Args:
         cfg: As `training_config` gives it, or `with_distillation`.
@@ -113,6 +114,8 @@ def with_seeds(cfg: Config, cache: Location | None = None) -> Config:
     }
     cfg.train_dataloader.sampler = {"type": EpochSampler.__name__, "sampler": cfg.train_dataloader.sampler}
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": SeedStepHook.__name__}]
+    for part in (cfg.train_dataloader, cfg.val_dataloader, cfg.custom_hooks):
+        complete_images(part)
     if cfg.val_dataloader is not None:
         cfg.val_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.val_dataloader.dataset}
     for loader in (cfg.train_dataloader, cfg.val_dataloader):

@@ -1,11 +1,13 @@
-"""Pascal VOC folders and BDD100K's labels, in every command that takes images."""
+"""Pascal VOC folders, BDD100K's labels and incomplete JPEGs, in every command that takes images."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.data.bdd import BDD_CLASSES
@@ -142,3 +144,26 @@ def test_bdd_in_every_command(kit: "Kit", work: Path) -> None:
     assert "Say where it moved: --bdd" in kit.refused(*again)
     assert "no faults" in kit.run("verify", "det_train.zarr", "--ap", "--bdd", moved).out
     kit.run(*again, "--bdd", moved)
+
+
+def test_incomplete_jpegs_in_every_command(kit: "Kit", work: Path) -> None:
+    """They are named, cached, trained on and measured."""
+    for folder in (kit.img, kit.val_img):
+        shutil.copytree(folder, work / folder.name)
+        path = sorted((work / folder.name).iterdir())[1]
+        pixels = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").save(pixels, "JPEG")
+        path.write_bytes(pixels.getvalue()[:-20])
+    data = ("--ann-file", kit.ann, "--img-dir", "train")
+    validation = ("--val-ann-file", kit.val_ann, "--val-img-dir", "val")
+    training = ("train-teacher", "--config", kit.student, *data, *validation, "--epochs", 1, "--work-dir", "w")
+    said = " ".join(kit.run(*training, "--workers", 0).out.split())
+    assert "Warning: 1 of the 8 images of train.json is incomplete and used as decoded: image train/" in said
+    assert "Warning: 1 of the 3 images of val.json is incomplete and used as decoded: image val/" in said
+    assert "of its pixels are lost" in said
+    kit.run("cache-teacher", "--ckpt", "w/teacher.pth", *data, *kit.VIEW, "--out", "x.zarr")
+    assert len(open_cache(work / "x.zarr").image_ids) == 8
+    kit.run(*kit.student_command(work / "s", "--methods", "cls", *validation, cache=work / "x.zarr"))
+    ended = kit.run("evaluate", "--ckpt", "s/student.pth", "--ann-file", kit.val_ann, "--img-dir", "val")
+    assert "is incomplete and used as decoded" in " ".join(ended.out.split())

@@ -1,5 +1,6 @@
 """Images from disk: the pixels that mmdet reads, and one message for each that cannot be used."""
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.transforms import LoadImageFromFile
+from mmdet.registry import TRANSFORMS
 from PIL import Image
 
 from kdpipe.cache.identity import digest_file
+from kdpipe.pipelines.data.decoding import Decoding
 from kdpipe.pipelines.data.images import (
     ImageError,
     check_picture,
@@ -25,6 +28,7 @@ from kdpipe.pipelines.data.images import (
     read_image,
 )
 from kdpipe.pipelines.data.truncation import lost_share
+from kdpipe.pipelines.training.loading import LoadCompletedImage, complete_images
 from kdpipe.pipelines.training.reading import pipeline_decoding
 
 SUFFIXES = (".jpg", ".png", ".bmp", ".webp", ".tif")
@@ -152,8 +156,10 @@ def test_half_an_image_is_found_behind_zeros(tmp_path: Path, suffix: str) -> Non
         check_picture(path, (120, 160))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
-@pytest.mark.parametrize("cut", [3, 200, 1500])
+@pytest.mark.parametrize(
+    ("suffix", "cut"),
+    [(".jpg", 1500), *((suffix, cut) for suffix in (".png", ".bmp", ".webp") for cut in (3, 200, 1500))],
+)
 def test_truncated_images_are_found(tmp_path: Path, suffix: str, cut: int) -> None:
     cv2.imwrite(str(tmp_path / f"whole{suffix}"), noise(64, 64))
     path = tmp_path / f"cut{suffix}"
@@ -174,15 +180,56 @@ def test_bytes_behind_the_end_do_no_harm(tmp_path: Path, tail: bytes) -> None:
 
 
 def test_a_jpeg_that_lacks_its_last_bytes_is_used_and_noted(tmp_path: Path) -> None:
-    images = (jpeg(photo(120, 160), subsampling=0, quality=quality) for quality in range(95, 60, -1))
-    whole = next(data for data in images if cv2.imdecode(np.frombuffer(data[:-2], np.uint8), 1) is not None)
-    for content in (whole[:-2], whole[:-10] + bytes(1000)):  # the second as a file system pads it
+    whole = jpeg(photo(120, 160), subsampling=0)
+    for content in (
+        whole[:-1],
+        whole[:-2],
+        whole[:-40],
+        whole[:-10] + bytes(1000),
+    ):  # the last as a file system pads it
         (tmp_path / "a.jpg").write_bytes(content)
         found = load_picture(tmp_path / "a.jpg", (120, 160))
         assert "a.jpg lacks its last bytes" in found.note
         assert check_picture(tmp_path / "a.jpg", (120, 160)) == found.note
+        np.testing.assert_array_equal(found.pixels, cv2.imread(str(tmp_path / "a.jpg")))
         wanted = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR)
         assert (found.pixels != wanted).any(axis=2).mean() < 0.02
+
+
+@pytest.mark.parametrize("backend", ["cv2", "pillow"])
+@pytest.mark.parametrize("cut", [0, 2, 10])
+def test_students_and_teachers_read_the_same(tmp_path: Path, cut: int, backend: str) -> None:
+    """Of a JPEG that lacks its last bytes, too; wherever the step is in a config."""
+    data = jpeg(photo(60, 80))
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) - cut])
+    stock = {"type": "LoadImageFromFile", "imdecode_backend": backend, "to_float32": True}
+    inner = dict(stock)
+    complete_images({"dataset": {"pipeline": [{"type": "RandomApply", "transforms": [inner], "prob": 1.0}]}})
+    step = TRANSFORMS.build(inner)
+    found = step({"img_path": str(tmp_path / "a.jpg")})
+    wanted = load_picture(tmp_path / "a.jpg", decoding=Decoding(imdecode_backend=backend))
+    assert bool(wanted.note) == (cut > 0)
+    np.testing.assert_array_equal(found["img"], wanted.pixels)
+    assert found["img"].dtype == np.float32
+    assert found["img_shape"] == found["ori_shape"] == (60, 80)
+    if not cut:
+        np.testing.assert_array_equal(
+            found["img"], TRANSFORMS.build(stock)({"img_path": str(tmp_path / "a.jpg")})["img"]
+        )
+
+
+def test_steps_that_read_otherwise_stay(tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = [
+        {"type": "LoadImageFromFile", "ignore_empty": True},
+        {"type": "LoadImageFromNDArray"},
+        {"type": "Resize", "scale": (8, 8)},
+    ]
+    wanted = copy.deepcopy(steps)
+    complete_images({"pipeline": steps})
+    assert steps == wanted
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(ImageError, match=r"a\.jpg .* cannot be decoded"):
+        LoadCompletedImage().transform({"img_path": str(tmp_path / "a.jpg")})
 
 
 @settings(max_examples=25)
