@@ -5,6 +5,8 @@ from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError
 
+_SHORTEST = 1e-4  # length of a row that still has a direction
+
 
 class LossInputError(KdpipeError):
     """The tensors given to a loss do not fit together."""
@@ -19,6 +21,18 @@ def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
 def no_autocast(tensor: Tensor) -> torch.autocast:
     """Context in which the operations on `tensor`'s device keep the types of their inputs."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows of length 1, Tensor[N, d], whose products are cosines.
+
+    Rows that are shorter than 1e-4 are divided by that instead: the gradient of a cosine grows with the inverse of the
+    length, and would be 1e30 at a row of 1e-30. Rows of zeros stay zero; huge ones do not overflow.
+    """
+    scale = vectors.detach().abs().amax(dim=1, keepdim=True).clamp(min=_SHORTEST)
+    scaled = vectors / scale  # as long as from 1 to sqrt(d), unless it is a short one
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / torch.where(length < 1, 1.0, length)  # not `clamp`, whose gradient at exactly 1 is 0
 
 
 def mean_or_zero(values: Tensor) -> Tensor:

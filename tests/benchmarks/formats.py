@@ -22,7 +22,8 @@ import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache import CacheSpec, CacheWriter, ImageInfo, TeacherCache, TeacherRecord, TeacherTargets, open_cache
 from kdpipe.cache.spec import CODECS, DTYPES
 from kdpipe.cache.views import map_boxes
-from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
+from kdpipe.distill.losses.ckd import ckd_loss
+from kdpipe.distill.losses.ckd_negatives import same_object
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
@@ -97,7 +98,8 @@ class Losses:
         assert exact.deltas is not None
         logits, deltas = teacher.logits[rows].float(), teacher.deltas[rows].float()
         noisy = [student(values[rows]) for values in (exact.logits, exact.deltas, exact.float_embeddings())]
-        exclude = exclude_pairs(exact.boxes[rows], torch.zeros(len(rows)))
+        place = exact.boxes[rows], torch.zeros(len(rows))
+        exclude = same_object(*place, *place)
         cls = classification_kd_loss(noisy[0], logits)
         reg = class_aware_regression_kd_loss(noisy[1], deltas, logits)
         ckd = ckd_loss(self._theta(noisy[2]), self._theta(teacher.float_embeddings()[rows]), exclude=exclude)

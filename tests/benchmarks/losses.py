@@ -22,12 +22,13 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 from torch import Tensor
-from torch.nn import functional
 from torchvision.ops import roi_align
 
 import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
 from kdpipe.cache.views import input_size, map_boxes, view_matrix
 from kdpipe.distill.losses.ckd import ckd_loss
+from kdpipe.distill.losses.ckd_sliced import sliced_ckd_loss
+from kdpipe.distill.losses.numeric import unit_rows
 from kdpipe.distill.losses.sgfi import SGFI, sgfi_loss
 from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
 from kdpipe.pipelines.data.datasets import load_coco
@@ -112,12 +113,6 @@ def gradients(loss: Callable[[], Tensor], learned: Sequence[Tensor]) -> object:
     return torch.autograd.grad(loss(), learned)
 
 
-def in_one_piece(student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
-    """Equation 2 with all similarities at once."""
-    s, t, q = (functional.normalize(x, dim=1) for x in (student, teacher, queue))
-    return functional.cross_entropy(s @ torch.cat([t, q]).T / 0.07, torch.arange(len(s)))
-
-
 def student_step() -> Callable[[], object]:
     """A training step of Faster R-CNN R50-FPN with two images, and ten objects in each."""
     register_all_modules(init_default_scope=True)
@@ -172,12 +167,17 @@ def sgfi_table(rounds: int) -> None:
 
 
 def ckd_table(rounds: int) -> None:
-    student, teacher = (torch.randn(BOXES, DIM, requires_grad=True) for _ in range(2))
-    queue = functional.normalize(torch.randn(QUEUE, DIM), dim=1)
-    click.echo("\n| CKD, N = 1,024, K = 81,920, d = 256 | s | x in one piece | memory, MiB |\n|---|---|---|---|")
-    ways = [partial(ckd_loss, student, teacher, queue=queue), partial(in_one_piece, student, teacher, queue)]
+    student, keys = (torch.randn(count, DIM, requires_grad=True) for count in (BOXES, BOXES + QUEUE))
+    click.echo(
+        f"\n| CKD, N = {BOXES:,}, K = {QUEUE:,}, d = {DIM} | s | x in one piece | memory, MiB |\n|---|---|---|---|"
+    )
+
+    def in_slices() -> Tensor:
+        return sliced_ckd_loss(unit_rows(student), unit_rows(keys), None, 0.07)[0]
+
+    ways = [in_slices, partial(ckd_loss, student, keys)]
     losses = [loss().item() for loss in ways]
-    timed = [measured(partial(gradients, loss, [student, teacher]), rounds) for loss in ways]
+    timed = [measured(partial(gradients, loss, [student, keys]), rounds) for loss in ways]
     row("kdpipe, in slices", *timed[0], timed[1][0])
     row("in one piece", *timed[1], timed[1][0])
     click.echo(f"\nThe losses: {losses[0]:.6f} and {losses[1]:.6f}.")

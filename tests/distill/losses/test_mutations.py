@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from torch.autograd.gradcheck import GradcheckError
 
-from kdpipe.distill.losses import ckd, prediction, sgfi
+from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, prediction, sgfi
 
 HERE = Path(__file__).parent
 EQUATION = "test_it_is_the_equation"
+SLICES = "test_in_slices_it_is_the_same"
+MODULE_OF_CKD = "test_the_module_is_the_equation_over_batch_and_queue"
+# Tests of a module that stand in the file of another.
+IN = {"ckd_sliced": "ckd", "ckd_negatives": "ckd"}
 MODULE_OF_SGFI = "test_the_module_is_adapt_then_embed_then_the_loss"
 SOME_BACKGROUND = {"student_classes": 3, "teacher_classes": 3, "labels": [0, 1, 2, 3, 3, 1]}
 
@@ -53,45 +57,78 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         EQUATION,
         {"with_queue": True, "with_exclude": True, "temperature": 0.07},
         {
+            "positive excluded with its box": ("exclude & ~is_positive", "exclude"),
+            "no exclusion": ("exclude & ~is_positive", "exclude & False"),
+            "softmax over the students": (
+                "cross_entropy(similarity, positive",
+                "cross_entropy(similarity[:, :num_boxes].T, positive",
+            ),
+            "product in place of cosine": (
+                "map(unit_rows, full_precision(student, keys))",
+                "full_precision(student, keys)",
+            ),
+            "no temperature": ("s @ t.T / temperature", "s @ t.T"),
+            "a sum over boxes": ('reduction="sum") / max(num_boxes, 1)', 'reduction="sum")'),
+        },
+    ),
+    (
+        ckd_sliced,
+        SLICES,
+        {"with_queue": True, "with_exclude": True, "temperature": 0.07, "rows": 2},
+        {
             "positive missing from the denominator": (
                 "            peak = similarity.amax(",
                 "            similarity.diagonal(start).fill_(-torch.inf)\n            peak = similarity.amax(",
             ),
             "positive excluded with its box": ("similarity.diagonal(start).copy_(positive)", "similarity.zero_"),
-            "softmax over the students": (
-                "_unit(student) / temperature, _unit(teacher),",
-                "_unit(teacher) / temperature, _unit(student),",
-            ),
-            "no queue": ("torch.cat([keys, negatives])", "torch.cat([keys, negatives[:0]])"),
             "no exclusion": (".masked_fill_(exclude[rows],", ".masked_fill_(exclude[rows] & False,"),
-            "product in place of cosine": ("_unit(student) / temperature", "student / temperature"),
-            "no temperature": ("_unit(student) / temperature", "_unit(student)"),
-            "a sum over boxes": ("        return loss / count\n", "        return loss\n"),
+            "no temperature": ("student / temperature", "student"),
+            "a sum over boxes": ("        return loss / count, is_nearest\n", "        return loss, is_nearest\n"),
+            "gradient without the positive": ("slope.diagonal(start).sub_(1.0)", "slope.diagonal(start).sub_(0.0)"),
+            "gradient of the last slice only": ("key_grad += slope", "key_grad = slope"),
+            "positive of the first slice": ("similarity.diagonal(start).clone()", "similarity.diagonal(0).clone()"),
+        },
+    ),
+    (
+        ckd_negatives,
+        "test_which_pairs_are_no_negatives",
+        {},
+        {
+            "overlap at the threshold": (") > iou", ") >= iou"),
+            "of whatever image": ("(ids == image).nonzero()", "(ids == ids).nonzero()"),
+        },
+    ),
+    (
+        ckd_queue,
+        "test_the_queue_drops_the_oldest_first",
+        {},
+        {"the newest leave the queue": ("new = new[-size:]", "new = new[:size]")},
+    ),
+    (
+        ckd_queue,
+        "test_a_queue_of_another_size_gives_its_newest",
+        {"size": 3, "expected": [4, 5, 6], "then": [5, 6, 7]},
+        {
+            "the oldest are kept": ("cursor) % stored)[-size:]", "cursor) % stored)[:size]"),
+            "the next one replaces the newest": (
+                "torch.tensor(len(rows) % size)",
+                "torch.tensor((len(rows) - 1) % size)",
+            ),
         },
     ),
     (
         ckd,
-        "test_gradients_on_both_sides_and_none_for_the_queue",
-        {},
-        {"gradient without the positive": ("slope.diagonal(start).sub_(1.0)", "slope.diagonal(start).sub_(0.0)")},
-    ),
-    (
-        ckd,
-        "test_slices_change_nothing",
-        {"elements": 1},
-        {"gradient of the last slice only": ("key_grad += slope", "key_grad = slope")},
-    ),
-    (
-        ckd,
-        "test_which_pairs_are_no_negatives",
-        {},
-        {"overlap at the threshold": ("boxes[rows]) > iou", "boxes[rows]) >= iou")},
-    ),
-    (
-        ckd,
-        "test_the_queue_drops_the_oldest_first",
-        {},
-        {"the newest leave the queue": ("new[-size:]", "new[:size]")},
+        MODULE_OF_CKD,
+        {"projection": "linear", "centre": True, "same_class_negatives": False},
+        {
+            "the queue is not asked": (
+                "TeacherKeys.join([teacher, others, self.queue.keys()])",
+                "TeacherKeys.join([teacher, others])",
+            ),
+            "the student is not centred": ("student - mean, embeddings - mean", "student, embeddings - mean"),
+            "background is a class": ("None if self.same_class_negatives else self.num_classes", "-1"),
+            "nothing joins the queue": ("self.queue.push(new)", "pass"),
+        },
     ),
     (
         prediction,
@@ -163,7 +200,8 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
 
 def ordinary(module: ModuleType) -> ModuleType:
     """The tests of a module, loaded for themselves."""
-    file = HERE / f"test_{module.__name__.rpartition('.')[2]}.py"
+    name = module.__name__.rpartition(".")[2]
+    file = HERE / f"test_{IN.get(name, name)}.py"
     found = importlib.util.spec_from_file_location(f"ordinary_{file.stem}", file)
     assert found is not None
     assert found.loader is not None
@@ -196,7 +234,7 @@ def run(module: ModuleType, source: str, test: str, options: Mapping[str, Any]) 
 def test_a_broken_loss_fails_a_test(
     module: ModuleType, test: str, options: dict[str, Any], changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if test == "test_slices_change_nothing":
+    if test == SLICES:
         options = {**options, "monkeypatch": monkeypatch}
     source = Path(str(module.__file__)).read_text()
     run(module, source, test, options)
