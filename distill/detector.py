@@ -10,7 +10,8 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.losses.ckd import CKD, exclude_pairs
+from kdpipe.distill.losses.ckd import CKD
+from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -31,6 +32,7 @@ from kdpipe.distill.methods import (
 from kdpipe.distill.outputs import BatchRois, HeadOutputs, TeacherOutputs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois.align import roi_align_levels
+from kdpipe.distill.rois.frames import ImageFrames
 from kdpipe.distill.students.dense import CKD_BRANCHES, DenseForward, DenseOutputs, DenseStudent
 from kdpipe.distill.students.head_transfer import HeadTransfer
 from kdpipe.distill.students.two_stage import TwoStageForward, TwoStageStudent
@@ -61,8 +63,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         teacher: Where targets come from: config of a `TargetSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
-        ckd: Options of `CKD`; `exclude_iou` (0.5): pairs of one image that overlap more are no negatives; and `branch`,
-            that of a dense student's head which embeddings are taken from.
+        ckd: Options of `CKD`; and `branch`, that of a dense student's head which embeddings are taken from.
         rois: `num` and `positive_fraction` of the RoIs that a dense student chooses, per image.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
 
@@ -105,7 +106,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         if "sgfi" in self.losses:
             self.sgfi = SGFI(view.channels, self.spec.channels, **dict(sgfi or {}))
         if "ckd" in self.losses:
-            self.exclude_iou = options.pop("exclude_iou", 0.5)
+            options["num_classes"] = self.spec.num_classes
             anchors = view.num_anchors if isinstance(view, DenseStudent) else 1
             self.ckd = CKD(view.embedding_dim, self.spec.embedding_dim, anchors=anchors, **options)
             # queues of their own: the boxes of a stage are all but those of the stage before
@@ -189,9 +190,10 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         student = self._view()
         with student.watch() as own:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
-        losses.update(self._distill(student, own, targets))
+        frames = ImageFrames.of(data_samples, inputs.device) if "ckd" in self.losses else None
+        losses.update(self._distill(student, own, targets, frames))
         if isinstance(student, TwoStageStudent) and isinstance(own, TwoStageForward):
-            self._add_later(losses, student, own, targets)
+            self._add_later(losses, student, own, targets, frames)
         if self.share_interval and self._steps % self.share_interval == 0:
             losses |= gradient_shares(losses, own.pyramid)
         self._steps += 1
@@ -203,13 +205,14 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         student: TwoStageStudent,
         own: TwoStageForward,
         targets: Sequence[RoiTargets] | Sequence[TeacherView],
+        frames: ImageFrames | None,
     ) -> None:
         """Add what the later stages of a cascade lose."""
         for stage, seen in zip(student.later, own.later, strict=True):
             if not seen.known:
                 none = own.chosen.select(own.chosen.labels < 0)
                 seen.keep(none, stage.outputs(own.pyramid, none.rois))
-            found = self._distill(stage, seen, targets)
+            found = self._distill(stage, seen, targets, frames)
             for name in map(loss_name, self.losses):
                 losses[name] = losses[name] + found[name]
 
@@ -218,6 +221,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         student: TwoStageStudent | DenseStudent,
         own: TwoStageForward | DenseForward,
         targets: Sequence[RoiTargets] | Sequence[TeacherView],
+        frames: ImageFrames | None,
     ) -> dict[str, Tensor]:
         """All distillation losses and the counts that go to the log."""
         rois, shared, shown, said = self._at_rois(student, own, targets)
@@ -227,8 +231,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             result["loss_sgfi"] = loss
             result["sgfi_temperature"] = self.sgfi.temperature.detach()
             result |= {f"sgfi_level{i}": weight for i, weight in enumerate(levels)}
-        if said.embeddings is not None and shown is not None:
-            result |= self._ckd(student.stage, shared, shown, said.embeddings)
+        if said.embeddings is not None and shown is not None and frames is not None:
+            result |= self._ckd(student.stage, shared, shown, said.embeddings, frames)
         if isinstance(student, TwoStageStudent) and isinstance(shown, HeadOutputs):
             result |= self._predictions(student, shared, shown, said)
         elif isinstance(shown, DenseOutputs) and said.logits is not None:
@@ -279,13 +283,18 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         return loss, mean
 
     def _ckd(
-        self, stage: int, rois: BatchRois, shown: HeadOutputs | DenseOutputs, teacher: Tensor
+        self,
+        stage: int,
+        rois: BatchRois,
+        shown: HeadOutputs | DenseOutputs,
+        embeddings: Tensor,
+        frames: ImageFrames,
     ) -> dict[str, Tensor]:
         ckd: CKD = (self.ckd, *self.later_ckd)[stage]
-        exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long(), self.exclude_iou)
-        anchors = shown.anchors if isinstance(shown, DenseOutputs) else None
-        loss = ckd(shown.embeddings, teacher.float(), exclude, anchors)
-        return {"loss_ckd": loss, "ckd_queue": ckd.queue.count.to(rois.rois)}
+        image_ids = frames.image_ids[rois.rois[:, 0].long()]
+        teacher = TeacherKeys(embeddings.float(), frames.original_boxes(rois.rois), image_ids, rois.labels)
+        loss, top1, spread = ckd(shown.embeddings, teacher, shown.anchors if isinstance(shown, DenseOutputs) else None)
+        return {"loss_ckd": loss, "ckd_top1": top1, "ckd_spread": spread, "ckd_queue": ckd.queue.count.to(rois.rois)}
 
     def _predictions(
         self, student: TwoStageStudent, rois: BatchRois, shown: HeadOutputs, said: TeacherOutputs

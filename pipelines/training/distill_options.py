@@ -7,19 +7,32 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from kdpipe.distill.losses.ckd import PROJECTIONS, TEACHER_GRADIENTS
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.pipelines.detectors.configs import apply_options
+from kdpipe.pipelines.training.config import world_size
 from kdpipe.pipelines.training.student_choices import ROIS
 from kdpipe.pipelines.training.transform_types import check_names, quote_names
 
-__all__ = ["DISTILL_DEFAULTS", "distill_options", "other_options", "unused_options"]
+__all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_options", "unused_options"]
 
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROIS,
     "weights": {},
     "sgfi": {"kernel_size": 1},
-    "ckd": {"dim": 128, "queue_size": 80 * 1024, "temperature": 0.07, "exclude_iou": 0.5, "branch": "classification"},
+    "ckd": {
+        "dim": 128,
+        "queue_size": None,  # `ckd_queue_size`
+        "temperature": 0.07,
+        "exclude_iou": 0.5,
+        "branch": "classification",
+        "projection": "linear",
+        "centre": False,
+        "teacher_gradient": "all",
+        "same_class_negatives": True,
+        "start": 0,
+    },
     "share_interval": 50,
     "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`
 }
@@ -36,16 +49,29 @@ def _whole(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
     return f"a whole number from {least} to {most}", allowed
 
 
+def _one_of(values: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(values)}", lambda value: value in values
+
+
+_YES_OR_NO = "True or False", lambda value: isinstance(value, bool)
 _SHARE = "a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rois.num": _whole(1, 2**16),
     "rois.positive_fraction": _SHARE,
     "sgfi.kernel_size": ("an odd whole number from 1 to 31", lambda value: _whole(1, 31)[1](value) and value % 2 == 1),
     "ckd.dim": _whole(1, 2**16),
-    "ckd.queue_size": _whole(1, 2**24),
+    "ckd.queue_size": (
+        f"{_whole(1, 2**24)[0]}, or None",
+        lambda value: value is None or _whole(1, 2**24)[1](value),
+    ),
     "ckd.temperature": ("a number above 0, at most 1000", lambda value: _is_number(value) and 0 < value <= 1000),
     "ckd.exclude_iou": _SHARE,
-    "ckd.branch": (f"one of {', '.join(CKD_BRANCHES)}", lambda value: value in CKD_BRANCHES),
+    "ckd.branch": _one_of(CKD_BRANCHES),
+    "ckd.projection": _one_of(PROJECTIONS),
+    "ckd.centre": _YES_OR_NO,
+    "ckd.teacher_gradient": _one_of(TEACHER_GRADIENTS),
+    "ckd.same_class_negatives": _YES_OR_NO,
+    "ckd.start": _whole(0, 2**31),
     "share_interval": _whole(0, 2**31),
 }
 _WEIGHT = "a finite number of at least 0", lambda value: _is_number(value) and value >= 0
@@ -85,6 +111,20 @@ def distill_options(options: Sequence[str], losses: Sequence[str], ckd_branch: s
             raise ContractError(f"distill.{key} is {value!r}; expected {wanted}.")
     check_names(distill.transforms)
     return distill
+
+
+def ckd_queue_size(cfg: Config, rois: str | None, num: int) -> int:
+    """The default length of CKD's queue: the RoIs of 10 steps on all ranks, as the paper's 80 x 1024 is at 8 x 1024.
+
+    Args:
+        cfg: Training config of the student.
+        rois: `teacher` or `student`: who chooses the RoIs.
+        num: RoIs per image, of all but two-stage students that choose them by their own sampler.
+    """
+    if rois == "student" and "roi_head" in cfg.model:
+        stages = cfg.model.train_cfg.rcnn
+        num = (stages[0] if isinstance(stages, Sequence) else stages).sampler.get("num", num)
+    return int(10 * num * cfg.train_dataloader.get("batch_size", 1) * world_size())
 
 
 def _check_names(place: str, values: Any, known: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Stops a training that is of no use any more: a loss that is not finite, or one that teaches nothing."""
+"""Stops a training of no more use: a loss that is not finite, or always 0. Warns of one that collapsed."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,12 @@ from rich.console import Console
 
 from kdpipe.distill.methods import loss_name
 from kdpipe.pipelines.training.runner import RunnerError
+from kdpipe.pipelines.training.schedule import WARMUP_STEPS
 
-__all__ = ["FiniteHook", "UsefulLossesHook"]
+__all__ = ["CollapseHook", "FiniteHook", "UsefulLossesHook"]
 
 _PATIENCE = 100  # steps within which a loss has to say something
+_SPREAD = 0.9  # mean cosine above which boxes are hardly told apart
 _DENSE_PATIENCE = 1000  # the boxes of an untrained dense student may meet no object for long
 
 
@@ -62,6 +64,7 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
             weights = getattr(_bare(runner), "weights", {})
             self._silent = {loss_name(loss) for loss, weight in weights.items() if weight}
             self._patience = _DENSE_PATIENCE if getattr(_bare(runner), "dense", False) else _PATIENCE
+            self._patience += getattr(getattr(_bare(runner), "ckd", None), "start", 0)
         if self._steps >= self._patience or not outputs:
             return
         self._steps += 1
@@ -91,6 +94,37 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
             "paired ones nothing for ckd and cls of a dense student, and skipped images (--missing-view skip) give no "
             "RoIs at all. Leave the loss out of --methods, or give it a weight of 0."
         )
+
+
+class CollapseHook(Hook):  # type: ignore[misc]
+    """Warns once where CKD's projection takes all boxes to nearly one point, so that the loss teaches nothing.
+
+    That is a mean cosine (`ckd_spread`) above 0.9 in each of 100 steps after the warm-up; of a short training, in each
+    step of its second half.
+
+    Args:
+        console: Where the warning is shown; it is in the log, too.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._high = 0
+        self._is_told = False
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        spread = (outputs or {}).get("ckd_spread")
+        if spread is None or self._is_told or runner.iter < min(WARMUP_STEPS, runner.max_iters // 2):
+            return
+        self._high = self._high + 1 if float(spread) > _SPREAD else 0
+        if self._high >= min(_PATIENCE, max(runner.max_iters // 2, 1)):
+            self._is_told = True
+            warning = (
+                f"The loss ckd teaches next to nothing: in the last {self._high} steps, the mean cosine between the "
+                f"projected embeddings of different boxes (ckd_spread) was above {_SPREAD}; now it is "
+                f"{float(spread):.3f}. Leave ckd out of --methods, or try -o distill.ckd.centre=True."
+            )
+            self._console.print(f"Warning: {warning}", markup=False, highlight=False)
+            runner.logger.warning(warning)
 
 
 def _numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROIS, RoiTargets
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
 
-__all__ = ["AddTeacherTargets", "set_scale", "with_teacher_targets"]
+__all__ = ["AddTeacherTargets", "record_places", "set_scale", "with_teacher_targets"]
 
 # What a resizing step says beside its size; kept where another size is set.
 _RESIZE_OPTIONS = ("interpolation", "backend", "clip_object_border")
@@ -151,6 +151,16 @@ def with_teacher_targets(
         last = step_name(pipeline[-1]) if pipeline else "nothing"
         raise KdpipeError(f"The training pipeline ends with {last}; expected PackDetInputs.")
     result = copy.deepcopy(list(pipeline))
-    keys = tuple(result[-1].get("meta_keys", _PACKED))
-    result[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, *_NEEDED]))
+    record_places(result)
     return [*result, transform]
+
+
+def record_places(pipeline: Sequence[Any]) -> None:
+    """Let the packing step that ends a pipeline, if it does, hand on which image it is and where its pixels came from.
+
+    Args:
+        pipeline: Its last step is changed.
+    """
+    if pipeline and transform_class(pipeline[-1]) is PackDetInputs:
+        keys = tuple(pipeline[-1].get("meta_keys", _PACKED))
+        pipeline[-1]["meta_keys"] = tuple(dict.fromkeys([*keys, *_NEEDED]))

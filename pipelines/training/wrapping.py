@@ -14,13 +14,14 @@ from kdpipe.pipelines.data.provenance import recorded
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
 from kdpipe.pipelines.teacher.online import OnlineTeacher
 from kdpipe.pipelines.training.data import innermost
+from kdpipe.pipelines.training.distill_options import ckd_queue_size
 from kdpipe.pipelines.training.loading import complete_images
 from kdpipe.pipelines.training.parcel import pack_batch
 from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.training.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.training.student_check import check_hooks
 from kdpipe.pipelines.training.transform_types import check_named
-from kdpipe.pipelines.training.transforms import AddTeacherTargets, with_teacher_targets
+from kdpipe.pipelines.training.transforms import AddTeacherTargets, record_places, with_teacher_targets
 from kdpipe.pipelines.training.workers import init_worker
 
 __all__ = ["with_distillation", "with_seeds"]
@@ -66,6 +67,8 @@ def with_distillation(
     check_named(distill.transforms, pipelines)
     if rois is not None and isinstance(teacher, OnlineTeacher):
         check_seen_alike(pipelines, pixels)
+        for pipeline in pipelines:
+            record_places(pipeline)
     if rois is not None and isinstance(teacher, TeacherCache):
         transform = {
             "type": AddTeacherTargets.__name__,
@@ -80,6 +83,7 @@ def with_distillation(
         for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
             check_read_alike(part[key], pixels)
             part[key] = with_teacher_targets(part[key], transform, distill.transforms)
+    size = distill.ckd.queue_size or ckd_queue_size(cfg, rois, distill.rois.num)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,
@@ -88,7 +92,7 @@ def with_distillation(
         "teacher": source,
         "weights": distill.weights,
         "sgfi": distill.sgfi,
-        "ckd": distill.ckd,
+        "ckd": {**distill.ckd, "queue_size": size},
         "rois": distill.rois,
         "share_interval": distill.share_interval,
     }

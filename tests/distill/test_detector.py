@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -12,6 +13,7 @@ from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantiz
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.rois.frames import FrameError
 from kdpipe.distill.students.two_stage import TwoStageStudent
 from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.distill.teacher.targets import RoiTargets
@@ -159,7 +161,56 @@ def test_the_queue_fills_and_is_part_of_the_checkpoint(pair: "type[Pair]") -> No
     other = detector(pair, "ckd")
     other.load_state_dict(model.state_dict())
     assert int(other.ckd.queue.count) == 24
-    assert torch.equal(other.ckd.queue.negatives(), model.ckd.queue.negatives())
+    assert torch.equal(other.ckd.queue.keys().embeddings, model.ckd.queue.keys().embeddings)
+    assert other.ckd.queue.keys().image_ids.tolist() == [70] * 12 + [71] * 12  # those of the samples
+    assert torch.equal(other.ckd.queue.keys().boxes[12:], targets(pair, 2).boxes)
+    assert torch.equal(other.ckd.queue.keys().labels[:12], targets(pair, 1).labels)
+
+
+def mirrored(shown: RoiTargets, width: float) -> RoiTargets:
+    x1, y1, x2, y2 = shown.boxes.unbind(1)
+    return replace(shown, boxes=torch.stack([width - x2, y1, width - x1, y2], dim=1))
+
+
+def test_boxes_of_one_image_are_no_negatives_whatever_the_view(pair: "type[Pair]") -> None:
+    """In the queue they lie where they are in the original image, however the student sees it."""
+    model = detector(pair, "ckd")
+    batch, first = pair.batch(1), targets(pair, 1)
+    prepared = model.data_preprocessor.student(batch, True)
+    sample = prepared["data_samples"][0]
+
+    def seen(matrix: list[list[float]], shown: RoiTargets) -> dict[str, Tensor]:
+        sample.set_metainfo({"homography_matrix": np.array(matrix)})
+        result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=[shown])
+        return result
+
+    seen([[1, 0, 0], [0, 1, 0], [0, 0, 1]], first)
+    seen([[-1, 0, 64], [0, 1, 0], [0, 0, 1]], mirrored(first, 64))
+    seen(
+        [[2, 0, -5], [0, 3, -7], [0, 0, 1]],
+        replace(first, boxes=first.boxes * torch.tensor([2, 3, 2, 3]) - torch.tensor([5, 7, 5, 7])),
+    )
+    kept = model.ckd.queue.keys().boxes
+    assert len(kept) == 3 * 12
+    for step in range(3):
+        torch.testing.assert_close(kept[12 * step : 12 * (step + 1)], first.boxes)
+
+
+def test_a_view_that_is_not_recorded_is_refused(pair: "type[Pair]") -> None:
+    model = detector(pair, "ckd")
+    prepared = model.data_preprocessor.student(pair.batch(1), True)
+    sample = prepared["data_samples"][0]
+    for change, message in (({"flip": True}, "homography_matrix"), ({"img_id": "a"}, "img_id is 'a'")):
+        sample.set_metainfo({"flip": False, "img_id": 3, **change})
+        with pytest.raises(FrameError, match=message):
+            model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=[targets(pair, 1)])
+
+
+def test_the_log_says_whether_the_contrast_teaches(pair: "type[Pair]") -> None:
+    losses = step(pair, detector(pair, "ckd"), [targets(pair, 1), targets(pair, 2)])
+    assert 0 <= losses["ckd_top1"].item() <= 1
+    assert -1 <= losses["ckd_spread"].item() < 0.9
+    assert int(losses["ckd_queue"]) == 0  # before this step
 
 
 def test_targets_move_in_storage_type(pair: "type[Pair]") -> None:

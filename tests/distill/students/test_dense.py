@@ -16,7 +16,8 @@ from torchvision.ops import box_iou, roi_align
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
+from kdpipe.distill.losses.ckd import ckd_loss
+from kdpipe.distill.losses.ckd_negatives import same_object
 from kdpipe.distill.losses.prediction import dense_classification_kd_loss
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.rois import sampling as rois
@@ -314,9 +315,9 @@ def test_losses_are_those_of_the_parts(pair: "type[Pair]") -> None:
     logits, _ = head(features)
     close = torch.testing.assert_close
     close(losses["loss_kd_cls"], dense_classification_kd_loss(outputs.logits, logits))
-    exclude = exclude_pairs(chosen.rois[:, 1:], chosen.rois[:, 0].long())
+    place = chosen.rois[:, 1:], chosen.rois[:, 0].long()
     ours = model.ckd.f_theta(model.ckd.lifted(outputs.embeddings, outputs.anchors))
-    close(losses["loss_ckd"], ckd_loss(ours, model.ckd.f_theta(seen[0].detach()), exclude=exclude))
+    close(losses["loss_ckd"], ckd_loss(ours, model.ckd.f_theta(seen[0]), same_object(*place, *place)))
 
 
 @pytest.mark.parametrize("levels", [5, 3])

@@ -11,7 +11,8 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.losses.ckd import ckd_loss, exclude_pairs
+from kdpipe.distill.losses.ckd import ckd_loss
+from kdpipe.distill.losses.ckd_negatives import same_object
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.students.two_stage import StudentError, TwoStageStudent
@@ -105,8 +106,8 @@ def test_losses_are_those_at_the_rois_of_the_students_own_sampler(pair: "type[Pa
     close(losses["loss_kd_reg"], regression_kd_loss(theirs.deltas, deltas, rois.labels))
     close(losses["loss_kd_careg"], class_aware_regression_kd_loss(theirs.deltas, deltas, logits))
     project = model.ckd.f_theta
-    exclude = exclude_pairs(rois.rois[:, 1:], rois.rois[:, 0].long())
-    wanted = ckd_loss(project(model.ckd.lift(theirs.embeddings)), project(seen[0].detach()), exclude=exclude)
+    place = rois.rois[:, 1:], rois.rois[:, 0].long()
+    wanted = ckd_loss(project(model.ckd.lift(theirs.embeddings)), project(seen[0]), same_object(*place, *place))
     close(losses["loss_ckd"], wanted)
 
 

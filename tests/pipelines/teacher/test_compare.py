@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.outputs import BatchRois
@@ -95,7 +96,9 @@ class BloodCells:
         spec = open_cache(self.cache("float32")).spec.to_json()
         model = DistilledDetector(self.models[family], spec, STUDENTS[family], source, ckd=ckd)
         model.init_weights()
-        model.ckd.queue.push(torch.nn.functional.normalize(torch.randn(300, 16), dim=1))
+        boxes = 100 * torch.rand(300, 2).repeat(1, 2) + torch.tensor([0.0, 0.0, 60.0, 60.0])
+        earlier = torch.randn(300, model.spec.embedding_dim).relu(), boxes, torch.randint(1, 9, (300,))
+        model.ckd.queue.push(TeacherKeys(*earlier, torch.randint(0, 4, (300,))))
         model.train()
         return model
 

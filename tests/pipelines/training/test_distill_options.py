@@ -3,9 +3,16 @@
 from typing import Any
 
 import pytest
+from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.training.distill_options import DISTILL_DEFAULTS, distill_options, other_options, unused_options
+from kdpipe.pipelines.training.distill_options import (
+    DISTILL_DEFAULTS,
+    ckd_queue_size,
+    distill_options,
+    other_options,
+    unused_options,
+)
 
 NO_NUMBER = ("nan", "inf", "-inf", "text", "None", "True", "[1]", "''", "1e999")
 # option -> values that are allowed, and that are not
@@ -15,10 +22,15 @@ VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "weights.sgfi": ((0, 0.5, 3, 1e38), (-1, -1e-9)),
     "sgfi.kernel_size": ((1, 3), (0, 2, -1, 1.0, 33)),
     "ckd.dim": ((1, 128), (0, -1, 12.8)),
-    "ckd.queue_size": ((1, 81920), (0, -1, 10**10)),
+    "ckd.queue_size": ((1, 81920, None), (0, -1, 10**10)),
     "ckd.temperature": ((0.07, 1), (0, -0.07)),
     "ckd.exclude_iou": ((0, 0.5, 1), (-0.5, 1.5)),
     "ckd.branch": (("localization", "combined"), ("both", 1)),
+    "ckd.projection": (("linear", "nonlinear"), ("cubic", 2)),
+    "ckd.centre": ((True, False), (1, "yes")),
+    "ckd.teacher_gradient": (("all", "batch", "none"), ("some", True)),
+    "ckd.same_class_negatives": ((True, False), (0, "no")),
+    "ckd.start": ((0, 500), (-1, 0.5)),
     "share_interval": ((0, 50), (-1, 0.5)),
     "transforms": (("[MyJitter]", "['MyJitter']"), (1, "{'a': 1}")),
 }
@@ -39,9 +51,28 @@ def test_values(key: str) -> None:
     for value in VALUES[key][0]:
         found = distill_options([f"distill.{key}={value}"], ["sgfi"])[section]
         assert str(found[name] if name else found).replace("'", "") == str(value).replace("'", "")
-    for value in (*VALUES[key][1], *(() if key == "transforms" else NO_NUMBER)):
+    no_number = [value for value in NO_NUMBER if value not in map(str, VALUES[key][0]) and key != "transforms"]
+    for value in (*VALUES[key][1], *no_number):
         with pytest.raises(KdpipeError, match=rf"distill\.{key}|distill.transforms|nan|inf"):
             distill_options([f"distill.{key}={value}"], ["sgfi"])
+
+
+@pytest.mark.parametrize(
+    ("rois", "model", "batch", "size"),
+    [
+        ("teacher", {"roi_head": {}}, 8, 10 * 8 * 96),
+        ("student", {"roi_head": {}, "train_cfg": {"rcnn": {"sampler": {"num": 128}}}}, 4, 10 * 4 * 128),
+        ("student", {"roi_head": {}, "train_cfg": {"rcnn": [{"sampler": {"num": 64}}] * 3}}, 2, 10 * 2 * 64),
+        ("student", {"bbox_head": {}}, 2, 10 * 2 * 96),
+    ],
+)
+def test_the_queue_holds_the_rois_of_ten_steps_of_all_processes(
+    rois: str, model: dict[str, Any], batch: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = Config({"model": model, "train_dataloader": {"batch_size": batch}})
+    assert ckd_queue_size(cfg, rois, 96) == size
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert ckd_queue_size(cfg, rois, 96) == 3 * size
 
 
 @pytest.mark.parametrize(

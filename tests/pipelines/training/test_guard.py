@@ -1,16 +1,20 @@
 """A training that cannot be of use ends with one message, and what was good before stays."""
 
+import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from rich.console import Console
 from torch import Tensor
 
 from kdpipe.distill.losses.prediction import classification_kd_loss
 from kdpipe.distill.outputs import TeacherOutputs
 from kdpipe.distill.teacher.any_box import apply_teacher_head
+from kdpipe.pipelines.training.guard import CollapseHook
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -110,3 +114,53 @@ def test_shares_of_the_gradient_are_in_the_log(kit: "Kit", work: Path) -> None:
     assert "share_" not in file.read_text()
     one, two = (torch.load(work / x / "epoch_1.student.pth", weights_only=True)["state_dict"] for x in "wv")
     assert all(torch.equal(one[name], two[name]) for name in one)  # looking changes nothing
+
+
+class FakeRunner:
+    """As much of a runner as a hook of `after_train_iter` asks for."""
+
+    def __init__(self, max_iters: int) -> None:
+        self.max_iters, self.iter = max_iters, 0
+        self.warnings: list[str] = []
+        self.logger = self
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def warned_at(max_iters: int, spreads: list[float]) -> int | None:
+    """The step at which a training with these values of `ckd_spread`, the last one from then on, warns."""
+    shown = io.StringIO()
+    hook, runner = CollapseHook(Console(file=shown, width=500)), FakeRunner(max_iters)
+    first = None
+    for step in range(max_iters):
+        runner.iter = step
+        outputs = {"loss": torch.tensor(1.0), "ckd_spread": torch.tensor(spreads[min(step, len(spreads) - 1)])}
+        hook.after_train_iter(runner, step, None, outputs)
+        first = step if runner.warnings and first is None else first
+    assert len(runner.warnings) <= 1, "once"
+    assert shown.getvalue().count("ckd teaches next to nothing") == len(runner.warnings)
+    return first
+
+
+def test_a_projection_that_stays_at_one_point_is_warned_of() -> None:
+    assert warned_at(5000, [0.95]) == 599
+    assert warned_at(5000, [0.99] * 590 + [0.5]) is None
+    assert warned_at(5000, [0.3] * 2000 + [0.97]) == 2099
+    assert warned_at(312, [0.95]) == 255  # 12 epochs of 26 steps
+    assert warned_at(100, [0.95]) == 99
+    assert warned_at(100, [0.95] * 60 + [0.6]) is None
+    assert warned_at(1, [0.95]) == 0
+
+
+def test_a_loss_that_starts_late_is_given_time(kit: "Kit", work: Path) -> None:
+    """It is 0 in the whole first epoch, and nothing is wrong with that."""
+    options = ("--methods", "ckd", "--epochs", 2, "-o", "distill.ckd.start=2", "-o", "distill.ckd.queue_size=64")
+    ended = kit.train_student(work / "w", *options)
+    assert "nothing is learned" not in ended.out
+    lines = [
+        json.loads(line) for file in work.glob("w/*/vis_data/scalars.json") for line in file.read_text().splitlines()
+    ]
+    losses = [line["loss_ckd"] for line in lines if "loss_ckd" in line]
+    assert losses[0] == 0
+    assert losses[-1] > 0
