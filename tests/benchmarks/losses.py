@@ -175,7 +175,7 @@ def ckd_table(rounds: int) -> None:
     def in_slices() -> Tensor:
         return sliced_ckd_loss(unit_rows(student), unit_rows(keys), None, 0.07)[0]
 
-    ways = [in_slices, partial(ckd_loss, student, keys)]
+    ways: list[Callable[[], Tensor]] = [in_slices, partial(ckd_loss, student, keys)]
     losses = [loss().item() for loss in ways]
     timed = [measured(partial(gradients, loss, [student, keys]), rounds) for loss in ways]
     row("kdpipe, in slices", *timed[0], timed[1][0])
