@@ -46,7 +46,7 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
 @click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 128 for objects.")
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
-@click.option("--views", type=Choices(VIEWS), default="identity", show_default=True, help="Views of each image.")
+@click.option("--views", type=Choices(VIEWS), help="Of each image. Default: identity, or identity,hflip for objects.")
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
 @click.option("--limit", type=COUNT, help="Only the first N images.")
 @click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")

@@ -19,7 +19,7 @@ from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.images import ImageError, load_picture
 from kdpipe.pipelines.runtime.console import bytes_text
-from kdpipe.pipelines.teacher.setup import default_jittered, default_proposals
+from kdpipe.pipelines.teacher.setup import default_jittered, default_proposals, default_views
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["Estimate", "check_space", "estimate", "print_estimate"]
@@ -111,6 +111,7 @@ def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
     if tier == spec.tier:
         return replace(spec, dtype=dtype)
     usual = spec.proposals == default_proposals(spec.tier)
+    usual_views = spec.views == default_views(spec.tier)
     return replace(
         spec,
         tier=tier,
@@ -118,6 +119,7 @@ def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
         levels=(),
         proposals=default_proposals(tier) if usual else spec.proposals,
         jittered=default_jittered(tier),
+        views=default_views(tier) if usual_views else spec.views,
     )
 
 
@@ -188,7 +190,8 @@ def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: i
     console.print(
         f"On disk is an estimate from {found.samples} images. Raw bytes of features are exact; boxes and what belongs "
         f"to them are counted with all {spec.proposals} proposals.\n"
-        f"--targets objects: {bytes_text(found.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone.\n"
+        f"--targets objects: {bytes_text(found.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone; "
+        f"views {', '.join(_as_choice(spec, 'objects', DEFAULT_DTYPE).views)}.\n"
         f"Time: about {seconds} at {found.images_per_second:.2f} images/s."
     )
     if free is not None:

@@ -16,7 +16,7 @@ class CacheOptions:
         dtype: One of `DTYPES`.
         codec: One of `CODECS`.
         proposals: The teacher's best proposals kept per image; None takes what suits the tier.
-        views: Some of `VIEWS`.
+        views: Some of `VIEWS`; None takes what suits the tier.
         levels: Names of the pyramid levels that are kept, such as P3; None keeps all.
         scale: `(w, h)` of the teacher's view; None takes the test-time scale of its config.
         part_size: Raw bytes per part, the unit of commit and of resuming.
@@ -29,7 +29,7 @@ class CacheOptions:
     codec: str = "zstd"
     proposals: int | None = None
     levels: tuple[str, ...] | None = None
-    views: tuple[str, ...] = ("identity",)
+    views: tuple[str, ...] | None = None
     scale: tuple[int, int] | None = None
     part_size: int = 1 << 30
     skip_bad_images: bool = False

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.spec import CacheSpec
+from kdpipe.cache.spec import VIEWS, CacheSpec
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
@@ -19,7 +19,7 @@ from kdpipe.pipelines.teacher.family_checks import TeacherError
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
 
-__all__ = ["default_jittered", "default_proposals", "digest_model", "prepare_teacher", "with_classes"]
+__all__ = ["default_jittered", "default_proposals", "default_views", "digest_model", "prepare_teacher", "with_classes"]
 
 # The teacher's best proposals kept per image where nothing is said. The objects tier, for those whose disk decides, has
 # fewer, and in their place boxes near the objects.
@@ -56,7 +56,7 @@ def prepare_teacher(
         class_names=[f"class {number}" for number in range(teacher.num_classes)],
         category_ids=range(teacher.num_classes),
         proposals=proposals,
-        views=options.views,
+        views=options.views or default_views(options.tier),
         scale=scale,
         jittered=default_jittered(options.tier),
     )
@@ -73,6 +73,11 @@ def default_proposals(tier: str) -> int:
 def default_jittered(tier: str) -> int:
     """How many boxes near objects a cache of a tier holds of an image beside the proposals."""
     return _OBJECTS_JITTERED if tier == "objects" else 0
+
+
+def default_views(tier: str) -> tuple[str, ...]:
+    """Views of an image in a cache of a tier where nothing else is said: both where they are small."""
+    return VIEWS if tier == "objects" else VIEWS[:1]
 
 
 def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:

@@ -39,7 +39,7 @@ ROIS = "64"
 CACHES = {
     "pyramid": ["--dtype", "int8"],
     "pyramid-int4": ["--dtype", "int4"],
-    "objects": ["--targets", "objects", "--dtype", "int8"],
+    "objects": ["--targets", "objects", "--dtype", "int8", "--views", "identity"],
     "objects-both-views": ["--targets", "objects", "--dtype", "int8", "--views", "identity,hflip"],
 }
 

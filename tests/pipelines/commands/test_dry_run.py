@@ -45,7 +45,7 @@ def test_shows_cost_and_writes_nothing(kit: "Kit", work: Path) -> None:
     assert pyramid[0] < pyramid[1] < pyramid[2] < pyramid[3]
     head = sum(file.stat().st_size for file in kit.cache.glob("head/*/*/*"))
     assert row(out, "head's weights, once") == [pytest.approx(head, rel=0.01)]
-    assert re.search(r"--targets objects: [\d.]+ KiB, for --rois teacher alone", out)
+    assert re.search(r"--targets objects: [\d.]+ KiB, for --rois teacher alone; views identity, hflip", out)
     assert re.search(r"Time: about \d+:\d\d:\d\d at [\d.]+ images/s", out)
     assert "It fits." in out
 
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     assert "will not fit" in message
     assert "--targets predictions --dtype int8" in message
     assert "--targets pyramid --dtype int8" not in message
-    assert re.search(r"\(--targets objects needs [\d.]+ KiB\)", message)
+    assert re.search(r"\(--targets objects needs [\d.]+ [KM]iB\)", message)
     assert not list(work.iterdir())
     assert "It does not fit" in kit.run(*command, "--dry-run").out
     leave_free(monkeypatch, 10)

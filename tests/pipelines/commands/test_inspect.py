@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdpipe.cache import CacheWriter, ImageInfo, TeacherRecord, open_cache
+from kdpipe.cache.spec import VIEWS
 from kdpipe.pipelines.runtime.console import plain
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ def test_how_often_no_more_rois_are_stored(kit: "Kit", work: Path, monkeypatch: 
     out = work / "x.zarr"
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", "objects", "--limit", 3, "--out", out)
     cache = open_cache(out)
-    counts = [cache.index(image_id).num_objects for image_id in cache.image_ids.tolist()]
-    limit = sorted(counts)[1]
+    assert cache.spec.views == VIEWS, "in this tier both are kept"
+    counts = [cache.index(image_id, view).num_objects for image_id in cache.image_ids.tolist() for view in VIEWS]
+    limit = sorted(counts)[2]
     monkeypatch.setattr("kdpipe.pipelines.commands.inspect.MAX_OBJECTS", limit)
     reached = sum(count >= limit for count in counts)
     values = json.loads(kit.run("inspect", out, "--json").out)["objects"]
-    assert values == {"limit": limit, "views": 3, "mean": pytest.approx(sum(counts) / 3), "at_limit": reached}
+    assert values == {"limit": limit, "views": 6, "mean": pytest.approx(sum(counts) / 6), "at_limit": reached}
     ended = kit.run("inspect", out)
-    assert f"in {reached} of 3 views looked at" in ended.out
+    assert f"in {reached} of 6 views looked at" in ended.out
     assert "128 boxes near objects" in ended.out
     assert json.loads(kit.run("inspect", kit.cache, "--json").out)["objects"] is None
     image = kit.run("inspect", out, "--image", int(cache.image_ids[0]))
