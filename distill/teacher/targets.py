@@ -17,7 +17,7 @@ from kdpipe.distill.outputs import BatchRois, TeacherOutputs
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
-ROIS = ("teacher", "student")
+ROI_SOURCES = ("teacher", "student")
 _OF_PREDICTION = ("logits", "deltas")
 
 

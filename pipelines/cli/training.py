@@ -58,6 +58,7 @@ DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 )
 @click.option(
     "--rois",
+    "roi_source",
     type=click.Choice(["teacher", "student"]),
     help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
 )
@@ -108,7 +109,7 @@ def train_student_command(
     from kdpipe.pipelines.commands.train_student import train_student
     from kdpipe.pipelines.data.find import cached_source, training_data
     from kdpipe.pipelines.detectors.configs import find_config
-    from kdpipe.pipelines.teacher.online import online_teacher
+    from kdpipe.pipelines.teacher.live import prepare_live_teacher
     from kdpipe.pipelines.training.student_choices import choose_methods
 
     console = command_console()
@@ -138,7 +139,7 @@ def train_student_command(
         teacher = open_cache(location, allow_partial=allow_partial)
         source = cached_source(teacher, data)
     elif teacher_ckpt is not None:
-        teacher, source = online_teacher(teacher_ckpt, teacher_config, data, trust=trust)
+        teacher, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
     chosen = choose_methods(asked, config, training.overrides, teacher.spec, console)
     training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
     result = train_student(

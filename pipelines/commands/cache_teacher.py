@@ -21,7 +21,7 @@ from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.detectors.credentials import masked
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.runtime.launch import Rank
-from kdpipe.pipelines.teacher.commits import Commits
+from kdpipe.pipelines.teacher.commit_thread import CommitThread
 from kdpipe.pipelines.teacher.missing import MissingParts
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.parts import PartMaker
@@ -170,7 +170,7 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
     new_images = done = written = 0
     start = time.perf_counter()
     bar = ProgressBar(console, "cache teacher", sum(len(writer.parts[index]) for index in own))
-    with bar as progress, Commits() as commits:
+    with bar as progress, CommitThread() as commits:
 
         def show(new: int, size: int) -> None:
             nonlocal done, written

@@ -40,8 +40,8 @@ class StudentOptions:
     """How a student is shown its teacher.
 
     Attributes:
-        rois: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache can
-            say what the teacher says of any box.
+        roi_source: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache
+            can say what the teacher says of any box.
         ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the config says.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached; None is
             `mirror`.
@@ -49,7 +49,7 @@ class StudentOptions:
         local_bytes: That these may take; None takes most of what is free.
     """
 
-    rois: str | None = None
+    roi_source: str | None = None
     ckd_branch: str | None = None
     missing_view: str | None = None
     local_copy: Path | None = None

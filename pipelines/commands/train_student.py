@@ -20,13 +20,13 @@ from kdpipe.distill.methods import check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.commands.options import StudentOptions
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacherInfo
 from kdpipe.pipelines.training.config import own_config, training_config, world_size
 from kdpipe.pipelines.training.distill_options import distill_options, other_options, unused_options
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.run import TrainingResult, run_training, training_copies
 from kdpipe.pipelines.training.student_check import build_detector, check_student
-from kdpipe.pipelines.training.student_choices import teacher_name, who_chooses_rois
+from kdpipe.pipelines.training.student_choices import choose_roi_source, teacher_name
 from kdpipe.pipelines.training.training_record import check_resumed, plain_values, training_record
 from kdpipe.pipelines.training.work_dir import WorkDir
 from kdpipe.pipelines.training.wrapping import with_distillation, with_seeds
@@ -47,19 +47,20 @@ def check_data(cache: TeacherCache, data: DetectionData) -> DetectionData:
     lines = difference({"data": cache.identity.get("data")}, {"data": data.digest()})
     if not lines:
         return data
-    here = {image.image_id for image in data.images}
-    there = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
+    given_ids = {image.image_id for image in data.images}
+    cached_ids = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
     raise KdpipeError(
         f"The cache {cache.location} was made from another data set than {data.ann_file}: "
-        f"{len(here - there)} images are only in the annotation file, {len(there - here)} only in the cache"
-        + ("" if here != there else " (the same ids, but other names, sizes or boxes)")
+        f"{len(given_ids - cached_ids)} images are only in the annotation file, {len(cached_ids - given_ids)} only in "
+        "the cache"
+        + ("" if given_ids != cached_ids else " (the same ids, but other names, sizes or boxes)")
         + ". Use the annotation file that was cached, or cache the teacher on this one."
     )
 
 
 def train_student(
     config: Config,
-    teacher: TeacherCache | OnlineTeacher,
+    teacher: TeacherCache | LiveTeacherInfo,
     load_data: Callable[[], tuple[DetectionData, DetectionData | None]],
     methods: Sequence[str],
     training: TrainingOptions,
@@ -104,13 +105,13 @@ def train_student(
         check_student(config, training.overrides, teacher.spec.num_classes)
     else:
         build_detector(config, training.overrides, teacher.spec.num_classes)
-    chosen = who_chooses_rois(teacher, options.rois, distill, dense, console) if losses else None
+    roi_source = choose_roi_source(teacher, options.roi_source, distill, dense, console) if losses else None
     train, val = load_data()
     if val is None:
         console.print("No validation images: AP is not measured. Name them with --val-ann-file and --val-img-dir.")
     if cache is not None:
         train = check_data(cache, train)
-    elif isinstance(teacher, OnlineTeacher):
+    elif isinstance(teacher, LiveTeacherInfo):
         teacher, train = teacher.with_data(train)
         _check_teacher(teacher, begun, work_dir)
     if val is not None:
@@ -136,18 +137,18 @@ def train_student(
         distillation={
             **{key: value for key, value in distill.items() if key != "share_interval"},
             "methods": methods,
-            "rois": {**distill.rois, "of": chosen},
+            "rois": {**distill.rois, "of": roi_source},
             "missing_view": missing_view,
         },
     )
     running = cfg
     if methods:
-        running = with_distillation(cfg, teacher, methods, needed_fields(losses), distill, chosen, missing_view)
+        running = with_distillation(cfg, teacher, methods, losses, distill, roi_source, missing_view)
     with ExitStack() as stack:
         if cache is not None:
             share_location(cache.location)
             if options.local_copy is not None and losses:
-                fields = _read_fields(cache.spec, needed_fields(losses), chosen)
+                fields = _read_fields(cache.spec, needed_fields(losses), roi_source)
                 say = partial(console.print, markup=False)
                 stack.enter_context(LocalCopy(cache.location, options.local_copy, options.local_bytes, fields, say))
         running = with_seeds(running, None if cache is None else cache.location)
@@ -155,9 +156,9 @@ def train_student(
         return run_training(running, cfg, data, work, record, resume=resume, console=console)
 
 
-def _read_fields(spec: CacheSpec, needs: Collection[str], rois: str | None) -> list[str]:
+def _read_fields(spec: CacheSpec, needs: Collection[str], roi_source: str | None) -> list[str]:
     """What loader workers read of a cache."""
-    read = {"features"} if rois == "student" else {*needs, *({"roi_features"} if "features" in needs else ())}
+    read = {"features"} if roi_source == "student" else {*needs, *({"roi_features"} if "features" in needs else ())}
     return [field for field in spec.fields if field in read | {"boxes"}]
 
 
@@ -188,21 +189,22 @@ def _cached_images(
     Raises:
         KdpipeError: The cache lacks images that the training began with.
     """
-    known: list[int] | None = begun.get("images")
-    if known is not None:
-        if lost := len(set(known) - {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}):
+    begun_ids: list[int] | None = begun.get("images")
+    if begun_ids is not None:
+        cached_ids = {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}
+        if missing := len(set(begun_ids) - cached_ids):
             raise KdpipeError(
-                f"The cache {cache.location} lacks {lost} of the {len(known)} images that the training began with. "
-                "Make them again with cache-teacher, or begin anew in another --work-dir."
+                f"The cache {cache.location} lacks {missing} of the {len(begun_ids)} images that the training began "
+                "with. Make them again with cache-teacher, or begin anew in another --work-dir."
             )
-        return known
+        return begun_ids
     if cache.is_complete:
         return None
     console.print(f"The cache is not finished: training on {len(cache)} of {len(train.images)} images.")
     return list(cache.image_ids.tolist())
 
 
-def _check_teacher(teacher: TeacherCache | OnlineTeacher, begun: Mapping[str, Any], work_dir: Path) -> None:
+def _check_teacher(teacher: TeacherCache | LiveTeacherInfo, begun: Mapping[str, Any], work_dir: Path) -> None:
     """Refuse to go on with another cache or teacher than a training began with, as soon as that is known.
 
     Raises:
@@ -212,5 +214,5 @@ def _check_teacher(teacher: TeacherCache | OnlineTeacher, begun: Mapping[str, An
         check_resumed({"teacher": begun["teacher"]}, {"teacher": plain_values(_identity(teacher))}, str(work_dir))
 
 
-def _identity(teacher: TeacherCache | OnlineTeacher) -> dict[str, Any]:
+def _identity(teacher: TeacherCache | LiveTeacherInfo) -> dict[str, Any]:
     return {**teacher.identity, "spec": teacher.spec.to_json()}

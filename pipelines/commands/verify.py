@@ -154,18 +154,18 @@ def verify_teacher(location: Location, options: TeacherCheckOptions, console: Co
     from kdpipe.pipelines.data.find import torch_device
     from kdpipe.pipelines.data.provenance import recorded_config, recorded_data
     from kdpipe.pipelines.data.report import report_data
-    from kdpipe.pipelines.teacher.compare import cached_teacher, compare_live, errors_table, unexplained
+    from kdpipe.pipelines.teacher.compare import compare_with_teacher, errors_table, load_recorded_teacher, unexplained
     from kdpipe.pipelines.teacher.decode import cached_ap
 
     cache, teacher = open_cache(location), None
     if options.ckpt is not None:
         device = torch_device(options.device)
-        teacher = cached_teacher(cache, options.ckpt, config=options.config, device=device, trust=options.trust)
+        teacher = load_recorded_teacher(cache, options.ckpt, config=options.config, device=device, trust=options.trust)
     data = recorded_data(cache, options.data)
     report_data(data, console, trained=False, strict=options.strict_data)
     wrong: list[str] = []
     if teacher is not None:
-        errors = compare_live(cache, teacher, data, options.sample, console)
+        errors = compare_with_teacher(cache, teacher, data, options.sample, console)
         console.print(errors_table(errors))
         wrong = unexplained(errors)
         for line in wrong:

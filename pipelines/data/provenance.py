@@ -16,15 +16,15 @@ from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.configs import config_from_file, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
 
-__all__ = ["recorded", "recorded_config", "recorded_data", "remake_command"]
+__all__ = ["recorded_config", "recorded_data", "recorded_entry", "remake_command"]
 
 
-def recorded(values: Mapping[str, Any], *names: str) -> Any:
-    """An entry of nested mappings, such as `recorded(cache.metadata, "teacher", "config")`; None where it is absent."""
-    found: Any = values
+def recorded_entry(values: Mapping[str, Any], *names: str) -> Any:
+    """An entry of nested mappings, such as `recorded_entry(cache.metadata, "teacher", "config")`; None where absent."""
+    entry: Any = values
     for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        entry = entry.get(name) if isinstance(entry, Mapping) else None
+    return entry
 
 
 def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = False) -> Config:
@@ -42,7 +42,7 @@ def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = Fa
     """
     if config:
         return for_inference(find_config(config))
-    text = recorded(cache.metadata, "teacher", "config")
+    text = recorded_entry(cache.metadata, "teacher", "config")
     if not isinstance(text, str):
         raise CacheError(f"The cache {cache.location} does not record its teacher's config. Name it: --config.")
     return for_inference(config_from_file(text, f"the config that the cache {cache.location} records", trust=trust))
@@ -58,13 +58,13 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
     Raises:
         KdpipeError: They are not where the cache says, or not the same.
     """
-    if not any(isinstance(recorded(cache.metadata, "data", name), str) for name in ("ann_file", "voc", "bdd")):
+    if not any(isinstance(recorded_entry(cache.metadata, "data", name), str) for name in ("ann_file", "voc", "bdd")):
         raise CacheError(
             f"The cache {cache.location} does not record what it was made of, and cannot be compared with it."
         )
     source = cached_source(cache, moved)
     data = match_classes(source.load(), cache.spec.class_names, f"the cache {cache.location.title}")
-    if lines := difference({"data": recorded(cache.identity, "data")}, {"data": data.digest()}):
+    if lines := difference({"data": recorded_entry(cache.identity, "data")}, {"data": data.digest()}):
         raise CacheError(
             f"{data.ann_file} is not what the cache {cache.location} was made of: {lines[0]} (digests of images, "
             "classes and boxes). Name the annotations that were cached: --ann-file or --bdd, or --voc and --split."
@@ -74,14 +74,14 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
 
 def remake_command(cache: TeacherCache, part_size: int) -> str:
     """The command that makes what a cache lacks, as far as the cache records it."""
-    spec, data = cache.spec, recorded(cache.metadata, "data") or {}
+    spec, data = cache.spec, recorded_entry(cache.metadata, "data") or {}
     named = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
     if "bdd" in data:
         named = ("--bdd", data["bdd"], *named[2:])
     if "voc" in data:
         named = ("--voc", data["voc"], "--split", data["split"])
     words = [
-        *("kdpipe", "cache-teacher", "--ckpt", recorded(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
+        *("kdpipe", "cache-teacher", "--ckpt", recorded_entry(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
         *(*named, "--out", cache.location),
         *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
         *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),

@@ -220,7 +220,7 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
     def train(work_dir: Path, resume: bool) -> None:
         distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
         training = _training(settings, settings.student, settings.student_epochs, distill)
-        options = StudentOptions(rois="teacher")
+        options = StudentOptions(roi_source="teacher")
         cache, load_data = open_cache(out / "shapes.zarr"), partial(_both, out)
         train_student(_config(), cache, load_data, methods, training, options, work_dir, resume=resume, console=console)
 

@@ -18,12 +18,12 @@ from kdpipe.cache.records import TeacherRecord, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.images import read_image
-from kdpipe.pipelines.data.provenance import recorded, recorded_config
+from kdpipe.pipelines.data.provenance import recorded_config, recorded_entry
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.runtime.console import ProgressBar
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
 
-__all__ = ["FieldError", "cached_teacher", "compare_live", "errors_table", "unexplained"]
+__all__ = ["FieldError", "compare_with_teacher", "errors_table", "load_recorded_teacher", "unexplained"]
 
 # Mean error relative to the mean magnitude, beyond rounding: what other kernels and TensorFloat-32 change between the
 # machine of the cache and this one. Of proposals the last few may also be others.
@@ -79,7 +79,7 @@ class FieldError:
         return self.total / self.magnitude if self.magnitude else 0.0
 
 
-def cached_teacher(
+def load_recorded_teacher(
     cache: TeacherCache, ckpt: Path, *, config: str | None, device: torch.device, trust: bool
 ) -> Teacher:
     """The teacher that a cache was made of, from its checkpoint.
@@ -97,14 +97,17 @@ def cached_teacher(
     """
     cfg = recorded_config(cache, config, trust=trust)
     teacher = load_teacher(load_checkpoint(ckpt, trust=trust), cfg, proposals=cache.spec.proposals, device=device)
-    found, wanted = digest_tensors(teacher.model.state_dict()), recorded(cache.identity, "teacher", "weights")
-    if found != wanted:
+    digest, recorded_digest = (
+        digest_tensors(teacher.model.state_dict()),
+        recorded_entry(cache.identity, "teacher", "weights"),
+    )
+    if digest != recorded_digest:
         raise CacheError(
-            f"{ckpt} is not the teacher that {cache.location} was made of: its weights have the digest {found}, those "
-            f"of the cache's teacher {wanted}. Name the checkpoint that was cached: --ckpt."
+            f"{ckpt} is not the teacher that {cache.location} was made of: its weights have the digest {digest}, those "
+            f"of the cache's teacher {recorded_digest}. Name the checkpoint that was cached: --ckpt."
         )
-    seen = {"pixels": recorded(cache.identity, "teacher", "pixels") or {}}
-    if lines := difference(seen, {"pixels": {}, **teacher.pixels.identity()}):
+    recorded_pixels = {"pixels": recorded_entry(cache.identity, "teacher", "pixels") or {}}
+    if lines := difference(recorded_pixels, {"pixels": {}, **teacher.pixels.identity()}):
         raise CacheError(
             f"The teacher's test pipeline is not the one that {cache.location} was made with:\n  "
             + "\n  ".join(lines)
@@ -114,7 +117,7 @@ def cached_teacher(
     return teacher
 
 
-def compare_live(
+def compare_with_teacher(
     cache: TeacherCache, teacher: Teacher, data: DetectionData, sample: int, console: Console
 ) -> dict[str, FieldError]:
     """Run the teacher on some images of a cache, evenly chosen, in all views.
@@ -136,10 +139,10 @@ def compare_live(
         KdpipeError: an image cannot be read, or the cache is damaged.
     """
     errors = {field: FieldError() for field in cache.spec.fields}
-    places = np.unique(np.linspace(0, len(cache) - 1, min(sample, len(cache))).round().astype(int))
+    positions = np.unique(np.linspace(0, len(cache) - 1, min(sample, len(cache))).round().astype(int))
     start = time.perf_counter()
-    with ProgressBar(console, "live teacher", len(places)) as progress:
-        for done, image_id in enumerate(cache.image_ids[places].tolist(), 1):
+    with ProgressBar(console, "live teacher", len(positions)) as progress:
+        for done, image_id in enumerate(cache.image_ids[positions].tolist(), 1):
             for view in cache.spec.views:
                 cached = cache.targets(image_id, view)
                 image = read_image(data.img_dir / cached.file_name, cached.original_size, teacher.pixels.decoding)
@@ -163,22 +166,22 @@ def _compare(cached: TeacherTargets, live: TeacherRecord, spec: CacheSpec, error
         distance = (cached.boxes[:count, None] - proposals[None]).abs().amax(-1)  # [cached, live]
         errors["boxes"].add(cached.boxes[:count], proposals[distance.argmin(1)], "float32")
     for field in ("logits", "deltas", "embeddings", "roi_features"):
-        said = getattr(live, field)
-        if field not in errors or said is None:
+        live_values = getattr(live, field)
+        if field not in errors or live_values is None:
             continue
         scale: Tensor | None = None
-        said = said[live.num_proposals :].cpu()
+        live_values = live_values[live.num_proposals :].cpu()
         if field == "embeddings":
             values, scale = cached.float_embeddings(), _beside(cached.embedding_scale, 1)
         elif field == "roi_features":
             rows = present(cached.roi_rows, "the rows of the RoI features").long()
-            values, said, scale = cached.float_roi_features(), said[rows], _beside(cached.roi_scale, 2)
+            values, live_values, scale = cached.float_roi_features(), live_values[rows], _beside(cached.roi_scale, 2)
         else:
             values = getattr(cached, field)
             if field == "deltas":
-                kept = _kept_deltas(cached, spec)
-                values, said = values[kept], said[kept]
-        errors[field].add(values, said, spec.field_dtype(field), scale)
+                is_kept = _kept_deltas(cached, spec)
+                values, live_values = values[is_kept], live_values[is_kept]
+        errors[field].add(values, live_values, spec.field_dtype(field), scale)
     if "features" in errors:
         for number, (stored, level) in enumerate(zip(cached.pyramid(), live.features or (), strict=True)):
             if stored is not None:

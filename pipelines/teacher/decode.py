@@ -112,7 +112,7 @@ def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> 
         "ori_shape": targets.original_size,
         "scale_factor": (float(targets.matrix[0, 0]), float(targets.matrix[1, 1])),
     }
-    said = head.predict_by_feat(
+    detections = head.predict_by_feat(
         rois=(torch.cat([rois.new_zeros(count, 1), rois], dim=1),),  # [N, 5]
         cls_scores=(logits[:count].float(),),
         bbox_preds=(deltas[:count].float().reshape(count, -1),),

@@ -16,7 +16,7 @@ from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.rois.align import roi_align_assigned
 
-__all__ = ["is_cascade", "roi_size", "say", "semantic_branch", "shared_style", "stages"]
+__all__ = ["box_outputs", "is_cascade", "roi_size", "semantic_branch", "shared_style", "stages"]
 
 
 def is_cascade(roi_head: Any) -> bool:
@@ -61,20 +61,20 @@ def semantic_branch(roi_head: Any) -> tuple[int, ...]:
     if not isinstance(roi_head, HybridTaskCascadeRoIHead) or not roi_head.with_semantic:
         return ()
     branch, extractor = roi_head.semantic_head, roi_head.semantic_roi_extractor
-    (boxes, _), *_ = stages(roi_head)
-    ours, theirs = extractor.roi_layers[0], boxes.roi_layers[0]
+    (box_extractor, _), *_ = stages(roi_head)
+    align, box_align = extractor.roi_layers[0], box_extractor.roi_layers[0]
     usual = (
         type(branch) is FusedSemanticHead
-        and isinstance(ours, RoIAlign)
-        and ours.pool_mode == "avg"
+        and isinstance(align, RoIAlign)
+        and align.pool_mode == "avg"
         and "bbox" in roi_head.semantic_fusion
         and list(extractor.featmap_strides) == [2 ** (branch.fusion_level + 2)]
-        and (ours.sampling_ratio, ours.aligned) == (theirs.sampling_ratio, theirs.aligned)
+        and (align.sampling_ratio, align.aligned) == (box_align.sampling_ratio, box_align.aligned)
     )
-    return (int(branch.fusion_level), int(ours.output_size[0])) if usual else ()
+    return (int(branch.fusion_level), int(align.output_size[0])) if usual else ()
 
 
-def say(
+def box_outputs(
     roi_head: Any, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample, embeddings: list[Tensor]
 ) -> tuple[HeadOutputs, Tensor]:
     """What a teacher says of boxes of one image, computed by mmdet's own code.
@@ -96,21 +96,21 @@ def say(
     classes = 1 if first.reg_class_agnostic else first.num_classes
     if not len(boxes):  # some of mmdet's layers take no empty batch
         none, size = boxes.new_zeros, roi_size(roi_head)
-        said = HeadOutputs(none(0, first.fc_cls.in_features), none(0, first.num_classes + 1), none(0, classes, 4))
-        return said, none(0, extractor.out_channels, size, size)
+        outputs = HeadOutputs(none(0, first.fc_cls.in_features), none(0, first.num_classes + 1), none(0, classes, 4))
+        return outputs, none(0, extractor.out_channels, size, size)
     rois = bbox2roi([boxes])
     if not is_cascade(roi_head):
-        result = roi_head._bbox_forward(pyramid, rois)
-        deltas = result["bbox_pred"].reshape(len(boxes), -1, 4)
-        said = HeadOutputs(embeddings[0], result["cls_score"], deltas)
-        return said, _before_shared(roi_head, pyramid, rois) if roi_head.with_shared_head else result["bbox_feats"]
+        answers = roi_head._bbox_forward(pyramid, rois)
+        deltas = answers["bbox_pred"].reshape(len(boxes), -1, 4)
+        outputs = HeadOutputs(embeddings[0], answers["cls_score"], deltas)
+        return outputs, _before_shared(roi_head, pyramid, rois) if roi_head.with_shared_head else answers["bbox_feats"]
     features = extractor(pyramid[: extractor.num_inputs], rois)
     semantic = {}
     if isinstance(roi_head, HybridTaskCascadeRoIHead) and roi_head.with_semantic:
         semantic["semantic_feat"] = roi_head.semantic_head(pyramid)[1]
-    at, logits, deltas = roi_head._refine_roi(pyramid, rois, [sample.metainfo], (len(boxes),), **semantic)
+    stage_rois, logits, deltas = roi_head._refine_roi(pyramid, rois, [sample.metainfo], (len(boxes),), **semantic)
     last = roi_head.bbox_head[-1].bbox_coder
-    moved = decode_deltas(at[0][:, 1:], deltas[0].reshape(-1, classes, 4), last.means, last.stds)
+    moved = decode_deltas(stage_rois[0][:, 1:], deltas[0].reshape(-1, classes, 4), last.means, last.stds)
     units = first.bbox_coder
     return HeadOutputs(embeddings[0], logits[0], encode_boxes(boxes, moved, units.means, units.stds)), features
 

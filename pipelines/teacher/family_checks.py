@@ -94,12 +94,12 @@ def check_family(model: Any) -> None:
 
 def _class_of(part: Any) -> type | None:
     """The class that a part of a config names, by name or as itself; None where it names none that is known."""
-    found = resolve_type(part.get("type"), MODELS) if isinstance(part, Mapping) else None
-    return found if isinstance(found, type) else None
+    part_type = resolve_type(part.get("type"), MODELS) if isinstance(part, Mapping) else None
+    return part_type if isinstance(part_type, type) else None
 
 
-def _refusal(what: str) -> TeacherError:
-    return TeacherError(f"The teacher {what}. {_EXPECTED}")
+def _refusal(fault: str) -> TeacherError:
+    return TeacherError(f"The teacher {fault}. {_EXPECTED}")
 
 
 def _check_kind(part: Any, kind: type) -> None:
@@ -118,15 +118,19 @@ def _check_extractor(extractor: Any, strides: Sequence[tuple[Any, ...]]) -> None
     align = extractor.roi_layers[0]
     if not isinstance(align, RoIAlign):
         raise _refusal(f"pools its RoI features by {type(align).__name__}")
-    found = [(stride, stride) for stride in extractor.featmap_strides]
-    for what, value, wanted in (
+    own_strides = [(stride, stride) for stride in extractor.featmap_strides]
+    for name, value, expected in (
         ("the pool_mode of its RoIAlign", align.pool_mode, "avg"),
         ("the output_size of its RoIAlign", tuple(align.output_size), (align.output_size[0],) * 2),
         ("the finest_scale of its RoI extractor", extractor.finest_scale, int(extractor.finest_scale)),
-        ("the featmap_strides of its RoI extractor (those of the RPN's anchors)", found, strides[: len(found)]),
+        (
+            "the featmap_strides of its RoI extractor (those of the RPN's anchors)",
+            own_strides,
+            strides[: len(own_strides)],
+        ),
     ):
-        if value != wanted:
-            raise TeacherError(f"The teacher cannot be cached: {what} should be {wanted}, found {value}.")
+        if value != expected:
+            raise TeacherError(f"The teacher cannot be cached: {name} should be {expected}, found {value}.")
 
 
 def _check_box_head(head: Any, behind_stage: bool) -> None:
@@ -172,21 +176,21 @@ def _check_coder(coder: Any) -> None:
     moves = torch.stack([shift, -shift, shift, -shift / 2], dim=1)
     deltas = (moves - moves.new_tensor(coder.means)) / moves.new_tensor(coder.stds)
     decoded = coder.decode(boxes, deltas)
-    found = getattr(decoded, "tensor", decoded)
-    wanted = decode_deltas(boxes, deltas[:, None], coder.means, coder.stds)[:, 0]
-    if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-2):
-        off = float((found - wanted).abs().max())
+    decoded_boxes = getattr(decoded, "tensor", decoded)
+    expected_boxes = decode_deltas(boxes, deltas[:, None], coder.means, coder.stds)[:, 0]
+    if not torch.allclose(decoded_boxes, expected_boxes, rtol=1e-4, atol=1e-2):
+        off = float((decoded_boxes - expected_boxes).abs().max())
         raise TeacherError(f"The teacher's {name} decodes to other boxes, up to {off:.2g} pixels away. {expected}")
 
 
 def _check_fit(extractor: Any, head: Any) -> None:
     """Refuse a box head that is not for the RoI features that its extractor makes."""
-    made = (extractor.out_channels, *extractor.roi_layers[0].output_size)
-    wanted = (head.in_channels, *head.roi_feat_size)
-    if tuple(made) != tuple(wanted):
+    feature_shape = (extractor.out_channels, *extractor.roi_layers[0].output_size)
+    head_shape = (head.in_channels, *head.roi_feat_size)
+    if tuple(feature_shape) != tuple(head_shape):
         raise TeacherError(
-            f"The teacher's RoI extractor makes features of {' x '.join(map(str, made))} (channels, height, width), "
-            f"and its {type(head).__name__} is for {' x '.join(map(str, wanted))}: correct the config."
+            f"The teacher's RoI extractor makes features of {' x '.join(map(str, feature_shape))} (channels, height, "
+            f"width), and its {type(head).__name__} is for {' x '.join(map(str, head_shape))}: correct the config."
         )
 
 

@@ -30,7 +30,7 @@ def jittered_boxes(objects: Tensor, size: tuple[int, int], budget: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     direction = 2 * torch.rand(len(base), 4, generator=generator, dtype=torch.float64) - 1
     direction = direction / direction.abs().amax(dim=1, keepdim=True).clamp(min=1e-3)
-    wanted = _LEAST + (_MOST - _LEAST) * torch.rand(len(base), generator=generator, dtype=torch.float64)
+    ious = _LEAST + (_MOST - _LEAST) * torch.rand(len(base), generator=generator, dtype=torch.float64)
     step = direction * (base[:, 2:] - base[:, :2]).repeat(1, 2)
     limit = base.new_tensor(size[::-1]).repeat(2)
 
@@ -40,7 +40,7 @@ def jittered_boxes(objects: Tensor, size: tuple[int, int], budget: int, seed: in
     near, far = base.new_zeros(len(base)), base.new_full((len(base),), _FARTHEST)
     for _ in range(_STEPS):
         middle = (near + far) / 2
-        is_near = _overlap(moved(middle), base) > wanted
+        is_near = _overlap(moved(middle), base) > ious
         near, far = torch.where(is_near, middle, near), torch.where(is_near, far, middle)
     return moved(near)
 

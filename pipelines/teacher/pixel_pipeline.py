@@ -91,14 +91,14 @@ class PixelPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Entry of a teacher's identity: `pixels`, what is not as mmdet does it by default; none where all is."""
-        said = {
+        identity = {
             "decoding": {} if self.decoding == Decoding() else asdict(self.decoding),
             "to_float32": self._to_float32,
             "before_resize": [_text(step) for step in self._before],
             "resize": {} if self._resizing == RESIZE_DEFAULTS else self._resizing,
             "after_resize": [_text(step) for step in self._after],
         }
-        different = {name: value for name, value in said.items() if value}
+        different = {name: value for name, value in identity.items() if value}
         return {"pixels": different} if different else {}
 
     def view(self, image: Image, scale: tuple[int, int], flip: bool) -> tuple[Image, tuple[int, int]]:

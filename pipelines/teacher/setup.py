@@ -43,11 +43,11 @@ def prepare_teacher(
     teacher = load_teacher(checkpoint, cfg, proposals=proposals, device=device)
     scale = options.scale or teacher.pixels.own_scale()
     teacher.pixels.check_scale(scale)
-    known = class_names(checkpoint)
-    if known is not None and len(known) != teacher.num_classes:
+    class_list = class_names(checkpoint)
+    if class_list is not None and len(class_list) != teacher.num_classes:
         raise TeacherError(
             f"The teacher's box head knows {teacher.num_classes} classes, and its checkpoint {checkpoint.path.name} "
-            f"names {len(known)} ({', '.join(known[:8])}). Give the config that belongs to the checkpoint."
+            f"names {len(class_list)} ({', '.join(class_list[:8])}). Give the config that belongs to the checkpoint."
         )
     spec = teacher.spec(
         tier=options.tier,
@@ -88,36 +88,36 @@ def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:
     """
     if names is None:
         return spec
-    known = [spec.level_name(level) for level in range(len(spec.strides))]
+    level_names = [spec.level_name(level) for level in range(len(spec.strides))]
     if "features" not in spec.fields:
         raise TeacherError(
             f"--levels chooses from the feature pyramid, and --targets {spec.tier} keeps none. Leave --levels out, or "
             "use --targets pyramid."
         )
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if name not in level_names]:
         raise TeacherError(
-            f"--levels {','.join(names)}: the teacher has no {', '.join(unknown)}. Its pyramid has {', '.join(known)} "
-            f"(strides {', '.join(map(str, spec.strides))})."
+            f"--levels {','.join(names)}: the teacher has no {', '.join(unknown)}. Its pyramid has "
+            f"{', '.join(level_names)} (strides {', '.join(map(str, spec.strides))})."
         )
-    return replace(spec, levels=tuple(level for level, name in enumerate(known) if name in names))
+    return replace(spec, levels=tuple(level for level, name in enumerate(level_names) if name in names))
 
 
 def with_classes(
-    spec: CacheSpec, data: DetectionData, known: Sequence[str] | None, whose: str
+    spec: CacheSpec, data: DetectionData, teacher_classes: Sequence[str] | None, whose: str
 ) -> tuple[CacheSpec, DetectionData]:
     """The specification of a teacher with the classes of a data set, and the data set with the teacher's labels.
 
     Args:
         spec: As `prepare_teacher` gives it.
         data: The data set.
-        known: Names of the teacher's classes; None where its checkpoint names none.
+        teacher_classes: Names of the teacher's classes; None where its checkpoint names none.
         whose: The teacher's, for messages, e.g. `the teacher x.pth`.
 
     Raises:
         KdpipeError: The teacher knows other classes.
     """
-    if known is not None:
-        data = match_classes(data, known, whose)
+    if teacher_classes is not None:
+        data = match_classes(data, teacher_classes, whose)
     if spec.num_classes != len(data.class_names):
         raise TeacherError(
             f"The teacher knows {spec.num_classes} classes and {data.ann_file} has {len(data.class_names)} "
@@ -138,7 +138,7 @@ def _ask_once(teacher: Teacher, spec: CacheSpec) -> None:
     scale = min(_TRIAL_SIZE, spec.scale, key=max)  # a Pad of its pipeline may have no room for more
     small = replace(spec, scale=scale, dtype="float32")
     try:
-        answer = teacher.record(noise, box, spec=small, image_id=0, file_name=TRIAL, view=spec.views[0])
+        record = teacher.record(noise, box, spec=small, image_id=0, file_name=TRIAL, view=spec.views[0])
     except (KdpipeError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever layers its config puts together
@@ -147,7 +147,7 @@ def _ask_once(teacher: Teacher, spec: CacheSpec) -> None:
             f"It was asked about {TRIAL}. Do the layers of its config fit each other (channels, levels, "
             "strides)? kdpipe --debug shows where it happened."
         ) from error
-    encode_record(answer, small)
+    encode_record(record, small)
 
 
 def digest_model(cfg: Config) -> str:

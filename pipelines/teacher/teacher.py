@@ -20,7 +20,7 @@ from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
-from kdpipe.pipelines.teacher.families import is_cascade, roi_size, say, semantic_branch, shared_style, stages
+from kdpipe.pipelines.teacher.families import box_outputs, is_cascade, roi_size, semantic_branch, shared_style, stages
 from kdpipe.pipelines.teacher.family_checks import TeacherError, check_classes_of_config, check_family
 from kdpipe.pipelines.teacher.jitter import jittered_boxes
 from kdpipe.pipelines.teacher.pixel_pipeline import PixelPipeline, teacher_pixels
@@ -40,13 +40,13 @@ def teacher_config(checkpoint: Checkpoint, config: str | None) -> Config:
     Raises:
         TeacherError: neither is there.
     """
-    found = find_config(config) if config else config_from_checkpoint(checkpoint)
-    if found is None:
+    cfg = find_config(config) if config else config_from_checkpoint(checkpoint)
+    if cfg is None:
         raise TeacherError(
             f"{checkpoint.path} carries no config (expected the text in meta['cfg'] or meta['config']). "
             "Name it: --config faster-rcnn_x101-64x4d_fpn_1x_coco, or a path to a config file."
         )
-    return for_inference(found)
+    return for_inference(cfg)
 
 
 def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, device: torch.device) -> "Teacher":
@@ -196,7 +196,7 @@ class Teacher:
         truth = torch.from_numpy(gt_boxes).reshape(-1, 4)
         near = jittered_boxes(truth, original, spec.jittered, seed=(2 * image_id + VIEWS.index(view)) % 2**63)
         boxes = torch.cat([proposals, *(map_boxes(x, matrix).to(proposals) for x in (near, truth))])  # [R, 4]
-        said, roi_features = self.say(pyramid, boxes, sample)
+        outputs, roi_features = self.box_outputs(pyramid, boxes, sample)
         return TeacherRecord(
             image_id=image_id,
             view=view,
@@ -206,9 +206,9 @@ class Teacher:
             num_proposals=len(proposals),
             num_jittered=len(near),
             boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
-            logits=said.logits,
-            deltas=said.deltas,
-            embeddings=said.embeddings,
+            logits=outputs.logits,
+            deltas=outputs.deltas,
+            embeddings=outputs.embeddings,
             roi_features=roi_features,
             features=tuple(level[0] for level in pyramid),
             gt_labels=None if gt_labels is None else torch.from_numpy(gt_labels),
@@ -228,9 +228,11 @@ class Teacher:
         boxes: Tensor = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
         return boxes
 
-    def say(self, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample) -> tuple[HeadOutputs, Tensor]:
-        """What it says of boxes, and their RoI features: see `families.say`."""
-        return say(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
+    def box_outputs(
+        self, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample
+    ) -> tuple[HeadOutputs, Tensor]:
+        """What it says of boxes, and their RoI features: see `families.box_outputs`."""
+        return box_outputs(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
 
     def pyramid(
         self, image: npt.NDArray[np.uint8], scale: tuple[int, int], flip: bool
@@ -246,22 +248,24 @@ class Teacher:
             Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them; boxes are kept in the resized
             image, outside of which is padding.
         """
-        shown, size = self.pixels.view(image, scale, flip)
-        tensor = torch.from_numpy(np.ascontiguousarray(shown.transpose(2, 0, 1)))
-        return self.see(tensor, img_shape=size, ori_shape=image.shape[:2], flip=flip)
+        pixels, size = self.pixels.view(image, scale, flip)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return self.pyramid_of_input(tensor, img_shape=size, ori_shape=image.shape[:2], flip=flip)
 
-    def see(self, pixels: Tensor, **known: Any) -> tuple[tuple[Tensor, ...], DetDataSample]:
+    def pyramid_of_input(self, pixels: Tensor, **metainfo: Any) -> tuple[tuple[Tensor, ...], DetDataSample]:
         """FPN features of one network input, normalised and padded as the teacher's preprocessor does it.
 
         Args:
             pixels: Tensor[3, h, w], as the teacher's pipeline gives it.
-            known: What is known of the image beside its shape, by mmdet's names.
+            metainfo: What is known of the image beside its shape, by mmdet's names.
 
         Returns:
             Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them.
         """
         shape = tuple(pixels.shape[1:])
-        sample = DetDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0), **known})
+        sample = DetDataSample(
+            metainfo={"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0), **metainfo}
+        )
         data = self.model.data_preprocessor({"inputs": [pixels], "data_samples": [sample]}, training=False)
         return self.model.extract_feat(data["inputs"]), data["data_samples"][0]
 

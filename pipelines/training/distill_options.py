@@ -12,13 +12,13 @@ from kdpipe.distill.methods import ContractError
 from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.training.config import world_size
-from kdpipe.pipelines.training.student_choices import ROIS
+from kdpipe.pipelines.training.student_choices import ROI_SAMPLING
 from kdpipe.pipelines.training.transform_types import check_names, quote_names
 
 __all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_options", "unused_options"]
 
 DISTILL_DEFAULTS: dict[str, Any] = {
-    "rois": ROIS,
+    "rois": ROI_SAMPLING,
     "weights": {},
     "sgfi": {"kernel_size": 1},
     "ckd": {

@@ -12,12 +12,12 @@ from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
-from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacherInfo
 from kdpipe.pipelines.training.student_check import model_options
 
-__all__ = ["ROIS", "choose_methods", "teacher_name", "who_chooses_rois"]
+__all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source", "teacher_name"]
 
-ROIS = {"num": 512, "positive_fraction": 0.25}
+ROI_SAMPLING = {"num": 512, "positive_fraction": 0.25}
 
 
 def choose_methods(
@@ -51,15 +51,22 @@ def choose_methods(
     return CLASS_AGNOSTIC_METHODS
 
 
-def teacher_name(teacher: TeacherCache | OnlineTeacher) -> str:
+def teacher_name(teacher: TeacherCache | LiveTeacherInfo) -> str:
     """As messages call it."""
     return f"the cache {teacher.location}" if isinstance(teacher, TeacherCache) else teacher.name
 
 
-def who_chooses_rois(
-    teacher: TeacherCache | OnlineTeacher, asked: str | None, distill: ConfigDict, dense: bool, console: Console
+def choose_roi_source(
+    teacher: TeacherCache | LiveTeacherInfo, asked: str | None, distill: ConfigDict, dense: bool, console: Console
 ) -> str:
     """Whose RoIs are used, said on the console with the reason.
+
+    Args:
+        teacher: Cache, or live teacher.
+        asked: `teacher` or `student`; None takes the student's where the teacher can say what it says of any box.
+        distill: As `distill_options` gives them.
+        dense: For a student that predicts boxes densely.
+        console: Where it is said.
 
     Raises:
         ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
@@ -70,7 +77,7 @@ def who_chooses_rois(
             raise ContractError(f"{teacher_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
         chosen, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
-        if chosen == "student" and not dense and value != ROIS[name]:
+        if chosen == "student" and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
                 "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
@@ -79,9 +86,9 @@ def who_chooses_rois(
     return chosen
 
 
-def _why_not(teacher: TeacherCache | OnlineTeacher) -> str:
+def _why_not(teacher: TeacherCache | LiveTeacherInfo) -> str:
     """Why a cache or a teacher cannot say what the teacher says of any box; empty where it can."""
-    if isinstance(teacher, OnlineTeacher):
+    if isinstance(teacher, LiveTeacherInfo):
         return teacher.refusal
     try:
         if len(teacher):

@@ -12,9 +12,10 @@ from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.distill.methods import expand_methods, needed_fields
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
-from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROIS, RoiTargets
+from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
 
@@ -39,18 +40,18 @@ def set_scale(
     Raises:
         KdpipeError: The pipeline has not exactly one resizing transform.
     """
-    places = [i for i, step in enumerate(pipeline) if transform_class(step) in RESIZES]
-    if len(places) != 1:
+    positions = [i for i, step in enumerate(pipeline) if transform_class(step) in RESIZES]
+    if len(positions) != 1:
         raise KdpipeError(
-            f"A scale was given, but the pipeline of the config has {len(places)} resizing transforms "
+            f"A scale was given, but the pipeline of the config has {len(positions)} resizing transforms "
             f"({', '.join(map(step_name, pipeline))}). Expected exactly one; set it in the config itself."
         )
     result = copy.deepcopy(list(pipeline))
-    kept = {name: value for name, value in result[places[0]].items() if name in _RESIZE_OPTIONS}
-    resize: dict[str, Any] = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, **kept}
+    options = {name: value for name, value in result[positions[0]].items() if name in _RESIZE_OPTIONS}
+    resize: dict[str, Any] = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, **options}
     if ratio_range is not None:
         resize = {**resize, "type": "RandomResize", "ratio_range": ratio_range}
-    result[places[0]] = resize
+    result[positions[0]] = resize
     return result
 
 
@@ -63,8 +64,8 @@ class AddTeacherTargets:
 
     Args:
         cache: Path of the cache.
-        needs: What the losses read: some of `logits`, `deltas`, `embeddings`, `features`.
-        rois: `teacher` or `student`: who chooses the RoIs.
+        methods: Some of `METHODS`: what is read is what their losses need.
+        roi_source: `teacher` or `student`: who chooses the RoIs.
         num: RoIs of the teacher sampled per image.
         positive_fraction: Largest share of positives among them.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
@@ -74,8 +75,8 @@ class AddTeacherTargets:
     def __init__(
         self,
         cache: str,
-        needs: Sequence[str],
-        rois: str = "teacher",
+        methods: Sequence[str],
+        roi_source: str = "teacher",
         num: int = 512,
         positive_fraction: float = 0.25,
         missing_view: str = "mirror",
@@ -84,9 +85,9 @@ class AddTeacherTargets:
         if missing_view not in MISSING_VIEWS:
             raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
         self.cache = open_cache(cache, allow_partial=allow_partial)
-        if rois not in ROIS:
-            raise KdpipeError(f"rois is {rois!r}; expected one of {', '.join(ROIS)}.")
-        self.needs, self.rois = frozenset(needs), rois
+        if roi_source not in ROI_SOURCES:
+            raise KdpipeError(f"roi_source is {roi_source!r}; expected one of {', '.join(ROI_SOURCES)}.")
+        self.needs, self.roi_source = needed_fields(expand_methods(methods)), roi_source
         self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -96,20 +97,21 @@ class AddTeacherTargets:
                 f"The sample lacks {', '.join(missing)}, by which cached targets are found and placed. Name "
                 f"{', '.join(_NEEDED)} in meta_keys of the pipeline's PackDetInputs."
             )
-        seen = self.cache.index(sample.img_id, self.cache.spec.views[0]).original_size
-        if tuple(sample.ori_shape) != seen:
+        cached_size = self.cache.index(sample.img_id, self.cache.spec.views[0]).original_size
+        if tuple(sample.ori_shape) != cached_size:
             raise ImageError(
                 f"image {sample.img_path} is {sample.ori_shape[1]} x {sample.ori_shape[0]} pixels, and was "
-                f"{seen[1]} x {seen[0]} when the teacher saw it. Put the image in place that was cached."
+                f"{cached_size[1]} x {cached_size[0]} when the teacher saw it. Put the image in place that was cached."
             )
         matrix = np.asarray(sample.homography_matrix, dtype=np.float64)
-        results["targets"] = self._view(sample, matrix) if self.rois == "student" else self._rois(sample, matrix)
+        read = self._read_view if self.roi_source == "student" else self._read_rois
+        results["targets"] = read(sample, matrix)
         return results
 
-    def _view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
+    def _read_view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
         return read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
 
-    def _rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
+    def _read_rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
         truth = sample.gt_instances
         return read_roi_targets(
             self.cache,

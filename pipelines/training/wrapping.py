@@ -1,18 +1,19 @@
 """What kdpipe puts around the parts of a training config: targets beside images, losses around the detector, seeds."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from mmengine.config import Config, ConfigDict
 
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.store.location import Location
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
-from kdpipe.pipelines.data.provenance import recorded
+from kdpipe.pipelines.data.provenance import recorded_entry
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
-from kdpipe.pipelines.teacher.online import OnlineTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacherInfo
 from kdpipe.pipelines.training.data import innermost
 from kdpipe.pipelines.training.distill_options import ckd_queue_size
 from kdpipe.pipelines.training.loading import complete_images
@@ -29,11 +30,11 @@ __all__ = ["with_distillation", "with_seeds"]
 
 def with_distillation(
     cfg: Config,
-    teacher: TeacherCache | OnlineTeacher,
+    teacher: TeacherCache | LiveTeacherInfo,
     methods: Sequence[str],
-    needs: Collection[str],
+    losses: Sequence[str],
     distill: ConfigDict,
-    rois: str | None,
+    roi_source: str | None,
     missing_view: str,
 ) -> Config:
     """A copy of a training config with the losses around its detector.
@@ -44,37 +45,37 @@ def with_distillation(
         cfg: As `training_config` gives it.
         teacher: Where targets come from.
         methods: Some of `METHODS`.
-        needs: Fields of a cache that their losses read.
+        losses: Theirs, as `expand_methods` gives them.
         distill: As `distill_options` gives them.
-        rois: `teacher` or `student`: who chooses the RoIs; None where there are no losses.
+        roi_source: `teacher` or `student`: who chooses the RoIs; None where there are no losses.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
 
     Raises:
         KdpipeError: Hooks or transforms of the config that the targets cannot follow.
     """
     check_hooks(cfg)
-    cfg, needs = copy.deepcopy(cfg), sorted(needs)
-    if isinstance(teacher, OnlineTeacher):
+    cfg = copy.deepcopy(cfg)
+    if isinstance(teacher, LiveTeacherInfo):
         source = teacher.source()
-        if rois == "teacher":
-            source = {**source, "rois": {"needs": needs, **distill.rois}}
+        if roi_source == "teacher":
+            source = {**source, "roi_sampling": {"needs": sorted(needed_fields(losses)), **distill.rois}}
     else:
         source = {"type": CachedTargets.__name__, "cache": teacher.location.address}
-    pixels = recorded(teacher.identity, "teacher", "pixels") or {}
+    pixels = recorded_entry(teacher.identity, "teacher", "pixels") or {}
     later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
     parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
     pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
     check_named(distill.transforms, pipelines)
-    if rois is not None and isinstance(teacher, OnlineTeacher):
+    if roi_source is not None and isinstance(teacher, LiveTeacherInfo):
         check_seen_alike(pipelines, pixels)
         for pipeline in pipelines:
             record_places(pipeline)
-    if rois is not None and isinstance(teacher, TeacherCache):
+    if roi_source is not None and isinstance(teacher, TeacherCache):
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
-            "needs": needs,
-            "rois": rois,
+            "methods": list(losses),
+            "roi_source": roi_source,
             **distill.rois,
             "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
@@ -83,7 +84,7 @@ def with_distillation(
         for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
             check_read_alike(part[key], pixels)
             part[key] = with_teacher_targets(part[key], transform, distill.transforms)
-    size = distill.ckd.queue_size or ckd_queue_size(cfg, rois, distill.rois.num)
+    size = distill.ckd.queue_size or ckd_queue_size(cfg, roi_source, distill.rois.num)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,

@@ -14,7 +14,7 @@ from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
-from kdpipe.pipelines.teacher.online import LiveTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def test_a_teacher_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: str)
     teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=8, device=torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        pyramid, sample = teacher.see(torch.randint(0, 256, (3, 96, 128), generator=g, dtype=torch.uint8))
+        pyramid, sample = teacher.pyramid_of_input(torch.randint(0, 256, (3, 96, 128), generator=g, dtype=torch.uint8))
         assert len(teacher.proposals(pyramid, sample)) == 0
-        none, none_features = teacher.say(pyramid, torch.zeros(0, 4), sample)
-        some, some_features = teacher.say(pyramid, torch.tensor([[8.0, 8, 60, 50]]), sample)
+        none, none_features = teacher.box_outputs(pyramid, torch.zeros(0, 4), sample)
+        some, some_features = teacher.box_outputs(pyramid, torch.tensor([[8.0, 8, 60, 50]]), sample)
     answers = (*vars(none).values(), none_features), (*vars(some).values(), some_features)
     for empty, one in zip(*answers, strict=True):
         assert empty.shape == (0, *one.shape[1:])

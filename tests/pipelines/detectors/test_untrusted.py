@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import Registry
 
-import kdpipe.pipelines.teacher.online
+import kdpipe.pipelines.teacher.live
 import kdpipe.pipelines.training.run  # noqa: F401  these two register what is refused, and what is not
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config

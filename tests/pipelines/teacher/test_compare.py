@@ -28,7 +28,7 @@ from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
-from kdpipe.pipelines.teacher.online import LiveTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 from kdpipe.pipelines.training.config import training_config
 from kdpipe.pipelines.training.options import TrainingOptions
@@ -83,7 +83,7 @@ class BloodCells:
         for transform in dataset.pipeline:
             if transform["type"] == "RandomFlip":
                 transform["prob"] = float(flip)
-        add = {"type": "AddTeacherTargets", "cache": str(cache), "needs": ["features"], "rois": "student"}
+        add = {"type": "AddTeacherTargets", "cache": str(cache), "methods": ["sgfi"], "roi_source": "student"}
         dataset.pipeline = with_teacher_targets(dataset.pipeline, add)
         built = DATASETS.build(dataset)
         built.full_init()
@@ -193,7 +193,7 @@ def test_targets_are_those_of_the_live_teacher(cells: BloodCells, flip: bool) ->
     with torch.no_grad():
         for index, image in enumerate(batch["inputs"]):
             rows = rois.rois[:, 0] == index
-            pyramid, _ = cells.teacher.see(image)
+            pyramid, _ = cells.teacher.pyramid_of_input(image)
             result = model.roi_head._bbox_forward(pyramid, bbox2roi([rois.rois[rows, 1:]]))
             theirs["features"].append(result["bbox_feats"][rois.positive[rows]])
             theirs["logits"].append(result["cls_score"])
@@ -324,7 +324,7 @@ def test_two_points_per_cell_hardly_move_sgfi(cells: BloodCells, large: bool) ->
     with torch.no_grad():
         images = torch.stack(batch["inputs"]).float()
         ours = student.extract_feat((images - images.mean()) / images.std())
-        theirs = torch.cat([cells.teacher.see(image)[0][0] for image in batch["inputs"]])
+        theirs = torch.cat([cells.teacher.pyramid_of_input(image)[0][0] for image in batch["inputs"]])
         wanted = roi_align(theirs, rois, 7, 1 / strides[0], 0, True)
         levels = [roi_align(level, rois, 7, 1 / stride, 0, True) for level, stride in zip(ours, strides, strict=True)]
         adaptive = torch.stack(levels, dim=1)

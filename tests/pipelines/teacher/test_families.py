@@ -21,7 +21,7 @@ from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
-from kdpipe.pipelines.teacher.online import LiveTeacher
+from kdpipe.pipelines.teacher.live import LiveTeacher
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
     rois = BatchRois(torch.cat([torch.zeros(12, 1), boxes], dim=1), torch.zeros(12).long(), torch.ones(12).bool())
     pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
     with torch.no_grad():
-        wanted, features = teacher.say(pyramid, boxes, sample)
+        wanted, features = teacher.box_outputs(pyramid, boxes, sample)
     image = torch.from_numpy(read_image(kit.img / known.file_name).transpose(2, 0, 1).copy())
     views = {
         "cached": read_teacher_view(cache, known.image_id, known.matrix, missing_view="mirror"),

@@ -36,8 +36,8 @@ model["ckd"] = dict(queue_size=256)
 """
 
 
-@pytest.mark.parametrize("rois", ["student", "teacher"])
-def test_the_example_of_the_readme(kit: "Kit", work: Path, rois: str) -> None:
+@pytest.mark.parametrize("roi_source", ["student", "teacher"])
+def test_the_example_of_the_readme(kit: "Kit", work: Path, roi_source: str) -> None:
     config, script = re.findall(
         r"```python\n(.*?)```", README.read_text().split("## From a config file")[1], re.DOTALL
     )[:2]
@@ -45,7 +45,9 @@ def test_the_example_of_the_readme(kit: "Kit", work: Path, rois: str) -> None:
     base.train_pipeline = base.train_dataloader.dataset.pipeline
     (work / "base.py").write_text(base.pretty_text)
     config = config.replace("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "./base.py")
-    config = config.replace('"coco.zarr"', repr(str(kit.cache))).replace('rois="student"', f'rois="{rois}"')
+    config = config.replace('"coco.zarr"', repr(str(kit.cache))).replace(
+        'roi_source="student"', f'roi_source="{roi_source}"'
+    )
     data = DATA.format(ann=str(kit.ann), img=f"{kit.img}/", classes=kit.classes)
     (work / "distil.py").write_text(config + data)
     (work / "train.py").write_text(script)
@@ -61,7 +63,7 @@ def test_the_example_of_the_readme_names_a_replaced_image(kit: "Kit", work: Path
     (keys,) = re.findall(r"meta_keys=(\(.*?\))", README.read_text())
     pack = {"type": "PackDetInputs", "meta_keys": ast.literal_eval(keys)}
     reads = [{"type": "LoadImageFromFile"}, {"type": "Resize", "scale": (64, 64), "keep_ratio": True}]
-    add = {"type": "AddTeacherTargets", "cache": str(kit.cache), "needs": ["features"], "rois": "student"}
+    add = {"type": "AddTeacherTargets", "cache": str(kit.cache), "methods": ["sgfi"], "roi_source": "student"}
     image_id = int(open_cache(kit.cache).image_ids[0])
     path = work / "replaced.png"
     Image.new("RGB", (77, 55)).save(path)

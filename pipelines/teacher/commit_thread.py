@@ -1,18 +1,18 @@
-"""Commits of a cache's parts beside the making of the next one."""
+"""CommitThread of a cache's parts beside the making of the next one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 
 
-class Commits:
-    """Commits a part on a thread of its own while the next one is made; a context manager that waits for the last."""
+class CommitThread:
+    """CommitThread a part on a thread of its own while the next one is made; a context manager that waits for the last."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-commit")
         self._last: Future[None] | None = None
 
-    def __enter__(self) -> "Commits":
+    def __enter__(self) -> "CommitThread":
         return self
 
     def __exit__(

@@ -28,7 +28,7 @@ from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
-__all__ = ["LiveTeacher", "OnlineTeacher", "build_live_teacher", "online_teacher"]
+__all__ = ["LiveTeacher", "LiveTeacherInfo", "build_live_teacher", "prepare_live_teacher"]
 
 
 class LiveTeacher:
@@ -44,10 +44,10 @@ class LiveTeacher:
             ground truth, and what the losses `need` of these. None for RoIs of the student.
     """
 
-    def __init__(self, teacher: Teacher, spec: CacheSpec, rois: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, teacher: Teacher, spec: CacheSpec, roi_sampling: Mapping[str, Any] | None = None) -> None:
         self.teacher = teacher
         self.spec = spec
-        self.rois = rois
+        self.roi_sampling = roi_sampling
 
     def head_state(self) -> Mapping[str, Tensor]:
         return self.teacher.head_state()
@@ -56,9 +56,11 @@ class LiveTeacher:
     def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
         self.teacher.to(device)
         with torch.autocast(device.type, enabled=False):
-            if self.rois is not None:
+            if self.roi_sampling is not None:
                 samples = zip(data["inputs"], data["data_samples"], strict=True)
-                return [self._at_proposals(image, sample.gt_instances, **self.rois) for image, sample in samples]
+                return [
+                    self._at_proposals(image, sample.gt_instances, **self.roi_sampling) for image, sample in samples
+                ]
             return [self.view(image) for image in data["inputs"]]
 
     def view(self, image: Tensor) -> TeacherView:
@@ -68,17 +70,17 @@ class LiveTeacher:
         return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
 
     def _see(self, image: Tensor) -> tuple[tuple[Tensor, ...], DetDataSample]:
-        """As `Teacher.see`, behind the steps of the teacher's pipeline that follow its resizing."""
-        return self.teacher.see(self.teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
+        """As `Teacher.pyramid_of_input`, behind the steps of the teacher's pipeline that follow its resizing."""
+        return self.teacher.pyramid_of_input(self.teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
 
     def _at_proposals(
         self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
     ) -> RoiTargets:
         """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
-        pyramid, seen = self._see(image)
-        proposals = self.teacher.proposals(pyramid, seen)
+        pyramid, image_sample = self._see(image)
+        proposals = self.teacher.proposals(pyramid, image_sample)
         gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
-        sample = sample_rois(
+        roi_sample = sample_rois(
             torch.cat([proposals, gt_boxes]),
             len(proposals),
             gt_boxes,
@@ -88,10 +90,13 @@ class LiveTeacher:
             num_classes=self.spec.num_classes,
             generator=torch.default_generator,
         )
-        count = int(sample.positive.sum())
-        said, features = self.teacher.say(pyramid, sample.boxes, seen)
-        known = {**{name: getattr(said, name) for name in said.__dataclass_fields__}, "features": features[:count]}
-        return RoiTargets(sample.boxes, sample.labels, count, "exact", **{name: known[name] for name in needs})
+        count = int(roi_sample.positive.sum())
+        outputs, features = self.teacher.box_outputs(pyramid, roi_sample.boxes, image_sample)
+        values = {
+            **{name: getattr(outputs, name) for name in outputs.__dataclass_fields__},
+            "features": features[:count],
+        }
+        return RoiTargets(roi_sample.boxes, roi_sample.labels, count, "exact", **{name: values[name] for name in needs})
 
 
 def build_live_teacher(
@@ -99,7 +104,7 @@ def build_live_teacher(
     spec: Mapping[str, Any],
     config: str | None = None,
     trust: bool = False,
-    rois: Mapping[str, Any] | None = None,
+    roi_sampling: Mapping[str, Any] | None = None,
 ) -> LiveTeacher:
     """A live teacher from its checkpoint.
 
@@ -108,23 +113,23 @@ def build_live_teacher(
         spec: `CacheSpec.to_json()` of the teacher.
         config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
         trust: Unpickle the checkpoint even where it holds more than weights.
-        rois: As `LiveTeacher` takes it.
+        roi_sampling: As `LiveTeacher` takes it.
 
     Raises:
         KdpipeError: It cannot be loaded.
     """
-    checkpoint, known = load_checkpoint(Path(ckpt), trust=trust), CacheSpec.from_json(spec)
+    checkpoint, cache_spec = load_checkpoint(Path(ckpt), trust=trust), CacheSpec.from_json(spec)
     cfg = teacher_config(checkpoint, config)
     with torch.random.fork_rng(devices=()):  # the student begins with the weights that it would have without a teacher
-        teacher = load_teacher(checkpoint, cfg, proposals=known.proposals, device=torch.device("cpu"))
-    return LiveTeacher(teacher, known, rois)
+        teacher = load_teacher(checkpoint, cfg, proposals=cache_spec.proposals, device=torch.device("cpu"))
+    return LiveTeacher(teacher, cache_spec, roi_sampling)
 
 
 MODELS.register_module(name=LiveTeacher.__name__, module=build_live_teacher)
 
 
 @dataclass(frozen=True)
-class OnlineTeacher:
+class LiveTeacherInfo:
     """What a training has to know of a teacher that it runs beside the student.
 
     Attributes:
@@ -143,7 +148,7 @@ class OnlineTeacher:
     refusal: str
     classes: tuple[str, ...] | None
 
-    def with_data(self, data: DetectionData) -> tuple["OnlineTeacher", DetectionData]:
+    def with_data(self, data: DetectionData) -> tuple["LiveTeacherInfo", DetectionData]:
         """The same with the classes and the digest of the images to train on, and these with the teacher's labels.
 
         Raises:
@@ -157,13 +162,13 @@ class OnlineTeacher:
         return {"type": LiveTeacher.__name__, **self.options, "spec": self.spec.to_json()}
 
 
-def online_teacher(
+def prepare_live_teacher(
     ckpt: Path,
     config: str | None,
     data: DataOptions,
     *,
     trust: bool,
-) -> tuple[OnlineTeacher, DataSource]:
+) -> tuple[LiveTeacherInfo, DataSource]:
     """Load a teacher, and find the images to train on: those named, or those of the teacher's config.
 
     Args:
@@ -184,7 +189,7 @@ def online_teacher(
     options = CacheOptions(dtype="float32", codec="none")
     teacher, spec = prepare_teacher(checkpoint, cfg, options, torch.device("cpu"))
     teacher.pixels.check_live()
-    online = OnlineTeacher(
+    info = LiveTeacherInfo(
         name=f"the teacher {ckpt}",
         spec=spec,
         identity={"teacher": {"weights": digest_tensors(teacher.model.state_dict()), **teacher.pixels.identity()}},
@@ -192,7 +197,7 @@ def online_teacher(
         refusal=_refusal(teacher, spec),
         classes=class_names(checkpoint),
     )
-    return online, source
+    return info, source
 
 
 @torch.no_grad()
@@ -204,12 +209,12 @@ def _refusal(teacher: Teacher, spec: CacheSpec) -> str:
     boxes = torch.cat([corner, corner + 16 + torch.rand(8, 2, generator=g) * 48], dim=1)
     every = torch.ones(8, dtype=torch.bool)
     rois = BatchRois(torch.cat([torch.zeros(8, 1), boxes], dim=1), every.long(), every)
-    pyramid, sample = teacher.see(teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
-    wanted, _ = teacher.say(pyramid, boxes, sample)
+    pyramid, sample = teacher.pyramid_of_input(teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
+    outputs, _ = teacher.box_outputs(pyramid, boxes, sample)
     try:
         head = frozen_head(teacher.head_state(), spec)
-        found = apply_teacher_head([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
+        logits = apply_teacher_head([LiveTeacher(teacher, spec).view(image)], rois, head, spec, ("logits",)).logits
     except TeacherHeadError as error:
         return str(error)
-    right = torch.allclose(present(found, "the logits of the box head"), wanted.logits, rtol=1e-3, atol=1e-3)
+    right = torch.allclose(present(logits, "the logits of the box head"), outputs.logits, rtol=1e-3, atol=1e-3)
     return "" if right else "The teacher's box head does more than can be rebuilt from its weights."
