@@ -107,9 +107,9 @@ def cache_teacher_command(
             print_estimate(console, costs, spec, len(images.images), location)
             return
         chosen = torch_device(device)
-        named = str(Path(config).resolve()) if config and Path(config).exists() else config
+        config_text = str(Path(config).resolve()) if config and Path(config).exists() else config
         result = cache_teacher(
-            checkpoint, cfg, source, location, options, device=chosen, console=console, config=named, shard=shard
+            checkpoint, cfg, source, location, options, device=chosen, console=console, config=config_text, shard=shard
         )
     except KeyboardInterrupt:
         console.print("Stopped. What is cached is valid; the same command goes on from there.")

@@ -105,12 +105,12 @@ def _run(args: list[str], *, debug: bool) -> None:
     except Exception as error:
         if debug:
             raise
-        told = _user_message(error)
-        if told is None:
-            told = f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where."
-            click.echo(told, err=True)
+        message = _user_message(error)
+        if message is None:
+            message = f"Internal error: {type(error).__name__}: {error_text(error)}\nkdpipe --debug ... shows where."
+            click.echo(message, err=True)
             sys.exit(EXIT_INTERNAL)
-        click.echo(f"Error: {told}", err=True)
+        click.echo(f"Error: {message}", err=True)
         sys.exit(EXIT_ERROR)
 
 

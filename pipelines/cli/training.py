@@ -131,8 +131,8 @@ def train_student_command(
         if idle:
             raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
     config = find_config(student)
-    asked = None if methods is None else [name.strip() for name in methods.split(",")] if methods != "none" else []
-    expand_methods(asked or [], "roi_head" not in config.model)  # a wrong name is told before a teacher is loaded
+    named_methods = _method_names(methods)
+    expand_methods(named_methods or [], "roi_head" not in config.model)  # before a teacher is loaded
     source: Any
     if cache is not None:
         location = open_location(cache, store_options)
@@ -140,16 +140,16 @@ def train_student_command(
         source = cached_source(teacher, data)
     elif teacher_ckpt is not None:
         teacher, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
-    chosen = choose_methods(asked, config, training.overrides, teacher.spec, console)
+    chosen_methods = choose_methods(named_methods, config, training.overrides, teacher.spec, console)
     training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
     result = train_student(
         config,
         teacher,
         partial(training_data, source, val),
-        chosen,
+        chosen_methods,
         training,
         student_options,
-        work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen) or 'none'}",
+        work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen_methods) or 'none'}",
         resume=resume,
         console=console,
     )
@@ -200,6 +200,13 @@ def evaluate_command(options: EvaluateOptions) -> None:
     console = command_console(shared=False)
     for table in metrics_tables(evaluate(options, console)):
         console.print(table)
+
+
+def _method_names(methods: str | None) -> list[str] | None:
+    """What `--methods` names; None where it is not given."""
+    if methods is None:
+        return None
+    return [] if methods == "none" else [name.strip() for name in methods.split(",")]
 
 
 def _with_recipe(training: TrainingOptions, name: str, config: Any) -> TrainingOptions:

@@ -49,5 +49,5 @@ def cache_command(cache: TeacherCache, part_size: int) -> list[str] | None:
 
 
 def _section(metadata: Any, name: str) -> dict[str, Any]:
-    found = metadata.get(name)
-    return found if isinstance(found, dict) else {}
+    value = metadata.get(name)
+    return value if isinstance(value, dict) else {}

@@ -164,12 +164,12 @@ def caching_result(maker: PartMaker, missing: MissingParts, new_images: int, sec
 def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console) -> int:
     """Make the parts of a shard that are missing; returns how many images they have."""
     writer, images = maker.writer, len(maker.data.images)
-    own = [index for index in missing.parts if index % shard.count == shard.index]
+    shard_parts = [index for index in missing.parts if index % shard.count == shard.index]
     if missing.images < images:
         console.print(f"{images - missing.images} of {images} images are cached already")
     new_images = done = written = 0
     start = time.perf_counter()
-    bar = ProgressBar(console, "cache teacher", sum(len(writer.parts[index]) for index in own))
+    bar = ProgressBar(console, "cache teacher", sum(len(writer.parts[index]) for index in shard_parts))
     with bar as progress, CommitThread() as commits:
 
         def show(new: int, size: int) -> None:
@@ -179,7 +179,7 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
             whole = "" if shard.count == 1 else f", all shards {images - missing.images}/{images}"
             progress.update(done, f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s{whole}")
 
-        for index in own:
+        for index in shard_parts:
             if writer.pending([index]):  # nobody else has made it meanwhile
                 commits.begin(maker.fill(index, console.print, show))
                 new_images += len(writer.parts[index])

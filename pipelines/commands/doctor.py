@@ -97,13 +97,13 @@ def inspect_environment() -> Environment:
 
 
 def _versions(names: Iterable[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _import_failures(modules: Iterable[str]) -> dict[str, str]:
@@ -148,14 +148,14 @@ def _check_packages(environment: Environment) -> list[Check]:
     for requirement in map(Requirement, environment.requirements):
         if requirement.name in ("mmcv", "mmcv-lite"):
             continue  # either will do: see _check_mmcv
-        found = environment.versions.get(requirement.name)
+        installed = environment.versions.get(requirement.name)
         remedy = f"pip install '{requirement.name}{requirement.specifier}'"
-        if found is None:
+        if installed is None:
             checks.append(Check(requirement.name, "problem", "missing", remedy))
-        elif not requirement.specifier.contains(found, prereleases=True):
-            checks.append(Check(requirement.name, "problem", f"{found}, needed {requirement.specifier}", remedy))
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            checks.append(Check(requirement.name, "problem", f"{installed}, needed {requirement.specifier}", remedy))
         else:
-            checks.append(Check(requirement.name, "ok", found))
+            checks.append(Check(requirement.name, "ok", installed))
     return checks
 
 
@@ -163,16 +163,16 @@ def _check_mmcv(environment: Environment) -> list[Check]:
     installed = {name: environment.versions[name] for name in ("mmcv", "mmcv-lite") if name in environment.versions}
     if not installed:
         return [Check("mmcv", "problem", "missing", "pip install mmcv-lite==2.1.0")]
-    found = " and ".join(f"{name} {number}" for name, number in installed.items())
+    packages = " and ".join(f"{name} {number}" for name, number in installed.items())
     if not all(MMCV_FOR_MMDET.contains(number, prereleases=True) for number in installed.values()):
-        checks = [Check("mmcv", "problem", f"{found}, but mmdet 3.3.0 takes {MMCV_FOR_MMDET} only", BRIDGE_REMEDY)]
+        checks = [Check("mmcv", "problem", f"{packages}, but mmdet 3.3.0 takes {MMCV_FOR_MMDET} only", BRIDGE_REMEDY)]
     elif len(installed) > 1:  # both own the folder mmcv
         remedy = f"to keep the compiled one: {KEEP_REMEDY.format(installed['mmcv'])}; for kdpipe's ops: {BRIDGE_REMEDY}"
         status: Status = "problem" if len(set(installed.values())) > 1 else "note"
-        found += " in one folder: one has overwritten the other" if status == "problem" else " in one folder, alike"
-        checks = [Check("mmcv", status, found, remedy)]
+        packages += " in one folder: one has overwritten the other" if status == "problem" else " in one folder, alike"
+        checks = [Check("mmcv", status, packages, remedy)]
     else:
-        checks = [Check("mmcv", "ok", found)]
+        checks = [Check("mmcv", "ok", packages)]
     if environment.ops == "broken":
         ops = f"compiled, but they do not load ({environment.ops_error}); kdpipe's own are used in their place"
         checks.append(Check("mmcv ops", "problem", ops, BRIDGE_REMEDY))

@@ -69,7 +69,7 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     seconds = 0.0
     choices = [_as_choice(spec, tier, dtype) for tier in TIERS for dtype in DTYPES]
     before = teacher.keep_proposals(max(choice.proposals for choice in choices))
-    asked = replace(spec, jittered=max(choice.jittered for choice in choices))
+    full_spec = replace(spec, jittered=max(choice.jittered for choice in choices))
     for info in _sampled(images):
         try:
             size = (info.height, info.width)
@@ -80,7 +80,7 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
         start = time.perf_counter()
         for view in spec.views:
             record = teacher.record(
-                image, *truth, spec=asked, image_id=info.image_id, file_name=info.file_name, view=view
+                image, *truth, spec=full_spec, image_id=info.image_id, file_name=info.file_name, view=view
             )
             encode_record(as_stored(record, spec), spec)  # waits for the device
         seconds += time.perf_counter() - start
@@ -144,20 +144,20 @@ def check_space(
     head = sum(value.numel() * 4 for value in teacher.head_state().values())
     if sum(raw_bytes(images, spec).values()) + head <= free:
         return
-    found = estimate(teacher, data, images, spec)
-    if found.needed > free:
+    costs = estimate(teacher, data, images, spec)
+    if costs.needed > free:
         raise DataError(
-            f"The cache will not fit: {len(images)} images need about {bytes_text(found.needed)} (estimated from "
-            f"{found.samples} of them), and {bytes_text(free)} are free at {out}. Nothing was changed. Free space, "
-            f"choose another --out, or cache less:{_cheaper(found, free)}"
+            f"The cache will not fit: {len(images)} images need about {bytes_text(costs.needed)} (estimated from "
+            f"{costs.samples} of them), and {bytes_text(free)} are free at {out}. Nothing was changed. Free space, "
+            f"choose another --out, or cache less:{_cheaper(costs, free)}"
         )
 
 
-def _cheaper(found: Estimate, free: int) -> str:
+def _cheaper(costs: Estimate, free: int) -> str:
     """Which choices fit, the one that holds most first; `objects` is named whether it fits or not."""
     sizes = {
-        choice: size + found.head
-        for choice, size in found.choices.items()
+        choice: size + costs.head
+        for choice, size in costs.choices.items()
         if choice[0] in ("objects", "pyramid") or choice[1] != "int4"  # elsewhere as int8
     }
     fitting = sorted((choice for choice, size in sizes.items() if size <= free), key=lambda choice: -sizes[choice])
@@ -170,30 +170,30 @@ def _cheaper(found: Estimate, free: int) -> str:
     return "".join(lines)
 
 
-def print_estimate(console: Console, found: Estimate, spec: CacheSpec, images: int, out: Location) -> None:
+def print_estimate(console: Console, costs: Estimate, spec: CacheSpec, images: int, out: Location) -> None:
     """Show bytes per field, the cost of other choices, the free disk and the time."""
     table = Table(title=f"{images} images, {spec.tier}, {spec.dtype}, {spec.codec}, views {', '.join(spec.views)}")
     for column in ("field", "raw", "on disk"):
         table.add_column(column, justify="left" if column == "field" else "right")
-    for field, size in found.raw.items():
-        table.add_row(field, bytes_text(size), bytes_text(found.disk[field]))
+    for field, size in costs.raw.items():
+        table.add_row(field, bytes_text(size), bytes_text(costs.disk[field]))
     table.add_section()
-    table.add_row("targets", bytes_text(sum(found.raw.values())), bytes_text(sum(found.disk.values())))
-    table.add_row("head's weights, once", "", bytes_text(found.head))
+    table.add_row("targets", bytes_text(sum(costs.raw.values())), bytes_text(sum(costs.disk.values())))
+    table.add_row("head's weights, once", "", bytes_text(costs.head))
     console.print(table)
     others = Table("--targets", *(f"--dtype {dtype}" for dtype in DTYPES), title=f"on disk, by choice ({spec.codec})")
     for tier in TIERS:
-        others.add_row(tier, *(bytes_text(found.choices[tier, dtype]) for dtype in DTYPES))
+        others.add_row(tier, *(bytes_text(costs.choices[tier, dtype]) for dtype in DTYPES))
     console.print(others)
     free = out.free_bytes()
-    seconds = timedelta(seconds=round(images / found.images_per_second))
+    seconds = timedelta(seconds=round(images / costs.images_per_second))
     console.print(
-        f"On disk is an estimate from {found.samples} images. Raw bytes of features are exact; boxes and what belongs "
+        f"On disk is an estimate from {costs.samples} images. Raw bytes of features are exact; boxes and what belongs "
         f"to them are counted with all {spec.proposals} proposals.\n"
-        f"--targets objects: {bytes_text(found.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone; "
+        f"--targets objects: {bytes_text(costs.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone; "
         f"views {', '.join(_as_choice(spec, 'objects', DEFAULT_DTYPE).views)}.\n"
-        f"Time: about {seconds} at {found.images_per_second:.2f} images/s."
+        f"Time: about {seconds} at {costs.images_per_second:.2f} images/s."
     )
     if free is not None:
-        fits = "It fits." if found.needed <= free else f"It does not fit:{_cheaper(found, free)}"
+        fits = "It fits." if costs.needed <= free else f"It does not fit:{_cheaper(costs, free)}"
         console.print(f"Free at {out}: {bytes_text(free)}. {fits}")

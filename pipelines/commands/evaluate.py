@@ -66,11 +66,11 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
                 "that are here."
             )
         data_of = DataOptions(*paths)
-    known = class_names(checkpoint)
-    model = None if known is None else _detector(cfg, checkpoint, len(known))  # refused before data is read
+    classes = class_names(checkpoint)
+    model = None if classes is None else _detector(cfg, checkpoint, len(classes))  # refused before data is read
     data = DataSource(data_of).load()
-    if known is not None:
-        data = match_classes(data, known, f"the checkpoint {options.ckpt.name}")
+    if classes is not None:
+        data = match_classes(data, classes, f"the checkpoint {options.ckpt.name}")
     report_data(data, console, trained=False, strict=options.strict_data)
     skip = options.skip_bad_images and not options.strict_data
     decoding = pipeline_decoding(test_steps(cfg))

@@ -113,9 +113,11 @@ def _objects(cache: TeacherCache) -> dict[str, Any] | None:
     """How many boxes have RoI features, and how often these are as many as may have; None in tiers without these."""
     if "roi_features" not in cache.spec.fields:
         return None
-    places = np.unique(np.linspace(0, len(cache) - 1, min(_LOOKED_AT, len(cache))).round().astype(int))
-    known = [cache.index(image_id, view) for image_id in cache.image_ids[places].tolist() for view in cache.spec.views]
-    counts = [index.num_objects for index in known]
+    positions = np.unique(np.linspace(0, len(cache) - 1, min(_LOOKED_AT, len(cache))).round().astype(int))
+    indices = [
+        cache.index(image_id, view) for image_id in cache.image_ids[positions].tolist() for view in cache.spec.views
+    ]
+    counts = [index.num_objects for index in indices]
     return {
         "limit": MAX_OBJECTS,
         "views": len(counts),
@@ -269,11 +271,11 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
 
 
 def _show_image(image: dict[str, Any], console: Console) -> None:
-    size, seen = ("x".join(map(str, reversed(image[name]))) for name in ("original_size", "input_size"))
+    size, input_size = ("x".join(map(str, reversed(image[name]))) for name in ("original_size", "input_size"))
     console.print(Text(plain(f"image {image['image_id']} ({image['file_name']}), view {image['view']}")))
     near = f"{image['jittered']} near objects, " if image["jittered"] else ""
     boxes = f"{image['proposals']} proposals, {near}{image['ground_truth']} annotated"
-    console.print(Text(f"{size} pixels, seen at {seen}; {boxes}"))
+    console.print(Text(f"{size} pixels, seen at {input_size}; {boxes}"))
     if image["levels"]:
         table = Table("stride", "channels x height x width", "mean", "max")
         for level in image["levels"]:

@@ -44,25 +44,25 @@ def verify_files(location: Location, *, repair: bool, console: Console) -> bool:
             bars[0].update(done >> 20, f"{bytes_text(done / (time.perf_counter() - start))}/s")
 
         try:
-            found = verify_cache(location, progress)
+            verification = verify_cache(location, progress)
         except CacheError as error:
             if repair:
                 raise CacheError(
                     f"{error}\nWhat is wrong with the root of a cache, --repair cannot put right."
                 ) from error
             raise
-    for fault in found.faults:
+    for fault in verification.faults:
         console.print(_line(fault), markup=False)
-    for note in found.notes:
+    for note in verification.notes:
         console.print(f"note: {plain(note)}", markup=False)
-    _summary(location, found, time.perf_counter() - start, console)
-    faults = found.faults
+    _summary(location, verification, time.perf_counter() - start, console)
+    faults = verification.faults
     if repair and faults:
-        removed = remove_faults(location, found)
+        removed = remove_faults(location, verification)
         for place in removed:
             console.print(f"removed {plain(location)}/{plain(place)}", markup=False)
         faults = tuple(fault for fault in faults if not fault.is_stray)
-    _advise(location, found, faults, repair, console)
+    _advise(location, verification, faults, repair, console)
     return not faults
 
 
@@ -73,18 +73,20 @@ def _line(fault: Fault) -> str:
     return plain(f"{fault.where}: {fault.message}{images}")
 
 
-def _summary(location: Location, found: Verification, seconds: float, console: Console) -> None:
-    bad = len(found.bad_parts)
-    parts = f"{found.parts} part{'s' * (found.parts > 1)}" + (f", of which {bad} are bad or missing" if bad else "")
-    read = f"{bytes_text(found.bytes_read)} read in {seconds:.1f} s"
-    count = len(found.faults)
+def _summary(location: Location, verification: Verification, seconds: float, console: Console) -> None:
+    bad = len(verification.bad_parts)
+    parts = f"{verification.parts} part{'s' * (verification.parts > 1)}" + (
+        f", of which {bad} are bad or missing" if bad else ""
+    )
+    read = f"{bytes_text(verification.bytes_read)} read in {seconds:.1f} s"
+    count = len(verification.faults)
     faults = "no faults" if not count else f"{count} fault{'s' * (count > 1)}"
-    skipped = f" ({found.skipped} skipped)" if found.skipped else ""
-    console.print(f"{plain(location)}: {found.images} images{skipped}, {parts}, {read}: {faults}", markup=False)
+    skipped = f" ({verification.skipped} skipped)" if verification.skipped else ""
+    console.print(f"{plain(location)}: {verification.images} images{skipped}, {parts}, {read}: {faults}", markup=False)
 
 
 def _advise(
-    location: Location, found: Verification, faults: tuple[Fault, ...], repaired: bool, console: Console
+    location: Location, verification: Verification, faults: tuple[Fault, ...], repaired: bool, console: Console
 ) -> None:
     """What to do now."""
     if not faults:

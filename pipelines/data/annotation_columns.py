@@ -43,20 +43,20 @@ def read_columns(chunks: Iterable[Sequence[AnnotationEntry]], path: Path) -> Ann
     Raises:
         DataError: a field is not what it has to be; the annotation is named.
     """
-    found: list[AnnotationColumns] = []
+    chunk_columns: list[AnnotationColumns] = []
     count = 0
     for entries in chunks:
-        found.append(_Chunk(entries, count, path).columns())
+        chunk_columns.append(_Chunk(entries, count, path).columns())
         count += len(entries)
-    if not found:
-        found.append(_Chunk([], 0, path).columns())
+    if not chunk_columns:
+        chunk_columns.append(_Chunk([], 0, path).columns())
 
     def joined(name: str) -> npt.NDArray[Any]:
-        return np.concatenate([getattr(columns, name) for columns in found])
+        return np.concatenate([getattr(columns, name) for columns in chunk_columns])
 
     masks: list[Any] | None = None
-    if any(columns.segmentations is not None for columns in found):
-        masks = [mask for columns in found for mask in columns.segmentations or [NO_MASK] * len(columns.ids)]
+    if any(columns.segmentations is not None for columns in chunk_columns):
+        masks = [mask for columns in chunk_columns for mask in columns.segmentations or [NO_MASK] * len(columns.ids)]
     return AnnotationColumns(
         ids=joined("ids"),
         image_ids=joined("image_ids"),

@@ -55,26 +55,26 @@ class Annotations:
     def of_images(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "Annotations":
         """Those of some images, which are rows in ascending order."""
         counts = np.diff(self.starts)
-        chosen = np.zeros(len(counts), dtype=np.bool_)
-        chosen[rows] = True
-        return self.take(np.repeat(chosen, counts), chosen)
+        is_chosen = np.zeros(len(counts), dtype=np.bool_)
+        is_chosen[rows] = True
+        return self.take(np.repeat(is_chosen, counts), is_chosen)
 
-    def take(self, kept: npt.NDArray[np.bool_], images: npt.NDArray[np.bool_] | None = None) -> "Annotations":
-        """Those that are `kept` ([M]), of the images that are ([images]; None: all)."""
-        per_image = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.starts])
+    def take(self, is_kept: npt.NDArray[np.bool_], images: npt.NDArray[np.bool_] | None = None) -> "Annotations":
+        """Those that are `is_kept` ([M]), of the images that are ([images]; None: all)."""
+        per_image = np.diff(np.concatenate([[0], np.cumsum(is_kept)])[self.starts])
         if images is not None:
             per_image = per_image[images]
         segmentations = self.segmentations
         if segmentations is not None:
-            segmentations = [segmentations[row] for row in np.flatnonzero(kept).tolist()]
+            segmentations = [segmentations[row] for row in np.flatnonzero(is_kept).tolist()]
         return Annotations(
-            self.ids[kept],
-            self.boxes[kept],
-            self.areas[kept],
-            self.labels[kept],
-            self.crowds[kept],
-            self.ignored[kept],
-            self.kinds[kept],
+            self.ids[is_kept],
+            self.boxes[is_kept],
+            self.areas[is_kept],
+            self.labels[is_kept],
+            self.crowds[is_kept],
+            self.ignored[is_kept],
+            self.kinds[is_kept],
             segmentations,
             np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64),
         )
@@ -87,13 +87,13 @@ class Annotations:
 
     def untrained(self, file_names: Sequence[str]) -> tuple[LeftOut, ...]:
         """What is not trained on, by kind, with the first in the order of the images."""
-        found = []
+        left_out = []
         for kind, count in enumerate(np.bincount(self.kinds, minlength=len(UNTRAINED) + 1).tolist()):
             if kind and count:
                 row = int(np.argmax(self.kinds == kind))
                 name = file_names[int(np.searchsorted(self.starts, row, side="right")) - 1]
-                found.append(LeftOut(count, f"annotations {UNTRAINED[kind - 1]}", f"{self.describe(row)} of {name}"))
-        return tuple(found)
+                left_out.append(LeftOut(count, f"annotations {UNTRAINED[kind - 1]}", f"{self.describe(row)} of {name}"))
+        return tuple(left_out)
 
     def describe(self, row: int) -> str:
         """An annotation in words."""

@@ -27,41 +27,51 @@ def match_classes(data: DetectionData, names: Sequence[str], whose: str) -> Dete
     Raises:
         DataError: both have classes that the other lacks, or a name occurs twice; or no annotation is left.
     """
-    here, wanted = ([_plain(name) for name in each] for each in (data.class_names, names))
-    if here == wanted:
+    data_names, model_names = ([_plain(name) for name in each] for each in (data.class_names, names))
+    if data_names == model_names:
         return data
     used = set(np.unique(data.annotations.labels).tolist())
     roots = {
-        here[label] for label, name in enumerate(data.class_names) if name in data.roots and label not in used
-    } - set(wanted)
-    extra = set(here) - set(wanted) - roots
-    lacking = set(wanted) - set(here)
-    unique = len(set(here)) == len(here) and len(set(wanted)) == len(wanted)
-    if not unique or (extra and lacking) or lacking == set(wanted):
+        data_names[label] for label, name in enumerate(data.class_names) if name in data.roots and label not in used
+    } - set(model_names)
+    extra = set(data_names) - set(model_names) - roots
+    lacking = set(model_names) - set(data_names)
+    unique = len(set(data_names)) == len(data_names) and len(set(model_names)) == len(model_names)
+    if not unique or (extra and lacking) or lacking == set(model_names):
         raise DataError(
-            f"the classes of {data.ann_file} are not those of {whose}: found {len(here)} ({_list(data.class_names)}), "
-            f"expected {len(wanted)} ({_list(names)}). Give the data set that belongs to it, or rename its categories."
+            f"the classes of {data.ann_file} are not those of {whose}: found {len(data_names)} "
+            f"({_list(data.class_names)}), expected {len(model_names)} ({_list(names)}). Give the data set that "
+            "belongs to it, or rename its categories."
         )
-    return _relabelled(data, names, here, wanted, roots, whose)
+    return _relabelled(data, names, data_names, model_names, roots, whose)
 
 
 def _relabelled(
-    data: DetectionData, names: Sequence[str], here: list[str], wanted: list[str], roots: set[str], whose: str
+    data: DetectionData,
+    names: Sequence[str],
+    data_names: list[str],
+    model_names: list[str],
+    roots: set[str],
+    whose: str,
 ) -> DetectionData:
     free = max(data.category_ids) + 1
     class_names, category_ids = [], []
-    for name, spelling in zip(wanted, names, strict=True):
-        known = name in here
-        class_names.append(data.class_names[here.index(name)] if known else spelling)
-        category_ids.append(data.category_ids[here.index(name)] if known else free)
-        free += not known
-    labels = np.array([wanted.index(name) if name in wanted else -1 for name in here], dtype=np.int64)
+    for name, spelling in zip(model_names, names, strict=True):
+        is_in_data = name in data_names
+        class_names.append(data.class_names[data_names.index(name)] if is_in_data else spelling)
+        category_ids.append(data.category_ids[data_names.index(name)] if is_in_data else free)
+        free += not is_in_data
+    labels = np.array([model_names.index(name) if name in model_names else -1 for name in data_names], dtype=np.int64)
     labels = labels[data.annotations.labels]
     strange = labels < 0
     absent = data.absent
     if strange.any():
         row = int(np.argmax(strange))
-        classes = [name for name, plain in zip(data.class_names, here, strict=True) if plain not in {*wanted, *roots}]
+        classes = [
+            name
+            for name, plain in zip(data.class_names, data_names, strict=True)
+            if plain not in {*model_names, *roots}
+        ]
         example = f"{data.annotations.describe(row)} of class {data.class_names[data.annotations.labels[row]]}"
         kind = f"annotations of classes that {whose} does not know: {_list(classes)}"
         absent = (*absent, LeftOut(int(strange.sum()), kind, example))
@@ -76,24 +86,31 @@ def _relabelled(
         images=tuple(replace(image, num_gt=count) for image, count in zip(data.images, counts, strict=True)),
         annotations=annotations,
         absent=absent,
-        notes=(*data.notes, _note(data, class_names, here, wanted, roots, whose)),
+        notes=(*data.notes, _note(data, class_names, data_names, model_names, roots, whose)),
     )
 
 
 def _note(
-    data: DetectionData, class_names: Sequence[str], here: list[str], wanted: list[str], roots: set[str], whose: str
+    data: DetectionData,
+    class_names: Sequence[str],
+    data_names: list[str],
+    model_names: list[str],
+    roots: set[str],
+    whose: str,
 ) -> str:
     """What was matched, in words."""
     parts = []
-    shared = [name for name in here if name in wanted]
-    if shared != [name for name in wanted if name in here]:
+    shared = [name for name in data_names if name in model_names]
+    if shared != [name for name in model_names if name in data_names]:
         parts.append(f"put in its order: {_list(class_names)}")
-    if lacking := [name for name, plain in zip(class_names, wanted, strict=True) if plain not in here]:
+    if lacking := [name for name, plain in zip(class_names, model_names, strict=True) if plain not in data_names]:
         parts.append(f"not in the file: {_list(lacking)}")
-    if extra := [name for name, plain in zip(data.class_names, here, strict=True) if plain not in {*wanted, *roots}]:
+    if extra := [
+        name for name, plain in zip(data.class_names, data_names, strict=True) if plain not in {*model_names, *roots}
+    ]:
         parts.append(f"only in the file: {_list(extra)}")
     if roots:
-        groups = [name for name, plain in zip(data.class_names, here, strict=True) if plain in roots]
+        groups = [name for name, plain in zip(data.class_names, data_names, strict=True) if plain in roots]
         parts.append(f"dropped, since it only groups others: {_list(groups)}")
     return f"classes are matched by name with those of {whose} ({'; '.join(parts)})"
 

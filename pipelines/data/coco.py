@@ -82,8 +82,8 @@ def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
     annotations, absent = _annotations(columns, images, unread, category_ids)
     counts = annotations.trained_counts().tolist()
     if not any(counts):
-        found = [*absent, *annotations.untrained([image.file_name for image in images])]
-        reasons = "; ".join(map(str, found)) or "it has no annotation"
+        kinds = [*absent, *annotations.untrained([image.file_name for image in images])]
+        reasons = "; ".join(map(str, kinds)) or "it has no annotation"
         raise DataError(
             f"{path} has no usable annotation among {len(columns.ids)}: {reasons}. Expected boxes at least one "
             "pixel wide and high, with an area, in their image, and not all crowds. Correct them, or check that it is "
@@ -106,10 +106,10 @@ def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
-def _id(value: Any, key: str, what: str, path: Path) -> int:
+def _id(value: Any, key: str, owner: str, path: Path) -> int:
     number = value if type(value) is int and abs(value) < 2**63 else integer(value)
     if number is None:
-        raise DataError(f"{path}: {what} has {key} {value!r}, expected an integer. Export the file with integer ids.")
+        raise DataError(f"{path}: {owner} has {key} {value!r}, expected an integer. Export the file with integer ids.")
     return number
 
 
@@ -138,10 +138,10 @@ def _categories(entries: Sequence[CategoryEntry], path: Path) -> tuple[tuple[str
     names = [entry.name for entry in entries]
     if not all(map(_is_text, names)):
         raise DataError(f"{path}: a category has no name. Give each of them one.")
-    for what, values in (("category id", ids), ("category name", names)):
+    for column, values in (("category id", ids), ("category name", names)):
         twice = [value for value in values if values.count(value) > 1]
         if twice:
-            raise DataError(f"{path}: {what} {twice[0]!r} occurs more than once. Give each class its own.")
+            raise DataError(f"{path}: {column} {twice[0]!r} occurs more than once. Give each class its own.")
     return tuple(names), tuple(ids)
 
 
@@ -241,8 +241,8 @@ def _left_out(
 
 def _places(values: npt.NDArray[np.int64], known: Sequence[int]) -> npt.NDArray[np.int64]:
     """Place of each value among those known; -1 where it is not there."""
-    wanted = np.array(known, dtype=np.int64)
-    order = np.argsort(wanted)
-    places = order[np.searchsorted(wanted[order], values).clip(max=len(wanted) - 1)]
-    found: npt.NDArray[np.int64] = np.where(wanted[places] == values, places, -1)
-    return found
+    known_values = np.array(known, dtype=np.int64)
+    order = np.argsort(known_values)
+    nearest = order[np.searchsorted(known_values[order], values).clip(max=len(known_values) - 1)]
+    positions: npt.NDArray[np.int64] = np.where(known_values[nearest] == values, nearest, -1)
+    return positions

@@ -155,14 +155,14 @@ def _decode_leniently(path: Path, data: bytes) -> CocoEntries:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        known = foreign_file(path, data)
+        hint = foreign_file(path, data)
         raise DataError(
-            f"annotation file {path} is no COCO JSON. {known}"
-            if known
+            f"annotation file {path} is no COCO JSON. {hint}"
+            if hint
             else f"annotation file {path} is not valid JSON: {error}. Download or export it again."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        content_kind = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         if isinstance(content, dict) and content.keys() >= set(_LISTS):
             wrong = next(key for key in _LISTS if not isinstance(content[key], list))
             raise DataError(
@@ -170,7 +170,7 @@ def _decode_leniently(path: Path, data: bytes) -> CocoEntries:
             )
         raise DataError(
             f"{path} is not a COCO detection file: expected lists named images, annotations and categories, "
-            f"found {found[:200] or 'nothing'}. {foreign_json(content) or 'Export the data set as COCO.'}"
+            f"found {content_kind[:200] or 'nothing'}. {foreign_json(content) or 'Export the data set as COCO.'}"
         )
     for key in _LISTS:
         for entry in content[key]:

@@ -101,21 +101,25 @@ class DetectionData:
                 image for image in self.images if min(image.width, image.height) < min_size
             ],
         }
-        images = [LeftOut(len(found), kind, found[0].file_name) for kind, found in kinds.items() if found]
+        images = [
+            LeftOut(len(left_images), kind, left_images[0].file_name)
+            for kind, left_images in kinds.items()
+            if left_images
+        ]
         return (*self.annotations.untrained([image.file_name for image in self.images]), *images)
 
     def only(self, image_ids: Collection[int]) -> "DetectionData":
         """The same data set with some of its images, in the same order."""
-        wanted = set(image_ids)
-        rows = [row for row, image in enumerate(self.images) if image.image_id in wanted]
+        id_set = set(image_ids)
+        rows = [row for row, image in enumerate(self.images) if image.image_id in id_set]
         return replace(
             self, images=tuple(self.images[row] for row in rows), annotations=self.annotations.of_images(rows)
         )
 
     def digest(self) -> str:
         """Identity of what a cache depends on: ids, names and sizes of the images, categories and usable boxes."""
-        data, kept = self.annotations, self.annotations.kinds == 0
-        boxes = sha256(data.boxes[kept].astype("<f8").tobytes() + data.labels[kept].astype("<i8").tobytes())
+        data, is_usable = self.annotations, self.annotations.kinds == 0
+        boxes = sha256(data.boxes[is_usable].astype("<f8").tobytes() + data.labels[is_usable].astype("<i8").tobytes())
         return digest_json(
             {
                 "images": [[i.image_id, i.file_name, i.height, i.width, i.num_gt] for i in self.images],

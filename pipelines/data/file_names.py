@@ -20,7 +20,7 @@ def names_on_disk(names: Sequence[str], img_dir: Path) -> tuple[list[str], tuple
         img_dir: folder of the images; each folder in it is listed once.
     """
     folders: dict[str, tuple[set[str], dict[str, str]]] = {}
-    found, slashed, recased = [], [], []
+    disk_names, slashed, recased = [], [], []
     for name in names:
         written = name
         if "\\" in name and not (img_dir / name).exists():
@@ -33,13 +33,13 @@ def names_on_disk(names: Sequence[str], img_dir: Path) -> tuple[list[str], tuple
         if files and file not in files and (other := by_key.get(_key(file))) is not None:
             recased.append(name)
             written = folder + slash + other
-        found.append(written)
+        disk_names.append(written)
     notes = []
     if slashed:
         notes.append(f"backslashes in file names are read as slashes: {len(slashed):,} (the first: {slashed[0]})")
     if recased:
         notes.append(f"files whose suffix is in the other case are taken: {len(recased):,} (the first: {recased[0]})")
-    return found, tuple(notes)
+    return disk_names, tuple(notes)
 
 
 def _key(name: str) -> str:

@@ -166,36 +166,36 @@ def _recorded_options(source: Mapping[str, Any], moved: DataOptions) -> DataOpti
     return replace(moved, img_dir=moved.img_dir or Path(source["img_dir"]))
 
 
-def training_data(source: DataSource, named: ValOptions) -> tuple[DetectionData, DetectionData | None]:
+def training_data(source: DataSource, val_options: ValOptions) -> tuple[DetectionData, DetectionData | None]:
     """Training images, and validation images: those named, or those of the source where they are on disk.
 
     Args:
         source: Where the training images are.
-        named: The validation images.
+        val_options: The validation images.
 
     Raises:
         KdpipeError: Options that exclude each other; or bad data.
     """
-    val = _val_source(source, named)
+    val = _val_source(source, val_options)
     return source.load(), None if val is None else val.load()
 
 
-def _val_source(source: DataSource, named: ValOptions) -> DataSource | None:
-    if named == ValOptions():
-        here = source.val is not None and all(path.exists() for path in source.val)
-        return DataSource(DataOptions(*present(source.val, "the validation images"))) if here else None
-    voc, img_dir = named.val_voc, named.val_img_dir
-    if named.val_split is not None and voc is None:
+def _val_source(source: DataSource, val_options: ValOptions) -> DataSource | None:
+    if val_options == ValOptions():
+        is_on_disk = source.val is not None and all(path.exists() for path in source.val)
+        return DataSource(DataOptions(*present(source.val, "the validation images"))) if is_on_disk else None
+    voc, img_dir = val_options.val_voc, val_options.val_img_dir
+    if val_options.val_split is not None and voc is None:
         voc = source.named.voc
         if voc is None:
             raise KdpipeError("--val-split names an image set of a VOC folder: give the folder, too: --val-voc.")
-    if voc is not None and named.val_split is None:
+    if voc is not None and val_options.val_split is None:
         raise KdpipeError("--val-voc needs --val-split here: which image set is AP measured on?")
-    if voc is None and (named.val_ann_file or named.val_bdd):
+    if voc is None and (val_options.val_ann_file or val_options.val_bdd):
         img_dir = img_dir or source.images
-    found = DataOptions(named.val_ann_file, img_dir, voc, named.val_split, named.val_bdd)
-    _check_named(found, "--val-")
-    return DataSource(found)
+    val_data = DataOptions(val_options.val_ann_file, img_dir, voc, val_options.val_split, val_options.val_bdd)
+    _check_named(val_data, "--val-")
+    return DataSource(val_data)
 
 
 def torch_device(name: str | None) -> torch.device:

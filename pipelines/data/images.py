@@ -72,17 +72,17 @@ def load_picture(
     path = Path(path)
     data = _bytes(path)
     try:
-        lost = lost_share(data)
+        share = lost_share(data)
     except IncompleteError as error:
         raise ImageError(f"image {path} ({len(data):,} bytes) is truncated or damaged: {error}. Replace it.") from error
-    if lost is not None and lost > _MOST_LOST:
+    if share is not None and share > _MOST_LOST:
         raise ImageError(
-            f"image {path} ({len(data):,} bytes) is truncated: {100 * lost:.0f} % of its pixels are lost. Replace it."
+            f"image {path} ({len(data):,} bytes) is truncated: {100 * share:.0f} % of its pixels are lost. Replace it."
         )
     pixels = _decode(path, data if lost is None else completed(data), decoding)
     height, width = pixels.shape[:2]
     _check_size(path, (height, width), expected, scale, decoding)
-    note = "" if lost is None else f"image {path} lacks its last bytes ({100 * lost:.1f} % of its pixels are lost)"
+    note = "" if share is None else f"image {path} lacks its last bytes ({100 * share:.1f} % of its pixels are lost)"
     return Picture(pixels, digest_file(data), note)
 
 
@@ -181,15 +181,15 @@ def _decode(path: Path, data: bytes, decoding: Decoding) -> npt.NDArray[np.uint8
 
 def _check_size(
     path: Path,
-    found: tuple[int, int],
+    size: tuple[int, int],
     expected: tuple[int, int] | None,
     scale: tuple[int, int] | None,
     decoding: Decoding,
 ) -> None:
     """Both sizes are ``(height, width)``."""
-    if expected is not None and found != tuple(expected):
+    if expected is not None and size != tuple(expected):
         raise ImageError(
-            f"image {path} is {found[1]} x {found[0]} pixels (its EXIF orientation "
+            f"image {path} is {size[1]} x {size[0]} pixels (its EXIF orientation "
             f"{'applied' if decoding.turns else 'ignored, as the config says'}), but the annotations say "
             f"{expected[1]} x {expected[0]}: its boxes would be misplaced. Correct width and height in "
             "the annotation file, or put the image in place that was annotated."
@@ -197,10 +197,10 @@ def _check_size(
     if scale is None:
         return
     try:
-        input_size(found, scale)
+        input_size(size, scale)
     except ViewError as error:
         raise ImageError(
-            f"image {path} is {found[1]} x {found[0]} pixels: resized into {scale[0]} x {scale[1]}, nothing is left of "
+            f"image {path} is {size[1]} x {size[0]} pixels: resized into {scale[0]} x {scale[1]}, nothing is left of "
             "it. Take it out of the annotations, or choose a larger --scale."
         ) from error
 
@@ -217,7 +217,7 @@ def _bytes(path: Path) -> bytes:
 def _check_file(path: Path) -> None:
     """Refuses what has no bytes to read: nothing, folders, pipes, empty files."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError as error:
         raise ImageError(
             f"image {path} does not exist. Check the image folder, or take the image out of the annotations."
@@ -226,10 +226,10 @@ def _check_file(path: Path) -> None:
         raise _unreadable(path, error) from error
     except ValueError as error:  # a NUL in the name
         raise ImageError(f"image {str(path)!r} cannot be read: {error}. Correct its file_name.") from error
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
-        raise ImageError(f"image {path} is {what}. Check the image folder and the file_name in the annotations.")
-    if not found.st_size:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise ImageError(f"image {path} is {kind}. Check the image folder and the file_name in the annotations.")
+    if not status.st_size:
         raise ImageError(f"image {path} is empty. Replace it.")
 
 

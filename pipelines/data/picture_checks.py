@@ -66,22 +66,22 @@ def usable_images(
     def check_image(image: ImageInfo) -> str:
         return check(data.img_dir / image.file_name, (image.height, image.width), scale, decoding)
 
-    found = _check_all(data.images, check_image, console)
-    if found.notes:
-        lines = [f"Warning: {_count(len(found.notes), data)} incomplete and used as decoded:", *found.notes[:_NAMED]]
-        if len(found.notes) > _NAMED:
-            lines.append(f"and {len(found.notes) - _NAMED} more")
+    result = _check_all(data.images, check_image, console)
+    if result.notes:
+        lines = [f"Warning: {_count(len(result.notes), data)} incomplete and used as decoded:", *result.notes[:_NAMED]]
+        if len(result.notes) > _NAMED:
+            lines.append(f"and {len(result.notes) - _NAMED} more")
         console.print("\n  ".join(map(plain, lines)), markup=False)
-    if not found.problems:
+    if not result.problems:
         return data
-    first, count = next(iter(found.problems.values())), len(found.problems)
+    first, count = next(iter(result.problems.values())), len(result.problems)
     if not skip:
         more = f" It is the first of {count} bad images of {len(data.images)}." if count > 1 else ""
         raise ImageError(f"{first}{more} Or leave bad images out: --skip-bad-images.")
     if count == len(data.images):
         raise ImageError(f"All {count} images of {data.ann_file} are bad, the first: {first}")
     console.print(plain(f"{_count(count, data)} bad and left out, the first: {first}"), markup=False)
-    return data.only([image.image_id for image in data.images if image not in found.problems])
+    return data.only([image.image_id for image in data.images if image not in result.problems])
 
 
 def _decode(path: Path, expected: tuple[int, int], scale: tuple[int, int] | None, decoding: Decoding) -> str:

@@ -25,8 +25,8 @@ def compare_picture(cache: TeacherCache, image_id: int, path: Path) -> None:
     Raises:
         ImageError: they are others, or the file cannot be read.
     """
-    known = cache.index(image_id, cache.spec.views[0]).file_digest
-    if known and image_digest(path) != known:
+    cached_digest = cache.index(image_id, cache.spec.views[0]).file_digest
+    if cached_digest and image_digest(path) != cached_digest:
         raise ImageError(
             f"image {path} is another picture than the one that the teacher saw: the bytes of the file have changed. "
             "Put back the picture that was cached, or cache the teacher again."
@@ -49,30 +49,32 @@ def verify_pictures(location: Location, *, img_dir: Path | None, voc: Path | Non
         KdpipeError: The folder that was named does not exist.
     """
     cache = open_cache(location)
-    named = img_dir or (voc and voc / "JPEGImages")
-    folder = named or _recorded_folder(cache)
+    named_folder = img_dir or (voc and voc / "JPEGImages")
+    folder = named_folder or _recorded_folder(cache)
     if folder is None or not folder.is_dir():
-        if named is not None:
-            raise KdpipeError(f"image folder {named} does not exist. Say where the images of {location} are.")
+        if named_folder is not None:
+            raise KdpipeError(f"image folder {named_folder} does not exist. Say where the images of {location} are.")
         where = f" is not there: {folder}" if folder else " is not recorded"
         console.print(
             plain(f"The images were not compared: their folder{where}. Say where they are: --img-dir."), markup=False
         )
         return True
-    known = [
+    image_ids = [
         image_id for image_id in cache.image_ids.tolist() if cache.index(image_id, cache.spec.views[0]).file_digest
     ]
-    if not known:
+    if not image_ids:
         console.print("The images were not compared: the cache does not record their digests.")
         return True
-    problems = _differences(cache, known, folder, console)
+    problems = _differences(cache, image_ids, folder, console)
     if problems:
         console.print(
-            plain(f"{len(problems)} of {len(known)} images are not as the teacher saw them, the first: {problems[0]}"),
+            plain(
+                f"{len(problems)} of {len(image_ids)} images are not as the teacher saw them, the first: {problems[0]}"
+            ),
             markup=False,
         )
     else:
-        console.print(plain(f"The {len(known)} images in {folder} are those that the teacher saw."), markup=False)
+        console.print(plain(f"The {len(image_ids)} images in {folder} are those that the teacher saw."), markup=False)
     return not problems
 
 

@@ -75,14 +75,14 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
 def remake_command(cache: TeacherCache, part_size: int) -> str:
     """The command that makes what a cache lacks, as far as the cache records it."""
     spec, data = cache.spec, recorded_entry(cache.metadata, "data") or {}
-    named = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
+    data_words = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
     if "bdd" in data:
-        named = ("--bdd", data["bdd"], *named[2:])
+        data_words = ("--bdd", data["bdd"], *data_words[2:])
     if "voc" in data:
-        named = ("--voc", data["voc"], "--split", data["split"])
+        data_words = ("--voc", data["voc"], "--split", data["split"])
     words = [
         *("kdpipe", "cache-teacher", "--ckpt", recorded_entry(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
-        *(*named, "--out", cache.location),
+        *(*data_words, "--out", cache.location),
         *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
         *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
         *(("--levels", ",".join(map(spec.level_name, spec.levels))) if len(spec.levels) < len(spec.strides) else ()),

@@ -97,8 +97,8 @@ def _walk(data: bytes) -> tuple[bool, bool]:
         (length,) = struct.unpack(">H", data[place + 2 : place + 4])
         place += 2 + length
         if kind == _START_OF_SCAN:
-            found = _MARKER.search(data, place)
-            place = found.start() if found else len(data)
+            marker = _MARKER.search(data, place)
+            place = marker.start() if marker else len(data)
     return data[place : place + 2] == JPEG_END, restarts
 
 

@@ -52,10 +52,10 @@ def read_voc(folder: Path, split: str) -> CocoFile:
     annotations = {path.stem: path for path in _annotation_files(folder)}
     names = [_image_name(line, annotations) for line in lines]
     _check_names(names, annotations, folder, split)
-    roots, found, notes = _parse_all(annotations, set(names))
+    roots, folder_classes, notes = _parse_all(annotations, set(names))
     if names != lines:
         notes += (f"{split_path(folder, split)} has labels, suffixes or folders beside the names, which are not read",)
-    classes = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
+    classes = VOC_CLASSES if folder_classes <= set(VOC_CLASSES) else tuple(sorted(folder_classes))
     files = _image_files(folder / "JPEGImages")
     images: list[ImageEntry] = []
     boxes: list[AnnotationEntry] = []
@@ -102,7 +102,7 @@ def _annotation_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() == ".xml" and not path.name.startswith("."))
 
 
-def _image_name(line: str, known: Mapping[str, Path]) -> str:
+def _image_name(line: str, annotations: Mapping[str, Path]) -> str:
     """The image that a line of a split file names, also with a suffix, a folder or a label."""
     words = line.split()
     unlabelled = line[: -len(words[-1])].strip() if len(words) > 1 and words[-1] in _LABELS else line
@@ -110,16 +110,16 @@ def _image_name(line: str, known: Mapping[str, Path]) -> str:
         name = text.replace("\\", "/").rsplit("/", 1)[-1]
         stem, _, suffix = name.rpartition(".")
         for candidate in (name, stem if f".{suffix.lower()}" in (*IMAGE_SUFFIXES, ".xml") else name):
-            if candidate in known:
+            if candidate in annotations:
                 return candidate
     return unlabelled
 
 
-def _check_names(names: Sequence[str], known: Mapping[str, Path], folder: Path, split: str) -> None:
+def _check_names(names: Sequence[str], annotations: Mapping[str, Path], folder: Path, split: str) -> None:
     twice = _first_double(names)
     if twice is not None:
         raise VocError(f"split file {split_path(folder, split)} names image {twice} twice. Name each image once.")
-    absent = [name for name in names if name not in known]
+    absent = [name for name in names if name not in annotations]
     if absent:
         raise VocError(
             f"{len(absent)} of the {len(names)} images of split {split} have no annotation in "
@@ -128,16 +128,16 @@ def _check_names(names: Sequence[str], known: Mapping[str, Path], folder: Path, 
 
 
 def _first_double(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
+    earlier: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in earlier:
             return name
-        seen.add(name)
+        earlier.add(name)
     return None
 
 
 def _parse_all(
-    annotations: Mapping[str, Path], chosen: set[str]
+    annotations: Mapping[str, Path], image_names: set[str]
 ) -> tuple[dict[str, Element], set[str], tuple[str, ...]]:
     """The annotations that are chosen, the names of all classes of the folder, and what is said of faulty files."""
     roots: dict[str, Element] = {}
@@ -148,12 +148,12 @@ def _parse_all(
             root = parse_xml(path)
             names = {text_in(item, "name", path) for item in root.iterfind("object")}
         except VocError as error:
-            if stem in chosen:
+            if stem in image_names:
                 raise
             faulty.append(error)
             continue
         classes |= names
-        if stem in chosen:
+        if stem in image_names:
             roots[stem] = root
     if not faulty:
         return roots, classes, ()

@@ -65,9 +65,9 @@ def draw_shapes(
     recipe = {"version": _VERSION, **counts, "size": list(size), "seed": seed}
     files = {split: out_dir / "annotations" / f"{split}.json" for split in counts}
     pictures = {split: list((out_dir / split).glob("shapes_*.jpg")) for split in counts}
-    found = [(_recipe_of(files[split]), len(pictures[split])) for split in counts]
+    recipes = [(_recipe_of(files[split]), len(pictures[split])) for split in counts]
     progress = progress or (lambda finished: None)
-    if found == [(recipe, count) for count in counts.values()]:
+    if recipes == [(recipe, count) for count in counts.values()]:
         progress(train + val)
         return
     for path in [*files.values(), *pictures["train"], *pictures["val"]]:  # annotations never outlive their pictures
@@ -124,7 +124,7 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
     """One picture [h, w, 3] and its objects, each with COCO's category_id, bbox and area."""
     canvas = _ground(rng, size)
     top = np.full(size, -1)  # [h, w] number of the shape that is seen there
-    painted, shown = np.zeros(0, int), np.zeros(0, int)  # per shape: pixels it has, pixels of it that are seen
+    painted, visible = np.zeros(0, int), np.zeros(0, int)  # per shape: pixels it has, pixels of it that are seen
     objects: list[dict[str, Any]] = []
     for _ in range(int(rng.integers(6, 14))):
         label = None if rng.random() < 0.08 else int(rng.integers(len(CLASS_NAMES)))  # None: a blob that is no class
@@ -136,12 +136,12 @@ def _draw_picture(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Pixe
             y1, x1, y2, x2 = max(y, 0), max(x, 0), min(y + h, size[0]), min(x + w, size[1])
             window, crop = np.s_[y1:y2, x1:x2], np.s_[y1 - y : y2 - y, x1 - x : x2 - x]
             inside, opaque = silhouette[crop], alpha[crop] >= 0.5
-            hidden = np.bincount(top[window][opaque] + 1, minlength=len(shown) + 1)[1:]
-            whole, seen = np.append(painted, (alpha >= 0.5).sum()), np.append(shown - hidden, opaque.sum())
-            if (seen < _MIN_VISIBLE * whole).any() or inside.sum() < 0.5 * silhouette.sum():
+            hidden = np.bincount(top[window][opaque] + 1, minlength=len(visible) + 1)[1:]
+            whole, visible_now = np.append(painted, (alpha >= 0.5).sum()), np.append(visible - hidden, opaque.sum())
+            if (visible_now < _MIN_VISIBLE * whole).any() or inside.sum() < 0.5 * silhouette.sum():
                 continue
-            top[window][opaque] = len(shown)
-            painted, shown = whole, seen
+            top[window][opaque] = len(visible)
+            painted, visible = whole, visible_now
             _paint(rng, canvas[window], alpha[crop])
             if label is not None:
                 x, y, w, h = cv2.boundingRect(inside.astype(np.uint8))

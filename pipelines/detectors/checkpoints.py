@@ -95,8 +95,8 @@ def register_safe_types() -> None:
 
 def _allowing_safe_types() -> AbstractContextManager[Any]:
     # leaving `safe_globals` forgets its types, also those that were registered before: pass the new ones only
-    known = torch.serialization.get_safe_globals()
-    return torch.serialization.safe_globals([item for item in _safe_types() if item not in known])
+    registered = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([item for item in _safe_types() if item not in registered])
 
 
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
@@ -114,8 +114,8 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}. Give the .pth file of the detector.")
+        fault = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {fault}. Give the .pth file of the detector.")
     content = _read(path, trust)
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -136,9 +136,9 @@ def _read(path: Path, trust: bool) -> Any:
         with _allowing_safe_types():
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # unpickling may raise anything
-        if refused := refused_type(error):
+        if type_name := refused_type(error):
             raise CheckpointError(
-                f"checkpoint {path} was refused: it holds {refused}, which is not a type known as harmless, and "
+                f"checkpoint {path} was refused: it holds {type_name}, which is not a type known as harmless, and "
                 "loading it could run code of whoever made the file. Nothing of it has run. If you trust where the "
                 "file comes from, give --trust-checkpoint."
             ) from error
@@ -151,8 +151,8 @@ def _read(path: Path, trust: bool) -> Any:
 
 def refused_type(error: Exception) -> str:
     """What a file holds because of which torch refused to unpickle it; empty where reading it failed otherwise."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    return found[1] if found else ""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return match[1] if match else ""
 
 
 def _plain_state(state: Any, path: Path) -> dict[str, Tensor]:
@@ -205,32 +205,36 @@ def load_strict(
     Raises:
         CheckpointError: lists what is missing, unexpected and mis-shaped.
     """
-    wanted, ignored = model.state_dict(), tuple(ignore_prefixes)
+    model_state, ignored = model.state_dict(), tuple(ignore_prefixes)
 
     def relevant(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-        kept = ((name, value) for name, value in weights.items() if name in wanted or not name.startswith(ignored))
-        return _with_metadata(OrderedDict(kept), _metadata(weights))
+        entries = (
+            (name, value) for name, value in weights.items() if name in model_state or not name.startswith(ignored)
+        )
+        return _with_metadata(OrderedDict(entries), _metadata(weights))
 
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # no layer reads them; new since 2018
+    counters = {
+        name for name in model_state if name.endswith("num_batches_tracked")
+    }  # no layer reads them; new since 2018
     state = relevant(state_dict)
     for choice in unwrapped(state_dict):
-        if wanted.keys() - counters <= (found := relevant(choice)).keys() <= wanted.keys():
-            state = found
+        if model_state.keys() - counters <= (candidate := relevant(choice)).keys() <= model_state.keys():
+            state = candidate
             break
-    if path is not None and wanted.keys() - counters <= {name.removeprefix("student.") for name in state}:
+    if path is not None and model_state.keys() - counters <= {name.removeprefix("student.") for name in state}:
         _refuse_training(state, path)
     for name in counters:
-        state.setdefault(name, wanted[name])
+        state.setdefault(name, model_state[name])
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(_disagreement(wanted, state, path) or str(error)) from error
+        raise CheckpointError(_disagreement(model_state, state, path) or str(error)) from error
 
 
 def _metadata(state: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """Versions of layers, which tell them what names they had."""
-    found: Mapping[str, Any] = getattr(state, "_metadata", {})
-    return found
+    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
+    return metadata
 
 
 def _with_metadata(state: OrderedDict[str, Tensor], metadata: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
@@ -265,13 +269,13 @@ def _refuse_training(state: Mapping[str, Tensor], path: Path) -> None:
     )
 
 
-def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path | None) -> str:
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
+def _disagreement(model_state: Mapping[str, Tensor], checkpoint_state: Mapping[str, Tensor], path: Path | None) -> str:
+    missing = [name for name in model_state if name not in checkpoint_state]
+    unexpected = [name for name in checkpoint_state if name not in model_state]
     shaped = [
-        f"{name}: checkpoint {tuple(found[name].shape)}, model {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        f"{name}: checkpoint {tuple(checkpoint_state[name].shape)}, model {tuple(model_state[name].shape)}"
+        for name in model_state
+        if name in checkpoint_state and checkpoint_state[name].shape != model_state[name].shape
     ]
     lines = [
         f"  {len(names)} {what}: {_some(names)}"
@@ -280,7 +284,8 @@ def _disagreement(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], pat
     ]
     if not lines:
         return ""
-    head = f"the checkpoint {path or ''} does not fit the model ({len(wanted)} tensors wanted, {len(found)} found):"
+    counts = f"{len(model_state)} tensors wanted, {len(checkpoint_state)} found"
+    head = f"the checkpoint {path or ''} does not fit the model ({counts}):"
     advice = "Give the config that the checkpoint was trained with, or the checkpoint that belongs to the config."
     return "\n".join([head, *lines, advice])
 

@@ -29,12 +29,12 @@ def resolve_type(kind: Any, registry: Registry) -> Any:
     while root.parent is not None:
         root = root.parent
     scopes = {each.scope: each for each in (root, *root.children.values())}
-    if scope in scopes and (found := _lookup(name, scopes[scope])) is not None:
-        return found
+    if scope in scopes and (registered := _lookup(name, scopes[scope])) is not None:
+        return registered
     module, _, name = kind.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    known = [each for owner in scopes.values() for each in owner.module_dict.values()]
-    return found if any(found is each for each in known) else None
+    registered = getattr(sys.modules.get(module), name, None)
+    all_types = [each for owner in scopes.values() for each in owner.module_dict.values()]
+    return registered if any(registered is each for each in all_types) else None
 
 
 def type_name(kind: Any) -> str:

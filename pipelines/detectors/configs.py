@@ -40,10 +40,10 @@ def config_from_checkpoint(checkpoint: Checkpoint) -> Config | None:
     Raises:
         ConfigError: it carries one that is more than plain values, or names what is not known as harmless.
     """
-    found = checkpoint.meta.get("cfg") or checkpoint.meta.get("config")
-    if not isinstance(found, Mapping) and not (isinstance(found, str) and found.strip()):
+    content = checkpoint.meta.get("cfg") or checkpoint.meta.get("config")
+    if not isinstance(content, Mapping) and not (isinstance(content, str) and content.strip()):
         return None
-    return config_from_file(found, f"the config inside checkpoint {checkpoint.path}", trust=checkpoint.trusted)
+    return config_from_file(content, f"the config inside checkpoint {checkpoint.path}", trust=checkpoint.trusted)
 
 
 def config_from_file(content: str | Mapping[str, Any], origin: str, *, trust: bool) -> Config:
@@ -118,13 +118,13 @@ def _zoo_file(name: str) -> Path:
     files = {
         key(file.relative_to(zoo()).as_posix()): file for file in zoo().rglob("*.py") if "_base_" not in file.parts
     }
-    wanted = key(name.strip().removeprefix("./").removeprefix("configs/"))
-    found = [file for known, file in files.items() if f"/{known}".endswith(f"/{wanted}")]
-    found = found or [file for old, file in _renamed().items() if key(old) == wanted]
-    if found:
-        return found[0]
+    searched = key(name.strip().removeprefix("./").removeprefix("configs/"))
+    matches = [file for zoo_name, file in files.items() if f"/{zoo_name}".endswith(f"/{searched}")]
+    matches = matches or [file for old, file in _renamed().items() if key(old) == searched]
+    if matches:
+        return matches[0]
     stems = {key(file.stem): file.stem for file in files.values()}
-    close = [stems[match] for match in difflib.get_close_matches(wanted.split("/")[-1], stems, n=5, cutoff=0.6)]
+    close = [stems[match] for match in difflib.get_close_matches(searched.split("/")[-1], stems, n=5, cutoff=0.6)]
     near = f" The closest names: {', '.join(close)}." if close else ""
     raise ConfigError(f"config {name} is neither a file nor a config of mmdet's zoo.{near}")
 
@@ -183,18 +183,18 @@ def _place(target: Any, name: str, path: Sequence[str], option: str) -> str | in
     if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
         return int(name)
     if isinstance(target, list):
-        known = [str(index) for index in range(len(target))]
+        names = [str(index) for index in range(len(target))]
     elif isinstance(target, Mapping | Config):
-        known = [str(key) for key in target]
-        if name in known:
+        names = [str(key) for key in target]
+        if name in names:
             return name
     else:
         raise ConfigError(
             f"option {option!r}: {'.'.join(path[:-1])} is {target!r}, which holds no {name!r}; only dictionaries and "
             "lists do."
         )
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(known)}."
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(names)}."
     raise ConfigError(f"option {option!r}: the config has no {'.'.join(path)}. {hint}")
 
 

@@ -63,8 +63,8 @@ def _check_sections(config: Config) -> None:
             raise ConfigError(f"the config has {name} = {config[name]!r:.100}, expected {name}=dict(...). Correct it.")
     loaders = {f"{split}_dataloader": config.get(f"{split}_dataloader") for split in ("train", "val", "test")}
     for name, loader in loaders.items():
-        if not isinstance(found := (loader or {}).get("dataset"), Mapping | None):
-            raise ConfigError(f"the config has {name}.dataset = {found!r:.100}, expected dict(type=...). Correct it.")
+        if not isinstance(dataset := (loader or {}).get("dataset"), Mapping | None):
+            raise ConfigError(f"the config has {name}.dataset = {dataset!r:.100}, expected dict(type=...). Correct it.")
     pipelines = [
         part["pipeline"] for part in dictionaries([config.get("data"), *loaders.values()]) if "pipeline" in part
     ]
@@ -196,9 +196,9 @@ def _modern_steps(step: Mapping[str, Any], scale: Any = None) -> Iterator[Mappin
         for inner in step.get("transforms") or ():
             yield from _modern_steps(inner, scale)
     elif kind == "Resize":
-        kept = {key: value for key, value in step.items() if key != "img_scale"}
+        options = {key: value for key, value in step.items() if key != "img_scale"}
         size = scale[0] if isinstance(scale, list) and len(scale) == 1 else scale
-        yield {"keep_ratio": True, **kept, **({} if size is None else {"scale": tuple(size)})}
+        yield {"keep_ratio": True, **options, **({} if size is None else {"scale": tuple(size)})}
     elif kind == "Pad":
         zeros = step.get("pad_val", 0) == 0 and not set(step) - {"type", "size_divisor", "pad_val"}
         if not zeros or not step.get("size_divisor"):
@@ -212,10 +212,10 @@ def _modern_steps(step: Mapping[str, Any], scale: Any = None) -> Iterator[Mappin
 
 
 def _test_pipeline(config: Config) -> Sequence[Any]:
-    places = [config.get(name) for name in ("test_dataloader", "val_dataloader")]
-    places += [(config.get("data") or {}).get(name) for name in ("test", "val")]
-    for place in places:
-        for part in dictionaries(place):
+    sections = [config.get(name) for name in ("test_dataloader", "val_dataloader")]
+    sections += [(config.get("data") or {}).get(name) for name in ("test", "val")]
+    for section in sections:
+        for part in dictionaries(section):
             if part.get("pipeline"):
                 return part["pipeline"]  # type: ignore[no-any-return]
     return config.get("test_pipeline") or ()

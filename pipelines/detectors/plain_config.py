@@ -82,10 +82,10 @@ def _name(thing: Any, path: str) -> str | None:
     if path.rpartition(".")[2] != "type" or not module:
         return _registered_name(thing)
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        imported = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    return f"{module}.{name}" if found is thing else None
+    return f"{module}.{name}" if imported is thing else None
 
 
 def _registered_name(thing: Any) -> str | None:

@@ -48,19 +48,19 @@ class Fit:
     @property
     def is_little(self) -> bool:
         """Whether neither half of the module's tensors nor half of the weights' has been of use."""
-        wanted = len(self.loaded) + len(self.shaped) + len(self.missing)
-        found = len(self.loaded) + len(self.shaped) + len(self.unexpected)
-        return (2 * len(self.loaded) < wanted and 2 * len(self.loaded) < found) or not self.loaded
+        num_model = len(self.loaded) + len(self.shaped) + len(self.missing)
+        num_weights = len(self.loaded) + len(self.shaped) + len(self.unexpected)
+        return (2 * len(self.loaded) < num_model and 2 * len(self.loaded) < num_weights) or not self.loaded
 
     def __str__(self) -> str:
         """All counts, and the first examples of what is not loaded."""
         total = len(self.loaded) + len(self.shaped) + len(self.missing)
         parts = [f"{len(self.loaded)} of {total} tensors"]
         others = ("of another shape", self.shaped), ("missing", self.missing), ("not used", self.unexpected)
-        for what, names in others:
+        for state, names in others:
             if names:
                 more = ", ..." if len(names) > _SHOWN else ""
-                parts.append(f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})")
+                parts.append(f"{len(names)} {state} ({', '.join(names[:_SHOWN])}{more})")
         return "; ".join(parts)
 
 
@@ -98,10 +98,10 @@ def check_start_weights(recorded: Config, console: Console) -> None:
     with building("The detector"):
         detector = MODELS.build(recorded.model)
     try:
-        for what, fit in _load_all(detector, recorded.get("load_from")):
+        for source, fit in _load_all(detector, recorded.get("load_from")):
             if fit.is_little:
-                raise CheckpointError(f"{what}: little of them fits the detector: {fit}.")
-            console.print(escape(f"{what}: {fit}."))
+                raise CheckpointError(f"{source}: little of them fits the detector: {fit}.")
+            console.print(escape(f"{source}: {fit}."))
     except CheckpointError as error:
         options = [*pretrained_options(recorded.model), *(["load_from=None"] if recorded.get("load_from") else [])]
         raise CheckpointError(
@@ -132,11 +132,11 @@ def _load_all(detector: nn.Module, load_from: str | None) -> list[tuple[str, Fit
     for name, module in reversed(list(detector.named_modules())):
         for init in _pretrained(getattr(module, "init_cfg", None)):
             state, prefix = _read(init["checkpoint"]), (init.get("prefix") or "").rstrip(".")
-            what = f"Start weights of {name or 'the model'}, {prefix or 'all'} of {init['checkpoint']}"
+            source = f"Start weights of {name or 'the model'}, {prefix or 'all'} of {init['checkpoint']}"
             if prefix:
                 state = {key[len(prefix) + 1 :]: state[key] for key in state if key.startswith(f"{prefix}.")}
             if not _converts(module):
-                loaded.append((what, load_fitting(module, state)))
+                loaded.append((source, load_fitting(module, state)))
     if load_from:
         state, names = _read(load_from), detector.state_dict().keys()
         student = {key.removeprefix("student."): state[key] for key in state if key.startswith("student.")}
@@ -166,16 +166,16 @@ def load_fitting(module: nn.Module, state: Mapping[str, Tensor]) -> Fit:
         module: Is changed in place.
         state: Weights by name.
     """
-    wanted = module.state_dict()
-    shaped = [name for name, value in state.items() if name in wanted and value.shape != wanted[name].shape]
+    module_state = module.state_dict()
+    shaped = [name for name, value in state.items() if name in module_state and value.shape != module_state[name].shape]
     fitting = OrderedDict((name, value) for name, value in state.items() if name not in shaped)
     vars(fitting)["_metadata"] = getattr(state, "_metadata", OrderedDict())
     result = module.load_state_dict(fitting, strict=False)
     missing = [name for name in result.missing_keys if name not in shaped and not name.endswith(_COUNTER)]
-    lost = {*shaped, *missing}
+    unloaded = {*shaped, *missing}
     return Fit(
-        loaded=tuple(name for name in wanted if name not in lost and not name.endswith(_COUNTER)),
-        shaped=tuple(f"{name}: {_size(state[name])}, wanted {_size(wanted[name])}" for name in shaped),
+        loaded=tuple(name for name in module_state if name not in unloaded and not name.endswith(_COUNTER)),
+        shaped=tuple(f"{name}: {_size(state[name])}, wanted {_size(module_state[name])}" for name in shaped),
         missing=tuple(missing),
         unexpected=tuple(result.unexpected_keys),
     )

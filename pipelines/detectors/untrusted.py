@@ -72,14 +72,14 @@ def restrict(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
     _refuse(list(_type_faults(config, "")), origin)
     dropped: list[str] = []
-    kept: dict[str, Any] = _without_outside(config, "", dropped)
-    _refuse(list(_text_faults(kept, "", built=False)), origin)
+    restricted: dict[str, Any] = _without_outside(config, "", dropped)
+    _refuse(list(_text_faults(restricted, "", built=False)), origin)
     if dropped:
         command_console().print(
             f"Left out of {plain(origin)}, since it reaches out of the file: {plain(masked(_summary(dropped)))}",
             markup=False,
         )
-    return kept
+    return restricted
 
 
 def _summary(places: Sequence[str]) -> str:
@@ -94,10 +94,10 @@ def _summary(places: Sequence[str]) -> str:
 
 def trusted(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """A copy of a config that may run code, the modules that it asks for imported; a missing one is said."""
-    asked = config.get("custom_imports")
-    if isinstance(asked, Mapping):
+    imports = config.get("custom_imports")
+    if isinstance(imports, Mapping):
         try:
-            import_modules_from_strings(**asked)
+            import_modules_from_strings(**imports)
         except ImportError as error:
             command_console().print(f"{plain(origin)}: custom_imports: {plain(error)}", markup=False)
     return copy.deepcopy(dict(config))
@@ -117,16 +117,16 @@ def _refuse(faults: Sequence[str], origin: str) -> None:
 
 def _type_faults(value: Any, place: str) -> Iterator[str]:
     """Every `type`, and what is looked up in the same way, that is not known; a line each."""
-    for key, item, here in _items(value, place):
+    for key, item, item_place in _items(value, place):
         if key in _TYPE_KEYS:
             fault = _type_fault(item)
         elif key in _SCOPE_KEYS:
             fault = "" if item in (None, *_SCOPES) else f"expected {' or '.join(_SCOPES)}"
         else:
-            yield from _type_faults(item, here)
+            yield from _type_faults(item, item_place)
             continue
         if fault:
-            yield f"{here} = {item!r:.200}: {fault}"
+            yield f"{item_place} = {item!r:.200}: {fault}"
 
 
 def _type_fault(kind: Any) -> str:
@@ -144,12 +144,14 @@ def _type_fault(kind: Any) -> str:
         for each in vars(module).values()
         if isinstance(each, Registry)
     ]
-    known = not dot or package in _PACKAGES
-    found = [each for each in (resolve_type(kind, registry) for registry in registries if known) if each is not None]
-    if not found:
+    is_listed = not dot or package in _PACKAGES
+    types = [
+        each for each in (resolve_type(kind, registry) for registry in registries if is_listed) if each is not None
+    ]
+    if not types:
         return "no such name is registered"
     reaching = [registry.module_dict.get(name) for registry in registries for name in _REACHING_TYPES]
-    if any(each is other for each in found for other in reaching):
+    if any(each is other for each in types for other in reaching):
         return "it opens or evaluates what its arguments name"
     return ""
 
@@ -158,17 +160,17 @@ def _without_outside(value: Any, place: str, dropped: list[str]) -> Any:
     """A copy without what names files and addresses; `dropped` gets the places."""
     if not isinstance(value, Mapping | list | tuple):
         return copy.deepcopy(value)
-    kept: dict[Any, Any] = {}
-    for key, item, here in _items(value, place):
+    entries: dict[Any, Any] = {}
+    for key, item, item_place in _items(value, place):
         outside = key in _OUTSIDE_KEYS or (not place and key in _OUTSIDE_SECTIONS)
         weights = _weights(key, item)
         if (outside and item) or weights:
-            dropped.append(f"{here} ({weights})" if weights else here)
+            dropped.append(f"{item_place} ({weights})" if weights else item_place)
             if isinstance(value, Mapping):
-                kept[key] = None
+                entries[key] = None
         else:
-            kept[key] = _without_outside(item, here, dropped)
-    return kept if isinstance(value, Mapping) else type(value)(kept.values())
+            entries[key] = _without_outside(item, item_place, dropped)
+    return entries if isinstance(value, Mapping) else type(value)(entries.values())
 
 
 def _weights(key: Any, item: Any) -> str:
@@ -177,19 +179,19 @@ def _weights(key: Any, item: Any) -> str:
         return item
     if not isinstance(item, Mapping) or "checkpoint" not in item:
         return ""
-    named = key == "init_cfg" or resolve_type(item.get("type"), WEIGHT_INITIALIZERS) is PretrainedInit
-    return str(item["checkpoint"]) if named else ""
+    is_pretrained = key == "init_cfg" or resolve_type(item.get("type"), WEIGHT_INITIALIZERS) is PretrainedInit
+    return str(item["checkpoint"]) if is_pretrained else ""
 
 
 def _text_faults(value: Any, place: str, built: bool) -> Iterator[str]:
     """Texts in models and pipelines that could be a path, a call or a module, a line each."""
-    for key, item, here in _items(value, place):
+    for key, item, item_place in _items(value, place):
         inside = built or key in _BUILT_KEYS or str(key).endswith("pipeline")
         if key in (*_TYPE_KEYS, *_DATA_KEYS):
             continue
         if inside and isinstance(item, str) and _NOT_PLAIN.search(item):
-            yield f"{here} = {item!r:.200}: it could be a path, a call or a module"
-        yield from _text_faults(item, here, inside)
+            yield f"{item_place} = {item!r:.200}: it could be a path, a call or a module"
+        yield from _text_faults(item, item_place, inside)
 
 
 def _items(value: Any, place: str) -> Iterator[tuple[Any, Any, str]]:

@@ -94,22 +94,22 @@ def modulated_deform_conv_backward(
     **geometry: int,
 ) -> None:
     """Gradients of `modulated_deform_conv_forward` by all five inputs."""
-    given = bias if with_bias else None
-    grads = _deform_conv_backward(grad_output, input, weight, offset, mask, given, _modulated_geometry(geometry))
+    conv_bias = bias if with_bias else None
+    grads = _deform_conv_backward(grad_output, input, weight, offset, mask, conv_bias, _modulated_geometry(geometry))
     for buffer, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
         buffer.copy_(grad)
     if with_bias:
         grad_bias.copy_(grads[4])
 
 
-def _geometry(found: dict[str, int]) -> tuple[int, ...]:
+def _geometry(options: dict[str, int]) -> tuple[int, ...]:
     names = ("dH", "dW", "padH", "padW", "dilationH", "dilationW", "group", "deformable_group")
-    return tuple(found[name] for name in names)
+    return tuple(options[name] for name in names)
 
 
-def _modulated_geometry(found: dict[str, int]) -> tuple[int, ...]:
+def _modulated_geometry(options: dict[str, int]) -> tuple[int, ...]:
     names = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "group", "deformable_group")
-    return tuple(found[name] for name in names)
+    return tuple(options[name] for name in names)
 
 
 def _deform_arguments(

@@ -24,8 +24,8 @@ def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> 
     if offset:
         corners = torch.cat([corners[:, :2], corners[:, 2:] + offset], dim=1)
     threshold = torch.tensor(iou_threshold, dtype=corners.dtype).item()  # mmcv compares in the type of the boxes
-    kept: Tensor = torch.ops.torchvision.nms(corners, scores.to(corners.dtype), threshold)
-    return kept
+    keep: Tensor = torch.ops.torchvision.nms(corners, scores.to(corners.dtype), threshold)
+    return keep
 
 
 def softnms(
@@ -47,24 +47,24 @@ def softnms(
     Returns:
         Positions of the boxes taken, int64 [M]; `dets[:M]` gets (x1, y1, x2, y2, score) of each.
     """
-    found = computing(boxes.detach()).numpy().copy()
-    worth = computing(scores.detach()).numpy().astype(found.dtype)
-    index = np.arange(len(found))
-    count, taken = len(found), 0
+    corners = computing(boxes.detach()).numpy().copy()
+    worth = computing(scores.detach()).numpy().astype(corners.dtype)
+    index = np.arange(len(corners))
+    count, taken = len(corners), 0
     while taken < count:
         best = taken + int(np.argmax(worth[taken:count]))
-        for values in (found, worth, index):
+        for values in (corners, worth, index):
             values[[taken, best]] = values[[best, taken]]
         rest = slice(taken + 1, count)
-        worth[rest] *= _decay(_overlaps(found[taken], found[rest], offset), iou_threshold, sigma, method)
+        worth[rest] *= _decay(_overlaps(corners[taken], corners[rest], offset), iou_threshold, sigma, method)
         taken += 1
         low = worth[rest] < min_score
         if low.any():
             order = taken + _fill_holes(~low)
             count = taken + len(order)
-            for values in (found, worth, index):
+            for values in (corners, worth, index):
                 values[taken:count] = values[order]
-    dets[:count] = torch.from_numpy(np.concatenate([found[:count], worth[:count, None]], axis=1)).to(dets.dtype)
+    dets[:count] = torch.from_numpy(np.concatenate([corners[:count], worth[:count, None]], axis=1)).to(dets.dtype)
     return torch.from_numpy(index[:count])
 
 

@@ -127,8 +127,8 @@ class ProgressBar:
         if self.console.is_terminal or now - self._last_line < _LINE_SECONDS or done <= self._first:
             return
         self._last_line = now
-        left = timedelta(seconds=round((now - self._start) / (done - self._first) * (self.total - done)))
-        self.console.print(f"{self.description}: {done}/{self.total}, {rate}, {left} left")
+        time_left = timedelta(seconds=round((now - self._start) / (done - self._first) * (self.total - done)))
+        self.console.print(f"{self.description}: {done}/{self.total}, {rate}, {time_left} left")
 
     def close(self) -> None:
         """Take the bar off the console."""

@@ -1,4 +1,4 @@
-"""CommitThread of a cache's parts beside the making of the next one."""
+"""A thread that commits a cache's parts beside the making of the next one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class CommitThread:
-    """CommitThread a part on a thread of its own while the next one is made; a context manager that waits for the last."""
+    """Commits a part on a thread of its own while the next one is made; a context manager that waits for the last."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-commit")

@@ -55,26 +55,26 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         # of a cascade, what is cached is in the units of the first stage
         head = MODELS.build(head_config[0] if isinstance(head_config, list) else head_config)
         options = config.model.test_cfg.rcnn
-    found: dict[int, Detections] = {}
+    detections: dict[int, Detections] = {}
     start = time.perf_counter()
     with ProgressBar(console, "teacher's AP", len(cache)) as progress:
         for done, image_id in enumerate(cache.image_ids.tolist(), 1):
-            if (said := _detections(cache, image_id, head, options)) is not None:
-                found[image_id] = said
+            if (image_detections := _detections(cache, image_id, head, options)) is not None:
+                detections[image_id] = image_detections
             progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
     with tempfile.TemporaryDirectory() as folder:
         annotations = data.copied_to(Path(folder) / "annotations.json").write_copy()
-        metrics = _coco_ap(cache, annotations, found)
+        metrics = _coco_ap(cache, annotations, detections)
         if data.is_voc:
             objects = read_objects(annotations)
             objects = {image_id: objects[image_id] for image_id in cache.image_ids.tolist()}
-            metrics |= {VOC_PREFIX + name: value for name, value in voc_ap(objects, found).items()}
+            metrics |= {VOC_PREFIX + name: value for name, value in voc_ap(objects, detections).items()}
     return metrics
 
 
-def _coco_ap(cache: TeacherCache, annotations: Path, found: Mapping[int, Detections]) -> dict[str, float]:
+def _coco_ap(cache: TeacherCache, annotations: Path, detections: Mapping[int, Detections]) -> dict[str, float]:
     """COCO's AP on the images of a cache."""
-    results = [entry for image_id, each in found.items() for entry in _results(cache, image_id, each)]
+    results = [entry for image_id, each in detections.items() for entry in _results(cache, image_id, each)]
     if not results:
         return dict.fromkeys(AP_NAMES, 0.0)
     with silent_stdout():
@@ -88,12 +88,13 @@ def _coco_ap(cache: TeacherCache, annotations: Path, found: Mapping[int, Detecti
     return dict(zip(AP_NAMES, map(float, evaluation.stats[: len(AP_NAMES)]), strict=True))
 
 
-def _results(cache: TeacherCache, image_id: int, found: Detections) -> list[dict[str, Any]]:
+def _results(cache: TeacherCache, image_id: int, detections: Detections) -> list[dict[str, Any]]:
     """Detections of an image as COCO results."""
-    sides = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
+    boxes, labels = detections.boxes, detections.labels.tolist()
+    sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     return [
         {"image_id": image_id, "category_id": cache.spec.category_ids[label], "bbox": box, "score": score}
-        for label, box, score in zip(found.labels.tolist(), sides.tolist(), found.scores.tolist(), strict=True)
+        for label, box, score in zip(labels, sides.tolist(), detections.scores.tolist(), strict=True)
     ]
 
 
@@ -120,4 +121,4 @@ def _detections(cache: TeacherCache, image_id: int, head: Any, options: Any) -> 
         rcnn_test_cfg=options,
         rescale=True,
     )[0]
-    return Detections(said.bboxes.double().numpy(), said.scores.numpy(), said.labels.numpy())
+    return Detections(detections.bboxes.double().numpy(), detections.scores.numpy(), detections.labels.numpy())

@@ -57,16 +57,16 @@ class PixelPipeline:
         steps = list(steps) or [{"type": "LoadImageFromFile"}, {"type": "Resize", "keep_ratio": True}]
         self.decoding = decoding_of(steps[0], _WHOSE)
         self._to_float32 = bool(steps[0].get("to_float32", False))
-        places = [i for i, step in enumerate(steps) if transform_class(step) in RESIZES]
-        if len(places) != 1:
+        positions = [i for i, step in enumerate(steps) if transform_class(step) in RESIZES]
+        if len(positions) != 1:
             raise TeacherError(
-                f"{_WHOSE} has {len(places)} resizing transforms ({', '.join(map(step_name, steps))}). Expected one "
+                f"{_WHOSE} has {len(positions)} resizing transforms ({', '.join(map(step_name, steps))}). Expected one "
                 "Resize."
             )
-        self._resize: Mapping[str, Any] = steps[places[0]]
+        self._resize: Mapping[str, Any] = steps[positions[0]]
         self._resizing = {name: self._resize.get(name, default) for name, default in RESIZE_DEFAULTS.items()}
-        self._before = _with_pixels(steps[1 : places[0]], _VALUES)
-        self._after = _with_pixels(steps[places[0] + 1 :], (*_VALUES, *_PADS))
+        self._before = _with_pixels(steps[1 : positions[0]], _VALUES)
+        self._after = _with_pixels(steps[positions[0] + 1 :], (*_VALUES, *_PADS))
         self._run_before, self._run_after = _build(self._before), _build(self._after)
 
     def own_scale(self) -> tuple[int, int]:

@@ -160,8 +160,8 @@ def set_validation(
 
 def _set_test_view(cfg: Config, class_names: Sequence[str], scale: tuple[int, int] | None) -> None:
     """Leave out validation, and keep of the test what says how the detector sees images, without any data."""
-    named = cfg.get("val_dataloader") or cfg.get("test_dataloader")
-    view = named and {"pipeline": _test_pipeline(cfg, scale), "metainfo": {"classes": class_names}}
+    loader = cfg.get("val_dataloader") or cfg.get("test_dataloader")
+    view = loader and {"pipeline": _test_pipeline(cfg, scale), "metainfo": {"classes": class_names}}
     for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
         cfg[key] = None
     if not view:

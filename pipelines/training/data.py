@@ -103,9 +103,9 @@ def _with_images(
     pipeline = pipeline_of(dataset, "train_dataloader.dataset.pipeline")
     if scale is not None:
         pipeline = set_scale(pipeline, scale, ratio_range)
-    kept = {key: copy.deepcopy(dataset[key]) for key in _KEPT if key in dataset}
-    kept.setdefault("filter_cfg", dict(_FILTER))
-    return {**coco_dataset(data), **kept, "pipeline": pipeline}
+    options = {key: copy.deepcopy(dataset[key]) for key in _KEPT if key in dataset}
+    options.setdefault("filter_cfg", dict(_FILTER))
+    return {**coco_dataset(data), **options, "pipeline": pipeline}
 
 
 def _only_one(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -162,8 +162,8 @@ def with_filter(config: Config) -> Config:
 def left_out_by(config: Config) -> dict[str, Any]:
     """Which images the training data set of a config leaves out, as mmdet's `filter_cfg`."""
     dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
-    found = _read_from(dataset).get("filter_cfg", _FILTER) or {}
-    return {"filter_empty_gt": found.get("filter_empty_gt", False), "min_size": found.get("min_size", 0)}
+    filter_cfg = _read_from(dataset).get("filter_cfg", _FILTER) or {}
+    return {"filter_empty_gt": filter_cfg.get("filter_empty_gt", False), "min_size": filter_cfg.get("min_size", 0)}
 
 
 def _inner(dataset: Mapping[str, Any]) -> Any:

@@ -104,34 +104,34 @@ def distill_options(options: Sequence[str], losses: Sequence[str], ckd_branch: s
         )
     if ckd_branch is not None:
         distill.ckd.branch = ckd_branch
-    for key, (wanted, allowed) in {**_ALLOWED, **{f"weights.{name}": _WEIGHT for name in distill.weights}}.items():
+    for key, (expected, allowed) in {**_ALLOWED, **{f"weights.{name}": _WEIGHT for name in distill.weights}}.items():
         section, _, name = key.partition(".")
         value = distill[section][name] if name else distill[section]
         if not allowed(value):
-            raise ContractError(f"distill.{key} is {value!r}; expected {wanted}.")
+            raise ContractError(f"distill.{key} is {value!r}; expected {expected}.")
     check_names(distill.transforms)
     return distill
 
 
-def ckd_queue_size(cfg: Config, rois: str | None, num: int) -> int:
+def ckd_queue_size(cfg: Config, roi_source: str | None, num: int) -> int:
     """The default length of CKD's queue: the RoIs of 10 steps on all ranks, as the paper's 80 x 1024 is at 8 x 1024.
 
     Args:
         cfg: Training config of the student.
-        rois: `teacher` or `student`: who chooses the RoIs.
+        roi_source: `teacher` or `student`: who chooses the RoIs.
         num: RoIs per image, of all but two-stage students that choose them by their own sampler.
     """
-    if rois == "student" and "roi_head" in cfg.model:
+    if roi_source == "student" and "roi_head" in cfg.model:
         stages = cfg.model.train_cfg.rcnn
         num = (stages[0] if isinstance(stages, Sequence) else stages).sampler.get("num", num)
     return int(10 * num * cfg.train_dataloader.get("batch_size", 1) * world_size())
 
 
-def _check_names(place: str, values: Any, known: Mapping[str, Any]) -> None:
+def _check_names(place: str, values: Any, names: Mapping[str, Any]) -> None:
     if not isinstance(values, Mapping):
         raise ContractError(f"{place} is {values!r}; expected {place}.NAME=VALUE.")
-    if known and (unknown := sorted(set(values) - set(known))):
-        raise ContractError(f"Unknown option {place}.{unknown[0]}. There are: {', '.join(known)}.")
+    if names and (unknown := sorted(set(values) - set(names))):
+        raise ContractError(f"Unknown option {place}.{unknown[0]}. There are: {', '.join(names)}.")
 
 
 def _is_ours(option: str) -> bool:

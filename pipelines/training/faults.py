@@ -48,8 +48,8 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
             + " ".join(f"-o {option}" for option in pretrained_options(runner.cfg.model))
         ) from error
     except RuntimeError as error:
-        if told := _machine_fault(error):
-            raise KdpipeError(told) from error
+        if message := _machine_fault(error):
+            raise KdpipeError(message) from error
         if runner.iter > first_step or lost_others(error):
             raise
         raise KdpipeError(
@@ -77,13 +77,13 @@ def _machine_fault(error: RuntimeError) -> str:
         )
     if _SHARED_MEMORY.search(text):
         size = shared_memory()
-        there = "there is no /dev/shm" if size is None else f"/dev/shm has {bytes_text(size)}"
+        state = "there is no /dev/shm" if size is None else f"/dev/shm has {bytes_text(size)}"
         return (
-            f"The shared memory through which loader workers hand over images is too small: {there}. Make it larger "
+            f"The shared memory through which loader workers hand over images is too small: {state}. Make it larger "
             f"(docker run --shm-size 8g), or read images in the training process (--workers 0). {_GO_ON}"
         )
-    if found := _WORKER.search(text):
-        return _DEAD_WORKER.format(f" (process {found[1]})")
+    if match := _WORKER.search(text):
+        return _DEAD_WORKER.format(f" (process {match[1]})")
     return ""
 
 

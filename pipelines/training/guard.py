@@ -29,8 +29,8 @@ class FiniteHook(Hook):  # type: ignore[misc]
         values = _numbers({name: value for name, value in (outputs or {}).items() if "loss" in name})
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if wrong:
-            named = {name: value for name, value in wrong.items() if name != "loss"} or wrong
-            losses = ", ".join(f"{name} is {value}" for name, value in named.items())
+            parts = {name: value for name, value in wrong.items() if name != "loss"} or wrong
+            losses = ", ".join(f"{name} is {value}" for name, value in parts.items())
             images = ", ".join(str(sample.get("img_id", "?")) for sample in data_batch["data_samples"])
             raise RunnerError(f"At step {runner.iter + 1}, {losses} (images {images}). {_remedy(runner)}")
 

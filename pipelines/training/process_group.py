@@ -128,11 +128,11 @@ def lost_others(error: BaseException) -> bool:
     """Whether an error, or what led to it, says that another process cannot be reached (gloo, NCCL, torch's store)."""
     from torch.distributed import DistError
 
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DistError) or (type(seen) is RuntimeError and _LOST.search(str(seen))):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DistError) or (type(cause) is RuntimeError and _LOST.search(str(cause))):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 

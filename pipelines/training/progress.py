@@ -55,8 +55,8 @@ class ProgressHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         stop.between_steps = True
         if runner.epoch:
-            left = "nothing is left to train" if runner.epoch == runner.max_epochs else "the others follow"
-            self.console.print(f"{self.name}: {runner.epoch} of {runner.max_epochs} epochs are done; {left}")
+            remark = "nothing is left to train" if runner.epoch == runner.max_epochs else "the others follow"
+            self.console.print(f"{self.name}: {runner.epoch} of {runner.max_epochs} epochs are done; {remark}")
         self._start(runner.max_iters, runner.iter)
 
     def _start(self, total: int, done: int) -> None:
@@ -133,8 +133,8 @@ class ProgressHook(Hook):  # type: ignore[misc]
 def _voc_text(metrics: Mapping[str, float]) -> str:
     """Pascal VOC's AP of 11 points, where it was measured."""
     names = {iou: VOC_PREFIX + voc_name(iou, VOC_MODES[0]) for iou in VOC_IOUS}
-    found = [f"{metrics[name]:.3f} at IoU {iou}" for iou, name in names.items() if name in metrics]
-    return f"; Pascal VOC, 11-point: {', '.join(found)}" if found else ""
+    texts = [f"{metrics[name]:.3f} at IoU {iou}" for iou, name in names.items() if name in metrics]
+    return f"; Pascal VOC, 11-point: {', '.join(texts)}" if texts else ""
 
 
 def _stopped_by(hook: EarlyStoppingHook) -> str:

@@ -69,15 +69,15 @@ def check_read_alike(pipeline: Sequence[Any], teacher: Mapping[str, Any]) -> Non
     Raises:
         KdpipeError: Naming both ways.
     """
-    wanted = Decoding(**teacher.get("decoding", {}))
+    teacher_decoding = Decoding(**teacher.get("decoding", {}))
     for step in transforms_in(pipeline):
         if transform_class(step) in (mmcv_transforms.LoadImageFromFile, *_OTHER_READERS):
-            found = decoding_of(step, "The student's training pipeline")
-            if found != wanted:
+            decoding = decoding_of(step, "The student's training pipeline")
+            if decoding != teacher_decoding:
                 raise KdpipeError(
-                    f"The student's training pipeline reads images with LoadImageFromFile({found}), and the teacher "
-                    f"with LoadImageFromFile({wanted}): they would not see the same pixels. Change it in the student's "
-                    "config, or in the teacher's."
+                    f"The student's training pipeline reads images with LoadImageFromFile({decoding}), and the teacher "
+                    f"with LoadImageFromFile({teacher_decoding}): they would not see the same pixels. Change it in "
+                    "the student's config, or in the teacher's."
                 )
 
 
@@ -92,7 +92,7 @@ def check_seen_alike(pipeline: Sequence[Any], teacher: Mapping[str, Any]) -> Non
         KdpipeError: It normalises images, or resizes them otherwise than the teacher's; the step is named.
     """
     check_read_alike(pipeline, teacher)
-    wanted = RESIZE_DEFAULTS | teacher.get("resize", {})
+    teacher_resize = RESIZE_DEFAULTS | teacher.get("resize", {})
     for step in transforms_in(pipeline):
         kind = transform_class(step)
         if kind is mmcv_transforms.Normalize:
@@ -100,10 +100,10 @@ def check_seen_alike(pipeline: Sequence[Any], teacher: Mapping[str, Any]) -> Non
                 "The student's training pipeline has Normalize, and a teacher that runs beside it takes images of 0 to "
                 "255. Set mean and std in the student's model.data_preprocessor."
             )
-        found = {name: step.get(name, default) for name, default in RESIZE_DEFAULTS.items()}
-        if kind in (*RESIZES, mmdet_transforms.FixShapeResize) and found != wanted:
+        resize = {name: step.get(name, default) for name, default in RESIZE_DEFAULTS.items()}
+        if kind in (*RESIZES, mmdet_transforms.FixShapeResize) and resize != teacher_resize:
             raise KdpipeError(
-                f"The student's training pipeline resizes images with {step_name(step)} ({found}), and the teacher's "
-                f"test pipeline with {wanted}: it would see other pixels than it was trained on. Change "
+                f"The student's training pipeline resizes images with {step_name(step)} ({resize}), and the teacher's "
+                f"test pipeline with {teacher_resize}: it would see other pixels than it was trained on. Change "
                 "it in the student's config, or in the teacher's."
             )

@@ -58,11 +58,11 @@ def replaced_parts(config: Config, used: Config) -> list[str]:
             lines += _differences(path, _at(config, path), _at(used, path))
     if _at(used, "default_hooks.checkpoint.save_best") and not used.get("val_evaluator"):
         lines.append("default_hooks.checkpoint.save_best (there are no validation images)")
-    own, ours = _at(config, "train_dataloader.dataset"), _at(used, "train_dataloader.dataset")
-    before, after = (" of ".join(dataset_kinds(each)) for each in (own or {}, ours))
+    config_dataset, used_dataset = _at(config, "train_dataloader.dataset"), _at(used, "train_dataloader.dataset")
+    before, after = (" of ".join(dataset_kinds(each)) for each in (config_dataset or {}, used_dataset))
     if before != after:
         lines.append(f"train_dataloader.dataset {before} -> {after}")
-    return lines + [f"train_dataloader.dataset.{key}" for key in dropped_keys(own or {})]
+    return lines + [f"train_dataloader.dataset.{key}" for key in dropped_keys(config_dataset or {})]
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:
@@ -72,17 +72,17 @@ def _at(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _differences(path: str, own: Any, used: Any) -> Iterator[str]:
-    if own is None or own == used:
+def _differences(path: str, config_value: Any, used: Any) -> Iterator[str]:
+    if config_value is None or config_value == used:
         return
     if path in _WHOLE:
         yield path
-    elif isinstance(own, Mapping) and isinstance(used, Mapping):
-        for key, value in own.items():
+    elif isinstance(config_value, Mapping) and isinstance(used, Mapping):
+        for key, value in config_value.items():
             if key != "_scope_":  # mmengine's note of where a base came from
                 yield from _differences(f"{path}.{key}", value, used.get(key))
     else:
-        yield f"{path} {_text(own)} -> {_text(used)}"
+        yield f"{path} {_text(config_value)} -> {_text(used)}"
 
 
 def _text(value: Any) -> str:

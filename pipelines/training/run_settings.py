@@ -45,11 +45,11 @@ def set_run(cfg: Config, config: Config, seed: int) -> None:
     cfg.randomness = {**(config.get("randomness") or {}), "seed": seed}
 
 
-def _checkpoint(own: Any) -> dict[str, Any]:
+def _checkpoint(hook: Any) -> dict[str, Any]:
     """What the config says of checkpoints, where epochs and the work directory stay what they are."""
-    if not isinstance(own, Mapping) or resolve_type(own.get("type", "CheckpointHook"), HOOKS) is not CheckpointHook:
+    if not isinstance(hook, Mapping) or resolve_type(hook.get("type", "CheckpointHook"), HOOKS) is not CheckpointHook:
         return dict(_CHECKPOINT)
-    kept = {key: value for key, value in own.items() if key not in _FIXED}
-    if not own.get("by_epoch", True):
-        kept.pop("interval", None)  # of steps
-    return {**_CHECKPOINT, **kept}
+    options = {key: value for key, value in hook.items() if key not in _FIXED}
+    if not hook.get("by_epoch", True):
+        options.pop("interval", None)  # of steps
+    return {**_CHECKPOINT, **options}

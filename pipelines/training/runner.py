@@ -129,9 +129,9 @@ class QuietRunner(Runner):  # type: ignore[misc]
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's, of a file that is cut short
                 raise
-            if refused := refused_type(error):
+            if type_name := refused_type(error):
                 raise RunnerError(
-                    f"checkpoint {filename} was refused: it holds {refused}, which is not a type known as harmless. "
+                    f"checkpoint {filename} was refused: it holds {type_name}, which is not a type known as harmless. "
                     "Loading it could run code of whoever made the file; nothing of it has run. Give a checkpoint that "
                     "kdpipe or mmengine wrote."
                 ) from error
@@ -152,26 +152,29 @@ class QuietRunner(Runner):  # type: ignore[misc]
         Raises:
             RunnerError: More epochs are done than there are to be, or the schedule cannot be wound forward.
         """
-        wanted = copy.deepcopy(_peaks(self.optim_wrapper)), copy.deepcopy(schedule_shape(self.param_schedulers or []))
+        new_schedule = (
+            copy.deepcopy(_peaks(self.optim_wrapper)),
+            copy.deepcopy(schedule_shape(self.param_schedulers or [])),
+        )
         super().resume(filename, *args, **options)
-        for name, known in list(self.message_hub.runtime_info.items()):
+        for name, best in list(self.message_hub.runtime_info.items()):
             if name.startswith("best_ckpt"):  # which mmengine removes for a better one: that of this directory only
-                self.message_hub.update_info(name, known and str(Path(self.work_dir, Path(known).name)))
+                self.message_hub.update_info(name, best and str(Path(self.work_dir, Path(best).name)))
         steps = len(self.train_dataloader)
         if self.epoch > self.max_epochs:
             raise RunnerError(
                 f"{self.epoch} epochs are done already, and --epochs is {self.max_epochs}: there is nothing to go on "
                 "with. Give at least as many epochs, or use the checkpoint as it is."
             )
-        found = _peaks(self.optim_wrapper), schedule_shape(self.param_schedulers or [])
-        if found == wanted and self.iter == self.epoch * steps:
+        resumed_schedule = _peaks(self.optim_wrapper), schedule_shape(self.param_schedulers or [])
+        if resumed_schedule == new_schedule and self.iter == self.epoch * steps:
             return
         if any(getattr(scheduler, "need_val_args", False) for scheduler in self.param_schedulers or []):
             raise RunnerError(
                 "The schedule of the config follows what validations gave, and cannot be made anew for other epochs, "
                 "batch sizes, processes or rates. Resume with those that the training began with."
             )
-        for group, values in zip(self.optim_wrapper.param_groups, wanted[0], strict=True):
+        for group, values in zip(self.optim_wrapper.param_groups, new_schedule[0], strict=True):
             for name in [name for name in group if name.startswith(_INITIAL)]:
                 del group[name]
             group.update(values)

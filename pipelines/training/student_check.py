@@ -77,9 +77,9 @@ def check_hooks(config: Config) -> None:
     """
     hooks = config.get("custom_hooks") or []
     kinds = {type_name(hook["type"]): resolve_type(hook["type"], HOOKS) for hook in hooks}
-    if found := [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _REACHING_IN)]:
+    if reaching := [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _REACHING_IN)]:
         raise KdpipeError(
-            f"The config has {', '.join(found)} in custom_hooks, which changes the detector where it is trained by "
+            f"The config has {', '.join(reaching)} in custom_hooks, which changes the detector where it is trained by "
             "itself; in a distillation it is a part of the model. Take it out of the student's custom_hooks, or train "
             "with --methods none."
         )

@@ -71,19 +71,22 @@ def choose_roi_source(
     Raises:
         ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
     """
-    chosen, why = asked or "student", "asked for" if asked else f"{teacher_name(teacher)} can be asked about any box"
-    if chosen == "student" and (reason := _why_not(teacher).removesuffix(".")):
+    roi_source, why = (
+        asked or "student",
+        "asked for" if asked else f"{teacher_name(teacher)} can be asked about any box",
+    )
+    if roi_source == "student" and (reason := _why_not(teacher).removesuffix(".")):
         if asked:
             raise ContractError(f"{teacher_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
-        chosen, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
+        roi_source, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
-        if chosen == "student" and not dense and value != ROI_SAMPLING[name]:
+        if roi_source == "student" and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
                 "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."
             )
-    console.print(f"RoIs: those of the {chosen} ({why}).")
-    return chosen
+    console.print(f"RoIs: those of the {roi_source} ({why}).")
+    return roi_source
 
 
 def _why_not(teacher: TeacherCache | LiveTeacherInfo) -> str:

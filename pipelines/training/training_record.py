@@ -65,7 +65,7 @@ def training_record(
     return record
 
 
-def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: str) -> list[str]:
+def check_resumed(begun: Mapping[str, Any], resumed: Mapping[str, Any], place: str) -> list[str]:
     """Compare what a training was begun with and what it is to go on with.
 
     Returns:
@@ -75,7 +75,9 @@ def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: st
         KdpipeError: Something else is different; old and new values are named.
     """
     allowed = ("kdpipe", "saved", *_SCHEDULE, "validation")
-    lines = difference(*({key: value for key, value in each.items() if key not in allowed} for each in (found, wanted)))
+    lines = difference(
+        *({key: value for key, value in each.items() if key not in allowed} for each in (begun, resumed))
+    )
     if lines:
         more = f"\n  and {len(lines) - _LINES} more" if len(lines) > _LINES else ""
         raise KdpipeError(
@@ -86,13 +88,15 @@ def check_resumed(found: Mapping[str, Any], wanted: Mapping[str, Any], place: st
             "with (--epochs, --batch-size, --lr, --workers and the number of processes may change), or begin anew in "
             "another --work-dir."
         )
-    changes = [f"{key} {found.get(key)} -> {wanted.get(key)}" for key in _SCHEDULE if found.get(key) != wanted.get(key)]
-    said = []
+    changes = [
+        f"{key} {begun.get(key)} -> {resumed.get(key)}" for key in _SCHEDULE if begun.get(key) != resumed.get(key)
+    ]
+    notes = []
     if changes:
-        said.append(f"Changed: {', '.join(changes)}. The learning rate goes on as in a training begun with these.")
-    if found.get("validation") != wanted.get("validation"):
-        said.append("Changed: the validation images. AP is not comparable with that of earlier epochs.")
-    return said
+        notes.append(f"Changed: {', '.join(changes)}. The learning rate goes on as in a training begun with these.")
+    if begun.get("validation") != resumed.get("validation"):
+        notes.append("Changed: the validation images. AP is not comparable with that of earlier epochs.")
+    return notes
 
 
 def check_saving(cfg: Config) -> None:

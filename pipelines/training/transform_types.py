@@ -165,16 +165,16 @@ def moving_transforms(pipeline: Any, let_through: Collection[str] = ()) -> list[
         pipeline: Transforms of an mmdet data set.
         let_through: Names of transforms that the user answers for.
     """
-    found = []
+    moving = []
     for step in transforms_in(pipeline):
         kind, name = transform_class(step), step_name(step)
         if _names_of(step) & set(let_through):
             continue
         if kind not in LISTED and kind not in WRAPPERS:
-            found.append(name)
+            moving.append(name)
         elif kind in _WRONG_WITH and (option := _WRONG_WITH[kind](step)):
-            found.append(f"{name} with {option}")
-    return list(dict.fromkeys(found))
+            moving.append(f"{name} with {option}")
+    return list(dict.fromkeys(moving))
 
 
 def _names_of(step: Any) -> set[str]:

@@ -31,8 +31,8 @@ class PascalVOCMetric(BaseMetric):  # type: ignore[misc]
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         for sample in data_samples:
-            found = sample["pred_instances"]
-            boxes, scores, labels = (found[name].cpu().numpy() for name in ("bboxes", "scores", "labels"))
+            predicted = sample["pred_instances"]
+            boxes, scores, labels = (predicted[name].cpu().numpy() for name in ("bboxes", "scores", "labels"))
             self.results.append((sample["img_id"], Detections(boxes, scores, labels)))
 
     def compute_metrics(self, results: list[tuple[int, Detections]]) -> dict[str, float]:

@@ -86,11 +86,11 @@ class WorkDir:
         """Files with names of kdpipe's own that no training can have left there."""
         if not self.path.exists():
             return []
-        found = {path.name for path in self.path.iterdir() if any(fnmatchcase(path.name, name) for name in _OWN)}
+        own_files = {path.name for path in self.path.iterdir() if any(fnmatchcase(path.name, name) for name in _OWN)}
         record = self.record()
         if record is None:
-            return sorted(found)
-        return [] if record.get("saved") else sorted(found - {_FOLDER})
+            return sorted(own_files)
+        return [] if record.get("saved") else sorted(own_files - {_FOLDER})
 
     def _check_place(self) -> None:
         for place in (self.path, *self.path.resolve().parents):
@@ -115,14 +115,14 @@ class WorkDir:
         Raises:
             KdpipeError: It is not there.
         """
-        named = self.path / Path((self.path / "last_checkpoint").read_text().strip()).name
-        saved = [found for found in self.path.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+\.pth", found.name)]
-        if named.is_file():
-            return named
-        if named == self.path and saved:  # the process ended while it wrote the name down
+        newest = self.path / Path((self.path / "last_checkpoint").read_text().strip()).name
+        saved = [path for path in self.path.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+\.pth", path.name)]
+        if newest.is_file():
+            return newest
+        if newest == self.path and saved:  # the process ended while it wrote the name down
             return max(saved, key=lambda file: int(file.stem.split("_")[1]))
         raise KdpipeError(
-            f"The newest checkpoint of {self.path} is missing: {named.name or 'last_checkpoint is empty'}. There are: "
+            f"The newest checkpoint of {self.path} is missing: {newest.name or 'last_checkpoint is empty'}. There are: "
             f"{', '.join(sorted(file.name for file in saved)) or 'none'}. Restore it, or begin anew in another "
             "--work-dir."
         )

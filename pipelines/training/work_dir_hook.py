@@ -35,14 +35,14 @@ class WorkDirHook(Hook):  # type: ignore[misc]
         loop = runner.train_loop
         if not runner.epoch or runner.val_loop is None:
             return
-        known = [self.work.read(_VALIDATION) if is_main_process() else None]
-        broadcast_object_list(known)
-        if known[0] is not None and _place(known[0]) == (runner.epoch, self.record["validation"]):
-            self.progress.metrics = known[0]["metrics"]
-            for hook, state in zip(_early_stopping(runner), known[0]["early_stopping"], strict=False):
+        record = [self.work.read(_VALIDATION) if is_main_process() else None]
+        broadcast_object_list(record)
+        if record[0] is not None and _place(record[0]) == (runner.epoch, self.record["validation"]):
+            self.progress.metrics = record[0]["metrics"]
+            for hook, state in zip(_early_stopping(runner), record[0]["early_stopping"], strict=False):
                 hook.best_score, hook.wait_count, settings = state
                 if settings == _settings(hook):  # with others, such as more patience, it goes on
-                    loop.stop_training = known[0]["stopped"]
+                    loop.stop_training = record[0]["stopped"]
             return
         loop._decide_current_val_interval()
         due = runner.epoch % loop.val_interval == 0 or runner.epoch == runner.max_epochs

@@ -43,18 +43,18 @@ def _choose_socket_folder() -> None:
     """Where TMPDIR is too long for the name of a socket, multiprocessing gets a folder of its own in another place."""
     if len(os.fsencode(tempfile.gettempdir())) <= _MAX_FOLDER:
         return
-    usable = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
-    if not usable:
+    writable = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
+    if not writable:
         raise KdpipeError(
             f"The folder for temporary files {tempfile.gettempdir()} (TMPDIR) has a name of more than {_MAX_FOLDER} "
             f"bytes, too long for sockets, and {' and '.join(_SHORT_FOLDERS)} cannot be written. Set TMPDIR to a "
             "folder with a shorter name."
         )
-    chosen, tempfile.tempdir = tempfile.tempdir, usable[0]
+    user_folder, tempfile.tempdir = tempfile.tempdir, writable[0]
     try:
         multiprocessing.util.get_temp_dir()  # made once, and removed in the end
     finally:
-        tempfile.tempdir = chosen
+        tempfile.tempdir = user_folder
 
 
 @FUNCTIONS.register_module()  # type: ignore[untyped-decorator]
