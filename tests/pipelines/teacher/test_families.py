@@ -249,7 +249,16 @@ def test_such_a_head_teaches_at_the_students_rois(kit: "Kit", work: Path, name: 
     student.model.train_cfg.rcnn.sampler.num = 8
     steps = trained(kit, work, cache, student, "--methods", "sgfi,ckd,cls,reg", "--rois", "student")
     assert all(step[loss] > 0 for step in steps for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg"))
-    online = ("train-student", "--teacher-ckpt", work / "teacher.pth", *kit.data, "--student", work / "student.py")
+    online = (
+        "train-student",
+        "--recipe",
+        "paper",
+        "--teacher-ckpt",
+        work / "teacher.pth",
+        *kit.data,
+        "--student",
+        work / "student.py",
+    )
     options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "cls")
     for rois in ("student", "teacher"):
         number = ("-o", "distill.rois.num=8") if rois == "teacher" else ()
@@ -270,7 +279,16 @@ def test_a_stage_of_an_unusual_kind_serves_the_teachers_rois_only(kit: "Kit", wo
 
 def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
     kit.save_detector(work / "teacher.pth", kit.tiny(CASCADE))
-    online = ("train-student", "--teacher-ckpt", work / "teacher.pth", *kit.data, "--student", kit.student)
+    online = (
+        "train-student",
+        "--recipe",
+        "paper",
+        "--teacher-ckpt",
+        work / "teacher.pth",
+        *kit.data,
+        "--student",
+        kit.student,
+    )
     options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "sgfi,cls,reg")
     kit.run(*online, *options, "--work-dir", work / "w")
     assert (work / "w" / "student.pth").is_file()

@@ -12,7 +12,17 @@ if TYPE_CHECKING:
 
 
 def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
-    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", kit.student, "--work-dir", work_dir)
+    start = (
+        "train-student",
+        "--recipe",
+        "paper",
+        "--teacher-ckpt",
+        kit.teacher,
+        "--student",
+        kit.student,
+        "--work-dir",
+        work_dir,
+    )
     return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
 
 

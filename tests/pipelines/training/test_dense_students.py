@@ -150,7 +150,16 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--dtype", "float32", "--views", "identity,hflip", "--out", cache)
     options = ("--methods", "sgfi,ckd,pred", "--epochs", 3, "--lr", 0.002)
     train(kit, work, "retinanet", "cached", *options, cache=cache)
-    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", student(kit, work, "retinanet"), *QUEUE)
+    start = (
+        "train-student",
+        "--recipe",
+        "paper",
+        "--teacher-ckpt",
+        kit.teacher,
+        "--student",
+        student(kit, work, "retinanet"),
+        *QUEUE,
+    )
     kit.run(
         *start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, "--work-dir", work / "live", *options
     )
@@ -165,7 +174,16 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
 
 
 def test_beside_a_live_teacher_at_its_own_rois(kit: "Kit", work: Path) -> None:
-    start = ("train-student", "--teacher-ckpt", kit.teacher, "--student", student(kit, work, "retinanet"), *QUEUE)
+    start = (
+        "train-student",
+        "--recipe",
+        "paper",
+        "--teacher-ckpt",
+        kit.teacher,
+        "--student",
+        student(kit, work, "retinanet"),
+        *QUEUE,
+    )
     options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--work-dir", work / "w")
     ended = kit.run(*start, *kit.data, *options, "--rois", "teacher", "-o", "distill.rois.num=32")
     assert "RoIs: those of the teacher (asked for)." in ended.out

@@ -53,7 +53,20 @@ def trained(work_dir: Path) -> tuple[Any, list[dict[str, float]]]:
     ],
 )
 def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
-    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w")
+    recipe = (
+        "--recipe",
+        "paper",
+        "--epochs",
+        2,
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+        "--student",
+        kit.student,
+        "--work-dir",
+        "w",
+    )
     log = (
         "-o",
         "distill.ckd.queue_size=4096",
@@ -115,7 +128,20 @@ def test_processes_agree_on_statistics_before_they_are_measured(work: Path) -> N
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path) -> None:
-    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w")
+    recipe = (
+        "--recipe",
+        "paper",
+        "--epochs",
+        2,
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+        "--student",
+        kit.student,
+        "--work-dir",
+        "w",
+    )
     options = ("-o", "distill.weights.ckd=1e38", "-o", "distill.ckd.queue_size=64")
     done = two_processes(work, "train-student", "--cache", kit.cache, *recipe, *options)
     assert done.returncode == 1
@@ -166,7 +192,20 @@ def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, op
     kit.run("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", cache)
     (work / "student.py").write_text(kit.dense(family).pretty_text)
     (work / "keep.py").write_text(KEEP)
-    recipe = ("--cache", cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0)
+    recipe = (
+        "--cache",
+        cache,
+        "--recipe",
+        "paper",
+        "--student",
+        "student.py",
+        "--epochs",
+        2,
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+    )
     more = ("--methods", "sgfi,ckd,pred", "--work-dir", "w", "-o", "distill.ckd.queue_size=4096", "--seed", 1)
     done = two_processes(work, "train-student", *recipe, *more, *options, run=("keep.py",))
     assert done.returncode == 0, done.stderr
