@@ -79,7 +79,7 @@ def load_picture(
         raise ImageError(
             f"image {path} ({len(data):,} bytes) is truncated: {100 * share:.0f} % of its pixels are lost. Replace it."
         )
-    pixels = _decode(path, data if lost is None else completed(data), decoding)
+    pixels = _decode(path, data if share is None else completed(data), decoding)
     height, width = pixels.shape[:2]
     _check_size(path, (height, width), expected, scale, decoding)
     note = "" if share is None else f"image {path} lacks its last bytes ({100 * share:.1f} % of its pixels are lost)"
