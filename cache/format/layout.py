@@ -123,7 +123,15 @@ def _sharding(chunk: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
 
 
 def array_layout(per: str, row_shape: tuple[int, ...], dtype: str, codec: str, chunk_rows: int = 0) -> ArrayLayout:
-    """The layout of an array; chunks have a power of two of rows of about 128 KiB unless their size is given."""
+    """The layout of an array; chunks have a power of two of rows of about 128 KiB unless their size is given.
+
+    Args:
+        per: what the array has a row for: one of `PER`, or empty.
+        row_shape: of one row.
+        dtype: by numpy's name.
+        codec: one of `CODECS`.
+        chunk_rows: rows per chunk; 0 chooses.
+    """
     row = max(1, math.prod(row_shape) * np.dtype(dtype).itemsize)
     chunk_rows = chunk_rows or 1 << min(10, max(0, (_CHUNK_BYTES // row).bit_length() - 1))
     chunks = max(1, min(_SHARD_CHUNKS, _SHARD_BYTES // (chunk_rows * row)))
@@ -159,6 +167,11 @@ def is_as_written(metadata: Mapping[str, Any], layout: ArrayLayout, rows: int) -
     """Whether a `zarr.json` says what kdpipe writes for a layout; nothing in it is trusted, or run, before that.
 
     What zarr adds where it is empty, and names of dimensions, do not count.
+
+    Args:
+        metadata: the content of a `zarr.json`.
+        layout: of the array.
+        rows: how many it has.
     """
     ignored = ("attributes", "dimension_names", "storage_transformers")
     entries = {name: value for name, value in metadata.items() if name not in ignored}

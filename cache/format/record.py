@@ -73,7 +73,14 @@ def read_record(location: Location, key: str) -> dict[str, Any] | None:
 
 
 def read_part_record(location: Location, index: int, images: range, root: str) -> dict[str, Any] | None:
-    """The record of a part, if there is a valid one: see `parse_part_record`."""
+    """The record of a part, if there is a valid one: see `parse_part_record`.
+
+    Args:
+        location: of the cache.
+        index: of the part.
+        images: the positions in the plan of those that it has to have.
+        root: digest of the cache's root.
+    """
     return parse_part_record(location.read(f"{part_key(index)}/{RECORD}"), index, images, root)
 
 
@@ -169,7 +176,13 @@ def files_below(files: Files, name: str) -> Files:
 
 
 def check_sizes(location: Location, key: str, files: Files) -> list[str]:
-    """Lines naming the files that cannot be found or have another size than recorded. Reads no data."""
+    """Lines naming the files that cannot be found or have another size than recorded. Reads no data.
+
+    Args:
+        location: of the cache.
+        key: folder of the files.
+        files: size and sha256 of each, by name.
+    """
     stored_sizes = location.sizes(key, files)
     lines = []
     for name, (size, _) in sorted(files.items()):
@@ -181,12 +194,24 @@ def check_sizes(location: Location, key: str, files: Files) -> list[str]:
 
 
 def whole_files(location: Location, key: str, record: Mapping[str, Any]) -> Files | None:
-    """The files of a group; None where one is not there in its size, or their list is not as it was written."""
+    """The files of a group; None where one is not there in its size, or their list is not as it was written.
+
+    Args:
+        location: of the cache.
+        key: of the group.
+        record: its commit record.
+    """
     place = files_key(key, record)
     files = read_files(location, place, record["files"])
     return None if files is None or check_sizes(location, place, files) else files
 
 
 def is_whole(location: Location, key: str, record: Mapping[str, Any]) -> bool:
-    """Whether all files of a group are there in the recorded sizes."""
+    """Whether all files of a group are there in the recorded sizes.
+
+    Args:
+        location: of the cache.
+        key: of the group.
+        record: its commit record.
+    """
     return whole_files(location, key, record) is not None

@@ -51,7 +51,13 @@ class Root:
 
 
 def digest_root(spec: CacheSpec, identity: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """sha256 of all that decides the content of a cache."""
+    """sha256 of all that decides the content of a cache.
+
+    Args:
+        spec: what is stored.
+        identity: what the targets depend on, as JSON values.
+        plan: as `describe_plan` gives it.
+    """
     return digest_json({"spec": spec.to_json(), "identity": identity, "plan": plan})
 
 
@@ -68,5 +74,11 @@ def starts_fault(part_starts: npt.NDArray[np.int64], images: int) -> str | None:
 
 
 def describe_plan(images: Sequence[ImageInfo], parts: Sequence[range], part_size: int) -> dict[str, Any]:
-    """The plan as JSON values, as far as two plans are compared."""
+    """The plan as JSON values, as far as two plans are compared.
+
+    Args:
+        images: all images of the data set.
+        parts: positions in `images` of those of each part.
+        part_size: raw bytes per part.
+    """
     return {"images": len(images), "parts": len(parts), "part_size": part_size, "digest": digest_images(images)}

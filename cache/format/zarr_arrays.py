@@ -125,12 +125,25 @@ class _LocalArrays(LocalStore):
 
 
 def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
-    """An array that will have so many rows or more, written by zarr: it gives equal bytes for equal values."""
+    """An array that will have so many rows or more, written by zarr: it gives equal bytes for equal values.
+
+    Args:
+        store: where it is written.
+        key: of the array.
+        layout: of the array.
+        rows: how many it will have, at least.
+    """
     return _zarr_array(store, key, layout, rows)
 
 
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:
-    """What is wrong with a `zarr.json`, to follow its name; None where it says what is written for that layout."""
+    """What is wrong with a `zarr.json`, to follow its name; None where it says what is written for that layout.
+
+    Args:
+        data: content of the file; None where it is missing.
+        layout: of the array.
+        rows: how many it has.
+    """
     try:
         metadata = json.loads(data or b"", object_pairs_hook=_once)
     except (ValueError, RecursionError):

@@ -99,6 +99,14 @@ def read_rows(requests: Sequence[tuple[ArrayReader, range]]) -> list[Block]:
 def read_array(location: Location, key: str, name: str, layout: ArrayLayout, rows: int, files: Files) -> Block:
     """A whole array.
 
+    Args:
+        location: of the cache.
+        key: of the group that the array is in.
+        name: of the array.
+        layout: of the array.
+        rows: how many it has.
+        files: of the group: size and sha256 by name.
+
     Raises:
         DamagedError: it is not as it was written.
         OSError: it cannot be read.

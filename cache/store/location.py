@@ -123,6 +123,11 @@ class Location(ABC):
     async def fetch(self, key: str, start: int, stop: int) -> bytes:
         """Bytes of a file that lies on no local file system; any number of them may be asked for at once.
 
+        Args:
+            key: of the file.
+            start: first byte.
+            stop: the byte behind the last.
+
         Raises:
             GoneError: it is missing, or ends before them.
         """

@@ -49,7 +49,13 @@ class GroupFiles:
 
     @classmethod
     def read(cls, location: Location, key: str, record: Mapping[str, Any]) -> "GroupFiles | None":
-        """The files of the group of a key, whose record this is; None where their list is not as it was written."""
+        """The files of the group of a key, whose record this is; None where their list is not as it was written.
+
+        Args:
+            location: of the cache.
+            key: of the group.
+            record: its commit record.
+        """
         place = files_key(key, record)
         files = read_files(location, place, record["files"])
         return None if files is None else cls(location, place, files)
@@ -121,7 +127,14 @@ def _chunks(rows: range, size: int, one_by_one: bool) -> Iterator[range]:
 
 
 def metadata_fault(group: GroupFiles, array: str, layout: ArrayLayout, rows: int) -> str | None:
-    """What is wrong with an array's metadata and the sizes of its files; None where nothing is."""
+    """What is wrong with an array's metadata and the sizes of its files; None where nothing is.
+
+    Args:
+        group: the files that the array is among.
+        array: its name.
+        layout: of the array.
+        rows: how many it has.
+    """
     try:
         ArrayReader(group.location, group.key, array, layout, rows, group.files)
     except DamagedError as error:

@@ -57,7 +57,14 @@ class ArrayWriter:
 
 
 def write_array(files: WrittenFiles, name: str, layout: ArrayLayout, values: Block) -> None:
-    """Write a whole array."""
+    """Write a whole array.
+
+    Args:
+        files: where it is written.
+        name: of the array.
+        layout: of the array.
+        values: [rows, *row_shape] of its type.
+    """
     writer = ArrayWriter(files, name, layout)
     writer.append(values)
     writer.close()

@@ -26,6 +26,15 @@ def create_root(
 ) -> bool:
     """Make an empty cache where none is, in one atomic act.
 
+    Args:
+        location: of the cache.
+        spec: what is stored.
+        images: all images of the data set.
+        parts: positions in `images` of those of each part.
+        part_size: raw bytes per part.
+        identity: what the targets depend on, as JSON values.
+        metadata: what else is recorded, as JSON values.
+
     Returns:
         False where another process was first.
     """

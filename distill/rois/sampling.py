@@ -12,6 +12,10 @@ from kdpipe.distill.losses.numeric import LossInputError, check_shape, full_prec
 _SLICE_ELEMENTS = 2**20
 
 
+# RoIs of an image and step, and the largest share of positives among them (the paper's 1:3), by default.
+NUM_ROIS, POSITIVE_FRACTION = 512, 0.25
+
+
 @dataclass(frozen=True)
 class SampledRois:
     """A sample of S boxes; positives first, each part in the order of the boxes that it was taken from.
@@ -38,7 +42,7 @@ def sample_rois(
     gt_labels: Tensor,
     *,
     num: int,
-    positive_fraction: float = 0.25,
+    positive_fraction: float = POSITIVE_FRACTION,
     positive_iou: float = 0.5,
     num_classes: int,
     generator: torch.Generator,

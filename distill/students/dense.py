@@ -16,7 +16,7 @@ from torchvision.ops import clip_boxes_to_image
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.pairing import pair_boxes
-from kdpipe.distill.rois.sampling import sample_rois
+from kdpipe.distill.rois.sampling import NUM_ROIS, POSITIVE_FRACTION, sample_rois
 from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
 
@@ -61,7 +61,11 @@ class DenseStudent:
     """
 
     def __init__(
-        self, detector: Any, branch: str = "classification", num: int = 512, positive_fraction: float = 0.25
+        self,
+        detector: Any,
+        branch: str = CKD_BRANCHES[0],
+        num: int = NUM_ROIS,
+        positive_fraction: float = POSITIVE_FRACTION,
     ) -> None:
         head: Any = getattr(detector, "bbox_head", None)
         _check_head(detector, head)

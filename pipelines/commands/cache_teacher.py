@@ -109,7 +109,18 @@ def prepare_parts(
     console: Console,
     config: str | None,
 ) -> PartMaker:
-    """Load and check all that a part is made from; root and head of the cache are there afterwards."""
+    """Load and check all that a part is made from; root and head of the cache are there afterwards.
+
+    Args:
+        checkpoint: The teacher's.
+        cfg: Its config, as `teacher_config` gives it.
+        source: Images and annotations, read when all else fits.
+        out: Where the cache is or will be.
+        options: What is kept.
+        device: Where the teacher runs.
+        console: Told what of the data is left out.
+        config: The name or file that `cfg` came from, to be recorded; None where that is the checkpoint.
+    """
     teacher, spec = prepare_teacher(checkpoint, cfg, options, device)
     identity: dict[str, Any] = {
         "teacher": {
@@ -142,7 +153,14 @@ def prepare_parts(
 
 
 def caching_result(maker: PartMaker, missing: MissingParts, new_images: int, seconds: float) -> CachingResult:
-    """What is there now."""
+    """What is there now.
+
+    Args:
+        maker: That filled the cache.
+        missing: Its parts that are missing.
+        new_images: Images that this run added.
+        seconds: Duration of the run.
+    """
     out, left = maker.writer.location, missing.look()
     cache = open_cache(out, allow_partial=bool(left))
     with out.explained("Reading the cache"):

@@ -171,7 +171,15 @@ def _cheaper(costs: Estimate, free: int) -> str:
 
 
 def print_estimate(console: Console, costs: Estimate, spec: CacheSpec, images: int, out: Location) -> None:
-    """Show bytes per field, the cost of other choices, the free disk and the time."""
+    """Show bytes per field, the cost of other choices, the free disk and the time.
+
+    Args:
+        console: Where it is shown.
+        costs: As `estimate` gives them.
+        spec: What is cached.
+        images: How many.
+        out: Where the cache is or will be.
+    """
     table = Table(title=f"{images} images, {spec.tier}, {spec.dtype}, {spec.codec}, views {', '.join(spec.views)}")
     for column in ("field", "raw", "on disk"):
         table.add_column(column, justify="left" if column == "field" else "right")

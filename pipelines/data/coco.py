@@ -73,7 +73,13 @@ def check_folder(img_dir: Path) -> None:
 
 
 def check_entries(entries: CocoEntries, path: Path, img_dir: Path) -> CocoFile:
-    """Checks the entries of a COCO JSON; `path` is where messages say that they are from."""
+    """Checks the entries of a COCO JSON; `path` is where messages say that they are from.
+
+    Args:
+        entries: Of the file.
+        path: Where messages say that they are from.
+        img_dir: Folder of the images.
+    """
     columns = read_columns(annotation_chunks(entries, path), path)
     categories, notes = _without_double_roots(entries.categories, set(np.unique(columns.category_ids).tolist()))
     names, category_ids = _categories(categories, path)

@@ -40,6 +40,13 @@ def write_coco(
 
     Annotations get the ids 1, 2, ...: pycocotools takes 0 for "no match", and counts one of two that share an id. All
     are written, whether they are trained on or not, with their boxes, areas and masks as they were given.
+
+    Args:
+        path: The file.
+        images: In the order of `annotations`.
+        annotations: Theirs.
+        class_names: In label order.
+        category_ids: Of the classes.
     """
     image_list = [
         {"id": image.image_id, "file_name": image.file_name, "width": image.width, "height": image.height}

@@ -89,7 +89,13 @@ def load_picture(
 def read_image(
     path: str | Path, expected: tuple[int, int] | None = None, decoding: Decoding = DEFAULT
 ) -> npt.NDArray[np.uint8]:
-    """The pixels alone of `load_picture`."""
+    """The pixels alone of `load_picture`.
+
+    Args:
+        path: The file.
+        expected: (height, width) in pixels that it has to have.
+        decoding: How mmdet reads it.
+    """
     return load_picture(path, expected, decoding=decoding).pixels
 
 
@@ -126,7 +132,13 @@ def check_picture(
 
 
 def image_problem(path: str | Path, width: int, height: int) -> str | None:
-    """What is wrong with an image, or None."""
+    """What is wrong with an image, or None.
+
+    Args:
+        path: The file.
+        width: Pixels that it has to have.
+        height: Pixels that it has to have.
+    """
     try:
         load_picture(path, (height, width))
     except ImageError as error:

@@ -22,6 +22,11 @@ _BATCH = 256
 def compare_picture(cache: TeacherCache, image_id: int, path: Path) -> None:
     """Compare a file's bytes with those that the teacher saw.
 
+    Args:
+        cache: Records the digests.
+        image_id: Of the image.
+        path: Its file.
+
     Raises:
         ImageError: they are others, or the file cannot be read.
     """

@@ -64,6 +64,11 @@ def _as_utf8(path: Path) -> tuple[bytes, str | None]:
 def text_in(element: Element, name: str, path: Path) -> str:
     """The text of a child.
 
+    Args:
+        element: The parent.
+        name: Tag of the child.
+        path: The file, for messages.
+
     Raises:
         VocError: there is none.
     """
@@ -75,6 +80,11 @@ def text_in(element: Element, name: str, path: Path) -> str:
 
 def number_in(element: Element, name: str, path: Path) -> int:
     """The whole number in a child.
+
+    Args:
+        element: The parent.
+        name: Tag of the child.
+        path: The file, for messages.
 
     Raises:
         VocError: there is none.

@@ -18,7 +18,17 @@ __all__ = [
 def deform_conv_forward(
     input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry: int
 ) -> None:
-    """Deformable convolution (Dai et al. 2017): `offset` [N, 2 * groups * kH * kW, H, W] as (dy, dx) per tap."""
+    """Deformable convolution (Dai et al. 2017): `offset` [N, 2 * groups * kH * kW, H, W] as (dy, dx) per tap.
+
+    Args:
+        input: [N, C, h, w].
+        weight: [O, C / group, kH, kW].
+        offset: [N, 2 * groups * kH * kW, H, W].
+        output: [N, O, H, W], is written.
+        columns: mmcv's buffer, not used.
+        ones: mmcv's buffer, not used.
+        geometry: Strides, paddings, dilations and groups, by mmcv's names.
+    """
     output.copy_(_deform_conv(input, weight, offset, None, None, _geometry(geometry)))
 
 

@@ -25,6 +25,14 @@ def sigmoid_focal_loss_forward(
 
     Written with log-sigmoid, so that it is exact where mmcv's own runs into its floor of 1e-38 (logits above 17 in
     float32).
+
+    Args:
+        input: [N, K] logits.
+        target: [N] labels.
+        weight: [K] of the classes, or empty.
+        output: [N, K], is written.
+        gamma: Exponent of the focus.
+        alpha: Weight of positives; that of negatives is 1 - alpha.
     """
     x = computing(input)
     hot, weights = _one_hot(x, target, weight)
@@ -36,7 +44,16 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, *, gamma: float, alpha: float
 ) -> None:
-    """Derivative of each element of `sigmoid_focal_loss_forward` by its logit."""
+    """Derivative of each element of `sigmoid_focal_loss_forward` by its logit.
+
+    Args:
+        input: [N, K] logits.
+        target: [N] labels.
+        weight: [K] of the classes, or empty.
+        grad_input: [N, K], is written.
+        gamma: As forward.
+        alpha: As forward.
+    """
     x = computing(input)
     hot, weights = _one_hot(x, target, weight)
     p, q = torch.sigmoid(x), torch.sigmoid(-x)

@@ -19,6 +19,12 @@ def nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, offset: int) -> 
     """Greedy NMS: positions of the boxes [N, 4] (x1, y1, x2, y2) that are kept, best score first, int64.
 
     A box goes when its IoU with a better one is above `iou_threshold`; sides are x2 - x1 + `offset`.
+
+    Args:
+        boxes: [N, 4] (x1, y1, x2, y2), pixels.
+        scores: [N].
+        iou_threshold: In [0, 1].
+        offset: 0 or 1 pixel.
     """
     corners = computing(boxes)
     if offset:
@@ -43,6 +49,16 @@ def softnms(
 
     Each box taken lowers the scores of the rest by their IoU with it: `method` 0 to zero from `iou_threshold` on,
     1 by 1 - IoU from `iou_threshold` on, 2 by exp(-IoU^2 / sigma). What falls below `min_score` is dropped.
+
+    Args:
+        boxes: [N, 4] (x1, y1, x2, y2), pixels.
+        scores: [N].
+        dets: [N, 5], is written.
+        iou_threshold: In [0, 1].
+        sigma: Of `method` 2.
+        min_score: The least that is kept.
+        method: 0, 1 or 2.
+        offset: 0 or 1 pixel, added to the sides of boxes.
 
     Returns:
         Positions of the boxes taken, int64 [M]; `dets[:M]` gets (x1, y1, x2, y2, score) of each.

@@ -31,6 +31,19 @@ def roi_align_forward(
 ) -> None:
     """RoIAlign (Mask R-CNN) with average pooling: input [N, C, H, W], rois [R, 5] as (image, x1, y1, x2, y2) in pixels.
 
+    Args:
+        input: [N, C, H, W].
+        rois: [R, 5] (image, x1, y1, x2, y2), pixels.
+        output: [R, C, aligned_height, aligned_width], is written.
+        argmax_y: mmcv's, of the maximum, not used.
+        argmax_x: mmcv's, of the maximum, not used.
+        aligned_height: Cells.
+        aligned_width: Cells.
+        spatial_scale: 1 / stride of the input.
+        sampling_ratio: Points per cell and side; 0 chooses by the size of the box.
+        pool_mode: 1, the mean.
+        aligned: Shift boxes by half a cell.
+
     Raises:
         KdpipeError: for `pool_mode` 0, the maximum, which no model of mmdet uses.
     """
@@ -63,7 +76,21 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Gradient of `roi_align_forward` by its input; boxes have none."""
+    """Gradient of `roi_align_forward` by its input; boxes have none.
+
+    Args:
+        grad_output: [R, C, aligned_height, aligned_width].
+        rois: As forward.
+        argmax_y: Not used.
+        argmax_x: Not used.
+        grad_input: [N, C, H, W], is written.
+        aligned_height: As forward.
+        aligned_width: As forward.
+        spatial_scale: As forward.
+        sampling_ratio: As forward.
+        pool_mode: As forward.
+        aligned: As forward.
+    """
     grad = computing(grad_output)
     rois = rois.to(grad.dtype)
     size = (aligned_height, aligned_width)

@@ -36,6 +36,12 @@ def prepare_teacher(
 
     No data is needed: the classes of the specification are placeholders, for which `with_classes` puts the real ones.
 
+    Args:
+        checkpoint: The teacher's.
+        cfg: Its config, as `teacher_config` gives it.
+        options: What is kept.
+        device: Where the teacher runs.
+
     Raises:
         KdpipeError: Checkpoint, config and options do not fit together.
     """

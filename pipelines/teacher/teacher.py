@@ -130,7 +130,19 @@ class Teacher:
         scale: tuple[int, int],
         jittered: int = 0,
     ) -> CacheSpec:
-        """What a cache of this teacher holds."""
+        """What a cache of this teacher holds.
+
+        Args:
+            tier: One of `TIERS`.
+            dtype: One of `DTYPES`.
+            codec: One of `CODECS`.
+            class_names: In label order.
+            category_ids: Of the classes, in the data set.
+            proposals: Best proposals kept per image.
+            views: Some of `VIEWS`.
+            scale: `(w, h)` that images are fitted into.
+            jittered: Boxes near objects kept per image.
+        """
         roi_head = self.model.roi_head
         least_score = float((roi_head.test_cfg or {}).get("score_thr", 0.0))  # of what it calls a detection
         extractor, head = stages(roi_head)[0]
@@ -231,7 +243,13 @@ class Teacher:
     def box_outputs(
         self, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample
     ) -> tuple[HeadOutputs, Tensor]:
-        """What it says of boxes, and their RoI features: see `families.box_outputs`."""
+        """What it says of boxes, and their RoI features: see `families.box_outputs`.
+
+        Args:
+            pyramid: Levels `[1, C, h_l, w_l]`.
+            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the network input.
+            sample: Of the image, as `pyramid` gives it.
+        """
         return box_outputs(self.model.roi_head, pyramid, boxes, sample, self._embeddings)
 
     def pyramid(

@@ -144,7 +144,15 @@ def with_overrides(cfg: Config, options: TrainingOptions) -> Config:
 def set_validation(
     cfg: Config, val: DetectionData, scale: tuple[int, int] | None, batch_size: int, loader: Mapping[str, Any]
 ) -> None:
-    """Point validation and test of a config at a data set, measured as COCO AP."""
+    """Point validation and test of a config at a data set, measured as COCO AP.
+
+    Args:
+        cfg: Is changed in place.
+        val: Validation images.
+        scale: `(w, h)` that replaces the resizing; None keeps it.
+        batch_size: Images per forward pass.
+        loader: Options of the data loader.
+    """
     pipeline = _test_pipeline(cfg, scale)
     cfg.val_dataloader = {
         "batch_size": batch_size,

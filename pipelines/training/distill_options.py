@@ -3,11 +3,13 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from kdpipe.distill.losses.ckd import PROJECTIONS, TEACHER_GRADIENTS
+from kdpipe.distill.losses.ckd import CKD, PROJECTIONS, TEACHER_GRADIENTS
+from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.pipelines.detectors.configs import apply_options
@@ -17,21 +19,22 @@ from kdpipe.pipelines.training.transform_types import check_names, quote_names
 
 __all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_options", "unused_options"]
 
+
+def _defaults(loss: type, *names: str) -> dict[str, Any]:
+    """Options of a loss as its module has them by default."""
+    return {name: signature(loss).parameters[name].default for name in names}
+
+
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROI_SAMPLING,
     "weights": {},
-    "sgfi": {"kernel_size": 1},
+    "sgfi": _defaults(SGFI, "kernel_size"),
     "ckd": {
-        "dim": 128,
+        **_defaults(CKD, "dim"),
         "queue_size": None,  # `ckd_queue_size`
-        "temperature": 0.07,
-        "exclude_iou": 0.5,
-        "branch": "classification",
-        "projection": "linear",
-        "centre": False,
-        "teacher_gradient": "all",
-        "same_class_negatives": True,
-        "start": 0,
+        **_defaults(CKD, "temperature", "exclude_iou"),
+        "branch": CKD_BRANCHES[0],
+        **_defaults(CKD, "projection", "centre", "teacher_gradient", "same_class_negatives", "start"),
     },
     "share_interval": 50,
     "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`

@@ -108,6 +108,14 @@ def training_copies(
 
     They are not written yet (`DetectionData.write_copy`). All images are checked.
 
+    Args:
+        train: Training images.
+        val: Validation images, or None.
+        config: The user's, as `own_config` gives it.
+        options: Of the command.
+        work: Where the copies will lie.
+        console: Told what is left out.
+
     Raises:
         DataError: The options are strict, and something is left out.
         ImageError: There are bad images.

@@ -68,6 +68,11 @@ def training_record(
 def check_resumed(begun: Mapping[str, Any], resumed: Mapping[str, Any], place: str) -> list[str]:
     """Compare what a training was begun with and what it is to go on with.
 
+    Args:
+        begun: As `training_record` gave it when the training was begun.
+        resumed: As it gives it now.
+        place: Where the former lies, for messages.
+
     Returns:
         Lines that say what is different and may be: epochs, batch size, processes, rate, validation images.
 

@@ -13,6 +13,7 @@ from mmdet.registry import TRANSFORMS
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.methods import expand_methods, needed_fields
+from kdpipe.distill.rois.sampling import NUM_ROIS, POSITIVE_FRACTION
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
@@ -77,8 +78,8 @@ class AddTeacherTargets:
         cache: str,
         methods: Sequence[str],
         roi_source: str = "teacher",
-        num: int = 512,
-        positive_fraction: float = 0.25,
+        num: int = NUM_ROIS,
+        positive_fraction: float = POSITIVE_FRACTION,
         missing_view: str = "mirror",
         allow_partial: bool = False,
     ) -> None:
