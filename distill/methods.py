@@ -1,26 +1,120 @@
-"""Which losses there are, what each reads of the teacher, and whether a cache holds that."""
+"""Which losses there are, what each is given, and whether a cache holds that. A new loss is a line in `LOSSES`."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.losses.ckd import CKD
+from kdpipe.distill.losses.prediction import (
+    class_aware_regression_kd_loss,
+    classification_kd_loss,
+    dense_classification_kd_loss,
+    regression_kd_loss,
+)
+from kdpipe.distill.losses.sgfi import SGFI
+from kdpipe.distill.pairs import TEACHER_FIELDS
+from kdpipe.distill.students.protocol import Student
+
+LossFunction = Callable[..., Any]  # or a class of Modules, of which `build` makes one
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the parameters of a loss can depend on; a Module's constructor is given those that it names.
+
+    Attributes:
+        student_channels: Of the student's pyramid.
+        teacher_channels: Of the teacher's.
+        student_dim: Length of the student's embeddings.
+        teacher_dim: Length of the teacher's.
+        anchors: Boxes that one of the student's embeddings stands for.
+        num_classes: K, which is the label of background.
+    """
+
+    student_channels: int
+    teacher_channels: int
+    student_dim: int
+    teacher_dim: int
+    anchors: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A distillation loss: a function, or a Module with parameters, for each kind of student.
+
+    The names of its parameters (of `forward`) say what it is given: properties of `RoiPairs`. Those of a Module's
+    constructor are of `Sizes`, or options of the user. The result is the loss, a scalar; or a named tuple that begins
+    with it, whose other fields are logged as NAME_FIELD, those of a vector one by one.
+
+    Attributes:
+        log_name: Its name in the log, which must not be that of one of the student's own.
+        two_stage: For students with a box head for RoIs.
+        dense: For students that predict boxes densely; None where these cannot learn it.
+        per_stage: Whether each stage of a cascade has parameters of its own.
+        per_class: Whether it needs a box for each class.
+    """
+
+    log_name: str
+    two_stage: LossFunction
+    dense: LossFunction | None = None
+    per_stage: bool = False
+    per_class: bool = False
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether it is a Module, the same class for each kind of student."""
+        return isinstance(self.two_stage, type)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a user can choose of a Module, with its default: the constructor's arguments that are no sizes."""
+        if not self.has_parameters:
+            return {}
+        names = inspect.signature(self.two_stage).parameters
+        return {name: x.default for name, x in names.items() if name not in Sizes.__dataclass_fields__}
+
+    def build(self, sizes: Sizes, options: Mapping[str, Any]) -> nn.Module:
+        """The Module.
+
+        Args:
+            sizes: Of student and teacher.
+            options: Further arguments of its constructor.
+        """
+        names = inspect.signature(self.two_stage).parameters
+        module: nn.Module = self.two_stage(**{k: v for k, v in vars(sizes).items() if k in names}, **options)
+        return module
+
+    def of(self, dense: bool) -> LossFunction:
+        """That of a kind of student."""
+        return self.dense if dense and self.dense is not None else self.two_stage
+
+    def inputs(self, dense: bool) -> tuple[str, ...]:
+        """Names of what it is given of `RoiPairs`."""
+        called = getattr(self.two_stage, "forward", self.of(dense))
+        return tuple(name for name in inspect.signature(called).parameters if name != "self")
+
+
+LOSSES: dict[str, Loss] = {
+    "sgfi": Loss("loss_sgfi", SGFI, SGFI),
+    "ckd": Loss("loss_ckd", CKD, CKD, per_stage=True),
+    "cls": Loss("loss_kd_cls", classification_kd_loss, dense_classification_kd_loss),
+    "reg": Loss("loss_kd_reg", regression_kd_loss),
+    "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
+}
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
-METHODS = ("sgfi", "ckd", "pred", "cls", "reg", "careg", HEAD_TRANSFER)
 DEFAULT_METHODS = ("sgfi", "ckd", "pred")
 CLASS_AGNOSTIC_METHODS = ("sgfi", "ckd", "cls", "reg")  # where there is one box for all classes
-_TWO_STAGE_ONLY = ("reg", "careg", HEAD_TRANSFER)
+METHODS = (*DEFAULT_METHODS, *(name for name in LOSSES if name not in DEFAULT_METHODS), HEAD_TRANSFER)
 
-# What each loss reads of the teacher.
-_NEEDS = {
-    "sgfi": ("features",),
-    "ckd": ("embeddings",),
-    "cls": ("logits",),
-    "reg": ("deltas",),
-    "careg": ("deltas", "logits"),
-}
 _TIER_FOR = {
-    "features": "pyramid or objects",
+    "roi_features": "pyramid or objects",
     "embeddings": "embeddings",
     "logits": "predictions",
     "deltas": "predictions",
@@ -47,7 +141,8 @@ def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ..
             f"Unknown method {', '.join(map(repr, unknown))}. Choose from {', '.join(METHODS)}, separated by commas, "
             "or none."
         )
-    if dense and (unfit := [name for name in methods if name in _TWO_STAGE_ONLY]):
+    two_stage_only = {HEAD_TRANSFER, *(name for name, loss in LOSSES.items() if loss.dense is None)}
+    if dense and (unfit := [name for name in methods if name in two_stage_only]):
         raise ContractError(
             f"--methods {','.join(unfit)} needs the box head of a two-stage student, and this one predicts boxes "
             "densely. Such a student learns sgfi, ckd and pred (which is cls)."
@@ -60,13 +155,74 @@ def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ..
 
 
 def loss_name(loss: str) -> str:
-    """The name of a distillation loss in the log, which must not be that of one of the student's own."""
-    return f"loss_{loss}" if loss in ("sgfi", "ckd") else f"loss_kd_{loss}"
+    """The name of a distillation loss in the log."""
+    return LOSSES[loss].log_name
 
 
-def needed_fields(losses: Sequence[str]) -> frozenset[str]:
-    """What losses read of the teacher: some of `features`, `embeddings`, `logits`, `deltas`."""
-    return frozenset(field for loss in losses for field in _NEEDS[loss])
+def needed_fields(losses: Sequence[str], dense: bool = False) -> frozenset[str]:
+    """What losses read of the teacher: some of `roi_features`, `embeddings`, `logits`, `deltas`.
+
+    Args:
+        losses: As `expand_methods` gives them.
+        dense: For a student that predicts boxes densely.
+    """
+    inputs = {name for loss in losses for name in LOSSES[loss].inputs(dense)}
+    return frozenset(field for name, field in TEACHER_FIELDS.items() if name in inputs)
+
+
+def loss_and_log(name: str, result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss, and what is logged beside it.
+
+    Args:
+        name: Of the loss.
+        result: What it gave: a scalar, or a named tuple that begins with one.
+
+    Returns:
+        The scalar, and the other fields: NAME_FIELD, or NAME_FIELD0, NAME_FIELD1, ... of a vector.
+    """
+    if isinstance(result, Tensor):
+        return result, {}
+    loss, *others = result
+    logged: dict[str, Tensor] = {}
+    for field, value in zip(result._fields[1:], others, strict=True):  # type: ignore[attr-defined]
+        parts = {"": value} if value.dim() == 0 else dict(enumerate(value))
+        logged |= {f"{name}_{field}{index}": part for index, part in parts.items()}
+    return loss, logged
+
+
+def stage_sizes(student: Student, stage: int, spec: CacheSpec) -> Sizes:
+    """What the parameters of losses can depend on, at a stage of a student.
+
+    Args:
+        student: The student.
+        stage: Number of its stage.
+        spec: What the teacher is.
+    """
+    dims = student.embedding_dims[stage], spec.embedding_dim
+    return Sizes(student.channels, spec.channels, *dims, student.num_anchors, spec.num_classes)
+
+
+def check_student(student: Student, spec: CacheSpec, losses: Sequence[str]) -> None:
+    """Refuse a student that does not fit the teacher, or one of the losses.
+
+    Args:
+        student: The student.
+        spec: What the teacher is.
+        losses: As `expand_methods` gives them.
+
+    Raises:
+        ContractError: Naming what does not fit.
+    """
+    if student.num_classes != spec.num_classes:
+        raise ContractError(
+            f"The student has {student.num_classes} classes and the cache {spec.num_classes} "
+            f"({', '.join(spec.class_names[:5])}...). Set the student's num_classes to the latter."
+        )
+    if student.class_agnostic and any(LOSSES[loss].per_class for loss in losses):
+        raise ContractError(
+            "Class-aware localisation KD (pred, careg) needs one box per class, and the student's box head is "
+            "class-agnostic. Set model.roi_head.bbox_head.reg_class_agnostic=False, or use --methods cls,reg."
+        )
 
 
 def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
@@ -76,22 +232,22 @@ def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
         ContractError: Naming the loss, what the cache lacks, and the tier to cache again with.
     """
     for loss in losses:
-        for field in _NEEDS[loss]:
-            served = field in spec.fields or (field == "features" and "roi_features" in spec.fields)
-            if not served:
+        for field in sorted(needed_fields([loss])):
+            stored = field in spec.fields
+            from_pyramid = field == "roi_features" and not stored and "features" in spec.fields
+            if not (stored or from_pyramid):
                 raise ContractError(
-                    f"The loss {loss!r} needs the teacher's {field}, which this cache of tier {spec.tier!r} does not "
-                    f"hold (it holds {', '.join(spec.fields)}). Leave {loss} out of --methods, or cache the teacher "
-                    f"again with --targets {_TIER_FOR[field]}."
+                    f"The loss {loss!r} needs the teacher's {field.replace('roi_', 'RoI ')}, which this cache of "
+                    f"tier {spec.tier!r} does not hold (it holds {', '.join(spec.fields)}). Leave {loss} out of "
+                    f"--methods, or cache the teacher again with --targets {_TIER_FOR[field]}."
                 )
-            pyramid = field == "features" and "features" in spec.fields
-            if pyramid and (missing := missing_levels(spec, spec.roi_levels)):
+            if from_pyramid and (missing := missing_levels(spec, spec.roi_levels)):
                 raise ContractError(
                     f"The loss {loss!r} needs the teacher's features of boxes of all sizes, and the pyramid of this "
                     f"cache lacks {missing} (it holds {', '.join(map(spec.level_name, spec.levels))}). Leave {loss} "
                     "out of --methods, or cache the teacher again with --targets objects, or with these levels."
                 )
-        if loss == "careg" and spec.class_agnostic:
+        if LOSSES[loss].per_class and spec.class_agnostic:
             raise ContractError(
                 "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is "
                 "class-agnostic. Use --methods cls,reg instead of pred."

@@ -1,8 +1,10 @@
-"""RoIs of a batch, and what box heads say of them."""
+"""RoIs of a batch, and what the box heads of student and teacher say of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
+
+Rows = Tensor | slice  # a mask, row numbers, or a slice
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,27 @@ class BatchRois:
     labels: Tensor
     positive: Tensor
 
-    def select(self, rows: Tensor) -> "BatchRois":
-        """Those of a mask or of row numbers."""
+    def __len__(self) -> int:
+        return len(self.rois)
+
+    @property
+    def image_index(self) -> Tensor:
+        """Tensor[R] int64, the image in the batch."""
+        return self.rois[:, 0].long()
+
+    @property
+    def boxes(self) -> Tensor:
+        """Tensor[R, 4] (x1, y1, x2, y2)."""
+        return self.rois[:, 1:]
+
+    def select(self, rows: Rows) -> "BatchRois":
+        """Some of them."""
         return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
 
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """What a box head says of R RoIs.
+    """What a box head of a two-stage detector says of R RoIs.
 
     Attributes:
         embeddings: Tensor[R, D], input of the classifier layer.
@@ -38,9 +53,28 @@ class HeadOutputs:
     logits: Tensor
     deltas: Tensor
 
-    def select(self, rows: Tensor) -> "HeadOutputs":
-        """Those of a mask or of row numbers."""
-        return HeadOutputs(self.embeddings[rows], self.logits[rows], self.deltas[rows])
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """What a student says of R RoIs, part of its graph.
+
+    Attributes:
+        embeddings: Tensor[R, D]: the input of the classifier layer; of a dense student, the feature of the last
+            convolution of a branch at the location of the prediction.
+        logits: Tensor[R, K + 1], background last. The background of a sigmoid head is 0, since
+            sigmoid(x) = softmax(x, 0)[0].
+        deltas: Tensor[R, K or 1, 4], normalised by the student's box coder; None of a dense student.
+        anchors: Tensor[R] int64, which of its location's predictions it is; None of a two-stage student.
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    deltas: Tensor | None = None
+    anchors: Tensor | None = None
+
+    def select(self, rows: Rows) -> "StudentOutputs":
+        """Those of some rows."""
+        return StudentOutputs(self.embeddings[rows], self.logits[rows], _at(self.deltas, rows), _at(self.anchors, rows))
 
 
 @dataclass(frozen=True)
@@ -48,18 +82,22 @@ class TeacherOutputs:
     """What the teacher says of the RoIs of a batch, in the student's orientation. What no loss asks for is None.
 
     Attributes:
-        features: Tensor[P, C, size, size] float32, RoI features of the positives.
+        roi_features: Tensor[P, C, size, size] float32, of the positives.
         embeddings: Tensor[R, D].
         logits: Tensor[R, K + 1], background last.
         deltas: Tensor[R, K or 1, 4], normalised by the teacher's box coder.
     """
 
-    features: Tensor | None = None
+    roi_features: Tensor | None = None
     embeddings: Tensor | None = None
     logits: Tensor | None = None
     deltas: Tensor | None = None
 
-    def select(self, rows: Tensor) -> "TeacherOutputs":
-        """The features as they are, and the rest at a mask or at row numbers."""
-        of_head = {name: getattr(self, name) for name in ("embeddings", "logits", "deltas")}
-        return replace(self, **{name: value[rows] for name, value in of_head.items() if value is not None})
+    def select_outputs(self, rows: Rows) -> "TeacherOutputs":
+        """What the box head says of some of the RoIs, beside the features of all positives."""
+        of_head = (_at(value, rows) for value in (self.embeddings, self.logits, self.deltas))
+        return TeacherOutputs(self.roi_features, *of_head)
+
+
+def _at(values: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if values is None else values[rows]

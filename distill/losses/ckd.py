@@ -78,11 +78,13 @@ class CKDResult(NamedTuple):
         top1: Scalar in [0, 1]: the share of boxes whose own key is nearer than every negative. 0 for no boxes.
         spread: Scalar in [-1, 1]: mean cosine between two projected keys. Near 1, f_theta takes all boxes to one point,
             and the loss teaches nothing.
+        queue: Scalar: how many keys the queue holds for the next step.
     """
 
     loss: Tensor
     top1: Tensor
     spread: Tensor
+    queue: Tensor
 
 
 class CKD(nn.Module):
@@ -155,12 +157,14 @@ class CKD(nn.Module):
         self.centre, self.teacher_gradient, self.start = centre, teacher_gradient, start
         self.same_class_negatives, self.num_classes = same_class_negatives, num_classes
 
-    def forward(self, student_embeddings: Tensor, teacher: TeacherKeys, anchors: Tensor | None = None) -> CKDResult:
+    def forward(
+        self, student_embeddings: Tensor, teacher_keys: TeacherKeys, anchors: Tensor | None = None
+    ) -> CKDResult:
         """The loss of `ckd_loss` after projection. In training mode, the teacher's side then joins the queue.
 
         Args:
             student_embeddings: Tensor[N, student_dim].
-            teacher: what the teacher says of the same boxes, N; it gets no gradient.
+            teacher_keys: what the teacher says of the same boxes, N; it gets no gradient.
             anchors: Tensor[N] int64 in [0, A), which anchor of its location each box is of. Needed where A > 1.
 
         Returns:
@@ -169,30 +173,30 @@ class CKD(nn.Module):
         Raises:
             LossInputError: shapes that do not fit.
         """
-        num_boxes = len(student_embeddings)
+        num_boxes, counts = len(student_embeddings), self.queue.steps >= self.start
         for name, found, dim in (
             ("student_embeddings", student_embeddings, self.student_dim),
-            ("the teacher's embeddings", teacher.embeddings, self.teacher_dim),
+            ("the teacher's embeddings", teacher_keys.embeddings, self.teacher_dim),
         ):
             check_shape(name, found, (num_boxes, dim), f"{num_boxes} student embeddings and a length of {dim}")
-        others, new = of_all_ranks(teacher) if self.training else (teacher[:0], teacher[:0])
+        others, new = of_all_ranks(teacher_keys) if self.training else (teacher_keys[:0], teacher_keys[:0])
         batch = num_boxes + len(others.boxes)
-        keys = TeacherKeys.join([teacher, others, self.queue.keys()])
+        keys = TeacherKeys.join([teacher_keys, others, self.queue.keys()])
         with no_autocast(student_embeddings):
             student, projected = self._project(student_embeddings, keys.embeddings.detach(), anchors, batch)
             student, projected = unit_rows(student), unit_rows(projected)
             exclude = NoNegatives(
-                teacher, keys, self.exclude_iou, None if self.same_class_negatives else self.num_classes
+                teacher_keys, keys, self.exclude_iou, None if self.same_class_negatives else self.num_classes
             )
             loss, is_nearest = sliced_ckd_loss(student, projected, exclude, self.temperature)
-        result = CKDResult(
-            loss * (self.queue.steps >= self.start),
-            is_nearest.sum() / max(num_boxes, 1),
-            mean_cosine(projected.detach()),
-        )
         if self.training:
             self.queue.push(new)
-        return result
+        return CKDResult(
+            loss * counts,
+            is_nearest.sum() / max(num_boxes, 1),
+            mean_cosine(projected.detach()),
+            self.queue.count.to(loss),
+        )
 
     def _project(
         self, student: Tensor, embeddings: Tensor, anchors: Tensor | None, batch: int

@@ -1,7 +1,7 @@
 """Semantic-guided feature imitation: the teacher's RoI feature against a mixture of the student's pyramid levels."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from kdpipe.distill.losses.numeric import (
 
 
 def sgfi_loss(
-    student_rois: Tensor, teacher_rois: Tensor, embed: nn.Module, temperature: Tensor | float
+    student_roi_features: Tensor, teacher_roi_features: Tensor, embed: nn.Module, temperature: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Mean square error between the teacher's RoI features and the student's, mixed over levels (G-DetKD, eq. 1).
 
@@ -26,9 +26,12 @@ def sgfi_loss(
     products / temperature; the weighted sum of the student's levels is compared with T, as a mean over channels and
     cells, then over RoIs. Computed in float32 (float64 for float64 input), autocast or not.
 
+    Trainings compute the same by `SGFI`, with less arithmetic and memory.
+
     Args:
-        student_rois: Tensor[R, L, C, H, W], RoI features of every level, already adapted to the teacher's channels.
-        teacher_rois: Tensor[R, C, H, W], from the level that the teacher assigns. A constant: it gets no gradient.
+        student_roi_features: Tensor[R, L, C, H, W], of every level, already adapted to the teacher's channels.
+        teacher_roi_features: Tensor[R, C, H, W], from the level that the teacher assigns. A constant: it gets no
+            gradient.
         embed: maps [N, C, H, W] to keys [N, key].
         temperature: tau > 0, a number or a tensor of one element.
 
@@ -38,36 +41,33 @@ def sgfi_loss(
     Raises:
         LossInputError: shapes that do not fit, or a temperature that is a number and not positive and finite.
     """
-    check_dims("student_rois", student_rois, "[R, L, C, H, W]")
-    num_rois, num_levels, *feature_shape = student_rois.shape
-    check_shape(
-        "teacher_rois", teacher_rois, (num_rois, *feature_shape), f"student_rois {list(student_rois.shape)} [R, L, ...]"
-    )
+    check_dims("student_roi_features", student_roi_features, "[R, L, C, H, W]")
+    num_rois, num_levels, *shape = student_roi_features.shape
+    fit = f"student_roi_features {list(student_roi_features.shape)} [R, L, ...]"
+    check_shape("teacher_roi_features", teacher_roi_features, (num_rois, *shape), fit)
     if num_levels == 0 or (not isinstance(temperature, Tensor) and not 0 < temperature < math.inf):
         raise LossInputError(f"SGFI needs a level and a temperature above 0, found {num_levels} levels, {temperature}.")
-    with no_autocast(student_rois):
-        student, teacher = full_precision(student_rois, teacher_rois.detach())
-        student_keys = embed(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))  # [R, L, key]
-        level_weights = _level_weights(student_keys, embed(teacher), temperature)  # [R, L]
-        loss = _imitation(_mix(student, level_weights), teacher)
+    with no_autocast(student_roi_features):
+        student, teacher = full_precision(student_roi_features, teacher_roi_features.detach())
+        keys, query = embed(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels)), embed(teacher)
+        level_weights = (torch.einsum("rlk,rk->rl", keys, query) / temperature).softmax(dim=1)  # [R, L]
+        mixed = torch.einsum("rl,rlchw->rchw", level_weights, student)
+        loss = mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
     return loss, level_weights
 
 
-def _level_weights(student_keys: Tensor, teacher_keys: Tensor, temperature: Tensor | float) -> Tensor:
-    """Softmax over the levels, Tensor[R, L], of the products of keys Tensor[R, L, key] and Tensor[R, key]."""
-    similarity = torch.einsum("rlk,rk->rl", student_keys, teacher_keys)
-    return (similarity / temperature).softmax(dim=1)
+class SGFIResult(NamedTuple):
+    """What SGFI gives.
 
+    Attributes:
+        loss: Scalar.
+        temperature: tau, a scalar.
+        level: Tensor[L], how much each of the student's levels is looked at, a mean over the RoIs; 0 for no RoIs.
+    """
 
-def _mix(rois: Tensor, level_weights: Tensor) -> Tensor:
-    """Weighted sum over the levels, Tensor[R, L, C, H, W] -> Tensor[R, C, H, W]."""
-    channels_last = rois.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
-    return torch.einsum("rl,rlhwc->rhwc", level_weights, channels_last).permute(0, 3, 1, 2)
-
-
-def _imitation(mixed: Tensor, teacher: Tensor) -> Tensor:
-    """Square error, a mean over channels and cells, then over RoIs."""
-    return mean_or_zero((mixed - teacher).square().flatten(1).mean(dim=1))
+    loss: Tensor
+    temperature: Tensor
+    level: Tensor
 
 
 class SGFI(nn.Module):
@@ -106,36 +106,44 @@ class SGFI(nn.Module):
         """tau, a scalar above 0; 1 at the start."""
         return self.log_temperature.exp()
 
-    def forward(self, student_rois: Tensor, teacher_rois: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the level weights of `sgfi_loss`, after adapting every level with the same weights.
+    def forward(self, student_roi_features: Tensor, teacher_roi_features: Tensor) -> SGFIResult:
+        """`sgfi_loss` after adapting every level with the same weights.
 
-        f_adapt is affine and the level weights sum to 1, so that the mixture is adapted in place of every level: the
-        same values with a fraction of the arithmetic and memory.
+        The four lines of `sgfi_loss` in another order: f_adapt is affine and the level weights sum to 1, so that the
+        mixture is adapted in place of every level. The same loss and gradients (tests/distill/losses/test_sgfi.py) with
+        a fraction of the arithmetic and memory (tests/benchmarks/losses.md).
 
         Args:
-            student_rois: Tensor[R, L, student channels, 7, 7].
-            teacher_rois: Tensor[R, teacher channels, 7, 7]; gets no gradient.
+            student_roi_features: Tensor[R, L, student channels, 7, 7].
+            teacher_roi_features: Tensor[R, teacher channels, 7, 7]; gets no gradient.
 
         Returns:
-            The loss, a scalar, and the level weights Tensor[R, L].
+            The loss, and what it says of the levels.
 
         Raises:
             LossInputError: shapes that do not fit.
         """
-        check_dims("student_rois", student_rois, "[R, L, C, 7, 7]")
-        num_rois, num_levels = student_rois.shape[:2]
+        check_dims("student_roi_features", student_roi_features, "[R, L, C, 7, 7]")
+        num_rois, num_levels = student_roi_features.shape[:2]
         expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
-        check_shape("student_rois", student_rois, expected, f"an adapter of {self.adapt.in_channels} channels")
-        check_shape("teacher_rois", teacher_rois, (num_rois, self.adapt.out_channels, 7, 7), f"{num_rois} RoIs")
-        with no_autocast(student_rois):
-            student, teacher = (x.to(self.adapt.weight.dtype) for x in (student_rois, teacher_rois.detach()))
-            student_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))
-            level_weights = _level_weights(student_keys, self.embed(teacher), self.temperature)  # [R, L]
-            loss = _imitation(self.adapt(_mix(student, level_weights)), teacher)
-        return loss, level_weights
+        fit = f"an adapter of {self.adapt.in_channels} channels"
+        check_shape("student_roi_features", student_roi_features, expected, fit)
+        of_teacher = (num_rois, self.adapt.out_channels, 7, 7)
+        check_shape("teacher_roi_features", teacher_roi_features, of_teacher, f"{num_rois} RoIs")
+        with no_autocast(student_roi_features):
+            features = student_roi_features, teacher_roi_features.detach()
+            student, teacher = (x.to(self.adapt.weight.dtype) for x in features)
+            adapted_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))
+            similarity = torch.einsum("rlk,rk->rl", adapted_keys, self.embed(teacher))
+            alpha = (similarity / self.temperature).softmax(dim=1)  # [R, L]
+            channels_last = student.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
+            mixture = torch.einsum("rl,rlhwc->rhwc", alpha, channels_last).permute(0, 3, 1, 2)
+            loss = mean_or_zero((self.adapt(mixture) - teacher).square().flatten(1).mean(dim=1))
+        level = alpha.detach().sum(dim=0) / max(1, num_rois)
+        return SGFIResult(loss, self.temperature.detach(), level)
 
-    def _adapted_keys(self, rois: Tensor) -> Tensor:
-        """`embed(adapt(rois))`, Tensor[N, student channels, 7, 7] -> Tensor[N, key], without the adapted features.
+    def _adapted_keys(self, roi_features: Tensor) -> Tensor:
+        """Keys Tensor[N, key] of adapted features, out of those of the student, Tensor[N, student channels, 7, 7].
 
         f_adapt and the first convolution of f_embed, with nothing between them, are one convolution.
         """
@@ -146,7 +154,7 @@ class SGFI(nn.Module):
         bias = first.bias + first.weight.sum(dim=(2, 3)) @ self.adapt.bias
         layout = torch.channels_last
         hidden = functional.conv2d(
-            rois.contiguous(memory_format=layout),
+            roi_features.contiguous(memory_format=layout),
             weight.contiguous(memory_format=layout),
             bias,
             first.stride,

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kdpipe.distill.losses.numeric import no_autocast
 
+SHARE_INTERVAL = 50  # steps from one look to the next
+
 
 def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
     """The norm of each loss's gradient with respect to the pyramid, as a share of the sum of these norms.

@@ -27,13 +27,13 @@ class Windows:
     """What some RoIs take of a map: r RoIs, each from `lines` x `columns` pixels.
 
     Attributes:
-        rois: Tensor[r] int64, which RoIs.
+        rows: Tensor[r] int64, which RoIs.
         pixels: Tensor[r * lines * columns] int64, places within N * H * W.
         lines: Tensor[r, height, lines], weights along y.
         columns: Tensor[r, width, columns], weights along x.
     """
 
-    rois: Tensor
+    rows: Tensor
     pixels: Tensor
     lines: Tensor
     columns: Tensor
@@ -152,20 +152,29 @@ def pool(x: Tensor, windows: Sequence[Windows], count: int) -> Tensor:
     pooled: Tensor = x.new_empty(count, windows[0].lines.shape[1], windows[0].columns.shape[1], channels)
     with no_autocast(x):
         for window in windows:
-            rois, lines, columns = len(window.rois), window.lines.shape[2], window.columns.shape[2]
+            rois, lines, columns = len(window.rows), window.lines.shape[2], window.columns.shape[2]
             pixels = flat.index_select(0, window.pixels).view(rois, lines, columns * channels)
             down = (window.lines @ pixels).unflatten(2, (columns, channels))  # [r, height, columns, C]
-            pooled[window.rois] = window.columns[:, None] @ down  # [r, height, width, C]
+            pooled[window.rows] = window.columns[:, None] @ down  # [r, height, width, C]
     return pooled
 
 
 def unpool(grad: Tensor, windows: Sequence[Windows], shape: Sequence[int]) -> Tensor:
-    """Gradient of `pool` by its input, of `shape` [N, C, H, W], for `grad` [R, height, width, C]."""
+    """Gradient of `pool` by its input.
+
+    Args:
+        grad: Tensor[R, height, width, C], by the result.
+        windows: Of all RoIs.
+        shape: [N, C, H, W] of the input.
+
+    Returns:
+        Tensor[N, C, H, W].
+    """
     images, channels, height, width = shape
     total: Tensor = grad.new_zeros(images * height * width, channels)
     with no_autocast(grad):
         for window in windows:
-            across = window.columns.transpose(1, 2)[:, None] @ grad[window.rois]  # [r, height, columns, C]
+            across = window.columns.transpose(1, 2)[:, None] @ grad[window.rows]  # [r, height, columns, C]
             pixels = (window.lines.transpose(1, 2) @ across.flatten(2)).view(-1, channels)
             total.scatter_add_(0, window.pixels[:, None].expand(-1, channels), pixels)
     return total.view(images, height, width, channels).permute(0, 3, 1, 2)
@@ -186,7 +195,15 @@ class _RoiAlign(torch.autograd.Function):
 def roi_align_channels_last(
     x: Tensor, rois: Tensor, spatial_scale: float, size: tuple[int, int], sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """RoIAlign of a map Tensor[N, C, H, W], differentiable once; for the arguments see `roi_windows`.
+    """RoIAlign of a map, differentiable once.
+
+    Args:
+        x: Tensor[N, C, H, W] float32 or float64, the map.
+        rois: Tensor[R, 5] (image, x1, y1, x2, y2), pixels of the image, of the type of the map.
+        spatial_scale: Pixels of the map per pixel of the image.
+        size: (height, width) of the result.
+        sampling_ratio: Sample points per bin and axis, 0 for one per pixel of the map.
+        aligned: Whether pixel centres lie at half coordinates.
 
     Returns:
         Tensor[R, height, width, C].

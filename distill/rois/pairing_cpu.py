@@ -25,7 +25,16 @@ _LAST = 2**32 - 1
 
 
 def pair_near_boxes(boxes: Tensor, others: Tensor, iou: float) -> tuple[Tensor, Tensor]:
-    """As `pair_boxes`, in a time and memory that do not grow with R x M, unless all others are alike."""
+    """As `pair_boxes`, in a time and memory that do not grow with R x M, unless all others are alike.
+
+    Args:
+        boxes: Tensor[R, 4] (x1, y1, x2, y2).
+        others: Tensor[M, 4] in the same frame.
+        iou: From which on two boxes are partners, at least 0.5.
+
+    Returns:
+        Tensor[R] bool and Tensor[R] int64, as `pair_boxes` gives them.
+    """
     boxes, others = boxes.float(), others.float()
     best = torch.full_like(boxes[:, 0], -1, dtype=torch.int64)
     for box, other in _candidates(boxes, others):
@@ -33,8 +42,8 @@ def pair_near_boxes(boxes: Tensor, others: Tensor, iou: float) -> tuple[Tensor, 
         # the order of positive floats is that of their bits; of equal ones, the first box counts as the largest
         rank = overlap.view(torch.int32).long() << 32 | (_LAST - other)
         best.scatter_reduce_(0, box, torch.where(overlap >= iou, rank, -1), "amax")
-    found = best >= 0
-    return found, torch.where(found, _LAST - (best & _LAST), 0)
+    has_partner = best >= 0
+    return has_partner, torch.where(has_partner, _LAST - (best & _LAST), 0)
 
 
 def _candidates(boxes: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

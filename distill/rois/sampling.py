@@ -12,8 +12,22 @@ from kdpipe.distill.losses.numeric import LossInputError, check_shape, full_prec
 _SLICE_ELEMENTS = 2**20
 
 
-# RoIs of an image and step, and the largest share of positives among them (the paper's 1:3), by default.
-NUM_ROIS, POSITIVE_FRACTION = 512, 0.25
+@dataclass(frozen=True)
+class RoiSampling:
+    """How RoIs are drawn from the boxes of an image.
+
+    Attributes:
+        num: RoIs per image, at most.
+        positive_fraction: Of these, the largest share of positives, in [0, 1]: 1/4 is the paper's 1:3.
+        positive_iou: With an annotation, from which on a box is positive, in (0, 1].
+    """
+
+    num: int = 512
+    positive_fraction: float = 0.25
+    positive_iou: float = 0.5
+
+
+DEFAULT_SAMPLING = RoiSampling()
 
 
 @dataclass(frozen=True)
@@ -41,9 +55,7 @@ def sample_rois(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     *,
-    num: int,
-    positive_fraction: float = POSITIVE_FRACTION,
-    positive_iou: float = 0.5,
+    sampling: RoiSampling,
     num_classes: int,
     generator: torch.Generator,
     eligible: Tensor | None = None,
@@ -51,18 +63,17 @@ def sample_rois(
     """Match boxes with the ground truth, and draw some without replacement, all equally likely.
 
     A box is positive when its IoU with some ground truth is at least `positive_iou`; it is matched with the one it
-    overlaps most. At most `num * positive_fraction` positives are drawn, negatives fill up to `num`. As mmdet's
-    `MaxIoUAssigner` and `RandomSampler` in a box head, except that a cached ground-truth box which matches nothing that
-    the student is shown (an annotation that its pipeline dropped) is an object all the same: it is never background.
+    overlaps most. At most `num * positive_fraction` positives are drawn, negatives fill up to `num`; fewer come back
+    where there are not enough. As mmdet's `MaxIoUAssigner` and `RandomSampler` in a box head, except that a cached
+    ground-truth box which matches nothing that the student is shown (an annotation that its pipeline dropped) is an
+    object all the same: it is never background.
 
     Args:
         boxes: Tensor[R, 4] (x1, y1, x2, y2), in the student's view.
         num_proposals: rows [0, num_proposals) may be negatives, the rest are ground-truth boxes kept with them.
         gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), in the student's view.
         gt_labels: Tensor[G] int64 in [0, num_classes).
-        num: how many to draw; fewer come back where there are not enough.
-        positive_fraction: of `num`, in [0, 1].
-        positive_iou: in (0, 1].
+        sampling: how many, and which are positive.
         num_classes: K, the label of background.
         generator: source of randomness; the same state gives the same sample.
         eligible: Tensor[R] bool, which boxes may be drawn as positives; the others are negatives or are left out. None
@@ -76,6 +87,7 @@ def sample_rois(
     """
     check_shape("boxes", boxes, (boxes.shape[0], 4), "boxes (x1, y1, x2, y2)")
     check_shape("gt_boxes", gt_boxes, (gt_labels.numel(), 4), f"gt_labels {list(gt_labels.shape)}")
+    num, positive_fraction, positive_iou = sampling.num, sampling.positive_fraction, sampling.positive_iou
     if (
         not 0 <= num_proposals <= boxes.shape[0]
         or num < 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from kdpipe.distill.losses.numeric import no_autocast
-from kdpipe.distill.outputs import BatchRois
+from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.rois.pairing import pair_boxes
-from kdpipe.distill.rois.sampling import NUM_ROIS, POSITIVE_FRACTION, sample_rois
+from kdpipe.distill.rois.sampling import DEFAULT_SAMPLING, RoiSampling, sample_rois
+from kdpipe.distill.students.protocol import BoxCoder
 from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
 
@@ -26,26 +26,6 @@ CKD_BRANCHES = ("classification", "localization", "combined")
 _FORWARD = (RetinaHead, FCOSHead, ATSSHead, GFLHead)
 
 
-@dataclass(frozen=True)
-class DenseOutputs:
-    """What a dense head says at R of its predictions.
-
-    Attributes:
-        embeddings: Tensor[R, C], feature of the last convolution of a branch at the location of the prediction.
-        logits: Tensor[R, K + 1], background last. The background of a sigmoid head is 0, since
-            sigmoid(x) = softmax(x, 0)[0].
-        anchors: Tensor[R] int64, which of the location's predictions it is.
-    """
-
-    embeddings: Tensor
-    logits: Tensor
-    anchors: Tensor
-
-    def select(self, rows: Tensor) -> "DenseOutputs":
-        """Those of a mask or of row numbers."""
-        return DenseOutputs(self.embeddings[rows], self.logits[rows], self.anchors[rows])
-
-
 class DenseStudent:
     """Reads pyramid and dense head of an mmdet single-stage detector, which stays unmodified.
 
@@ -53,19 +33,20 @@ class DenseStudent:
         detector: RetinaNet, FCOS, ATSS, GFL, PAA, or another whose head computes its outputs as one of these.
         branch: Which branch of the head the embeddings are of: one of `CKD_BRANCHES`; `combined` is the sum of both
             (G-DetKD, table 12).
-        num: RoIs to sample per image.
-        positive_fraction: Largest share of positives: 1/4 is the paper's 1:3.
+        sampling: Of the RoIs that it chooses among its boxes.
 
     Raises:
         StudentError: The detector has another structure.
     """
 
+    is_dense = True
+    class_agnostic = True
+
     def __init__(
         self,
         detector: Any,
         branch: str = CKD_BRANCHES[0],
-        num: int = NUM_ROIS,
-        positive_fraction: float = POSITIVE_FRACTION,
+        sampling: RoiSampling = DEFAULT_SAMPLING,
     ) -> None:
         head: Any = getattr(detector, "bbox_head", None)
         _check_head(detector, head)
@@ -73,14 +54,12 @@ class DenseStudent:
         if branch not in CKD_BRANCHES:
             raise StudentError(f"The branch is {branch!r}; expected one of {', '.join(CKD_BRANCHES)}.")
         self.detector, self.head = detector, head
-        self.branch, self.num, self.positive_fraction = branch, num, positive_fraction
+        self.branch, self.sampling = branch, sampling
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
         self.channels = int(head.in_channels)
-        self.embedding_dim = int(head.feat_channels)
+        self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)
         self.num_anchors = int(head.num_base_priors)
         self.num_classes = int(head.num_classes)
-        self.class_agnostic = True
-        self.stage, self.weight = 0, 1.0  # a cascade of one
 
     @contextmanager
     def watch(self) -> Iterator["DenseForward"]:
@@ -91,21 +70,21 @@ class DenseStudent:
         Yields:
             What is filled in by the forward pass.
         """
-        own = DenseForward(self)
+        forward = DenseForward(self)
         loss_by_feat = self.head.loss_by_feat
 
         def keep_outputs(scores: Sequence[Tensor], regression: Sequence[Tensor], *others: Any, **options: Any) -> Any:
-            own.scores, own.regression = list(scores), list(regression)
-            own.truths, own.metas = others[-3], others[-2]  # then those to ignore
+            forward.scores, forward.regression = list(scores), list(regression)
+            forward.ground_truth, forward.metas = others[-3], others[-2]  # then those to ignore
             return loss_by_feat(scores, regression, *others, **options)
 
-        hooks = [self.detector.neck.register_forward_hook(lambda _, inputs, levels: own.start(levels))]
-        for name, kept in (("cls_convs", own.classification), ("reg_convs", own.localization)):
+        hooks = [self.detector.neck.register_forward_hook(lambda _, inputs, levels: forward.start(levels))]
+        for name, kept in (("cls_convs", forward.classification), ("reg_convs", forward.localization)):
             last = getattr(self.head, name)[-1]
             hooks.append(last.register_forward_hook(lambda _, inputs, level, kept=kept: kept.append(level)))
         self.head.loss_by_feat = keep_outputs  # of this instance, until the loss is there
         try:
-            yield own
+            yield forward
         finally:
             del self.head.loss_by_feat
             for hook in hooks:
@@ -162,7 +141,10 @@ def _check_head(detector: Any, head: Any) -> None:
 
 
 class DenseForward:
-    """What a dense student made while it computed its own loss.
+    """What a dense student made while it computed its own loss: `StudentForward`, and its only `StudentStage`.
+
+    Args:
+        student: Whose forward pass it is.
 
     Attributes:
         pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
@@ -170,18 +152,23 @@ class DenseForward:
         localization: The same of the localisation branch.
         scores: Per level Tensor[B, A * K, h_l, w_l], class scores of the head.
         regression: Per level Tensor[B, A * E, h_l, w_l], encoded boxes.
-        truths: Of each image, `bboxes` and `labels` of the ground truth, pixels of the network input.
+        ground_truth: Of each image, `bboxes` and `labels` of the ground truth, pixels of the network input.
         metas: Of each image, `img_shape` among others.
     """
 
+    index, weight = 0, 1.0
+    box_coder: BoxCoder = (), ()  # what it regresses is no deltas
+
     def __init__(self, student: DenseStudent) -> None:
         self._student = student
+        self.strides = student.strides
+        self.stages = [self]
         self.pyramid: list[Tensor] = []
         self.classification: list[Tensor] = []
         self.localization: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.regression: list[Tensor] = []
-        self.truths: Sequence[Any] = ()
+        self.ground_truth: Sequence[Any] = ()
         self.metas: Sequence[Any] = ()
 
     def start(self, levels: Sequence[Tensor]) -> None:
@@ -190,20 +177,14 @@ class DenseForward:
         self.classification.clear()
         self.localization.clear()
 
-    @property
-    def chosen(self) -> BatchRois:
-        """A sample of the predicted boxes, matched with the ground truth (G-DetKD, section 4.3.2).
+    def sampled(self) -> tuple[BatchRois, StudentOutputs]:
+        """A sample of the predicted boxes (G-DetKD, section 4.3.2), and what the student says there.
 
-        Positive is an IoU of at least 0.5, as for other RoIs here (the paper: above). Boxes that clipping left empty
-        are none.
+        Boxes are matched with the ground truth. Positive is an IoU of at least 0.5, as for other RoIs here (the paper:
+        above). Boxes that clipping left empty are none. The outputs are part of the graph of the student's own loss.
         """
-        return self._sampled[0]
-
-    @property
-    def outputs(self) -> DenseOutputs:
-        """Of the student's head at these RoIs, part of the graph of its own loss."""
         rois, predictions = self._sampled
-        return self._at(rois.rois[:, 0].long(), predictions)
+        return rois, self._at(rois.image_index, predictions)
 
     @cached_property
     def _sampled(self) -> tuple[BatchRois, Tensor]:
@@ -212,7 +193,7 @@ class DenseForward:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # follows the seed of the step, and takes no number from it
         rois, labels, positive, predictions = [], [], [], []
-        for image, truth in enumerate(self.truths):
+        for image, truth in enumerate(self.ground_truth):
             boxes = self._boxes(image)
             whole = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
             sample = sample_rois(
@@ -220,8 +201,7 @@ class DenseForward:
                 len(whole),
                 getattr(truth.bboxes, "tensor", truth.bboxes),
                 truth.labels,
-                num=student.num,
-                positive_fraction=student.positive_fraction,
+                sampling=student.sampling,
                 num_classes=student.num_classes,
                 generator=generator,
             )
@@ -231,7 +211,7 @@ class DenseForward:
             predictions.append(whole[sample.rows])
         return BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(predictions)
 
-    def paired(self, rois: Tensor) -> tuple[Tensor, DenseOutputs]:
+    def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
 
         The overlap of a pair is an IoU of at least 0.5.
@@ -240,19 +220,19 @@ class DenseForward:
             rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
 
         Returns:
-            Which of the RoIs found a partner, Tensor[R] bool, and the student's outputs at the partners of these.
+            Which of the RoIs have a partner, Tensor[R] bool, and the student's outputs at the partners of these.
         """
         images = rois[:, 0].long()
-        found, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
-        for image in range(len(self.truths)):
+        has_partner, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
+        for image in range(len(self.ground_truth)):
             rows = (images == image).nonzero().squeeze(1)
-            found[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image))
-        return found, self._at(images[found], predictions[found])
+            has_partner[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image))
+        return has_partner, self._at(images[has_partner], predictions[has_partner])
 
     def _boxes(self, image: int) -> Tensor:
         return self._student.boxes(self.regression, image, self.metas[image]["img_shape"][:2])
 
-    def _at(self, images: Tensor, predictions: Tensor) -> DenseOutputs:
+    def _at(self, images: Tensor, predictions: Tensor) -> StudentOutputs:
         """The outputs of predictions Tensor[R] of images Tensor[R]; every level stays part of the graph."""
         anchors, start, parts, order = self._student.num_anchors, 0, [], []
         for level, scores in enumerate(self.scores):
@@ -264,16 +244,16 @@ class DenseForward:
             parts.append((self._embeddings(level, image, cell), of_class, anchor))
             order.append(rows)
             start = end
-        embeddings, logits, which = (torch.cat(part) for part in zip(*parts, strict=True))
-        outputs = DenseOutputs(embeddings.float(), self._student.logits(logits.float()), which)
+        embeddings, logits, anchor_index = (torch.cat(part) for part in zip(*parts, strict=True))
+        outputs = StudentOutputs(embeddings.float(), self._student.logits(logits.float()), anchors=anchor_index)
         return outputs.select(torch.cat(order).argsort())
 
     def _embeddings(self, level: int, image: Tensor, cell: Tensor) -> Tensor:
         """Features of the chosen branch on a level, Tensor[n, C]."""
         branch = self._student.branch
-        found = [
+        of_branches = [
             features[level].flatten(2)[image, :, cell]
             for name, features in (("classification", self.classification), ("localization", self.localization))
             if branch in (name, "combined")
         ]
-        return torch.stack(found).sum(dim=0)
+        return torch.stack(of_branches).sum(dim=0)

@@ -32,13 +32,13 @@ class HeadTransfer:
     def __init__(self, detector: Any, state: Mapping[str, Tensor]) -> None:
         self._parts: dict[str, nn.Module] = dict(_heads(detector))
         self._state = state
-        ours = {
+        of_student = {
             f"{name}.{key}": value for name, part in self._parts.items() for key, value in part.state_dict().items()
         }
         wrong = [
-            f"{name}: {_shape(state.get(name))} in the teacher, {_shape(ours.get(name))} in the student"
-            for name in sorted(ours.keys() | state.keys())
-            if _shape(state.get(name)) != _shape(ours.get(name))
+            f"{name}: {_shape(state.get(name))} in the teacher, {_shape(of_student.get(name))} in the student"
+            for name in sorted(of_student.keys() | state.keys())
+            if _shape(state.get(name)) != _shape(of_student.get(name))
         ]
         if wrong:
             more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""

@@ -43,11 +43,11 @@ def two_stage_problem(detector: Any) -> str:
         name = type(head).__name__
         if missing := [layer for layer in ("fc_cls", "fc_reg") if not hasattr(head, layer)]:
             return f"its box head {name} has no {' and no '.join(missing)}"
-        wanted = int(head.num_classes) + 1
-        if getattr(head, "custom_cls_channels", False) or head.fc_cls.out_features != wanted:
+        channels = int(head.num_classes) + 1
+        if getattr(head, "custom_cls_channels", False) or head.fc_cls.out_features != channels:
             return (
                 f"the classifier of its {name} has channels of its own, {head.fc_cls.out_features} for "
-                f"{type(head.loss_cls).__name__}, and the teacher's targets are for {wanted}: the classes and "
+                f"{type(head.loss_cls).__name__}, and the teacher's targets are for {channels}: the classes and "
                 f"background. Train it with another loss: -o model.roi_head.bbox_head.{f'{stage}.' if stages else ''}"
                 "loss_cls=\"{'type': 'CrossEntropyLoss'}\""
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.distill.outputs import BatchRois, HeadOutputs
+from kdpipe.distill.outputs import BatchRois, StudentOutputs
+from kdpipe.distill.students.protocol import BoxCoder
 from kdpipe.distill.students.structure import two_stage_problem
 
 
@@ -34,117 +36,133 @@ def check_batch_augments(detector: Any) -> None:
         )
 
 
-class TwoStageForward:
-    """What the student made while it computed its own loss.
-
-    Attributes:
-        pyramid: Levels of the neck, or of a backbone without one, Tensor[B, C, h_l, w_l].
-        later: The same pyramid, and what was made in each later stage of a cascade.
-    """
-
-    def __init__(self, pyramid: list[Tensor] | None = None, later: int = 0) -> None:
-        self.pyramid: list[Tensor] = [] if pyramid is None else pyramid
-        self.later = [TwoStageForward(self.pyramid) for _ in range(later)]
-        self._at_rois: tuple[BatchRois, HeadOutputs] | None = None
-
-    def keep(self, rois: BatchRois, outputs: HeadOutputs) -> None:
-        """Take in the RoIs of the student's sampler, and what its box head says of them."""
-        self._at_rois = rois, outputs
-
-    @property
-    def known(self) -> bool:
-        """Whether there are RoIs; a cascade that has none left leaves out the stages that follow."""
-        return self._at_rois is not None
-
-    @property
-    def chosen(self) -> BatchRois:
-        """The RoIs that the student's own sampler chose."""
-        return self._found()[0]
-
-    @property
-    def outputs(self) -> HeadOutputs:
-        """Of the student's box head at these RoIs, part of the graph of its own loss."""
-        return self._found()[1]
-
-    def _found(self) -> tuple[BatchRois, HeadOutputs]:
-        if self._at_rois is None:
-            raise StudentError(
-                "The student's own loss did not show which RoIs it sampled: its RoI head computes the loss in a way of "
-                "its own. Use --rois teacher."
-            )
-        return self._at_rois
-
-
 class TwoStageStudent:
-    """Reads pyramid and box head of an mmdet two-stage detector, which stays unmodified.
+    """Reads pyramid and box heads of an mmdet two-stage detector, which stays unmodified.
 
     Args:
         detector: `FasterRCNN` or another detector with one RoI extractor and one box head; or `CascadeRCNN`,
             which has several of them.
-        stage: Of a cascade, the one whose box head is looked at.
 
     Raises:
         StudentError: The detector has another structure.
     """
 
-    def __init__(self, detector: Any, stage: int = 0) -> None:
+    is_dense = False
+    num_anchors = 1
+
+    def __init__(self, detector: Any) -> None:
         if reason := two_stage_problem(detector):
             raise StudentError(
                 f"The student, of type {type(detector).__name__}, cannot be distilled: {reason}. Expected a two-stage "
                 "detector with box heads of fully connected layers (Faster or Cascade R-CNN)."
             )
-        roi_head: Any = detector.roi_head
-        head: Any = getattr(roi_head, "bbox_head", None)
-        self.is_cascade = type(roi_head) is CascadeRoIHead
-        extractor: Any = getattr(roi_head, "bbox_roi_extractor", None)
-        if self.is_cascade:
-            head, extractor = head[stage], extractor[stage]
         check_batch_augments(detector)
+        roi_head: Any = detector.roi_head
         self.detector = detector
-        self.head = head
-        self.stage = stage
-        self.weight = float(roi_head.stage_loss_weights[stage]) if self.is_cascade else 1.0
+        self.is_cascade = type(roi_head) is CascadeRoIHead
+        self.heads: list[Any] = list(roi_head.bbox_head) if self.is_cascade else [roi_head.bbox_head]
+        self.stage_weights = [float(x) for x in roi_head.stage_loss_weights] if self.is_cascade else [1.0]
+        extractor: Any = roi_head.bbox_roi_extractor[0] if self.is_cascade else roi_head.bbox_roi_extractor
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in detector.rpn_head.prior_generator.strides)
         self.channels = int(extractor.out_channels)
-        self.embedding_dim = int(head.fc_cls.in_features)
-        self.num_classes = int(head.num_classes)
-        self.class_agnostic = bool(head.reg_class_agnostic)
-        self.box_means: Sequence[float] = head.bbox_coder.means
-        self.box_stds: Sequence[float] = head.bbox_coder.stds
-
-    @property
-    def later(self) -> list["TwoStageStudent"]:
-        """The stages of a cascade that follow this one."""
-        count = self.detector.roi_head.num_stages if self.is_cascade else 1
-        return [TwoStageStudent(self.detector, stage) for stage in range(self.stage + 1, count)]
+        self.embedding_dims = tuple(int(head.fc_cls.in_features) for head in self.heads)
+        self.num_classes = int(self.heads[0].num_classes)
+        self.class_agnostic = bool(self.heads[0].reg_class_agnostic)
 
     @contextmanager
     def watch(self) -> Iterator["TwoStageForward"]:
-        """Collect pyramid, RoIs and outputs of the box head while the detector makes them for its own loss.
+        """Collect pyramid, RoIs and outputs of the box heads while the detector makes them for its own loss.
 
         Nothing is computed twice and no random number is drawn, so that the detector's own loss stays what it is.
 
         Yields:
             What is filled in by the forward pass.
         """
-        later = self.later
-        own = TwoStageForward(later=len(later))
+        pyramid: list[Tensor] = []
+        forward = TwoStageForward(pyramid, [TwoStageStage(self, index, pyramid) for index in range(len(self.heads))])
 
         def keep_pyramid(neck: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
-            own.pyramid[:] = outputs
+            pyramid[:] = outputs
 
         source = self.detector.neck if self.detector.with_neck else self.detector.backbone
         hook = source.register_forward_hook(keep_pyramid)
         try:
             with ExitStack() as stack:
-                for stage, seen in zip([self, *later], [own, *own.later], strict=True):
-                    stack.enter_context(stage._watch_head(seen))
-                yield own
+                for stage in forward.stages:
+                    stack.enter_context(stage.watch_head())
+                yield forward
         finally:
             hook.remove()
 
+
+@dataclass(frozen=True)
+class TwoStageForward:
+    """What a two-stage student made while it computed its own loss.
+
+    Attributes:
+        pyramid: Levels of the neck, or of a backbone without one, Tensor[B, C, h_l, w_l].
+        stages: One, or those of a cascade.
+    """
+
+    pyramid: list[Tensor]
+    stages: list["TwoStageStage"]
+
+
+class TwoStageStage:
+    """A box head in one forward pass of the student: `StudentStage`.
+
+    Args:
+        student: Whose head it is.
+        index: Of the stage.
+        pyramid: Filled in by the forward pass.
+    """
+
+    def __init__(self, student: TwoStageStudent, index: int, pyramid: list[Tensor]) -> None:
+        self.student, self.index, self.pyramid = student, index, pyramid
+        self.weight, self.strides, self.head = student.stage_weights[index], student.strides, student.heads[index]
+        self.box_coder: BoxCoder = self.head.bbox_coder.means, self.head.bbox_coder.stds
+        self._sampled: tuple[BatchRois, StudentOutputs] | None = None
+
+    def sampled(self) -> tuple[BatchRois, StudentOutputs]:
+        """The RoIs of the student's own sampler, and what its box head says of them, part of the graph of its own loss.
+
+        None where mmdet left a cascade before this stage, because no box was left.
+
+        Raises:
+            StudentError: The student's own loss did not show them.
+        """
+        if self._sampled is not None:
+            return self._sampled
+        if self.index == 0:
+            raise StudentError(
+                "The student's own loss did not show which RoIs it sampled: its RoI head computes the loss in a way of "
+                "its own. Use --rois teacher."
+            )
+        rois = self.pyramid[0].new_zeros(0, 5, dtype=torch.float32)
+        labels = torch.zeros(0, dtype=torch.int64, device=rois.device)
+        return BatchRois(rois, labels, labels > 0), self.outputs_at(rois)[1]
+
+    def outputs_at(self, rois: Tensor) -> tuple[slice, StudentOutputs]:
+        """Run the student's RoI extractor and box head.
+
+        Args:
+            rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
+
+        Returns:
+            All of the RoIs, and what it says of them.
+        """
+        embeddings: list[Tensor] = []
+        hook = self.head.fc_cls.register_forward_pre_hook(lambda layer, inputs: embeddings.append(inputs[0]))
+        try:
+            stage = (self.index,) if self.student.is_cascade else ()
+            outputs = self.student.detector.roi_head._bbox_forward(*stage, self.pyramid, rois)
+        finally:
+            hook.remove()
+        return slice(None), self._outputs(embeddings[0], outputs["cls_score"], outputs["bbox_pred"])
+
     @contextmanager
-    def _watch_head(self, own: TwoStageForward) -> Iterator[None]:
+    def watch_head(self) -> Iterator[None]:
+        """Collect RoIs and outputs while the box head computes its own loss."""
         embeddings: list[Tensor] = []
         loss_and_target = self.head.loss_and_target
 
@@ -152,7 +170,8 @@ class TwoStageStudent:
             embeddings[:] = inputs
 
         def keep_rois(cls_score: Tensor, bbox_pred: Tensor, rois: Tensor, sampling_results: Any, **options: Any) -> Any:
-            own.keep(self._chosen(rois, sampling_results), self._outputs(embeddings[0], cls_score, bbox_pred))
+            outputs = self._outputs(embeddings[0], cls_score, bbox_pred)
+            self._sampled = _sampled_rois(rois, sampling_results, int(self.head.num_classes)), outputs
             return loss_and_target(cls_score, bbox_pred, rois, sampling_results, **options)
 
         hook = self.head.fc_cls.register_forward_pre_hook(keep_embeddings)
@@ -163,31 +182,16 @@ class TwoStageStudent:
             del self.head.loss_and_target
             hook.remove()
 
-    def _chosen(self, rois: Tensor, results: Sequence[Any]) -> BatchRois:
-        """The RoIs of the detector's own sampler, which puts the positives of each image first."""
-        positive, labels = [], []
-        for result in results:
-            background = result.neg_priors.new_full((len(result.neg_priors),), self.num_classes, dtype=torch.int64)
-            labels += [result.pos_gt_labels, background]
-            positive += [torch.ones_like(result.pos_gt_labels, dtype=torch.bool), background < 0]
-        return BatchRois(rois.detach(), torch.cat(labels), torch.cat(positive))
+    def _outputs(self, embeddings: Tensor, logits: Tensor, deltas: Tensor) -> StudentOutputs:
+        classes = 1 if self.head.reg_class_agnostic else int(self.head.num_classes)
+        return StudentOutputs(embeddings, logits, deltas.reshape(-1, classes, 4))
 
-    def _outputs(self, embeddings: Tensor, logits: Tensor, deltas: Tensor) -> HeadOutputs:
-        classes = 1 if self.class_agnostic else self.num_classes
-        return HeadOutputs(embeddings, logits, deltas.reshape(-1, classes, 4))
 
-    def outputs(self, pyramid: Sequence[Tensor], rois: Tensor) -> HeadOutputs:
-        """Run the student's RoI extractor and box head.
-
-        Args:
-            pyramid: Levels of the neck, Tensor[B, C, h_l, w_l].
-            rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
-        """
-        inputs: list[Tensor] = []
-        handle = self.head.fc_cls.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
-        try:
-            at = (self.stage,) if self.is_cascade else ()
-            result = self.detector.roi_head._bbox_forward(*at, pyramid, rois)
-        finally:
-            handle.remove()
-        return self._outputs(inputs[0], result["cls_score"], result["bbox_pred"])
+def _sampled_rois(rois: Tensor, results: Sequence[Any], num_classes: int) -> BatchRois:
+    """The RoIs of the detector's own sampler, which puts the positives of each image first."""
+    positive, labels = [], []
+    for result in results:
+        background = result.neg_priors.new_full((len(result.neg_priors),), num_classes, dtype=torch.int64)
+        labels += [result.pos_gt_labels, background]
+        positive += [torch.ones_like(result.pos_gt_labels, dtype=torch.bool), background < 0]
+    return BatchRois(rois.detach(), torch.cat(labels), torch.cat(positive))

@@ -1,6 +1,6 @@
-"""The teacher's pyramid of an image, which can be asked about any box of the student's view of that image."""
+"""The teacher's pyramid of an image, which can be head_rois about any box of the student's view of that image."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,27 +9,25 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import present
-from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, TeacherOutputs
+from kdpipe.distill.pairs import RoiPairs
+from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.cached_boxes import cached_view
-from kdpipe.distill.teacher.heads.cascade import CascadeHead
-from kdpipe.distill.teacher.heads.fc import TeacherHead
-from kdpipe.distill.teacher.heads.semantic import SemanticBranch
-from kdpipe.distill.teacher.heads.shared_stage import SharedStageHead
-from kdpipe.distill.teacher.pyramids import TeacherPyramids
+from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
+from kdpipe.distill.teacher.pyramids import TeacherPyramids, TeacherRois
 from kdpipe.distill.teacher.targets import map_tensors
 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher saw of one image.
+    """The teacher's pyramid of one image, of which its box head can be head_rois about any box: `ImageTargets`.
 
     Attributes:
-        view: `exact`, `mirrored` or `skipped` (nothing is asked of it).
+        view: `exact`, `mirrored` or `skipped` (nothing is head_rois of it).
         matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
         pyramid: Per level that the teacher's RoI head reads, Tensor[C, h_l, w_l] in storage type.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
@@ -50,11 +48,10 @@ class TeacherView:
         """The same in page-locked memory; torch's DataLoader calls this."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
-    def levels(self) -> list[Tensor]:
-        """The pyramid in float32."""
-        if self.scale is None:
-            return [level.float() for level in self.pyramid]
-        return [dequantize(level, scale) for level, scale in zip(self.pyramid, self.scale, strict=False)]
+    @staticmethod
+    def batch(targets: Sequence["TeacherView"], teacher: FrozenTeacher) -> "TeacherViewBatch":
+        """Those of a batch of images."""
+        return TeacherViewBatch(targets, teacher)
 
 
 def read_teacher_view(
@@ -76,20 +73,16 @@ def read_teacher_view(
     if mirrored and missing_view == "skip":
         return TeacherView("skipped", np.eye(3))
     levels = range(cache.spec.head_levels)
-    said = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
-    features = present(said.features, f"the pyramid of image {image_id}")
+    cached = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
+    features = present(cached.features, f"the pyramid of image {image_id}")
     pyramid = tuple(level for level in features if level is not None)
-    relative = relative_matrix(matrix, said.matrix)
-    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, said.scale, said.input_size)
+    relative = relative_matrix(matrix, cached.matrix)
+    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, cached.scale, cached.input_size)
 
 
 @torch.no_grad()
 def apply_teacher_head(
-    views: Sequence[TeacherView],
-    rois: BatchRois,
-    head: TeacherHead | CascadeHead | SharedStageHead,
-    spec: CacheSpec,
-    needs: Collection[str],
+    views: Sequence[TeacherView], rois: BatchRois, head: BoxHead, spec: CacheSpec, needs: Collection[str]
 ) -> TeacherOutputs:
     """What the teacher says of the RoIs of a batch: RoIAlign on its pyramids, then its box head.
 
@@ -98,55 +91,55 @@ def apply_teacher_head(
         rois: On the device of the views, none of them in a skipped image.
         head: The teacher's box head, as `frozen_head` gives it.
         spec: What the teacher is.
-        needs: Some of `logits`, `deltas`, `embeddings`, `features`; no more than these is computed.
+        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`; no more than these is computed.
     """
-    of_head = [name for name in needs if name != "features"]
-    asked = rois if of_head else rois.select(rois.positive)
+    of_head = [name for name in needs if name != "roi_features"]
+    head_rois = rois if of_head else rois.select(rois.positive)
     with no_autocast(rois.rois):
-        image = asked.rois[:, 0].long()  # [R or P]
-
-        seen = {index: view for index, view in enumerate(views) if (image == index).any()}
-        pyramids = TeacherPyramids({index: (view.pyramid, view.scale) for index, view in seen.items()}, spec)
-
-        def look(boxes: Tensor, size: int = spec.roi_size) -> Tensor:
-            return pyramids.roi_align(torch.cat([asked.rois[:, :1], boxes], dim=1), size)
-
-        boxes = asked.rois[:, 1:].float()
-        for index, view in enumerate(views):
-            boxes = torch.where((image == index)[:, None], map_boxes(boxes, view.matrix), boxes)
-        features = look(boxes)  # [R or P, C, size, size]
-        mirrored = torch.tensor([view.view == "mirrored" for view in views], device=features.device)[image]
-        said: dict[str, Tensor] = {}
+        teacher_rois = _in_teachers_view(views, head_rois, spec)
+        is_mirrored = torch.tensor([view.view == "mirrored" for view in views], device=rois.rois.device)
+        is_mirrored = is_mirrored[head_rois.image_index]  # [R or P]
+        outputs: dict[str, Tensor] = {}
         if of_head:
-            if isinstance(head, CascadeHead):
-                sizes = boxes.new_tensor([view.size[::-1] for view in views])[image]  # [R, 2]
-                fused = _fused(head.semantic, seen, image, look)
-                outputs = head(fused(boxes) if head.semantic else features, boxes, sizes, fused)
-            elif isinstance(head, SharedStageHead):
-                outputs = head(look(boxes, head.size))
-            else:
-                outputs = head(features)
-            said = {name: getattr(outputs, name) for name in of_head}
-        if "deltas" in said:
-            said["deltas"] = torch.where(mirrored[:, None, None], mirror_deltas(said["deltas"]), said["deltas"])
-        if "features" in needs:
-            features, mirrored = features[asked.positive], mirrored[asked.positive]
-            said["features"] = torch.where(mirrored[:, None, None, None], mirror_features(features), features)
-    return TeacherOutputs(**said)
+            answer = head(teacher_rois)
+            outputs = {name: getattr(answer, name) for name in of_head}
+        if "deltas" in outputs:
+            deltas = outputs["deltas"]
+            outputs["deltas"] = torch.where(is_mirrored[:, None, None], mirror_deltas(deltas), deltas)
+        if "roi_features" in needs:
+            features, is_mirrored = teacher_rois.features[head_rois.positive], is_mirrored[head_rois.positive]
+            mirrored = mirror_features(features)
+            outputs["roi_features"] = torch.where(is_mirrored[:, None, None, None], mirrored, features)
+    return TeacherOutputs(**outputs)
 
 
-def _fused(
-    semantic: SemanticBranch | None, views: Mapping[int, TeacherView], image: Tensor, look: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """What box heads see of boxes: their RoI features, and those of the semantic branch where there is one."""
-    if semantic is None:
-        return look
-    maps = {index: semantic.map_of(view.levels()) for index, view in views.items()}
+def _in_teachers_view(views: Sequence[TeacherView], rois: BatchRois, spec: CacheSpec) -> TeacherRois:
+    """RoIs where the teacher has them, with the pyramids of the images that they are of."""
+    image_index, boxes = rois.image_index, rois.boxes.float()
+    for index, view in enumerate(views):
+        boxes = torch.where((image_index == index)[:, None], map_boxes(boxes, view.matrix), boxes)
+    stored = {i: (view.pyramid, view.scale) for i, view in enumerate(views) if (image_index == i).any()}
+    sizes = boxes.new_tensor([view.size[::-1] for view in views])[image_index]  # [R, 2]
+    return TeacherRois(TeacherPyramids(stored, spec), image_index, boxes, sizes)
 
-    def fused(boxes: Tensor) -> Tensor:
-        features = look(boxes)
-        for index, seen in maps.items():
-            features[image == index] += semantic.at(seen, boxes[image == index])
-        return features
 
-    return fused
+class TeacherViewBatch:
+    """A batch of the teacher's pyramids: the student chooses the RoIs, and the teacher's box head is applied to them.
+
+    Args:
+        views: Of each image.
+        teacher: Whose views these are.
+    """
+
+    def __init__(self, views: Sequence[TeacherView], teacher: FrozenTeacher) -> None:
+        self._views, self._teacher = views, teacher
+
+    def pair_with(self, stage: StudentStage) -> RoiPairs:
+        """Student and teacher at the RoIs of the student's own sampler; those of skipped images are left out."""
+        teacher = self._teacher
+        rois, outputs = stage.sampled()
+        is_kept = torch.tensor([view.view != "skipped" for view in self._views], device=rois.rois.device)
+        rows = is_kept[rois.image_index]  # [R]
+        rois, outputs = rois.select(rows), outputs.select(rows)
+        answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
+        return RoiPairs(stage, teacher.spec, rois, rois, outputs, answers)

@@ -12,7 +12,7 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, visible_boxes
 from kdpipe.distill.rois.align import assign_levels
-from kdpipe.distill.rois.sampling import sample_rois
+from kdpipe.distill.rois.sampling import RoiSampling, sample_rois
 from kdpipe.distill.teacher.targets import RoiTargets
 
 
@@ -36,8 +36,7 @@ def read_roi_targets(
     gt_labels: Tensor,
     *,
     needs: Collection[str],
-    num: int,
-    positive_fraction: float,
+    sampling: RoiSampling,
     missing_view: str,
     generator: torch.Generator,
 ) -> RoiTargets:
@@ -52,9 +51,8 @@ def read_roi_targets(
         size: `(h, w)` of the student's network input without padding.
         gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
         gt_labels: Tensor[G] int64.
-        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
-        num: RoIs to sample.
-        positive_fraction: Largest share of positives.
+        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`.
+        sampling: Of the RoIs.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
         generator: Source of randomness.
 
@@ -67,25 +65,25 @@ def read_roi_targets(
     if mirrored and missing_view == "skip":
         return _no_rois(spec, needs)
 
-    stored = "features" in needs and "roi_features" in spec.fields
-    fields = [name for name in ("logits", "deltas", "embeddings") if name in needs]
-    known = cache.targets(image_id, view, fields=["boxes", *fields, *(["roi_features"] * stored)])
-    boxes = map_boxes(known.boxes, matrix)
+    fields = ["boxes", *(name for name in ("logits", "deltas", "embeddings") if name in needs)]
+    if "roi_features" in needs and "roi_features" in spec.fields:
+        fields.append("roi_features")
+    cached = cache.targets(image_id, view, fields=fields)
+    boxes = map_boxes(cached.boxes, matrix)
     visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
     sample = sample_rois(
         boxes[visible],
-        int((visible < known.num_proposals + known.num_jittered).sum()),
+        int((visible < cached.num_proposals + cached.num_jittered).sum()),
         gt_boxes,
         gt_labels,
-        num=num,
-        positive_fraction=positive_fraction,
+        sampling=sampling,
         num_classes=spec.num_classes,
         generator=generator,
-        eligible=None if known.roi_rows is None else torch.isin(visible, known.roi_rows),
+        eligible=None if cached.roi_rows is None else torch.isin(visible, cached.roi_rows),
     )
     rows = visible[sample.rows]
     num_positive = int(sample.positive.sum())
-    deltas = _at(known.deltas, rows)
+    deltas = _at(cached.deltas, rows)
     if deltas is not None and mirrored:
         deltas = mirror_deltas(deltas)
     targets = RoiTargets(
@@ -93,19 +91,19 @@ def read_roi_targets(
         labels=sample.labels,
         num_positive=num_positive,
         view="mirrored" if mirrored else "exact",
-        logits=_at(known.logits, rows),
+        logits=_at(cached.logits, rows),
         deltas=deltas,
-        embeddings=_at(known.embeddings, rows),
-        embedding_scale=_at(known.embedding_scale, rows),
+        embeddings=_at(cached.embeddings, rows),
+        embedding_scale=_at(cached.embedding_scale, rows),
     )
     positives = rows[:num_positive]
-    if known.roi_rows is not None:
-        objects = (positives[:, None] == known.roi_rows).int().argmax(dim=1)
-        features, scale = _at(known.roi_features, objects), _at(known.roi_scale, objects)
-        return replace(targets, features=features, feature_scale=scale)
-    if "features" not in needs:
+    if cached.roi_rows is not None:
+        objects = (positives[:, None] == cached.roi_rows).int().argmax(dim=1)
+        features, scale = _at(cached.roi_features, objects), _at(cached.roi_scale, objects)
+        return replace(targets, roi_features=features, roi_scale=scale)
+    if "roi_features" not in needs:
         return targets
-    teacher_boxes = map_boxes(known.boxes[positives], known.matrix)
+    teacher_boxes = map_boxes(cached.boxes[positives], cached.matrix)
     levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
     teacher = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
     return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)

@@ -1,6 +1,7 @@
 """The teacher's pyramids of a batch of images, as they were stored, and what its RoI extractor takes from them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class TeacherPyramids:
 
     def __init__(self, stored: Mapping[int, StoredPyramid], spec: CacheSpec) -> None:
         self._spec = spec
+        self._stored = stored
         alike: dict[tuple[torch.Size | None, ...], list[int]] = {}
         for index, (levels, _) in stored.items():
             shapes = tuple(None if level is None else level.shape for level in levels[: spec.roi_levels])
@@ -31,6 +33,10 @@ class TeacherPyramids:
             (images, [_stack([stored[image] for image in images], level) for level in range(len(shapes))])
             for shapes, images in alike.items()
         ]
+
+    def levels(self) -> dict[int, list[Tensor]]:
+        """What there is of each image's pyramid in float32, by number of the image: per level Tensor[C, h_l, w_l]."""
+        return {image: _full_precision(*stored) for image, stored in self._stored.items()}
 
     def roi_align(self, rois: Tensor, size: int | None = None) -> Tensor:
         """RoIAlign with the settings of the teacher's own extractor.
@@ -46,9 +52,9 @@ class TeacherPyramids:
         size = size or spec.roi_size
         parts, parts_rows = [rois.new_zeros(0, spec.channels, size, size)], [rois.new_zeros(0, dtype=torch.int64)]
         for images, levels in self._groups:
-            own = rois[:, :1] == torch.tensor(images, device=rois.device)  # [R, images]
-            rows = own.any(dim=1).nonzero().squeeze(1)
-            place = own[rows].int().argmax(dim=1, keepdim=True)
+            is_of_image = rois[:, :1] == torch.tensor(images, device=rois.device)  # [R, images]
+            rows = is_of_image.any(dim=1).nonzero().squeeze(1)
+            place = is_of_image[rows].int().argmax(dim=1, keepdim=True)
             parts.append(
                 roi_align_assigned(
                     levels,
@@ -64,12 +70,51 @@ class TeacherPyramids:
         return torch.cat(parts)[torch.cat(parts_rows).argsort()]
 
 
+class TeacherRois:
+    """R boxes of a batch in the teacher's view, with the pyramids that they lie on: what a box head looks at.
+
+    Args:
+        pyramids: Of the images that the boxes are of.
+        image_index: Tensor[R] int64, the image in the batch.
+        boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
+        sizes: Tensor[R, 2] (width, height) of that input without padding; a cascade keeps boxes inside.
+    """
+
+    def __init__(self, pyramids: TeacherPyramids, image_index: Tensor, boxes: Tensor, sizes: Tensor) -> None:
+        self.pyramids, self.image_index, self.boxes, self.sizes = pyramids, image_index, boxes, sizes
+
+    @cached_property
+    def features(self) -> Tensor:
+        """RoI features of the boxes, Tensor[R, C, size, size] float32, of the size that students imitate."""
+        return self._roi_align(self.boxes)
+
+    def features_at(self, boxes: Tensor, size: int | None = None) -> Tensor:
+        """RoI features of boxes of the same images, row by row.
+
+        Args:
+            boxes: Tensor[R, 4], these boxes or where a cascade moved them.
+            size: Cells per side; by default those that students imitate.
+
+        Returns:
+            Tensor[R, C, size, size] float32.
+        """
+        return self.features if boxes is self.boxes and size is None else self._roi_align(boxes, size)
+
+    def _roi_align(self, boxes: Tensor, size: int | None = None) -> Tensor:
+        return self.pyramids.roi_align(torch.cat([self.image_index[:, None].to(boxes), boxes], dim=1), size)
+
+
+def _full_precision(levels: Sequence[Tensor | None], scale: Tensor | None) -> list[Tensor]:
+    given = [(index, level) for index, level in enumerate(levels) if level is not None]
+    return [level.float() if scale is None else dequantize(level, scale[index]) for index, level in given]
+
+
 def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
     """One level of images of the same size, Tensor[B, C, h, w] float32, channels last in memory for RoIAlign."""
     maps = [levels[level] for levels, _ in images]
-    if any(found is None for found in maps):
+    given = [values for values in maps if values is not None]
+    if len(given) < len(maps):
         return None
-    values = torch.stack([found for found in maps if found is not None])
-    values = values.contiguous(memory_format=torch.channels_last)  # while an element is a byte
+    values = torch.stack(given).contiguous(memory_format=torch.channels_last)  # while an element is a byte
     scales = [scale[level] for _, scale in images if scale is not None]
     return dequantize(values, torch.stack(scales)) if scales else values.float()

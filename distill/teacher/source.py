@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,13 +12,36 @@ from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.views import map_boxes
 from kdpipe.distill.methods import missing_levels
 from kdpipe.distill.outputs import BatchRois
-from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head, read_teacher_view
-from kdpipe.distill.teacher.heads.build import frozen_head
+from kdpipe.distill.pairs import RoiPairs
+from kdpipe.distill.students.protocol import StudentStage
+from kdpipe.distill.teacher.any_box import apply_teacher_head, read_teacher_view
+from kdpipe.distill.teacher.heads.build import FrozenTeacher, frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.distill.teacher.targets import RoiTargets
 
 # A head that is rebuilt rightly gives what is cached but for the storage type, which costs about 1 % (int8).
 _HEAD_TOLERANCE = 0.1
+
+
+class BatchTargets(Protocol):
+    """What the teacher says of a batch of images."""
+
+    def pair_with(self, stage: StudentStage) -> RoiPairs:
+        """Student and teacher at the same RoIs."""
+
+
+class ImageTargets(Protocol):
+    """What there is of the teacher for one image: `RoiTargets`, or a `TeacherView`."""
+
+    @property
+    def view(self) -> str:
+        """`exact`, `mirrored` or `skipped`."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same on another device."""
+
+    @staticmethod
+    def batch(targets: Sequence[Any], teacher: FrozenTeacher) -> BatchTargets:
+        """Those of a batch of images, all of this kind."""
 
 
 class TargetSource(Protocol):
@@ -27,7 +50,7 @@ class TargetSource(Protocol):
     def head_state(self) -> Mapping[str, Tensor]:
         """Weights of the teacher's RPN and RoI head, float32, by their names in its state dict."""
 
-    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[ImageTargets]:
         """What there is of each image of a batch, on a device.
 
         Args:
@@ -35,7 +58,7 @@ class TargetSource(Protocol):
             device: Where the student is.
 
         Returns:
-            `RoiTargets` at RoIs that were chosen before, or a `TeacherView` that can be asked about any.
+            All of one kind: at RoIs that were chosen before, or the means to ask about any.
         """
 
 
@@ -52,7 +75,7 @@ class CachedTargets:
     def head_state(self) -> Mapping[str, Tensor]:
         return open_cache(self.cache, allow_partial=True).head()
 
-    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[ImageTargets]:
         return [target.to(device) for target in data.get("targets", ())]
 
 
@@ -74,14 +97,14 @@ def check_serves_student_rois(cache: TeacherCache) -> None:
         raise TeacherHeadError(str(error)) from error
     with_boxes = (image_id for image_id in cache.image_ids.tolist() if cache.index(image_id, spec.views[0]).num_rois)
     for image_id in itertools.islice(with_boxes, 1):
-        known = cache.targets(image_id, spec.views[0], fields=("logits",))
-        view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
-        boxes = map_boxes(known.boxes, known.matrix)
+        cached = cache.targets(image_id, spec.views[0], fields=("logits",))
+        view = read_teacher_view(cache, image_id, cached.matrix, missing_view="mirror")
+        boxes = map_boxes(cached.boxes, cached.matrix)
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # [R, 5]
         every = torch.ones(len(rois), dtype=torch.bool)
-        found = apply_teacher_head([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
-        wanted = present(known.logits, f"the logits of image {image_id}").float()
-        off = float((present(found, "the logits of the box head") - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        rebuilt = apply_teacher_head([view], BatchRois(rois, every.long(), every), head, spec, ("logits",)).logits
+        logits = present(cached.logits, f"the logits of image {image_id}").float()
+        off = float((present(rebuilt, "the logits of the box head") - logits).norm() / logits.norm().clamp(min=1e-12))
         if not off <= _HEAD_TOLERANCE:
             raise TeacherHeadError(
                 "the box head in it, applied to the pyramid, does not give the logits that it holds "

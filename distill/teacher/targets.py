@@ -14,6 +14,9 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, TeacherOutputs
+from kdpipe.distill.pairs import RoiPairs
+from kdpipe.distill.students.protocol import StudentStage
+from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
@@ -23,7 +26,7 @@ _OF_PREDICTION = ("logits", "deltas")
 
 @dataclass(frozen=True)
 class RoiTargets:
-    """S sampled RoIs of one image; the P positives come first.
+    """S sampled RoIs of one image, and what the teacher said of them: `ImageTargets`. The P positives come first.
 
     Attributes:
         boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), pixels of the student's network input.
@@ -34,9 +37,9 @@ class RoiTargets:
         deltas: Tensor[S, K or 1, 4] in storage type and in the student's view, or None.
         embeddings: Tensor[S, D] in storage type, or None.
         embedding_scale: Tensor[S] float32 of int8 embeddings, or None.
-        features: Tensor[P, C, size, size] in storage type, the teacher's of the positives in its own orientation, where
-            they are known already.
-        feature_scale: Tensor[P, C] of int8 features, or None.
+        roi_features: Tensor[P, C, size, size] in storage type, the teacher's of the positives in its own orientation,
+            where they are known already.
+        roi_scale: Tensor[P, C] of int8 features, or None.
         teacher: The pyramid that the teacher's features of the positives come from, where they are not.
         teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
     """
@@ -49,8 +52,8 @@ class RoiTargets:
     deltas: Tensor | None = None
     embeddings: Tensor | None = None
     embedding_scale: Tensor | None = None
-    features: Tensor | None = None
-    feature_scale: Tensor | None = None
+    roi_features: Tensor | None = None
+    roi_scale: Tensor | None = None
     teacher: TeacherTargets | None = None
     teacher_boxes: Tensor | None = None
 
@@ -61,6 +64,11 @@ class RoiTargets:
     def pin_memory(self) -> "RoiTargets":
         """The same in page-locked memory; torch's DataLoader calls this."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    @staticmethod
+    def batch(targets: Sequence["RoiTargets"], teacher: FrozenTeacher) -> "RoiTargetsBatch":
+        """Those of a batch of images."""
+        return RoiTargetsBatch(targets, teacher)
 
 
 Targets = TypeVar("Targets")
@@ -99,15 +107,15 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
         if target.num_positive and boxes is not None and teacher is not None and teacher.features is not None:
             stored[index] = teacher.features, teacher.scale
             rois.append(functional.pad(boxes, (1, 0), value=index))
-    asked = torch.cat(rois)
-    pooled = TeacherPyramids(stored, spec).roi_align(asked)
+    pooled_rois = torch.cat(rois)
+    pooled = TeacherPyramids(stored, spec).roi_align(pooled_rois)
     parts = []
     for index, target in enumerate(targets):
-        features = target.features
+        features = target.roi_features
         if features is None:
-            features = pooled[asked[:, 0] == index]  # none where there is no pyramid
-        elif target.feature_scale is not None:
-            features = dequantize(features, target.feature_scale)
+            features = pooled[pooled_rois[:, 0] == index]  # none where there is no pyramid
+        elif target.roi_scale is not None:
+            features = dequantize(features, target.roi_scale)
         features = features.float()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)
@@ -121,19 +129,42 @@ def join_targets(
     Args:
         targets: Of each image.
         spec: Of the cache that they came from.
-        needs: Some of `logits`, `deltas`, `embeddings`, `features`.
+        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`.
     """
     image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
     boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
     positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(boxes.device)
     rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
     with no_autocast(boxes):  # float16 as it is stored: bfloat16 autocast on the CPU refuses that in `cat`
-        said: dict[str, Tensor] = {
+        outputs: dict[str, Tensor] = {
             name: torch.cat([getattr(target, name) for target in targets]) for name in needs if name in _OF_PREDICTION
         }
         if "embeddings" in needs:
-            known = [(x.embeddings, x.embedding_scale) for x in targets if x.embeddings is not None]
-            said["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in known])
-    if "features" in needs:
-        said["features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
-    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), TeacherOutputs(**said)
+            stored = [(x.embeddings, x.embedding_scale) for x in targets if x.embeddings is not None]
+            outputs["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in stored])
+    if "roi_features" in needs:
+        outputs["roi_features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
+    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), TeacherOutputs(**outputs)
+
+
+class RoiTargetsBatch:
+    """A batch of RoIs that were chosen before the student saw them: the student is asked about these.
+
+    Args:
+        targets: Of each image.
+        teacher: Who said so.
+    """
+
+    def __init__(self, targets: Sequence[RoiTargets], teacher: FrozenTeacher) -> None:
+        self._spec = teacher.spec
+        self._asks_student = bool(teacher.needs - {"roi_features"})
+        self._rois, self._outputs = join_targets(targets, teacher.spec, teacher.needs)
+
+    def pair_with(self, stage: StudentStage) -> RoiPairs:
+        """Student and teacher at these RoIs; those of which the student has nothing to say are left to RoI features."""
+        rois, outputs = self._rois, self._outputs
+        if not self._asks_student:
+            return RoiPairs(stage, self._spec, rois, rois, None, outputs)
+        rows, student = stage.outputs_at(rois.rois)
+        paired, teacher = rois.select(rows), outputs.select_outputs(rows)
+        return RoiPairs(stage, self._spec, rois, paired, student, teacher)

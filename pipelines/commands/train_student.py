@@ -148,7 +148,7 @@ def train_student(
         if cache is not None:
             share_location(cache.location)
             if options.local_copy is not None and losses:
-                fields = _read_fields(cache.spec, needed_fields(losses), roi_source)
+                fields = _read_fields(cache.spec, needed_fields(losses, dense), roi_source)
                 say = partial(console.print, markup=False)
                 stack.enter_context(LocalCopy(cache.location, options.local_copy, options.local_bytes, fields, say))
         running = with_seeds(running, None if cache is None else cache.location)
@@ -158,7 +158,7 @@ def train_student(
 
 def _read_fields(spec: CacheSpec, needs: Collection[str], roi_source: str | None) -> list[str]:
     """What loader workers read of a cache."""
-    read = {"features"} if roi_source == "student" else {*needs, *({"roi_features"} if "features" in needs else ())}
+    read = {"features"} if roi_source == "student" else {*needs, *({"features"} if "roi_features" in needs else ())}
     return [field for field in spec.fields if field in read | {"boxes"}]
 
 

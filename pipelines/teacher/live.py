@@ -1,6 +1,6 @@
 """Online distillation: a teacher that looks at every batch while a student trains."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.methods import expand_methods, needed_fields
 from kdpipe.distill.outputs import BatchRois
-from kdpipe.distill.rois.sampling import sample_rois
+from kdpipe.distill.rois.sampling import RoiSampling, sample_rois
 from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
 from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.source import ImageTargets
 from kdpipe.distill.teacher.targets import RoiTargets
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource, find_data
@@ -40,27 +42,33 @@ class LiveTeacher:
     Args:
         teacher: The teacher.
         spec: What it is.
-        rois: For RoIs that the teacher chooses: `num` and `positive_fraction` of the sample of its proposals and of the
-            ground truth, and what the losses `need` of these. None for RoIs of the student.
+        methods: What is learned from it, for RoIs that it chooses.
+        roi_sampling: Options of `RoiSampling`, for a sample of its proposals and of the ground truth. None for RoIs of
+            the student.
     """
 
-    def __init__(self, teacher: Teacher, spec: CacheSpec, roi_sampling: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        spec: CacheSpec,
+        methods: Sequence[str] = (),
+        roi_sampling: Mapping[str, Any] | None = None,
+    ) -> None:
         self.teacher = teacher
         self.spec = spec
-        self.roi_sampling = roi_sampling
+        self.needs = needed_fields(expand_methods(methods))
+        self.roi_sampling = None if roi_sampling is None else RoiSampling(**roi_sampling)
 
     def head_state(self) -> Mapping[str, Tensor]:
         return self.teacher.head_state()
 
     @torch.no_grad()
-    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[RoiTargets] | Sequence[TeacherView]:
+    def targets(self, data: Mapping[str, Any], device: torch.device) -> Sequence[ImageTargets]:
         self.teacher.to(device)
         with torch.autocast(device.type, enabled=False):
             if self.roi_sampling is not None:
                 samples = zip(data["inputs"], data["data_samples"], strict=True)
-                return [
-                    self._at_proposals(image, sample.gt_instances, **self.roi_sampling) for image, sample in samples
-                ]
+                return [self._at_proposals(image, x.gt_instances, self.roi_sampling) for image, x in samples]
             return [self.view(image) for image in data["inputs"]]
 
     def view(self, image: Tensor) -> TeacherView:
@@ -73,9 +81,7 @@ class LiveTeacher:
         """As `Teacher.pyramid_of_input`, behind the steps of the teacher's pipeline that follow its resizing."""
         return self.teacher.pyramid_of_input(self.teacher.pixels.of_resized(image), img_shape=tuple(image.shape[1:]))
 
-    def _at_proposals(
-        self, image: Tensor, truth: Any, *, needs: Collection[str], num: int, positive_fraction: float
-    ) -> RoiTargets:
+    def _at_proposals(self, image: Tensor, truth: Any, sampling: RoiSampling) -> RoiTargets:
         """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
         pyramid, image_sample = self._see(image)
         proposals = self.teacher.proposals(pyramid, image_sample)
@@ -85,18 +91,15 @@ class LiveTeacher:
             len(proposals),
             gt_boxes,
             truth.labels.to(proposals.device),
-            num=num,
-            positive_fraction=positive_fraction,
+            sampling=sampling,
             num_classes=self.spec.num_classes,
             generator=torch.default_generator,
         )
         count = int(roi_sample.positive.sum())
         outputs, features = self.teacher.box_outputs(pyramid, roi_sample.boxes, image_sample)
-        values = {
-            **{name: getattr(outputs, name) for name in outputs.__dataclass_fields__},
-            "features": features[:count],
-        }
-        return RoiTargets(roi_sample.boxes, roi_sample.labels, count, "exact", **{name: values[name] for name in needs})
+        values = {**vars(outputs), "roi_features": features[:count]}
+        needed = {name: values[name] for name in self.needs}
+        return RoiTargets(roi_sample.boxes, roi_sample.labels, count, "exact", **needed)
 
 
 def build_live_teacher(
@@ -104,6 +107,7 @@ def build_live_teacher(
     spec: Mapping[str, Any],
     config: str | None = None,
     trust: bool = False,
+    methods: Sequence[str] = (),
     roi_sampling: Mapping[str, Any] | None = None,
 ) -> LiveTeacher:
     """A live teacher from its checkpoint.
@@ -113,7 +117,8 @@ def build_live_teacher(
         spec: `CacheSpec.to_json()` of the teacher.
         config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
         trust: Unpickle the checkpoint even where it holds more than weights.
-        roi_sampling: As `LiveTeacher` takes it.
+        methods: As `LiveTeacher` takes them.
+        roi_sampling: The same.
 
     Raises:
         KdpipeError: It cannot be loaded.
@@ -122,7 +127,7 @@ def build_live_teacher(
     cfg = teacher_config(checkpoint, config)
     with torch.random.fork_rng(devices=()):  # the student begins with the weights that it would have without a teacher
         teacher = load_teacher(checkpoint, cfg, proposals=cache_spec.proposals, device=torch.device("cpu"))
-    return LiveTeacher(teacher, cache_spec, roi_sampling)
+    return LiveTeacher(teacher, cache_spec, methods, roi_sampling)
 
 
 MODELS.register_module(name=LiveTeacher.__name__, module=build_live_teacher)

@@ -3,14 +3,13 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from kdpipe.distill.losses.ckd import CKD, PROJECTIONS, TEACHER_GRADIENTS
-from kdpipe.distill.losses.sgfi import SGFI
-from kdpipe.distill.methods import ContractError
+from kdpipe.distill.losses.ckd import PROJECTIONS, TEACHER_GRADIENTS
+from kdpipe.distill.losses.shares import SHARE_INTERVAL
+from kdpipe.distill.methods import LOSSES, ContractError
 from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.training.config import world_size
@@ -19,24 +18,12 @@ from kdpipe.pipelines.training.transform_types import check_names, quote_names
 
 __all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_options", "unused_options"]
 
-
-def _defaults(loss: type, *names: str) -> dict[str, Any]:
-    """Options of a loss as its module has them by default."""
-    return {name: signature(loss).parameters[name].default for name in names}
-
-
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROI_SAMPLING,
     "weights": {},
-    "sgfi": _defaults(SGFI, "kernel_size"),
-    "ckd": {
-        **_defaults(CKD, "dim"),
-        "queue_size": None,  # `ckd_queue_size`
-        **_defaults(CKD, "temperature", "exclude_iou"),
-        "branch": CKD_BRANCHES[0],
-        **_defaults(CKD, "projection", "centre", "teacher_gradient", "same_class_negatives", "start"),
-    },
-    "share_interval": 50,
+    "sgfi": LOSSES["sgfi"].options,
+    "ckd": {**LOSSES["ckd"].options, "queue_size": None, "branch": CKD_BRANCHES[0]},  # None: `ckd_queue_size`
+    "share_interval": SHARE_INTERVAL,
     "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`
 }
 

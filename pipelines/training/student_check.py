@@ -11,8 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.distill.students.dense import DenseStudent
-from kdpipe.distill.students.two_stage import TwoStageStudent
+from kdpipe.distill.students.build import student_of
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
 from kdpipe.pipelines.detectors.configs import apply_options, set_num_classes
@@ -59,11 +58,7 @@ def check_student(config: Config, options: Sequence[str], num_classes: int) -> N
     Raises:
         KdpipeError: Naming what was found and what was expected.
     """
-    detector = build_detector(config, options, num_classes)
-    if hasattr(detector, "roi_head"):
-        TwoStageStudent(detector)
-    else:
-        DenseStudent(detector)
+    student_of(build_detector(config, options, num_classes))
 
 
 def check_hooks(config: Config) -> None:

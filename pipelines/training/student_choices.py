@@ -8,7 +8,7 @@ from rich.console import Console
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
-from kdpipe.distill.rois.sampling import NUM_ROIS, POSITIVE_FRACTION
+from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.pipelines.detectors.configs import apply_options
@@ -18,7 +18,7 @@ from kdpipe.pipelines.training.student_check import model_options
 
 __all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source", "teacher_name"]
 
-ROI_SAMPLING = {"num": NUM_ROIS, "positive_fraction": POSITIVE_FRACTION}
+ROI_SAMPLING = {"num": RoiSampling.num, "positive_fraction": RoiSampling.positive_fraction}
 
 
 def choose_methods(

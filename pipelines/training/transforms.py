@@ -1,7 +1,7 @@
 """mmdet pipelines: their scale, and the transform that puts cached targets beside an image."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from mmdet.registry import TRANSFORMS
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.methods import expand_methods, needed_fields
-from kdpipe.distill.rois.sampling import NUM_ROIS, POSITIVE_FRACTION
+from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
@@ -65,10 +65,9 @@ class AddTeacherTargets:
 
     Args:
         cache: Path of the cache.
-        methods: Some of `METHODS`: what is read is what their losses need.
+        methods: Those of the `DistilledDetector`, or its losses: they say what is read.
         roi_source: `teacher` or `student`: who chooses the RoIs.
-        num: RoIs of the teacher sampled per image.
-        positive_fraction: Largest share of positives among them.
+        roi_sampling: Options of `RoiSampling`, for RoIs of the teacher.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
         allow_partial: Also read a cache some of whose parts are still missing.
     """
@@ -78,8 +77,7 @@ class AddTeacherTargets:
         cache: str,
         methods: Sequence[str],
         roi_source: str = "teacher",
-        num: int = NUM_ROIS,
-        positive_fraction: float = POSITIVE_FRACTION,
+        roi_sampling: Mapping[str, Any] | None = None,
         missing_view: str = "mirror",
         allow_partial: bool = False,
     ) -> None:
@@ -89,7 +87,7 @@ class AddTeacherTargets:
         if roi_source not in ROI_SOURCES:
             raise KdpipeError(f"roi_source is {roi_source!r}; expected one of {', '.join(ROI_SOURCES)}.")
         self.needs, self.roi_source = needed_fields(expand_methods(methods)), roi_source
-        self.num, self.positive_fraction, self.missing_view = num, positive_fraction, missing_view
+        self.roi_sampling, self.missing_view = RoiSampling(**(roi_sampling or {})), missing_view
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         sample = results["data_samples"]
@@ -122,8 +120,7 @@ class AddTeacherTargets:
             getattr(truth.bboxes, "tensor", truth.bboxes),
             truth.labels,
             needs=self.needs,
-            num=self.num,
-            positive_fraction=self.positive_fraction,
+            sampling=self.roi_sampling,
             missing_view=self.missing_view,
             generator=torch.default_generator,
         )

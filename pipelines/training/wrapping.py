@@ -8,7 +8,6 @@ from mmengine.config import Config, ConfigDict
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.store.location import Location
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.data.provenance import recorded_entry
@@ -45,7 +44,7 @@ def with_distillation(
         cfg: As `training_config` gives it.
         teacher: Where targets come from.
         methods: Some of `METHODS`.
-        losses: Theirs, as `expand_methods` gives them.
+        losses: What these are for this student.
         distill: As `distill_options` gives them.
         roi_source: `teacher` or `student`: who chooses the RoIs; None where there are no losses.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
@@ -54,11 +53,11 @@ def with_distillation(
         KdpipeError: Hooks or transforms of the config that the targets cannot follow.
     """
     check_hooks(cfg)
-    cfg = copy.deepcopy(cfg)
+    cfg, losses = copy.deepcopy(cfg), list(losses)
     if isinstance(teacher, LiveTeacherInfo):
         source = teacher.source()
         if roi_source == "teacher":
-            source = {**source, "roi_sampling": {"needs": sorted(needed_fields(losses)), **distill.rois}}
+            source = {**source, "methods": losses, "roi_sampling": distill.rois}
     else:
         source = {"type": CachedTargets.__name__, "cache": teacher.location.address}
     pixels = recorded_entry(teacher.identity, "teacher", "pixels") or {}
@@ -74,9 +73,9 @@ def with_distillation(
         transform = {
             "type": AddTeacherTargets.__name__,
             "cache": source["cache"],
-            "methods": list(losses),
+            "methods": losses,
             "roi_source": roi_source,
-            **distill.rois,
+            "roi_sampling": distill.rois,
             "missing_view": missing_view,
             "allow_partial": True,  # it was the caller's to refuse
         }
@@ -94,7 +93,7 @@ def with_distillation(
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": {**distill.ckd, "queue_size": size},
-        "rois": distill.rois,
+        "roi_sampling": distill.rois,
         "share_interval": distill.share_interval,
     }
     return cfg

@@ -53,7 +53,7 @@ class Samples(Dataset[dict[str, Any]]):
             logits=torch.zeros(256, 81, dtype=torch.float16),
             deltas=torch.zeros(30, 80, 4, dtype=torch.float16),
             embeddings=torch.zeros(256, 1024, dtype=torch.float16),
-            features=torch.zeros(30, 256, 7, 7, dtype=torch.int8),
+            roi_features=torch.zeros(30, 256, 7, 7, dtype=torch.int8),
         )
         image = torch.zeros(3, *self.size, dtype=torch.uint8)
         return {"inputs": image, "data_samples": sample, "targets": targets}

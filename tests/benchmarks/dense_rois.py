@@ -36,26 +36,26 @@ def measure(name: str, what: str, rounds: int) -> None:
         corner = torch.rand(count, 2) * (torch.tensor(SIZE[::-1]) - sides).clamp(min=0)
         return torch.cat([corner, corner + sides], dim=1).clamp(max=SIZE[1])
 
-    own = DenseForward(student)
+    forward = DenseForward(student)
     for stride in student.strides:
         h, w = -(-SIZE[0] // stride), -(-1344 // stride)
         shape = (IMAGES, student.num_anchors * 4, h, w)
         far = 0.2 * torch.randn(shape)
         # distances of about two strides for FCOS, small deltas for RetinaNet
-        own.regression.append(far if student.num_anchors > 1 else 2 * stride * far.exp())
-        own.scores.append(torch.randn(IMAGES, student.num_anchors * student.num_classes, h, w))
-        own.classification.append(torch.randn(IMAGES, student.embedding_dim, h, w))
-    own.metas = [{"img_shape": SIZE}] * IMAGES
-    own.truths = [
+        forward.regression.append(far if student.num_anchors > 1 else 2 * stride * far.exp())
+        forward.scores.append(torch.randn(IMAGES, student.num_anchors * student.num_classes, h, w))
+        forward.classification.append(torch.randn(IMAGES, *student.embedding_dims, h, w))
+    forward.metas = [{"img_shape": SIZE}] * IMAGES
+    forward.ground_truth = [
         SimpleNamespace(bboxes=boxes(OBJECTS), labels=torch.zeros(OBJECTS, dtype=torch.int64)) for _ in range(IMAGES)
     ]
     rois = torch.cat([torch.arange(IMAGES).repeat_interleave(CACHED)[:, None], boxes(IMAGES * CACHED)], dim=1)
 
     def step() -> int:
         if what == "pair":
-            return int(own.paired(rois)[0].sum())
-        own.__dict__.pop("_sampled", None)
-        return len(own.outputs.logits)
+            return int(forward.outputs_at(rois)[0].sum())
+        forward.__dict__.pop("_sampled", None)
+        return len(forward.sampled()[1].logits)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = step()
@@ -65,7 +65,7 @@ def measure(name: str, what: str, rounds: int) -> None:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    number = len(student.boxes(own.regression, 0, SIZE))
+    number = len(student.boxes(forward.regression, 0, SIZE))
     line = f"{name:10} {number:8,} boxes per image, {what}: {statistics.median(seconds):.3f} s"
     print(
         f"{line} ({min(seconds):.3f} to {max(seconds):.3f}), memory grew by {grown:.0f} MiB, {count} RoIs", flush=True

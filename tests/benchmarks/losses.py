@@ -215,7 +215,7 @@ def sampling_table(teacher_ckpt: Path, student_ckpt: Path, ann_file: Path, img_d
                 with torch.enable_grad():
                     levels = [level.detach().requires_grad_() for level in ours]
                     at = roi_align_levels(levels, strides, rois, 7, ratio) if ratio else adaptive(levels, strides, rois)
-                    loss, _ = sgfi(at, wanted)
+                    loss = sgfi(at, wanted).loss
                     grads = torch.autograd.grad(loss, [*levels, *sgfi.parameters()])
                 pyramid, learned = (torch.cat([x.flatten() for x in part]) for part in (grads[:5], grads[5:]))
                 found.setdefault((kind, ratio), []).append((loss.detach(), pyramid, learned))

@@ -14,7 +14,7 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.methods import ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.rois.frames import FrameError
-from kdpipe.distill.students.two_stage import TwoStageStudent
+from kdpipe.distill.students.two_stage import TwoStageStage, TwoStageStudent
 from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.distill.teacher.targets import RoiTargets
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def detector(pair: "type[Pair]", *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    model = DistilledDetector(pair.student(), pair.spec.to_json(), methods, CachedTargets("x.zarr"), **options)
+    spec = options.pop("spec", pair.spec).to_json()
+    model = DistilledDetector(pair.student(), spec, methods, CachedTargets("x.zarr"), **options)
     model.init_weights()
     return model
 
@@ -45,7 +46,7 @@ def targets(pair: "type[Pair]", seed: int, rois: int = 12, positives: int = 4) -
         logits=torch.randn(rois, pair.classes + 1, generator=g).half(),
         deltas=torch.randn(rois, pair.classes, 4, generator=g).half(),
         embeddings=torch.randn(rois, pair.spec.embedding_dim, generator=g).half(),
-        features=torch.randn(positives, pair.spec.channels, 7, 7, generator=g),
+        roi_features=torch.randn(positives, pair.spec.channels, 7, 7, generator=g),
     )
 
 
@@ -78,7 +79,8 @@ def test_losses_are_those_of_the_student_at_the_given_rois(pair: "type[Pair]") -
     view = TwoStageStudent(model.student)
     pyramid = model.student.extract_feat(prepared["inputs"])
     rois = torch.cat([torch.cat([torch.full((len(x.boxes), 1), float(i)), x.boxes], 1) for i, x in enumerate(shown)])
-    said = view.outputs(pyramid, rois)
+    _, said = TwoStageStage(view, 0, list(pyramid)).outputs_at(rois)
+    assert said.deltas is not None
     logits = torch.cat([x.logits.float() for x in shown if x.logits is not None])
     deltas = torch.cat([x.deltas.float() for x in shown if x.deltas is not None])
     labels = torch.cat([x.labels for x in shown])
@@ -92,14 +94,14 @@ def test_whole_numbers_with_a_scale_are_what_they_stand_for(pair: "type[Pair]") 
     stored, plain = [], []
     for seed, view in ((1, "exact"), (2, "mirrored")):
         shown = replace(targets(pair, seed), view=view)
-        assert shown.features is not None
+        assert shown.roi_features is not None
         assert shown.embeddings is not None
-        features, feature_scale = quantize(shown.features, torch.float16)
+        features, roi_scale = quantize(shown.roi_features, torch.float16)
         embeddings, embedding_scale = quantize_rows(shown.embeddings)
         whole = replace(shown, embeddings=embeddings, embedding_scale=embedding_scale)
-        stored.append(replace(whole, features=features, feature_scale=feature_scale))
-        decoded = dequantize_rows(embeddings, embedding_scale), dequantize(features, feature_scale)
-        plain.append(replace(shown, embeddings=decoded[0], features=decoded[1]))
+        stored.append(replace(whole, roi_features=features, roi_scale=roi_scale))
+        decoded = dequantize_rows(embeddings, embedding_scale), dequantize(features, roi_scale)
+        plain.append(replace(shown, embeddings=decoded[0], roi_features=decoded[1]))
     model = detector(pair, "sgfi", "ckd")
     found = {name: value for name, value in step(pair, model, stored).items() if "sgfi" in name or name == "loss_ckd"}
     wanted = step(pair, detector(pair, "sgfi", "ckd"), plain)
@@ -112,7 +114,7 @@ def test_deltas_of_another_box_coder_are_compared_in_the_same_unit(pair: "type[P
     model = detector(pair, "reg")
     usual = step(pair, model, [targets(pair, 1)])["loss_kd_reg"]
     other = replace(pair.spec, box_stds=(0.2, 0.2, 0.4, 0.4))
-    model.spec = other  # the same offsets in pixels are half as large in this coder
+    model = detector(pair, "reg", spec=other)  # the same offsets in pixels are half as large in this coder
     shown = targets(pair, 1)
     assert shown.deltas is not None
     halved = step(pair, model, [replace(shown, deltas=shown.deltas / 2)])["loss_kd_reg"]
@@ -234,7 +236,7 @@ def test_methods(methods: tuple[str, ...], losses: tuple[str, ...]) -> None:
 
 def test_needed_fields() -> None:
     assert needed_fields(("cls",)) == {"logits"}
-    assert needed_fields(("sgfi", "careg")) == {"features", "deltas", "logits"}
+    assert needed_fields(("sgfi", "careg")) == {"roi_features", "deltas", "logits"}
 
 
 @pytest.mark.parametrize("methods", [("sfgi",), ("pred", "cls"), ("ckd", "ckd")])

@@ -1,16 +1,28 @@
 """The teacher's frozen box head out of what a cache keeps: which kind it is, its parameters say."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.cascade import CascadeHead
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.shared_stage import SHARED_STAGE, SharedStageHead
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 
-def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | CascadeHead | SharedStageHead:
+class BoxHead(Protocol):
+    """A frozen box head of the teacher, of whatever family."""
+
+    def __call__(self, rois: TeacherRois) -> HeadOutputs:
+        """What the teacher says of boxes, in the teacher's orientation; in float32, autocast or not."""
+
+
+def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> BoxHead:
     """The box head, or heads, that a cache keeps.
 
     Args:
@@ -23,3 +35,23 @@ def frozen_head(state: Mapping[str, Tensor], spec: CacheSpec) -> TeacherHead | C
     if any(name.startswith(SHARED_STAGE) for name in state):
         return SharedStageHead(state, spec)
     return CascadeHead(state, spec) if spec.cascade_stds else TeacherHead(state, spec)
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """What a training has of its teacher beside the targets of a batch.
+
+    Attributes:
+        spec: What it is.
+        needs: What the losses read of it: some of `logits`, `deltas`, `embeddings`, `roi_features`.
+        head_state: Gives the weights of its heads; called when the box head is asked for the first time.
+    """
+
+    spec: CacheSpec
+    needs: frozenset[str]
+    head_state: Callable[[], Mapping[str, Tensor]]
+
+    @cached_property
+    def head(self) -> BoxHead:
+        """Its box head."""
+        return frozen_head(self.head_state(), self.spec)

@@ -1,17 +1,17 @@
 """The frozen box heads of a cascade: every stage looks where the one before it moved the box."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kdpipe.cache.errors import present
 from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.semantic import SEMANTIC_BRANCH, SemanticBranch
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 
 class CascadeHead:
@@ -38,30 +38,19 @@ class CascadeHead:
         self.semantic = SemanticBranch(state, spec) if has_branch else None
 
     @torch.no_grad()
-    def __call__(self, features: Tensor, boxes: Tensor, sizes: Tensor, look: Callable[[Tensor], Tensor]) -> HeadOutputs:
-        """What the teacher says of boxes, in float32, autocast or not.
-
-        Args:
-            features: Tensor[R, C, size, size], the teacher's RoI features of the boxes, semantic ones added.
-            boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
-            sizes: Tensor[R, 2] (width, height) of that input without padding.
-            look: The same of other boxes of the same images, row by row.
-        """
-        spec = self._spec
-        logits, moved, outputs = [], boxes[:, None], None
-        with no_autocast(features):
+    def __call__(self, rois: TeacherRois) -> HeadOutputs:
+        """What the teacher says of boxes, in float32, autocast or not."""
+        spec, logits, stage_boxes = self._spec, [], rois.boxes
+        features_at = self.semantic.of_rois(rois) if self.semantic else rois.features_at
+        with no_autocast(rois.boxes):
             for head, stds in zip(self.stages, spec.cascade_stds, strict=True):
-                if outputs is not None:
-                    best = outputs.logits[:, :-1].argmax(dim=1) if moved.shape[1] > 1 else 0
-                    at = moved[torch.arange(len(boxes), device=boxes.device), best]  # [R, 4]
-                    at = at.clamp(min=0).minimum(sizes.repeat(1, 2))
-                    features = look(at)
-                else:
-                    at = boxes
-                outputs = head(features)
+                outputs = head.of_features(features_at(stage_boxes))
                 logits.append(outputs.logits)
-                moved = decode_deltas(at, outputs.deltas, spec.box_means, stds)  # [R, K or 1, 4]
-            deltas = encode_boxes(boxes, moved, spec.box_means, spec.box_stds)
-        return HeadOutputs(
-            present(outputs, "the stages of the cascade").embeddings, torch.stack(logits).mean(dim=0), deltas
-        )
+                moved = decode_deltas(stage_boxes, outputs.deltas, spec.box_means, stds)  # [R, K or 1, 4]
+                best = (
+                    outputs.logits[:, :-1].argmax(dim=1) if moved.shape[1] > 1 else torch.zeros_like(rois.image_index)
+                )
+                stage_boxes = moved[torch.arange(len(moved), device=moved.device), best]  # [R, 4]
+                stage_boxes = stage_boxes.clamp(min=0).minimum(rois.sizes.repeat(1, 2))
+            deltas = encode_boxes(rois.boxes, moved, spec.box_means, spec.box_stds)
+        return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)

@@ -11,8 +11,9 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import check_shape, no_autocast
 from kdpipe.distill.outputs import HeadOutputs
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
-_KNOWN = re.compile(r"(shared_fcs\.\d+|cls_fcs\.\d+|reg_fcs\.\d+|fc_cls|fc_reg)\.(weight|bias)")
+_LAYERS = re.compile(r"(shared_fcs\.\d+|cls_fcs\.\d+|reg_fcs\.\d+|fc_cls|fc_reg)\.(weight|bias)")
 
 
 class TeacherHeadError(KdpipeError):
@@ -59,15 +60,15 @@ class TeacherHead:
         self._spec = spec
         self._channels = channels or spec.channels
         self._state = parameters_of(state, prefix)
-        strange = sorted(name for name in self._state if not _KNOWN.fullmatch(name))
-        if strange or not {"fc_cls.weight", "fc_reg.weight"} <= self._state.keys():
-            found = (
-                ", ".join(f"{prefix}{name}" for name in strange[:3])
-                if strange
+        unknown = sorted(name for name in self._state if not _LAYERS.fullmatch(name))
+        if unknown or not {"fc_cls.weight", "fc_reg.weight"} <= self._state.keys():
+            layers = (
+                ", ".join(f"{prefix}{name}" for name in unknown[:3])
+                if unknown
                 else f"neither {prefix}fc_cls nor {prefix}fc_reg"
             )
             raise TeacherHeadError(
-                f"The teacher's box head cannot be rebuilt from its weights: it has {found}. Expected fully connected "
+                f"The teacher's box head cannot be rebuilt from its weights: it has {layers}. Expected fully connected "
                 "layers only (shared_fcs, cls_fcs, reg_fcs, fc_cls, fc_reg)."
             )
         self._layers = {
@@ -78,20 +79,24 @@ class TeacherHead:
         self._pooled = first.shape[1] == self._channels and spec.roi_size > 1
         width = self._channels * (1 if self._pooled else spec.roi_size**2)
         classes = 1 if spec.class_agnostic else spec.num_classes
-        for what, found_size, wanted in (
+        for what, size, expected in (
             ("inputs of its first layer", first.shape[1], width),
             ("inputs of its classifier", self._state["fc_cls.weight"].shape[1], spec.embedding_dim),
             ("class scores", self._state["fc_cls.weight"].shape[0], spec.num_classes + 1),
             ("box deltas", self._state["fc_reg.weight"].shape[0], 4 * classes),
         ):
-            if found_size != wanted:
+            if size != expected:
                 raise TeacherHeadError(
-                    f"The teacher's box head cannot be rebuilt from its weights: {what}: found {found_size}, expected "
-                    f"{wanted}."
+                    f"The teacher's box head cannot be rebuilt from its weights: {what}: found {size}, expected "
+                    f"{expected}."
                 )
 
+    def __call__(self, rois: TeacherRois) -> HeadOutputs:
+        """What the teacher says of boxes, in float32, autocast or not."""
+        return self.of_features(rois.features)
+
     @torch.no_grad()
-    def __call__(self, features: Tensor) -> HeadOutputs:
+    def of_features(self, features: Tensor) -> HeadOutputs:
         """What the teacher's head says of RoI features, in float32, autocast or not.
 
         Args:

@@ -1,7 +1,7 @@
-"""The frozen semantic branch of HTC, which adds to RoI features what it sees in the whole pyramid."""
+"""The frozen semantic branch of HTC, which adds features of the whole pyramid to those of RoIs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.rois.align import roi_align_assigned
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError, moved_to, parameters_of
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 SEMANTIC_BRANCH = "roi_head.semantic_head."
 _CONV = re.compile(r"(lateral_convs\.\d+|convs\.\d+|conv_embedding)\.conv\.(weight|bias)|conv_logits\.(weight|bias)")
@@ -32,10 +33,10 @@ class SemanticBranch:
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._spec = spec
         self._state = parameters_of(state, SEMANTIC_BRANCH)
-        if strange := sorted(name for name in self._state if not _CONV.fullmatch(name)):
+        if unknown := sorted(name for name in self._state if not _CONV.fullmatch(name)):
             raise TeacherHeadError(
                 "The teacher's semantic branch cannot be rebuilt from its weights: it has "
-                f"{', '.join(SEMANTIC_BRANCH + name for name in strange[:3])}. Expected convolutions without norms."
+                f"{', '.join(SEMANTIC_BRANCH + name for name in unknown[:3])}. Expected convolutions without norms."
             )
         self._levels, self._convs = (
             len([name for name in self._state if name.startswith(f"{part}.") and name.endswith(".weight")])
@@ -46,6 +47,19 @@ class SemanticBranch:
                 "The teacher's RoI head has a semantic branch of which the cache does not say how it is built. It is "
                 "of an unusual kind, or was cached by an older kdpipe; in the second case, cache it again."
             )
+
+    def of_rois(self, rois: TeacherRois) -> Callable[[Tensor], Tensor]:
+        """A function of boxes, row by row of the images of these RoIs: RoI features with the semantic ones added."""
+        maps = {image: self.map_of(levels) for image, levels in rois.pyramids.levels().items()}
+
+        def fused_features(boxes: Tensor) -> Tensor:
+            features = rois.features_at(boxes).clone()
+            for image, semantic_map in maps.items():
+                rows = rois.image_index == image
+                features[rows] += self.at(semantic_map, boxes[rows])
+            return features
+
+        return fused_features
 
     @torch.no_grad()
     def map_of(self, pyramid: Sequence[Tensor]) -> Tensor:

@@ -11,10 +11,11 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import check_shape, no_autocast
 from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.fc import TeacherHead, TeacherHeadError, moved_to, parameters_of
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 SHARED_STAGE = "roi_head.shared_head."
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-_KNOWN = re.compile(rf"layer\d\.\d+\.(conv[123]\.weight|bn[123]\.{_NORM}|downsample\.(0\.weight|1\.{_NORM}))")
+_LAYERS = re.compile(rf"layer\d\.\d+\.(conv[123]\.weight|bn[123]\.{_NORM}|downsample\.(0\.weight|1\.{_NORM}))")
 _EPS = 1e-5  # of the norms
 _ROIS = 128  # at a time: the features inside the stage are eight times as large as those that go in
 
@@ -34,10 +35,10 @@ class SharedStageHead:
 
     def __init__(self, state: Mapping[str, Tensor], spec: CacheSpec) -> None:
         self._state = parameters_of(state, SHARED_STAGE)
-        if strange := sorted(name for name in self._state if not _KNOWN.fullmatch(name)):
+        if unknown := sorted(name for name in self._state if not _LAYERS.fullmatch(name)):
             raise TeacherHeadError(
                 "The teacher's shared residual stage cannot be rebuilt from its weights: it has "
-                f"{', '.join(SHARED_STAGE + name for name in strange[:3])}. Expected bottleneck blocks with "
+                f"{', '.join(SHARED_STAGE + name for name in unknown[:3])}. Expected bottleneck blocks with "
                 "batch norms."
             )
         blocks = {name.rsplit(".conv1", 1)[0] for name in self._state if name.endswith(".conv1.weight")}
@@ -53,8 +54,12 @@ class SharedStageHead:
         width = self._state[f"{self._blocks[-1]}.conv3.weight"].shape[0]
         self._head = TeacherHead(state, spec, channels=width)
 
+    def __call__(self, rois: TeacherRois) -> HeadOutputs:
+        """What the teacher says of boxes, in float32, autocast or not."""
+        return self.of_features(rois.features_at(rois.boxes, self.size))
+
     @torch.no_grad()
-    def __call__(self, features: Tensor) -> HeadOutputs:
+    def of_features(self, features: Tensor) -> HeadOutputs:
         """What the teacher says of RoI features, in float32, autocast or not.
 
         Args:
@@ -68,7 +73,7 @@ class SharedStageHead:
         self._state = moved_to(self._state, features.device)
         with no_autocast(features):
             parts = [self._stage(part) for part in features.float().split(_ROIS)]
-        return self._head(torch.cat(parts))
+        return self._head.of_features(torch.cat(parts))
 
     def _stage(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self._blocks):

@@ -28,12 +28,15 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         EQUATION,
         {"temperature": 0.5},
         {
-            "softmax over the RoIs": (".softmax(dim=1)", ".softmax(dim=0)"),
-            "no temperature": ("(similarity / temperature)", "(similarity)"),
-            "times the temperature": ("(similarity / temperature)", "(similarity * temperature)"),
-            "the same weight for all levels": ("(similarity / temperature)", "(similarity * 0)"),
-            "keys of another RoI": ("keys, embed(teacher),", "keys, embed(teacher).roll(1, 0),"),
-            "a sum over channels and cells": (".flatten(1).mean(dim=1)", ".flatten(1).sum(dim=1)"),
+            "softmax over the RoIs": ("/ temperature).softmax(dim=1)", "/ temperature).softmax(dim=0)"),
+            "no temperature": ("keys, query) / temperature)", "keys, query))"),
+            "times the temperature": ("keys, query) / temperature)", "keys, query) * temperature)"),
+            "the same weight for all levels": ("keys, query) / temperature)", "keys, query) * 0)"),
+            "keys of another RoI": ("), embed(teacher)\n", "), embed(teacher).roll(1, 0)\n"),
+            "a sum over channels and cells": (
+                "(mixed - teacher).square().flatten(1).mean(dim=1)",
+                "(mixed - teacher).square().flatten(1).sum(dim=1)",
+            ),
             "absolute in place of squared": ("(mixed - teacher).square()", "(mixed - teacher).abs()"),
         },
     ),
@@ -41,7 +44,12 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         sgfi,
         "test_gradients",
         {},
-        {"the teacher learns": ("full_precision(student_rois, teacher_rois.detach())", "(student_rois, teacher_rois)")},
+        {
+            "the teacher learns": (
+                "full_precision(student_roi_features, teacher_roi_features.detach())",
+                "(student_roi_features, teacher_roi_features)",
+            )
+        },
     ),
     (
         sgfi,
@@ -49,7 +57,13 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         {"kernel": 1},
         {
             "keys without the bias of f_adapt": (" + first.weight.sum(dim=(2, 3)) @ self.adapt.bias", ""),
-            "teacher's keys not the embedding's": ("self.embed(teacher),", "self.embed(teacher * 2),"),
+            "teacher's keys not the embedding's": ("self.embed(teacher))", "self.embed(teacher * 2))"),
+            "no temperature": ("(similarity / self.temperature)", "(similarity)"),
+            "softmax over the RoIs": ("self.temperature).softmax(dim=1)", "self.temperature).softmax(dim=0)"),
+            "a sum over channels and cells": (
+                "- teacher).square().flatten(1).mean(dim=1))\n        level",
+                "- teacher).square().flatten(1).sum(dim=1))\n        level",
+            ),
         },
     ),
     (
@@ -122,8 +136,8 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         {"projection": "linear", "centre": True, "same_class_negatives": False},
         {
             "the queue is not asked": (
-                "TeacherKeys.join([teacher, others, self.queue.keys()])",
-                "TeacherKeys.join([teacher, others])",
+                "TeacherKeys.join([teacher_keys, others, self.queue.keys()])",
+                "TeacherKeys.join([teacher_keys, others])",
             ),
             "the student is not centred": ("student - mean, embeddings - mean", "student, embeddings - mean"),
             "background is a class": ("None if self.same_class_negatives else self.num_classes", "-1"),

@@ -146,7 +146,7 @@ def test_the_module_is_adapt_then_embed_then_the_loss(kernel: int) -> None:
         weights = functional.softmax(logits / math.exp(-0.3), dim=0)
         mixed = sum(w * level for w, level in zip(weights, adapted, strict=True))
         total += functional.mse_loss(mixed, teacher[i]).item() / R
-    assert module(student, teacher)[0].item() == pytest.approx(total)
+    assert module(student, teacher).loss.item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -157,9 +157,10 @@ def test_the_module_has_the_gradients_of_the_loss_at_adapted_features(kernel: in
     inputs = [student, *module.parameters()]
     adapted = module.adapt(student.flatten(0, 1)).unflatten(0, (R, L))
     expected, expected_weights = sgfi_loss(adapted, teacher, module.embed, module.temperature)
-    loss, weights = module(student, teacher)
-    torch.testing.assert_close(weights, expected_weights)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
+    result = module(student, teacher)
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(result.level, expected_weights.mean(dim=0))
+    torch.testing.assert_close(torch.autograd.grad(result.loss, inputs), torch.autograd.grad(expected, inputs))
 
 
 def test_all_parameters_learn_and_the_temperature_stays_positive() -> None:
@@ -168,9 +169,10 @@ def test_all_parameters_learn_and_the_temperature_stays_positive() -> None:
     assert module.temperature.item() == 1.0
     student = torch.randn(R, L, 3, 7, 7, requires_grad=True)
     teacher = torch.randn(R, 4, 7, 7, requires_grad=True)
-    loss, weights = module(student, teacher)
-    assert weights.shape == (R, L)
-    loss.backward()
+    result = module(student, teacher)
+    assert result.level.shape == (L,)
+    assert result.temperature.item() == 1.0
+    result.loss.backward()
     assert teacher.grad is None
     for name, tensor in [("student", student), *module.named_parameters()]:
         assert tensor.grad is not None, name
@@ -181,8 +183,8 @@ def test_all_parameters_learn_and_the_temperature_stays_positive() -> None:
 
 
 def test_narrow_teachers_and_wide_kernels() -> None:
-    loss, _ = SGFI(2, 1, kernel_size=3)(torch.randn(R, L, 2, 7, 7), torch.randn(R, 1, 7, 7))
-    assert torch.isfinite(loss)
+    result = SGFI(2, 1, kernel_size=3)(torch.randn(R, L, 2, 7, 7), torch.randn(R, 1, 7, 7))
+    assert torch.isfinite(result.loss)
     with pytest.raises(LossInputError, match="odd"):
         SGFI(2, 1, kernel_size=2)
 
@@ -192,21 +194,21 @@ def test_half_precision_and_autocast_change_no_arithmetic() -> None:
     module = SGFI(C, C)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         student, teacher = (tensor.to(dtype) for tensor in inputs())
-        plain, plain_weights = module(student.float(), teacher.float())
+        plain = module(student.float(), teacher.float())
         with torch.autocast("cpu", torch.bfloat16):
-            loss, weights = module(student, teacher)
-        assert loss.dtype == weights.dtype == torch.float32
-        assert loss.item() == plain.item()
-        assert torch.equal(weights, plain_weights)
+            result = module(student, teacher)
+        assert result.loss.dtype == result.level.dtype == torch.float32
+        assert result.loss.item() == plain.loss.item()
+        assert torch.equal(result.level, plain.level)
 
 
 def test_no_rois_give_a_zero_in_the_graph_of_every_parameter() -> None:
     module = SGFI(3, 4)
     student = torch.zeros(0, L, 3, 7, 7, requires_grad=True)
-    loss, weights = module(student, torch.zeros(0, 4, 7, 7))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert weights.shape == (0, L)
+    result = module(student, torch.zeros(0, 4, 7, 7))
+    result.loss.backward()
+    assert result.loss.item() == 0.0
+    assert result.level.tolist() == [0.0] * L
     for name, tensor in [("student", student), *module.named_parameters()]:
         assert tensor.grad is not None, name
         assert not tensor.grad.any(), name
@@ -216,16 +218,16 @@ def test_no_rois_give_a_zero_in_the_graph_of_every_parameter() -> None:
 def test_huge_and_tiny_values_stay_finite(size: float) -> None:
     student, teacher = (tensor * size for tensor in inputs(torch.float32))
     module = SGFI(C, C)
-    loss, weights = module(student.requires_grad_(), teacher)
-    loss.backward()
-    for tensor in (loss, weights, student.grad, *(p.grad for p in module.parameters())):
+    result = module(student.requires_grad_(), teacher)
+    result.loss.backward()
+    for tensor in (result.loss, result.level, student.grad, *(p.grad for p in module.parameters())):
         assert tensor is not None
         assert torch.isfinite(tensor).all()
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     student, teacher = inputs()
-    with pytest.raises(LossInputError, match=r"teacher_rois has shape \[4, 4, 7, 7\]; expected \[5, 4, 7, 7\]"):
+    with pytest.raises(LossInputError, match=r"teacher_roi_features has shape \[4, 4, 7, 7\]; expected \[5, 4, 7, 7\]"):
         sgfi_loss(student, teacher[:4], Pool(), 1.0)
     with pytest.raises(LossInputError, match=r"\[5, 4, 7, 7\]; expected \[R, L, C, H, W\]"):
         sgfi_loss(teacher, teacher, Pool(), 1.0)

@@ -117,7 +117,7 @@ def test_a_large_roi_costs_no_more_than_its_sample_points(ratio: int) -> None:
     ):
         gathered = sum(len(window.pixels) for window in windows)
         assert gathered <= 3 * (2 * 7 * ratio) ** 2
-        assert sorted(row for window in windows for row in window.rois.tolist()) == [0, 1, 2]
+        assert sorted(row for window in windows for row in window.rows.tolist()) == [0, 1, 2]
 
 
 def test_every_level_needs_a_fixed_number_of_samples() -> None:

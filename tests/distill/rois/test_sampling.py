@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdpipe.distill.losses.numeric import LossInputError
-from kdpipe.distill.rois.sampling import SampledRois, sample_rois
+from kdpipe.distill.rois.sampling import RoiSampling, SampledRois, sample_rois
 
 K = 5
 
@@ -33,9 +33,12 @@ LABELS = torch.tensor([2, 0, 4])
 
 def sample(boxes: Tensor, num_proposals: int, gt: Tensor = GT, labels: Tensor = LABELS, **options: Any) -> SampledRois:
     seed = int(options.pop("seed", 0))
-    num = int(options.pop("num", 16))
+    eligible = options.pop("eligible", None)
+    sampling = RoiSampling(**{"num": 16, **options})
     generator = torch.Generator().manual_seed(seed)
-    return sample_rois(boxes, num_proposals, gt, labels, num=num, num_classes=K, generator=generator, **options)
+    return sample_rois(
+        boxes, num_proposals, gt, labels, sampling=sampling, num_classes=K, generator=generator, eligible=eligible
+    )
 
 
 @given(

@@ -21,7 +21,7 @@ from kdpipe.distill.losses.ckd_negatives import same_object
 from kdpipe.distill.losses.prediction import dense_classification_kd_loss
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.rois import sampling as rois
-from kdpipe.distill.rois.sampling import best_overlap
+from kdpipe.distill.rois.sampling import RoiSampling, best_overlap
 from kdpipe.distill.students.dense import CKD_BRANCHES, DenseForward, DenseStudent
 from kdpipe.distill.students.two_stage import StudentError
 from kdpipe.distill.teacher.any_box import TeacherView
@@ -82,7 +82,7 @@ def after_training(student: Any, family: str) -> None:
 def detector(pair: "type[Pair]", family: str, *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     options.setdefault("ckd", {"dim": 8, "queue_size": 64})
-    options.setdefault("rois", {"num": 32})
+    options.setdefault("roi_sampling", {"num": 32})
     source = pair.source(pair.state(pair.head()))
     student, spec = options.pop("student", None) or config(family), options.pop("spec", pair.spec)
     model = DistilledDetector(student, spec.to_json(), methods, source, **options)
@@ -110,11 +110,11 @@ def step(pair: "type[Pair]", model: DistilledDetector, targets: list[Any]) -> di
 def watched(pair: "type[Pair]", model: DistilledDetector, **options: Any) -> DenseForward:
     """A forward pass of the student for its own loss."""
     prepared = model.data_preprocessor.student(pair.batch(2), True)
-    student = DenseStudent(model.student, **{"num": 32, **options})
+    student = DenseStudent(model.student, sampling=RoiSampling(num=32), **options)
     torch.manual_seed(5)
-    with student.watch() as own:
+    with student.watch() as forward:
         model.student.loss(prepared["inputs"], prepared["data_samples"])
-    return own
+    return forward
 
 
 def teacher_features(spec: CacheSpec, views: list[TeacherView], rois: Tensor) -> Tensor:
@@ -192,52 +192,53 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pa
 def test_boxes_are_those_that_mmdet_predicts(pair: "type[Pair]", family: str) -> None:
     """Of the same outputs, by mmdet's own code without threshold and NMS: as a set, whose order it changes."""
     model = detector(pair, family, *METHODS)
-    own = watched(pair, model)
+    forward = watched(pair, model)
     head = model.student.bbox_head
     size = (40, 56)  # of the image without what pads it to the batch
-    metas = [{**meta, "img_shape": size, "scale_factor": (1.0, 1.0)} for meta in own.metas]
-    outputs = [own.scores, own.regression]
+    metas = [{**meta, "img_shape": size, "scale_factor": (1.0, 1.0)} for meta in forward.metas]
+    outputs = [forward.scores, forward.regression]
     if family == "fcos_norm":  # in training, the head leaves the product with the stride to the loss
-        outputs[1] = [level * stride for level, stride in zip(own.regression, (8, 16, 32, 64, 128), strict=True)]
+        outputs[1] = [level * stride for level, stride in zip(forward.regression, (8, 16, 32, 64, 128), strict=True)]
     every = copy.deepcopy(model.student.test_cfg)
     every.update(score_thr=-1.0, nms_pre=100000, min_bbox_size=-1)
-    factors = {} if family in ("retinanet", "gfl") else {"score_factors": _ones(own)}
+    factors = {} if family in ("retinanet", "gfl") else {"score_factors": _ones(forward)}
     if family == "paa":  # whose own code insists on NMS
         head = copy.copy(head)
         head.__class__ = ATSSHead
     found = head.predict_by_feat(*outputs, *factors.values(), batch_img_metas=metas, cfg=every, with_nms=False)
     for image, result in enumerate(found):
-        ours = DenseStudent(model.student).boxes(own.regression, image, size)
+        ours = DenseStudent(model.student).boxes(forward.regression, image, size)
         assert ours[:, 2:].amax(dim=0).tolist() == [56, 40]
         wanted = result.bboxes.unique(dim=0)
         torch.testing.assert_close(ours.unique(dim=0), wanted, atol=1e-4, rtol=0)
         assert len(wanted) > 50
 
 
-def _ones(own: DenseForward) -> list[Tensor]:
+def _ones(forward: DenseForward) -> list[Tensor]:
     """A score factor per prediction."""
-    anchors = own._student.num_anchors
-    return [level.new_ones(level.shape[0], anchors, *level.shape[2:]) for level in own.scores]
+    anchors = forward._student.num_anchors
+    return [level.new_ones(level.shape[0], anchors, *level.shape[2:]) for level in forward.scores]
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 @pytest.mark.parametrize("branch", CKD_BRANCHES)
 def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pair]", family: str, branch: str) -> None:
     model = detector(pair, family, *METHODS)
-    own = watched(pair, model, branch=branch)
+    forward = watched(pair, model, branch=branch)
     features: dict[str, list[Tensor]] = {"cls": [], "reg": []}
     head = model.student.bbox_head
     with torch.no_grad():
-        for level in own.pyramid:
+        for level in forward.pyramid:
             for name, convs in (("cls", head.cls_convs), ("reg", head.reg_convs)):
                 x = level
                 for conv in convs:
                     x = conv(x)
                 features[name].append(x)
-    chosen, outputs = own.chosen, own.outputs
+    chosen, outputs = forward.sampled()
+    assert outputs.anchors is not None
     anchors = DenseStudent(model.student).num_anchors
     names = {"classification": ("cls",), "localization": ("reg",), "combined": ("cls", "reg")}[branch]
-    boxes = [DenseStudent(model.student).boxes(own.regression, image, (64, 64)) for image in range(2)]
+    boxes = [DenseStudent(model.student).boxes(forward.regression, image, (64, 64)) for image in range(2)]
     seen = 0
     for row in range(len(chosen.rois)):
         image, place = int(chosen.rois[row, 0]), chosen.rois[row, 1:]
@@ -247,24 +248,24 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
         seen += 1
         # the prediction that is this box, walked to by loops: level, row, column, anchor
         index, depth = same[0], 0
-        while index >= anchors * own.scores[depth][0, 0].numel():
-            index -= anchors * own.scores[depth][0, 0].numel()
+        while index >= anchors * forward.scores[depth][0, 0].numel():
+            index -= anchors * forward.scores[depth][0, 0].numel()
             depth += 1
         cell, anchor = divmod(index, anchors)
-        y, x_ = divmod(cell, own.scores[depth].shape[3])
+        y, x_ = divmod(cell, forward.scores[depth].shape[3])
         wanted = torch.stack([features[name][depth][image, :, y, x_] for name in names]).sum(dim=0)
         torch.testing.assert_close(outputs.embeddings[row].detach(), wanted)
         assert int(outputs.anchors[row]) == anchor
-        scores = own.scores[depth][image, anchor * 3 : anchor * 3 + 3, y, x_]
+        scores = forward.scores[depth][image, anchor * 3 : anchor * 3 + 3, y, x_]
         torch.testing.assert_close(outputs.logits[row], torch.cat([scores, torch.zeros(1)]))
     assert seen > 20
 
 
 def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
-    own = watched(pair, detector(pair, "retinanet", *METHODS))
-    own.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
-    chosen = own.chosen
-    for image, truth in enumerate(own.truths):
+    forward = watched(pair, detector(pair, "retinanet", *METHODS))
+    forward.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
+    chosen = forward.sampled()[0]
+    for image, truth in enumerate(forward.ground_truth):
         rows = (chosen.rois[:, 0] == image).nonzero().squeeze(1).tolist()
         assert len(rows) == 32
         assert 0 < sum(chosen.positive[rows].tolist()) <= 8
@@ -281,11 +282,11 @@ def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
 
 def test_the_sample_follows_the_seed_of_the_step(pair: "type[Pair]") -> None:
     model = detector(pair, "retinanet", *METHODS)
-    one, again = watched(pair, model).chosen, watched(pair, model).chosen
+    one, again = watched(pair, model).sampled()[0], watched(pair, model).sampled()[0]
     assert torch.equal(one.rois, again.rois)
-    own = watched(pair, model)
+    forward = watched(pair, model)
     torch.manual_seed(6)
-    assert not torch.equal(one.rois, own.chosen.rois)
+    assert not torch.equal(one.rois, forward.sampled()[0].rois)
 
 
 def test_boxes_of_one_location_get_different_representations(pair: "type[Pair]") -> None:
@@ -305,9 +306,9 @@ def test_boxes_of_one_location_get_different_representations(pair: "type[Pair]")
 
 def test_losses_are_those_of_the_parts(pair: "type[Pair]") -> None:
     model = detector(pair, "retinanet", *METHODS)
-    own = watched(pair, model)
+    forward = watched(pair, model)
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
-    chosen, outputs = own.chosen, own.outputs
+    chosen, outputs = forward.sampled()
     head = pair.head()
     features = teacher_features(pair.spec, [view(pair, 1), view(pair, 2)], chosen.rois)
     seen: list[Tensor] = []
@@ -332,14 +333,14 @@ def test_sgfi_is_across_all_levels_whatever_the_teachers_are(
     every = [8, 16, 32, 64, 128][:levels]
     student.bbox_head.anchor_generator.strides = every
     model = detector(pair, "retinanet", "sgfi", student=student, spec=spec)
-    own = watched(pair, model)
+    forward = watched(pair, model)
     views = [view(pair, 1, spec=spec), view(pair, 2, spec=spec)]
     losses = step(pair, model, views)
-    rois = own.chosen.rois[own.chosen.positive]
+    rois = forward.sampled()[0].rois[forward.sampled()[0].positive]
     assert len(rois) == int(losses["kd_positive"]) > 3
     wanted = teacher_features(spec, views, rois).double()
     sgfi = copy.deepcopy(model.sgfi).double()
-    features = [roi_align(x, rois, 7, 1 / stride, 2, True) for x, stride in zip(own.pyramid, every, strict=True)]
+    features = [roi_align(x, rois, 7, 1 / stride, 2, True) for x, stride in zip(forward.pyramid, every, strict=True)]
     adapted = torch.stack([sgfi.adapt(x.double()) for x in features], dim=1)  # [P, L, C, 7, 7]
     keys = torch.stack([sgfi.embed(adapted[:, level].clone()) for level in range(levels)], dim=1)
     alpha = ((keys * sgfi.embed(wanted.clone())[:, None]).sum(dim=2) / sgfi.temperature).softmax(dim=1)  # [P, L]
@@ -352,13 +353,13 @@ def test_sgfi_is_across_all_levels_whatever_the_teachers_are(
 
 def test_cached_boxes_are_paired_with_the_box_that_overlaps_them_most(pair: "type[Pair]") -> None:
     model = detector(pair, "fcos", *METHODS)
-    own = watched(pair, model)
-    boxes = [DenseStudent(model.student).boxes(own.regression, image, (64, 64)) for image in range(2)]
+    forward = watched(pair, model)
+    boxes = [DenseStudent(model.student).boxes(forward.regression, image, (64, 64)) for image in range(2)]
     g = torch.Generator().manual_seed(4)
     corner = torch.rand(30, 2, generator=g) * 30
     cached = torch.cat([corner, corner + 10 + 20 * torch.rand(30, 2, generator=g)], dim=1)
     asked = torch.cat([(torch.arange(30) % 2)[:, None], cached], dim=1)
-    found, outputs = own.paired(asked)
+    found, outputs = forward.outputs_at(asked)
     assert 0 < int(found.sum()) < 30
     paired = iter(range(len(outputs.logits)))
     for row in range(30):
@@ -367,14 +368,14 @@ def test_cached_boxes_are_paired_with_the_box_that_overlaps_them_most(pair: "typ
         assert bool(found[row]) == (max(overlaps) >= 0.5)
         if found[row]:
             index = overlaps.index(max(overlaps))
-            scores = torch.cat([level[image].flatten(1).T for level in own.scores])[index]
+            scores = torch.cat([level[image].flatten(1).T for level in forward.scores])[index]
             torch.testing.assert_close(outputs.logits[next(paired)][:3], scores)
 
 
 def test_cached_rois_without_a_partner_are_counted_and_left_to_sgfi(pair: "type[Pair]") -> None:
     model = detector(pair, "fcos", "ckd", "pred")
-    own = watched(pair, model)
-    near = DenseStudent(model.student).boxes(own.regression, 0, (64, 64))[[5, 20, 40]]
+    forward = watched(pair, model)
+    near = DenseStudent(model.student).boxes(forward.regression, 0, (64, 64))[[5, 20, 40]]
     far = torch.tensor([[0.0, 0.0, 2.0, 2.0], [60.0, 0.0, 64.0, 64.0]])
     boxes = torch.cat([near, far])
     losses = step(pair, model, [cached(pair, boxes)])

@@ -15,7 +15,7 @@ from kdpipe.distill.losses.ckd import ckd_loss
 from kdpipe.distill.losses.ckd_negatives import same_object
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss, classification_kd_loss, regression_kd_loss
 from kdpipe.distill.outputs import BatchRois
-from kdpipe.distill.students.two_stage import StudentError, TwoStageStudent
+from kdpipe.distill.students.two_stage import StudentError, TwoStageStage, TwoStageStudent
 from kdpipe.distill.teacher.any_box import TeacherView
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def test_losses_are_those_at_the_rois_of_the_students_own_sampler(pair: "type[Pa
     assert 0 < int(rois.positive.sum()) < len(rois.rois)
     assert int(losses["kd_positive"]) == int(rois.positive.sum())
     assert int(losses["kd_negative"]) == int((~rois.positive).sum())
-    theirs = TwoStageStudent(model.student).outputs(pyramid, rois.rois)
+    _, theirs = TwoStageStage(TwoStageStudent(model.student), 0, pyramid).outputs_at(rois.rois)
+    assert theirs.deltas is not None
     extractor = MODELS.build(
         {
             "type": "SingleRoIExtractor",
@@ -182,10 +183,10 @@ def test_the_student_is_as_it_was_also_after_an_error(pair: "type[Pair]") -> Non
 def test_a_loss_that_does_not_show_its_rois_is_refused(pair: "type[Pair]") -> None:
     model = detector(pair, "cls")
     prepared = model.data_preprocessor.student(pair.batch(1), True)
-    with TwoStageStudent(model.student).watch() as own:
+    with TwoStageStudent(model.student).watch() as forward:
         model.student.extract_feat(prepared["inputs"])
     with pytest.raises(StudentError, match="--rois teacher"):
-        _ = own.chosen
+        forward.stages[0].sampled()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

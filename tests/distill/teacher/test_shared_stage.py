@@ -52,13 +52,14 @@ def test_says_what_mmdet_says(pair: "type[Pair]", style: str) -> None:
     ours = frozen_head(state, spec)
     assert isinstance(ours, SharedStageHead)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ours(features)
+        found = ours.of_features(features)
     torch.testing.assert_close(found.embeddings, wide.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.deltas, deltas.unflatten(1, (-1, 4)), rtol=1e-4, atol=1e-4)
-    other = SharedStageHead(state, replace(spec, shared_style="pytorch" if style == "caffe" else "caffe"))(features)
-    assert float((other.embeddings - found.embeddings).norm() / found.embeddings.norm()) > 0.01
-    empty = ours(features[:0])
+    other = SharedStageHead(state, replace(spec, shared_style="pytorch" if style == "caffe" else "caffe"))
+    other_outputs = other.of_features(features)
+    assert float((other_outputs.embeddings - found.embeddings).norm() / found.embeddings.norm()) > 0.01
+    empty = ours.of_features(features[:0])
     assert (empty.embeddings.shape, empty.deltas.shape) == ((0, 2048), (0, pair.classes, 4))
 
 
@@ -67,7 +68,7 @@ def test_what_cannot_be_rebuilt_is_named(pair: "type[Pair]") -> None:
     with pytest.raises(TeacherHeadError, match="a shared residual stage of which the cache does not say"):
         frozen_head(state, replace(spec, shared_style=""))
     with pytest.raises(LossInputError, match=r"\[1, 1024, 7, 7\]; expected \[1, 1024, 14, 14\]"):
-        SharedStageHead(state, spec)(torch.zeros(1, 1024, 7, 7))
+        SharedStageHead(state, spec).of_features(torch.zeros(1, 1024, 7, 7))
     _, _, state, spec = built(pair, "caffe", norm_cfg={"type": "GN", "num_groups": 8})
     with pytest.raises(TeacherHeadError, match=r"layer4\.0\.gn1\.bias.*Expected bottleneck blocks with batch norms"):
         frozen_head(state, spec)

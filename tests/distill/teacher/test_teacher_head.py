@@ -32,7 +32,7 @@ def test_says_what_mmdets_head_says(pair: "type[Pair]", options: dict[str, Any],
     logits, deltas = theirs(features)
     ours = TeacherHead(
         {**pair.state(theirs), "rpn_head.rpn_cls.weight": torch.zeros(1)}, replace(pair.spec, **changes)
-    )(features)
+    ).of_features(features)
     torch.testing.assert_close(ours.embeddings, seen[0])
     torch.testing.assert_close(ours.logits, logits)
     torch.testing.assert_close(ours.deltas, deltas.reshape(9, -1, 4))
@@ -43,9 +43,9 @@ def test_full_precision_under_autocast_and_no_rois(pair: "type[Pair]") -> None:
     head = TeacherHead(pair.state(pair.head()), pair.spec)
     features = torch.randn(4, pair.channels, 7, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = head(features)
-    torch.testing.assert_close(low.logits, head(features).logits, rtol=0, atol=0)
-    empty = head(features[:0])
+        low = head.of_features(features)
+    torch.testing.assert_close(low.logits, head.of_features(features).logits, rtol=0, atol=0)
+    empty = head.of_features(features[:0])
     assert (empty.embeddings.shape, empty.logits.shape) == ((0, pair.width), (0, pair.classes + 1))
     assert empty.deltas.shape == (0, pair.classes, 4)
 
@@ -76,4 +76,4 @@ def test_a_head_of_another_teacher_is_refused(pair: "type[Pair]", changes: dict[
 
 def test_features_of_another_shape_are_refused(pair: "type[Pair]") -> None:
     with pytest.raises(LossInputError, match=r"\[2, 6, 5, 5\].*expected \[2, 6, 7, 7\]"):
-        TeacherHead(pair.state(pair.head()), pair.spec)(torch.zeros(2, pair.channels, 5, 5))
+        TeacherHead(pair.state(pair.head()), pair.spec).of_features(torch.zeros(2, pair.channels, 5, 5))

@@ -73,7 +73,7 @@ def test_a_frozen_head_says_nothing_of_no_boxes(kit: "Kit", work: Path, family: 
         "cached": read_teacher_view(cache, int(cache.image_ids[0]), matrix, missing_view="mirror"),
         "live": LiveTeacher(teacher, cache.spec).view(torch.zeros(3, 96, 128, dtype=torch.uint8)),
     }
-    needs = ("logits", "deltas", "embeddings", "features")
+    needs = ("logits", "deltas", "embeddings", "roi_features")
     none = BatchRois(torch.zeros(0, 5), torch.zeros(0).long(), torch.zeros(0).bool())
     one = BatchRois(torch.tensor([[0.0, 8, 8, 60, 50]]), torch.zeros(1).long(), torch.ones(1).bool())
     for view in views.values():

@@ -21,6 +21,7 @@ from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.methods import needed_fields
 from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.align import roi_align_levels
+from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.heads.fc import TeacherHead
@@ -153,9 +154,9 @@ def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, fl
     """The same sample of the same proposals and annotations, and what the teacher says of them."""
     cache, needs = open_cache(cells.cache("float32")), needed_fields(METHODS)
     batch = cells.batch(cells.cache("float32"), flip)
-    sample: dict[str, Any] = {"needs": needs, "num": 24, "positive_fraction": 0.5}
+    sampling = RoiSampling(num=24, positive_fraction=0.5)
     torch.manual_seed(7)
-    live = LiveTeacher(cells.teacher, cache.spec, sample).targets(batch, torch.device("cpu"))
+    live = LiveTeacher(cells.teacher, cache.spec, METHODS, vars(sampling)).targets(batch, torch.device("cpu"))
     torch.manual_seed(7)
     for image, found in zip(batch["data_samples"], live, strict=True):
         assert isinstance(found, RoiTargets)
@@ -167,7 +168,8 @@ def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, fl
             image.img_shape,
             truth.bboxes.tensor,
             truth.labels,
-            **sample,
+            needs=needs,
+            sampling=sampling,
             missing_view="mirror",
             generator=torch.default_generator,
         )
@@ -188,14 +190,14 @@ def test_targets_are_those_of_the_live_teacher(cells: BloodCells, flip: bool) ->
     batch = cells.batch(cells.cache("float32"), flip)
     cached, live = said(cells.cached("float32"), batch, rois, needs), said(cells.live(), batch, rois, needs)
     model = cells.teacher.model
-    theirs: dict[str, list[Tensor]] = {"features": [], "embeddings": [], "logits": [], "deltas": []}
+    theirs: dict[str, list[Tensor]] = {"roi_features": [], "embeddings": [], "logits": [], "deltas": []}
     hook = model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(lambda _, x: theirs["embeddings"].append(x[0]))
     with torch.no_grad():
         for index, image in enumerate(batch["inputs"]):
             rows = rois.rois[:, 0] == index
             pyramid, _ = cells.teacher.pyramid_of_input(image)
             result = model.roi_head._bbox_forward(pyramid, bbox2roi([rois.rois[rows, 1:]]))
-            theirs["features"].append(result["bbox_feats"][rois.positive[rows]])
+            theirs["roi_features"].append(result["bbox_feats"][rois.positive[rows]])
             theirs["logits"].append(result["cls_score"])
             theirs["deltas"].append(result["bbox_pred"].reshape(-1, 3, 4))
     hook.remove()
@@ -225,7 +227,7 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     rois = BatchRois(torch.cat([torch.zeros(60, 1), there * 4 * 1.5], dim=1), torch.zeros(60), torch.ones(60).bool())
     rois.rois[:, 1:] -= torch.tensor([130.0, 70, 130, 70])
     model = cells.cached("float32")
-    needs = ("features", "logits", "deltas")
+    needs = ("roi_features", "logits", "deltas")
     found = apply_teacher_head([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
 
     seen = there
@@ -238,7 +240,7 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     features, deltas = wanted["bbox_feats"], wanted["bbox_pred"].reshape(-1, 3, 4)
     if mirrored:
         features, deltas = features.flip(-1), deltas * torch.tensor([-1.0, 1, 1, 1])
-    assert difference(found.features, features) < 1e-4
+    assert difference(found.roi_features, features) < 1e-4
     assert difference(found.logits, wanted["cls_score"]) < 1e-4
     assert difference(found.deltas, deltas) < 1e-4
 

@@ -162,7 +162,7 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     boxes[:10] += torch.tensor([128.0, 96.0]).repeat(2) - boxes[:10, 2:].repeat(1, 2)  # where stages move them out
     rois = BatchRois(torch.cat([torch.zeros(30, 1), boxes], dim=1), torch.zeros(30).long(), torch.ones(30).bool())
     head = frozen_head(cache.head(), cache.spec)
-    said = apply_teacher_head([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "features"))
+    said = apply_teacher_head([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "roi_features"))
     pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
     roi_head = teacher.model.roi_head
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
         wide = roi_head.bbox_roi_extractor[2](pyramid[:4], at[0]).flatten(1)
         for layer in last.shared_fcs:
             wide = layer(wide).relu()
-    for found, wanted in ((said.logits, logits[0]), (said.embeddings, wide), (said.features, features)):
+    for found, wanted in ((said.logits, logits[0]), (said.embeddings, wide), (said.roi_features, features)):
         assert found is not None
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert said.deltas is not None
@@ -229,10 +229,10 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
         "cached": read_teacher_view(cache, known.image_id, known.matrix, missing_view="mirror"),
         "live": LiveTeacher(teacher, cache.spec).view(image),
     }
-    needs = ("logits", "deltas", "embeddings", "features")
+    needs = ("logits", "deltas", "embeddings", "roi_features")
     head = frozen_head(cache.head(), cache.spec)
     said = {name: apply_teacher_head([view], rois, head, cache.spec, needs) for name, view in views.items()}
-    for field, value in ((name, features if name == "features" else getattr(wanted, name)) for name in needs):
+    for field, value in ((name, features if name == "roi_features" else getattr(wanted, name)) for name in needs):
         cached, live = (getattr(answers, field) for answers in said.values())
         assert float((cached - live).norm() / live.norm()) < 1e-5, field
         assert float((live - value).norm() / value.norm()) < 1e-4, field

@@ -17,6 +17,7 @@ from kdpipe.cache.spec import MAX_OBJECTS, CacheSpec
 from kdpipe.cache.views import map_boxes, view_matrix
 from kdpipe.cache.write.selection import choose_objects
 from kdpipe.cache.write.writer import CacheWriter
+from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
@@ -100,9 +101,8 @@ def student_targets(
         size,
         map_boxes(torch.from_numpy(data.gt_boxes(info.image_id)), matrix),
         torch.from_numpy(data.gt_labels(info.image_id)),
-        needs=("features", "embeddings", "logits", "deltas"),
-        num=48,
-        positive_fraction=0.5,
+        needs=("roi_features", "embeddings", "logits", "deltas"),
+        sampling=RoiSampling(num=48, positive_fraction=0.5),
         missing_view="mirror",
         generator=torch.Generator().manual_seed(image),
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdpipe.distill.losses.prediction import classification_kd_loss
+from kdpipe.distill.methods import LOSSES
 from kdpipe.distill.outputs import TeacherOutputs
 from kdpipe.distill.teacher.any_box import apply_teacher_head
 from kdpipe.pipelines.training.guard import CollapseHook
@@ -25,11 +27,11 @@ def spoil(patch: pytest.MonkeyPatch, call: int, value: float) -> None:
     calls = []
     right = classification_kd_loss
 
-    def wrong(student: Tensor, teacher: Tensor) -> Tensor:
+    def wrong(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         calls.append(1)
-        return right(student, teacher) * (value if len(calls) == call else 1.0)
+        return right(student_logits, teacher_logits) * (value if len(calls) == call else 1.0)
 
-    patch.setattr("kdpipe.distill.detector.classification_kd_loss", wrong)
+    patch.setitem(LOSSES, "cls", replace(LOSSES["cls"], two_stage=wrong))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -80,7 +82,7 @@ def test_a_loss_that_contributes_nothing(kit: "Kit", work: Path, monkeypatch: py
         rois.positive[:] = False
         return apply_teacher_head(views, rois, *args)
 
-    monkeypatch.setattr("kdpipe.distill.detector.apply_teacher_head", nothing_positive)
+    monkeypatch.setattr("kdpipe.distill.teacher.any_box.apply_teacher_head", nothing_positive)
     message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,cls"))
     assert "loss_sgfi was 0 in every step so far" in message
     assert "0 positive" in message

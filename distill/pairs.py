@@ -1,0 +1,112 @@
+"""What a distillation loss can be given: student and teacher at the same RoIs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from kdpipe.cache.errors import present
+from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.losses.ckd_queue import TeacherKeys
+from kdpipe.distill.losses.prediction import recode_deltas
+from kdpipe.distill.outputs import BatchRois, StudentOutputs, TeacherOutputs
+from kdpipe.distill.rois.align import roi_align_levels
+from kdpipe.distill.rois.frames import ImageFrames
+from kdpipe.distill.students.protocol import StudentStage
+
+# What a loss can be given of the teacher, and the field of `TeacherOutputs` that it is made of.
+TEACHER_FIELDS = {
+    "teacher_roi_features": "roi_features",
+    "teacher_keys": "embeddings",
+    "teacher_logits": "logits",
+    "teacher_deltas": "deltas",
+}
+
+
+@dataclass(frozen=True)
+class RoiPairs:
+    """What student and teacher say of the same RoIs of a batch, at one stage of the student.
+
+    A loss is given what the names of its parameters say: properties of this class (`methods.Loss`).
+
+    Attributes:
+        stage: Of the student.
+        spec: What the teacher is.
+        rois: All RoIs of the step, R.
+        paired: Those that both box heads speak of, N: all but those without a partner among a dense student's boxes.
+        student: At `paired`; None where no loss reads it.
+        teacher: At `paired`, and the RoI features of the P positives among `rois`.
+        samples: mmdet's `DetDataSample` of each image of the batch.
+    """
+
+    stage: StudentStage
+    spec: CacheSpec
+    rois: BatchRois
+    paired: BatchRois
+    student: StudentOutputs | None
+    teacher: TeacherOutputs
+    samples: Sequence[Any] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """K, which is the label of background."""
+        return self.spec.num_classes
+
+    @property
+    def labels(self) -> Tensor:
+        """Tensor[N] int64 in [0, K], of the ground truth; K is background."""
+        return self.paired.labels
+
+    @property
+    def anchors(self) -> Tensor | None:
+        """Tensor[N] int64, which of the predictions of a dense student's location a box is; None of others."""
+        return None if self.student is None else self.student.anchors
+
+    @property
+    def student_embeddings(self) -> Tensor | None:
+        """Tensor[N, D of the student]."""
+        return None if self.student is None else self.student.embeddings
+
+    @property
+    def student_logits(self) -> Tensor | None:
+        """Tensor[N, K + 1], background last."""
+        return None if self.student is None else self.student.logits
+
+    @cached_property
+    def student_deltas(self) -> Tensor | None:
+        """Tensor[N, K or 1, 4], in the units of the teacher's box coder; None of a dense student."""
+        if self.student is None or self.student.deltas is None:
+            return None
+        spec, (means, stds) = self.spec, self.stage.box_coder
+        return recode_deltas(self.student.deltas, means, stds, spec.box_means, spec.box_stds)
+
+    @property
+    def student_roi_features(self) -> Tensor:
+        """Tensor[P, L, C of the student, size, size], of the positives, on each level of the student's pyramid."""
+        rois, stage = self.rois.rois[self.rois.positive], self.stage
+        return roi_align_levels(stage.pyramid, stage.strides, rois, self.spec.roi_size)
+
+    @property
+    def teacher_keys(self) -> TeacherKeys:
+        """The teacher's embeddings, and of which boxes of which images they are."""
+        embeddings = present(self.teacher.embeddings, "the teacher's embeddings")
+        frames = ImageFrames.of(self.samples, embeddings.device)
+        boxes, image_ids = frames.original_boxes(self.paired.rois), frames.image_ids[self.paired.image_index]
+        return TeacherKeys(embeddings.float(), boxes, image_ids, self.labels)
+
+    @property
+    def teacher_logits(self) -> Tensor | None:
+        """Tensor[N, K + 1], background last."""
+        return self.teacher.logits
+
+    @property
+    def teacher_deltas(self) -> Tensor | None:
+        """Tensor[N, K or 1, 4], normalised by the teacher's box coder."""
+        return self.teacher.deltas
+
+    @property
+    def teacher_roi_features(self) -> Tensor | None:
+        """Tensor[P, C of the teacher, size, size], of the positives, from the level that the teacher assigns."""
+        return self.teacher.roi_features
