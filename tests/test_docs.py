@@ -13,7 +13,7 @@ BESIDE = re.compile(r"(?<![\w/.])(\w+\.py)\b")  # a second file of the folder th
 
 def named(text: str) -> list[str]:
     """Paths that a document names, `NAME` aside; a file without a folder is of the one named before it on its line."""
-    found = []
+    paths = []
     for line in text.splitlines():
         folder = ""
         for match in re.finditer(rf"{NAME.pattern}|{BESIDE.pattern}", line):
@@ -22,8 +22,8 @@ def named(text: str) -> list[str]:
                 continue
             path = path if "/" in path else f"{folder}/{path}"
             folder = path.rstrip("/") if path.endswith("/") else path.rpartition("/")[0]
-            found += [path] if "NAME" not in path else []
-    return found
+            paths += [path] if "NAME" not in path else []
+    return paths
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

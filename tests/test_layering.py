@@ -73,18 +73,18 @@ def test_a_command_that_is_imported_is_found(file: str, code: str, count: int) -
 def violations(layer: str, file: str, tree: ast.AST) -> list[str]:
     """What a module of a layer imports and must not."""
     above = LAYERS[LAYERS.index(layer) + 1 :]
-    found = []
+    lines = []
     for imported in imports(tree):
         first, _, rest = imported.partition(".")
         if imported.startswith(".") or first in LAYERS:
-            found.append(f"{imported}: not absolute")
+            lines.append(f"{imported}: not absolute")
         elif first == "kdpipe" and rest.split(".")[0] not in LAYERS:
-            found.append(f"{imported}: no layer")
+            lines.append(f"{imported}: no layer")
         elif first == "kdpipe" and rest.split(".")[0] in above:
-            found.append(f"{imported}: a layer above")
+            lines.append(f"{imported}: a layer above")
         elif first in OPENMMLAB and layer != "pipelines" and file not in ADAPTERS:
-            found.append(f"{imported}: OpenMMLab outside of the adapters")
-    return found
+            lines.append(f"{imported}: OpenMMLab outside of the adapters")
+    return lines
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

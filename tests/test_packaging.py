@@ -83,10 +83,10 @@ def test_what_is_imported_is_declared_and_the_other_way_round(wheel: Path) -> No
         if "extra ==" not in line or any(f'extra == "{extra}"' in line for extra in extras)
     }
     assert declared >= set(IMPORTED_BY_OTHERS)
-    ours = {IMPORTED_AS.get(name, name) for name in declared - set(IMPORTED_BY_OTHERS)}
+    declared_modules = {IMPORTED_AS.get(name, name) for name in declared - set(IMPORTED_BY_OTHERS)}
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    found = {name for path in modules for name in imported(path)}
-    assert found - set(sys.stdlib_module_names) - {"kdpipe"} == ours
+    imported_names = {name for path in modules for name in imported(path)}
+    assert imported_names - set(sys.stdlib_module_names) - {"kdpipe"} == declared_modules
 
 
 def imported(path: Path) -> Iterator[str]:

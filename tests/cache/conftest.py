@@ -178,9 +178,10 @@ class Kit:
             content: of the list of files, in its place.
         """
         folder = cls.files(path, key or "plan")
-        found = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.parent != folder}
+        contents = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.parent != folder}
         files: dict[str, Any] = {
-            str(file.relative_to(folder)): [len(data), hashlib.sha256(data).hexdigest()] for file, data in found.items()
+            str(file.relative_to(folder)): [len(data), hashlib.sha256(data).hexdigest()]
+            for file, data in contents.items()
         }
         listed(files)
         content = canonical_json(files) if content is None else content

@@ -152,31 +152,31 @@ def test_staging_is_removed(location: Bucket, tmp_path: Path, monkeypatch: pytes
 def test_leftovers(location: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     make(location, "parts/00000")
     make(location, "parts/00000", {"boxes/c.0": b"other"})
-    known = {"parts/00000/zarr.json"}
+    known_keys = {"parts/00000/zarr.json"}
     record = read_record(location, "parts/00000")
     assert record is not None
     place = files_key("parts/00000", record)
-    known |= {f"{place}/files.json", f"{place}/index/", *(f"{place}/{name}" for name in CONTENT)}
+    known_keys |= {f"{place}/files.json", f"{place}/index/", *(f"{place}/{name}" for name in CONTENT)}
     before = everything(location)
     store = location._client.open()
     obstore.put(store, "parts/00003/0123456789abcdef/boxes/c.0", b"of a writer that died")
     obstore.put(store, "notes/mine.txt", b"of the user")
     obstore.put(store, f"{place}/boxes/more", b"of the user")
     (other,) = {"/".join(name.split("/")[:3]) for name in before if name.count("/") > 2} - {place}
-    found = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known)}
-    assert found.pop(other) == (False, False)
-    assert found == {
+    leftovers = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known_keys)}
+    assert leftovers.pop(other) == (False, False)
+    assert leftovers == {
         "parts/00003/0123456789abcdef": (False, False),
         "notes": (False, True),
         f"{place}/boxes/more": (False, True),
     }
     monkeypatch.setattr(bucket_module, "_MIN_AGE", timedelta(0))
-    found = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known)}
-    assert found["parts/00003/0123456789abcdef"] == found[other] == (True, True)
-    assert found["notes"] == found[f"{place}/boxes/more"] == (False, True)
+    leftovers = {left.key: (left.is_removable, left.is_fault) for left in location.leftovers(known_keys)}
+    assert leftovers["parts/00003/0123456789abcdef"] == leftovers[other] == (True, True)
+    assert leftovers["notes"] == leftovers[f"{place}/boxes/more"] == (False, True)
     location.discard(other)
     location.discard("parts/00003/0123456789abcdef")
-    assert {left.key for left in location.leftovers(known)} == {"notes", f"{place}/boxes/more"}
+    assert {left.key for left in location.leftovers(known_keys)} == {"notes", f"{place}/boxes/more"}
 
 
 def test_not_within_another_cache(moto: Any) -> None:
@@ -227,9 +227,9 @@ def test_arrays_of_several_shards(location: Bucket, tmp_path: Path, kit: Any, mo
     monkeypatch.setattr("kdpipe.cache.format.layout._CHUNK_BYTES", 100)
     kit.fill(kit.writer(location, kit.spec(), kit.images(), part_size=1 << 30))
     assert [meta["path"] for meta in location._list("parts") if meta["path"].endswith("embeddings/c.1.0")]
-    there, here = open_cache(location), open_cache(kit.make(tmp_path / "x.zarr"))
+    remote, here = open_cache(location), open_cache(kit.make(tmp_path / "x.zarr"))
     for image_id in here.image_ids.tolist():
-        one, two = there.targets(image_id), here.targets(image_id)
+        one, two = remote.targets(image_id), here.targets(image_id)
         for name in ("boxes", "logits", "deltas", "embeddings"):
             assert getattr(one, name).tolist() == getattr(two, name).tolist()
 

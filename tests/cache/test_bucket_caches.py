@@ -167,17 +167,17 @@ def test_damage(kit: Any, cache_path: Path, name: str, change: Any) -> None:
     cache = open_cache(location)
     good = open_cache(cache_path)
     damage(location, key, change)
-    told = []
+    messages = []
     for image_id in cache.image_ids.tolist():
         try:
             assert_equal(cache.targets(image_id), good.targets(image_id))
         except CacheError as error:
-            told.append(str(error))
-    assert len(told) == 3 or (0 < len(told) < 3 and change is flipped)
-    assert all("part 1" in message for message in told)
-    found = verify(location)
-    assert found.bad_parts == (1,)
-    assert remove_faults(location, found) == ["parts/00001"]
+            messages.append(str(error))
+    assert len(messages) == 3 or (0 < len(messages) < 3 and change is flipped)
+    assert all("part 1" in message for message in messages)
+    verification = verify(location)
+    assert verification.bad_parts == (1,)
+    assert remove_faults(location, verification) == ["parts/00001"]
     writer = kit.writer(location, kit.spec(), kit.images())
     assert writer.pending() == [1]
     kit.fill(writer)
@@ -237,8 +237,8 @@ def test_other_processes(moto: Any, cache_path: Path) -> None:
     cache = open_cache(location)
     good = [read_boxes(cache, int(image_id)) for image_id in cache.image_ids]
     with multiprocessing.get_context("forkserver").Pool(2) as pool:
-        found = pool.starmap(open_and_read, [(location, int(image_id)) for image_id in cache.image_ids])
-    for one, two in zip(good, found, strict=True):
+        actual = pool.starmap(open_and_read, [(location, int(image_id)) for image_id in cache.image_ids])
+    for one, two in zip(good, actual, strict=True):
         assert one.tolist() == two
 
 

@@ -179,8 +179,8 @@ def test_a_host_that_is_none(moto: Any) -> None:
 
 
 def test_no_credentials(moto: Any) -> None:
-    asked = {"endpoint": moto.url, "metadata_endpoint": "http://127.0.0.1:9", "region": "us-east-1"}
-    assert "There are no credentials for s3://kdpipe/cache" in told(Bucket("s3://kdpipe/cache", asked))
+    options = {"endpoint": moto.url, "metadata_endpoint": "http://127.0.0.1:9", "region": "us-east-1"}
+    assert "There are no credentials for s3://kdpipe/cache" in told(Bucket("s3://kdpipe/cache", options))
 
 
 def test_wrong_region(faulty: Bucket, proxy: Any) -> None:

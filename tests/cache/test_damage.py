@@ -89,11 +89,11 @@ def test_an_incomplete_cache(cache_path: Path, kit: "type[Kit]", damage: str) ->
         open_cache(cache_path)
     cache = open_cache(cache_path, allow_partial=True)
     writer = kit.writer(cache_path, kit.spec(), kit.images())
-    gone = [kit.images()[n].image_id for n in writer.parts[1]]
-    assert sorted([*cache.image_ids.tolist(), *gone]) == sorted(image.image_id for image in kit.images())
+    missing_ids = [kit.images()[n].image_id for n in writer.parts[1]]
+    assert sorted([*cache.image_ids.tolist(), *missing_ids]) == sorted(image.image_id for image in kit.images())
     assert cache.targets(1000).image_id == 1000
     with pytest.raises(CacheError, match="is not in the cache"):
-        cache.targets(gone[0])
+        cache.targets(missing_ids[0])
 
 
 def test_paths_that_are_no_cache(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_parts_and_heads_of_another_cache(tmp_path: Path, kit: "type[Kit]", cach
     cache = open_cache(cache_path, allow_partial=True)
     with pytest.raises(CacheError, match="made for another cache"):
         cache.head()
-    found = verify_cache(cache_path, lambda done, total: None)
-    assert [(fault.where, fault.part) for fault in found.faults] == [("the head", None), ("part 1", 1)]
+    verification = verify_cache(cache_path, lambda done, total: None)
+    assert [(fault.where, fault.part) for fault in verification.faults] == [("the head", None), ("part 1", 1)]
     writer = kit.writer(cache_path, kit.spec(), kit.images())
     assert writer.pending() == [1]
     kit.fill(writer)

@@ -30,15 +30,15 @@ def test_rois_of_the_chosen_boxes_are_stored(kit: "type[Kit]", dtype: str) -> No
     )
     assert encoded.rows["roi_rows"].tolist() == rows.tolist()
     assert record.roi_features is not None
-    wanted, stored = record.roi_features[rows], torch.from_numpy(encoded.rows["roi_features"])
+    features, stored = record.roi_features[rows], torch.from_numpy(encoded.rows["roi_features"])
     if spec.is_quantized:
         scale = torch.from_numpy(encoded.rows["roi_scale"])
-        quantized = (quantize4 if dtype == "int4" else quantize)(wanted, torch.float16)
+        quantized = (quantize4 if dtype == "int4" else quantize)(features, torch.float16)
         assert all(map(torch.equal, (stored, scale), quantized))
-        error = (dequantize(stored, scale) - wanted).norm() / wanted.norm()
+        error = (dequantize(stored, scale) - features).norm() / features.norm()
         assert error < (0.2 if dtype == "int4" else 0.01)
     else:
-        assert torch.equal(stored, wanted.to(stored.dtype))
+        assert torch.equal(stored, features.to(stored.dtype))
     assert record.embeddings is not None
     embeddings = torch.from_numpy(encoded.rows["embeddings"])
     scale_of_rows = torch.from_numpy(encoded.rows["embedding_scale"]) if spec.is_quantized else None
@@ -97,8 +97,8 @@ def test_unlikely_deltas_are_merged_in_small_types_only(kit: "type[Kit]", dtype:
     assert record.logits is not None
     merged = merge_unlikely(record.deltas, record.logits, record.boxes, labels, 0.3)
     assert 0.2 < (merged != record.deltas).float().mean() < 0.9
-    wanted = merged if dtype == "int8" else record.deltas
-    assert np.array_equal(encode_record(record, spec).rows["deltas"], wanted.half().numpy())
+    expected = merged if dtype == "int8" else record.deltas
+    assert np.array_equal(encode_record(record, spec).rows["deltas"], expected.half().numpy())
     if dtype == "int8":
         for missing in (None, labels[:1]):
             with pytest.raises(CacheError, match="needs the labels of its 2 ground-truth boxes"):

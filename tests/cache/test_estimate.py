@@ -31,22 +31,22 @@ def test_every_image_sampled_is_what_is_stored(
 ) -> None:
     spec = kit.spec(tier=tier, dtype=dtype, codec=codec)
     images = kit.images(6)
-    found = disk_bytes([kit.record(image, "identity", spec) for image in images], images, spec)
-    assert tuple(found) == spec.fields
+    estimate = disk_bytes([kit.record(image, "identity", spec) for image in images], images, spec)
+    assert tuple(estimate) == spec.fields
     kit.fill(kit.writer(tmp_path / "x.zarr", spec, images, part_size=1 << 30))
     stored = dict.fromkeys(spec.fields, 0)
     for array, size in stored_bytes(tmp_path / "x.zarr", "parts/00000/*").items():
         if (field := FIELD_OF_ARRAY.get(array, array)) in stored:
             stored[field] += size
-    assert found == pytest.approx(stored, rel=1e-4)
+    assert estimate == pytest.approx(stored, rel=1e-4)
 
 
 def test_a_sample_speaks_for_all(tmp_path: Path, kit: "type[Kit]") -> None:
     spec = kit.spec(tier="pyramid", views=("identity", "hflip"))
     images = kit.images(24)
-    found = disk_bytes([kit.record(image, "identity", spec) for image in images[8:16]], images, spec)
+    estimate = disk_bytes([kit.record(image, "identity", spec) for image in images[8:16]], images, spec)
     kit.fill(kit.writer(tmp_path / "x.zarr", spec, images, part_size=1 << 30))
-    assert sum(found.values()) == pytest.approx(
+    assert sum(estimate.values()) == pytest.approx(
         sum(stored_bytes(tmp_path / "x.zarr", "parts/00000/*").values()), rel=0.1
     )
 

@@ -88,7 +88,7 @@ def make(path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> Pat
 
 def digests(path: Path, codec: str) -> dict[str, str]:
     """Of each file, without what depends on blosc or zstd: compressed chunks, and names and digests of them."""
-    found = {}
+    sums = {}
     for file in sorted(path.rglob("*")):
         name = re.sub("(?<=/)[0-9a-f]{16}(?=/)", "*", str(file.relative_to(path)))
         compressed = codec != "none" or name.startswith("plan/") or name == "zarr.json"
@@ -98,14 +98,14 @@ def digests(path: Path, codec: str) -> dict[str, str]:
         elif compressed:
             data = re.sub(rb'"(files|checksum)":"[0-9a-f]{64}"', b"", data)
         if file.is_file() and not (compressed and re.fullmatch(r"c[.\d]*", file.name)):
-            found[name] = hashlib.sha256(data).hexdigest()[:16]
-    return found
+            sums[name] = hashlib.sha256(data).hexdigest()[:16]
+    return sums
 
 
 @pytest.mark.parametrize(("tier", "dtype", "codec"), KINDS)
 def test_the_bytes_of_version_1(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str, codec: str) -> None:
-    found = digests(make(tmp_path / "x.zarr", kit, tier, dtype, codec), codec)
-    assert found == json.loads(GOLDEN.read_text())[f"{tier} {dtype} {codec}"]
+    files = digests(make(tmp_path / "x.zarr", kit, tier, dtype, codec), codec)
+    assert files == json.loads(GOLDEN.read_text())[f"{tier} {dtype} {codec}"]
 
 
 def test_names_and_records_letter_by_letter(tmp_path: Path, kit: "type[Kit]") -> None:
@@ -113,13 +113,13 @@ def test_names_and_records_letter_by_letter(tmp_path: Path, kit: "type[Kit]") ->
     part = path / "parts" / "00001"
     folder = kit.files(path, "parts/00001")
     text = (part / "zarr.json").read_text()
-    found = json.loads(text)["attributes"]["kdpipe"]
+    content = json.loads(text)["attributes"]["kdpipe"]
     listed = (folder / "files.json").read_bytes()
-    assert hashlib.sha256(listed).hexdigest() == found["files"]
-    assert folder.name == found["files"][:16]
+    assert hashlib.sha256(listed).hexdigest() == content["files"]
+    assert folder.name == content["files"][:16]
     root = {name: json.loads((path / "zarr.json").read_text())["attributes"]["kdpipe"][name] for name in ROOT}
     entries = (
-        f'"files":"{found["files"]}","images":[1,2],"part":1,"root":"{digest(root)}",'
+        f'"files":"{content["files"]}","images":[1,2],"part":1,"root":"{digest(root)}",'
         '"rows":{"box":24,"byte":26,"element":0,"object":0,"view":2},"skipped":[]'
     )
     checksum = hashlib.sha256(f"{{{entries}}}".encode()).hexdigest()
@@ -128,11 +128,11 @@ def test_names_and_records_letter_by_letter(tmp_path: Path, kit: "type[Kit]") ->
     )
     files = {name.relative_to(folder).as_posix(): name.read_bytes() for name in folder.rglob("*") if name.is_file()}
     del files["files.json"]
-    wanted = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
-    assert listed == json.dumps(wanted, sort_keys=True, separators=(",", ":")).encode()
+    expected = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
+    assert listed == json.dumps(expected, sort_keys=True, separators=(",", ":")).encode()
     layout = part_layout(open_cache(path).spec)
     assert files.keys() == {f"{name}/zarr.json" for name in layout} | {
-        f"{name}/{file}" for name in layout for file in layout[name].files(found["rows"][layout[name].per])
+        f"{name}/{file}" for name in layout for file in layout[name].files(content["rows"][layout[name].per])
     }
 
 
@@ -187,17 +187,17 @@ def test_other_libraries_read_the_same(tmp_path: Path, kit: "type[Kit]", tier: s
             targets = cache.targets(row["image_id"], ("identity", "hflip")[row["view"]])
             boxes, objects = (slice(row[f"{per}_start"], row[f"{per}_stop"]) for per in ("box", "object"))
             for name, layout in part_layout(cache.spec).items():
-                wanted = getattr(targets, name, None)
+                expected = getattr(targets, name, None)
                 if name == "features":
                     start = row["element_start"]
-                    assert wanted is not None
-                    stored = np.concatenate([level.numpy().ravel() for level in wanted])
+                    assert expected is not None
+                    stored = np.concatenate([level.numpy().ravel() for level in expected])
                     assert np.array_equal(arrays[name][start : start + len(stored)], stored)
-                elif wanted is not None:
+                elif expected is not None:
                     rows = {"box": boxes, "object": objects}.get(layout.per, number)
-                    assert np.array_equal(arrays[name][rows], wanted.numpy()), name
-            found = bytes(arrays["file_names"][row["name_start"] : row["name_stop"]]).decode()
-            assert found == targets.file_name
+                    assert np.array_equal(arrays[name][rows], expected.numpy()), name
+            file_name = bytes(arrays["file_names"][row["name_start"] : row["name_stop"]]).decode()
+            assert file_name == targets.file_name
     for name, parameter in cache.head().items():
         stored = read(kit.files(path, "head") / name, ALL)
         assert stored.dtype == parameter.numpy().dtype

@@ -54,19 +54,23 @@ class Victim:
             cache = open_cache(self.path, allow_partial=True)
         except CacheError as error:
             return {"root": error}
-        said: dict[Any, Any] = {"ids": tuple(cache.image_ids.tolist()), "spec": cache.spec, "identity": cache.identity}
-        said |= {"metadata": cache.metadata, "skipped": cache.skipped}
+        content: dict[Any, Any] = {
+            "ids": tuple(cache.image_ids.tolist()),
+            "spec": cache.spec,
+            "identity": cache.identity,
+        }
+        content |= {"metadata": cache.metadata, "skipped": cache.skipped}
         try:
             open_cache(self.path)
         except CacheError as error:
-            said["partial"] = error
+            content["partial"] = error
         try:
-            said["head"] = cache.head()
+            content["head"] = cache.head()
         except CacheError as error:
-            said["head"] = error
+            content["head"] = error
         for image_id in cache.image_ids.tolist():
-            said[image_id] = self._targets(cache, image_id)
-        return said
+            content[image_id] = self._targets(cache, image_id)
+        return content
 
     @staticmethod
     def _targets(cache: TeacherCache, image_id: int) -> Any:
@@ -83,23 +87,23 @@ class Victim:
 
     def check(self, what: str, part: int | None = None, array: str | None = None) -> None:
         """Reading is right or refused, naming where; verify finds something; restore."""
-        said = self.read()
-        wrong = [key for key, value in said.items() if not same(value, self.wanted.get(key))]
+        content = self.read()
+        wrong = [key for key, value in content.items() if not same(value, self.wanted.get(key))]
         for key in wrong:
             if key == "ids":
-                assert "partial" in said, what
+                assert "partial" in content, what
                 continue
-            assert isinstance(said[key], CacheError), f"{what}: {key} is silently wrong"
-            message = str(said[key])
+            assert isinstance(content[key], CacheError), f"{what}: {key} is silently wrong"
+            message = str(content[key])
             if isinstance(key, int):
                 assert part is None or f"part {part}" in message, f"{what}: {message}"
                 assert array in (None, "index", "file_names") or f"{array!r}" in message, f"{what}: {message}"
                 if array not in (None, "index", "file_names"):
                     assert f"image {key}" in message, f"{what}: {message}"
-        found = self.verify()
-        assert isinstance(found, CacheError) or found.faults, f"{what}: verify finds nothing"
-        if part is not None and isinstance(found, Verification):
-            assert any(fault.part == part for fault in found.faults), what
+        verification = self.verify()
+        assert isinstance(verification, CacheError) or verification.faults, f"{what}: verify finds nothing"
+        if part is not None and isinstance(verification, Verification):
+            assert any(fault.part == part for fault in verification.faults), what
 
     def restore(self, *names: str) -> None:
         for name in names:
@@ -135,16 +139,16 @@ def place(name: str) -> tuple[int | None, str | None]:
     return int(parts[1]), parts[3] if len(parts) == 5 else None
 
 
-def same(found: Any, wanted: Any) -> bool:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(same(found[key], wanted[key]) for key in found)
-    if isinstance(found, tuple) and isinstance(wanted, tuple):
-        return len(found) == len(wanted) and all(map(same, found, wanted))
-    if isinstance(found, torch.Tensor):
-        return isinstance(wanted, torch.Tensor) and torch.equal(found, wanted)
-    if hasattr(found, "tobytes"):
-        return hasattr(wanted, "tobytes") and bool(found.tobytes() == wanted.tobytes())
-    return bool(found == wanted)
+def same(actual: Any, expected: Any) -> bool:
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        return actual.keys() == expected.keys() and all(same(actual[key], expected[key]) for key in actual)
+    if isinstance(actual, tuple) and isinstance(expected, tuple):
+        return len(actual) == len(expected) and all(map(same, actual, expected))
+    if isinstance(actual, torch.Tensor):
+        return isinstance(expected, torch.Tensor) and torch.equal(actual, expected)
+    if hasattr(actual, "tobytes"):
+        return hasattr(expected, "tobytes") and bool(actual.tobytes() == expected.tobytes())
+    return bool(actual == expected)
 
 
 @pytest.fixture(scope="module", params=["zstd pyramid", "none objects"])
@@ -166,9 +170,9 @@ def is_metadata(name: str) -> bool:
 
 
 def test_the_victim_is_sound(victim: Victim) -> None:
-    found = victim.verify()
-    assert isinstance(found, Verification)
-    assert found.faults == ()
+    verification = victim.verify()
+    assert isinstance(verification, Verification)
+    assert verification.faults == ()
     assert not any(isinstance(value, CacheError) for value in victim.wanted.values())
 
 
@@ -197,11 +201,11 @@ def swap(victim: Victim, one: str, other: str) -> None:
     shutil.copyfile(victim.sound / one, victim.path / other)
     shutil.copyfile(victim.sound / other, victim.path / one)
     if len({(victim.sound / name).stat().st_size for name in (one, other)}) > 1 or any(map(is_metadata, (one, other))):
-        said = victim.read()
-        for key, value in said.items():
+        content = victim.read()
+        for key, value in content.items():
             assert isinstance(value, CacheError) or same(value, victim.wanted.get(key)) or key == "ids", (one, other)
-    found = victim.verify()
-    assert isinstance(found, CacheError) or found.faults, (one, other)
+    verification = victim.verify()
+    assert isinstance(verification, CacheError) or verification.faults, (one, other)
     victim.restore(one, other)
 
 
@@ -262,10 +266,10 @@ def test_an_extra_file_changes_nothing(victim: Victim) -> None:
     for file in extra:
         file.write_bytes(b"x" * 9)
     assert same(victim.read(), victim.wanted)
-    found = victim.verify()
-    assert isinstance(found, Verification)
-    assert {fault.where for fault in found.faults} == {str(file.relative_to(victim.path)) for file in extra}
-    assert remove_faults(victim.path, found) == []
+    verification = victim.verify()
+    assert isinstance(verification, Verification)
+    assert {fault.where for fault in verification.faults} == {str(file.relative_to(victim.path)) for file in extra}
+    assert remove_faults(victim.path, verification) == []
     for file in extra:
         file.unlink()
 
@@ -273,7 +277,7 @@ def test_an_extra_file_changes_nothing(victim: Victim) -> None:
 @pytest.mark.parametrize("bit", range(8))
 def test_every_byte_of_the_metadata_counts(victim: Victim, bit: int) -> None:
     """Of records and lists of files; those of arrays are among the files that are listed."""
-    location, seen = Folder(victim.path), 0
+    location, counted = Folder(victim.path), 0
     for name in victim.files:
         file, data = victim.path / name, (victim.path / name).read_bytes()
         if name.endswith("files.json"):
@@ -293,8 +297,8 @@ def test_every_byte_of_the_metadata_counts(victim: Victim, bit: int) -> None:
                 assert parse_record(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]) is None, (name, at)
         else:
             continue
-        seen += 1
-    assert seen == 2 * (2 + len(victim.parts))
+        counted += 1
+    assert counted == 2 * (2 + len(victim.parts))
 
 
 json_values = st.recursive(

@@ -27,14 +27,16 @@ def remove_part(path: Path) -> None:
 
 @pytest.mark.parametrize("has_read", [True, False])
 @pytest.mark.parametrize(
-    ("go", "said"),
+    ("go", "expected_text"),
     [
         (remove_cache, "The cache {path} is gone"),
         (move_cache, "The cache {path} is gone"),
         (remove_part, "Part 0 of the cache {path} is gone"),
     ],
 )
-def test_what_was_deleted_is_gone(cache_path: Path, go: Callable[[Path], None], said: str, has_read: bool) -> None:
+def test_what_was_deleted_is_gone(
+    cache_path: Path, go: Callable[[Path], None], expected_text: str, has_read: bool
+) -> None:
     cache = open_cache(cache_path)
     if has_read:
         cache.targets(1000)
@@ -42,7 +44,7 @@ def test_what_was_deleted_is_gone(cache_path: Path, go: Callable[[Path], None], 
     with pytest.raises(CacheError) as caught:
         cache.targets(1000)
     message = str(caught.value)
-    assert message.startswith(said.format(path=cache_path))
+    assert message.startswith(expected_text.format(path=cache_path))
     assert "damaged" not in message
     assert "--repair" not in message
     assert "cache-teacher" in message

@@ -41,12 +41,12 @@ def test_json_digest_is_canonical() -> None:
 
 
 def test_difference_names_what_differs() -> None:
-    found = {"teacher": "x", "options": {"scale": [1333, 800], "same": 1}, "gone": {}}
-    wanted = {"teacher": "y", "options": {"scale": [640, 480], "same": 1, "new": None}}
-    assert difference(found, wanted) == [
+    first = {"teacher": "x", "options": {"scale": [1333, 800], "same": 1}, "gone": {}}
+    second = {"teacher": "y", "options": {"scale": [640, 480], "same": 1, "new": None}}
+    assert difference(first, second) == [
         "gone: found {}, wanted nothing",
         "options.new: found nothing, wanted null",
         "options.scale: found [1333, 800], wanted [640, 480]",
         'teacher: found "x", wanted "y"',
     ]
-    assert difference(found, found) == []
+    assert difference(first, first) == []

@@ -194,19 +194,19 @@ def test_torn_commit_record(tmp_path: Path, kit: "type[Kit]", undisturbed: dict[
 def test_readers_of_a_cache_that_is_being_written(tmp_path: Path, forks: "Forks", kit: "type[Kit]") -> None:
     """What is committed can be read, and is right, while the rest is still being made."""
     path = kit.make(tmp_path / "x.zarr", count=5)
-    known = {image_id: open_cache(path).targets(image_id).boxes for image_id in open_cache(path).image_ids.tolist()}
+    boxes_of = {image_id: open_cache(path).targets(image_id).boxes for image_id in open_cache(path).image_ids.tolist()}
     shutil.rmtree(path)
     process = write(forks, path)
-    seen = set()
+    lengths = set()
     while process.poll() is None:
         if (path / "zarr.json").exists():
             cache = open_cache(path, allow_partial=True)
-            seen.add(len(cache))
+            lengths.add(len(cache))
             for image_id in cache.image_ids.tolist():
-                assert cache.targets(image_id).boxes.equal(known[image_id])
+                assert cache.targets(image_id).boxes.equal(boxes_of[image_id])
     assert process.code == 0, process.err
     assert len(open_cache(path)) == 5
-    assert len(seen) > 1, seen
+    assert len(lengths) > 1, lengths
 
 
 def test_a_finished_cache_is_not_written_to(tmp_path: Path, forks: "Forks", kit: "type[Kit]") -> None:

@@ -69,12 +69,12 @@ def test_written_and_read(
     for start, stop in zip(cuts, [*cuts[1:], rows], strict=True):
         writer.append(values[start:stop])
     writer.close()
-    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert files.files == {name: (len(text), hashlib.sha256(text).hexdigest()) for name, text in found.items()}
-    assert set(found) == {"x/zarr.json", *(f"x/{name}" for name in layout.files(rows))}
-    assert layout.num_files(rows) == len(found) - 1
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert files.files == {name: (len(text), hashlib.sha256(text).hexdigest()) for name, text in contents.items()}
+    assert set(contents) == {"x/zarr.json", *(f"x/{name}" for name in layout.files(rows))}
+    assert layout.num_files(rows) == len(contents) - 1
     assert sum(len(span) for span in layout.files(rows).values()) == rows
-    assert check_metadata(found["x/zarr.json"], layout, rows) is None
+    assert check_metadata(contents["x/zarr.json"], layout, rows) is None
     array: Any = zarr.open_array(folder / "x", mode="r")
     assert array.dtype == values.dtype
     assert np.array_equal(array[...], values)
@@ -113,15 +113,15 @@ def test_any_other_entry_of_the_metadata_is_refused(tmp_path: Path, codec: str) 
     for place in places:
         if place[0] not in ("attributes", "dimension_names", "storage_transformers"):
             for value in others:
-                found = json.loads(text)
-                inner = found
+                content = json.loads(text)
+                inner = content
                 for step in place[:-1]:
                     inner = inner[step]
                 if inner[place[-1]] != value:
                     inner[place[-1]] = value
-                    assert not is_as_written(found, layout, 5), (place, value)
+                    assert not is_as_written(content, layout, 5), (place, value)
             del inner[place[-1]]
-            assert not is_as_written(found, layout, 5), place
+            assert not is_as_written(content, layout, 5), place
     assert not is_as_written({**json.loads(text), "storage_transformers": [{"name": "x"}]}, layout, 5)
     assert not is_as_written({**json.loads(text), "more": 1}, layout, 5)
 

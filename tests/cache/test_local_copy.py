@@ -45,10 +45,10 @@ def upload(folder: Path, location: Bucket) -> None:
 
 def fill(location: Location, folder: Path, limit: int | None = None, fields: tuple[str, ...] = ALL) -> list[str]:
     """Copy, and return what was said."""
-    said: list[str] = []
-    with LocalCopy(location, folder, limit, fields, said.append) as copy:
+    lines: list[str] = []
+    with LocalCopy(location, folder, limit, fields, lines.append) as copy:
         copy.wait()
-    return said
+    return lines
 
 
 def read(cache: TeacherCache) -> dict[int, Any]:
@@ -151,10 +151,10 @@ def test_a_bad_copy_is_not_used(
         kit.flip_bit(file)
     with caplog.at_level(logging.WARNING, "kdpipe"):
         assert read(cache) == good
-    told = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     if damage != "gone":
-        assert len(told) == 1
-        assert "The local copy of the array 'features' of part 1 is damaged" in told[0]
+        assert len(messages) == 1
+        assert "The local copy of the array 'features' of part 1 is damaged" in messages[0]
 
 
 def test_damage_of_the_cache_is_still_told(remote: Bucket, disk: Path, kit: Any) -> None:
@@ -193,8 +193,8 @@ def test_a_place_that_is_none(remote: Bucket, tmp_path: Path) -> None:
 
 def test_one_process_of_a_node_copies(remote: Bucket, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdpipe.cache.read.local_copy._WAIT_SECONDS", 0.02)
-    said: list[str] = []
-    copy = LocalCopy(remote, disk, None, ALL, said.append)
+    lines: list[str] = []
+    copy = LocalCopy(remote, disk, None, ALL, lines.append)
     (folder,) = disk.iterdir()
     lock = take_lock(folder)
     assert lock is not None
@@ -203,23 +203,23 @@ def test_one_process_of_a_node_copies(remote: Bucket, disk: Path, monkeypatch: p
         assert not list(folder.glob("parts"))
         os.close(lock)  # that process ended
         copy.wait()
-    assert "all parts" in said[0]
+    assert "all parts" in lines[0]
     lock = take_lock(folder)
     assert lock is not None
-    with LocalCopy(remote, disk, None, ALL, said.append) as copy:
+    with LocalCopy(remote, disk, None, ALL, lines.append) as copy:
         pass  # a run that ends meanwhile
     copy.wait()
-    assert len(said) == 1
+    assert len(lines) == 1
     os.close(lock)
 
 
 def test_a_run_that_ends_leaves_no_halves(remote: Bucket, disk: Path) -> None:
-    said: list[str] = []
-    copy = LocalCopy(remote, disk, None, ALL, said.append)
+    lines: list[str] = []
+    copy = LocalCopy(remote, disk, None, ALL, lines.append)
     copy._stop.set()
     copy._thread.start()
     copy.wait()
-    assert said == []
+    assert lines == []
     assert [path.name for path in disk.glob("*/*")] in ([".lock"], [".lock", "parts"], ["parts", ".lock"])
     assert not list(disk.glob("*/parts/*/*/*"))
     killed = next(disk.iterdir()) / "parts" / "00000" / "0123456789abcdef" / ".features.0123456789abcdef.tmp"

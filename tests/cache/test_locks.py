@@ -78,10 +78,10 @@ def prefix(request: pytest.FixtureRequest) -> list[str]:
     """What a writer is started by: nothing, or a container with its own process numbers and the host's name."""
     if request.param == "processes":
         return []
-    found = [container for container in CONTAINERS if permitted(container)]
-    if not found:
+    containers = [container for container in CONTAINERS if permitted(container)]
+    if not containers:
         pytest.skip("this user may make no process namespaces (unshare)")
-    return found[0]
+    return containers[0]
 
 
 @pytest.fixture
@@ -105,12 +105,12 @@ def temporary(cache: Path) -> list[str]:
 
 def test_two_writers_leave_each_other_alone(writers: Any, cache_path: Path, prefix: list[str]) -> None:
     first = writers("parts/00008")
-    seen = [first.begun()]
+    begun = [first.begun()]
     before = temporary(cache_path)
     second, third = writers("parts/00008"), writers("parts/00009")
-    seen += [second.begun(), third.begun()]
+    begun += [second.begun(), third.begun()]
     if prefix:
-        assert len(set(seen)) == 1  # nothing but the lock tells them apart
+        assert len(set(begun)) == 1  # nothing but the lock tells them apart
     assert len(temporary(cache_path)) == 3
     assert set(before) < set(temporary(cache_path))
     assert second.finish() == "100000 True"
@@ -123,10 +123,10 @@ def test_two_writers_leave_each_other_alone(writers: Any, cache_path: Path, pref
 def test_verify_leaves_a_writer_alone(writers: Any, cache_path: Path) -> None:
     writer = writers("parts/00001")
     writer.begun()
-    found = verify_cache(cache_path, lambda done, total: None)
-    assert found.faults == ()
-    assert [note for note in found.notes if "is being written by another process" in note]
-    assert remove_faults(cache_path, found) == []
+    verification = verify_cache(cache_path, lambda done, total: None)
+    assert verification.faults == ()
+    assert [note for note in verification.notes if "is being written by another process" in note]
+    assert remove_faults(cache_path, verification) == []
     Folder(cache_path).tidy()
     assert writer.finish() == "100000 False"
 
@@ -137,8 +137,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(writers: Any, cache_pa
     alive.begun()
     killed.kill()
     assert len(temporary(cache_path)) == 2
-    found = verify_cache(cache_path, lambda done, total: None)
-    assert [fault.message for fault in found.faults] == ["was left behind by a process that ended"]
+    verification = verify_cache(cache_path, lambda done, total: None)
+    assert [fault.message for fault in verification.faults] == ["was left behind by a process that ended"]
     kit.writer(cache_path, kit.spec(), kit.images())
     assert [name.split(".")[1] for name in temporary(cache_path)] == ["00009"]
     assert alive.finish() == "100000 True"
@@ -148,8 +148,8 @@ def test_repair_removes_what_a_killed_writer_left(writers: Any, cache_path: Path
     killed = writers("parts/00008")
     killed.begun()
     killed.kill()
-    found = verify_cache(cache_path, lambda done, total: None)
-    assert len(remove_faults(cache_path, found)) == 1
+    verification = verify_cache(cache_path, lambda done, total: None)
+    assert len(remove_faults(cache_path, verification)) == 1
     assert temporary(cache_path) == []
 
 
@@ -165,9 +165,9 @@ def test_without_locks_nothing_is_removed(cache_path: Path, monkeypatch: pytest.
     with location.staging("parts/00008") as folder:
         (folder / "zarr.json").write_text("{}")
         location.tidy()
-        (found,) = location.leftovers(KNOWN)
-        assert not found.is_removable
-        assert not found.is_fault
-        assert "no locks" in found.state
+        (leftovers,) = location.leftovers(KNOWN)
+        assert not leftovers.is_removable
+        assert not leftovers.is_fault
+        assert "no locks" in leftovers.state
         assert location.publish(folder, "parts/00008")
     assert temporary(cache_path) == []

@@ -56,8 +56,8 @@ def test_raw_bytes_are_those_of_what_is_stored(kit: "type[Kit]", tier: str, dtyp
             if image.num_gt:
                 record = dataclasses.replace(record, boxes=torch.tensor([[1.0, 1, 9, 9]]).expand(len(record.boxes), 4))
             encoded = encode_record(record, spec)
-            found = {**encoded.rows, "features": encoded.features, "scale": encoded.scale}
-            for name, values in found.items():
+            arrays = {**encoded.rows, "features": encoded.features, "scale": encoded.scale}
+            for name, values in arrays.items():
                 if values is not None:
                     expected[FIELD_OF_ARRAY.get(name, name)] += values.nbytes
     bound = raw_bytes(images, spec)

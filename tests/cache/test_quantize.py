@@ -94,15 +94,15 @@ def test_int4_is_within_half_a_step_or_clipped(images: int, channels: int, side:
     packed, scale = quantize4(x)
     assert packed.shape == (images, -(-channels // 2), side, side)
     assert scale.shape == (images, channels)
-    found, step = dequantize(packed, scale), scale[..., None, None]
-    assert found.shape == x.shape
+    restored, step = dequantize(packed, scale), scale[..., None, None]
+    assert restored.shape == x.shape
     inside = x.abs() <= 7 * step
-    assert ((found - x).abs() <= 0.5 * step * (1 + 1e-5))[inside].all()
-    torch.testing.assert_close(found[~inside], (x.sign() * 7 * step)[~inside])
+    assert ((restored - x).abs() <= 0.5 * step * (1 + 1e-5))[inside].all()
+    torch.testing.assert_close(restored[~inside], (x.sign() * 7 * step)[~inside])
     # never worse than no clipping at all
     largest = x.abs().amax((-2, -1), keepdim=True) / 7
     whole = torch.where(largest > 0, (x / largest).round() * largest, 0)
-    error, unclipped = ((y - x).double().square().sum((-2, -1)) for y in (found, whole))
+    error, unclipped = ((y - x).double().square().sum((-2, -1)) for y in (restored, whole))
     assert (error <= unclipped * (1 + 1e-5) + 1e-37).all()
 
 
@@ -111,8 +111,8 @@ def test_int4_clips_what_is_rare() -> None:
     x[0, 0, 0] = 30.0
     packed, scale = quantize4(x)
     assert scale[0] < 30 / 7 * 0.5
-    found = dequantize(packed, scale)
-    assert (found - x)[1].norm() < 0.13 * x[1].norm()
+    restored = dequantize(packed, scale)
+    assert (restored - x)[1].norm() < 0.13 * x[1].norm()
 
 
 def test_int4_of_equal_values_is_equal_bytes() -> None:

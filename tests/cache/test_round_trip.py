@@ -37,12 +37,12 @@ def check(record: TeacherRecord, targets: TeacherTargets, spec: CacheSpec) -> No
     if "features" in spec.fields:
         assert record.features is not None
         assert targets.features is not None
-        for level, wanted in enumerate(record.features):
+        for level, level_features in enumerate(record.features):
             if level not in spec.levels:
                 assert targets.features[level] is None
                 continue
             scale = None if targets.scale is None else targets.scale[level]
-            check_values(targets.features[level], scale, targets.pyramid()[level], wanted, spec)
+            check_values(targets.features[level], scale, targets.pyramid()[level], level_features, spec)
     else:
         assert targets.features is None
         assert targets.scale is None
@@ -52,7 +52,7 @@ def check_values(
     stored: torch.Tensor | None,
     scale: torch.Tensor | None,
     floats: torch.Tensor | None,
-    wanted: torch.Tensor,
+    written: torch.Tensor,
     spec: CacheSpec,
 ) -> None:
     assert stored is not None
@@ -60,15 +60,15 @@ def check_values(
     assert stored.dtype == getattr(torch, spec.element_dtype)
     if spec.dtype == "int4":
         assert scale is not None
-        for found, expected in zip((stored, scale), quantize4(wanted), strict=True):
-            assert torch.equal(found, expected)
+        for array, expected in zip((stored, scale), quantize4(written), strict=True):
+            assert torch.equal(array, expected)
         assert torch.equal(floats, dequantize(stored, scale))
     elif spec.dtype == "int8":
         assert scale is not None
-        torch.testing.assert_close(scale, wanted.abs().amax((-2, -1)) / 127)
-        assert ((floats - wanted).abs() <= 0.5001 * scale[..., None, None]).all()
+        torch.testing.assert_close(scale, written.abs().amax((-2, -1)) / 127)
+        assert ((floats - written).abs() <= 0.5001 * scale[..., None, None]).all()
     else:
-        torch.testing.assert_close(floats, wanted.to(stored.dtype).float(), rtol=0, atol=0)
+        torch.testing.assert_close(floats, written.to(stored.dtype).float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tier", ["predictions", "embeddings", "objects", "pyramid"])
@@ -190,10 +190,10 @@ def test_some_levels(cache_path: Path, levels: list[int]) -> None:
     assert everything.features is not None
     assert some.features is not None
     for level in range(4):
-        wanted, found = everything.features[level], some.features[level]
-        assert (found is not None) == (level in levels)
-        if found is not None:
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        expected, actual = everything.features[level], some.features[level]
+        assert (actual is not None) == (level in levels)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tier", ["objects", "pyramid"])

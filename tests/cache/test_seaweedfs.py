@@ -65,9 +65,9 @@ def test_killed_in_the_middle_of_a_part(weed: Any, kit: Any, tmp_path: Path) -> 
     assert deaths > 0
     local = kit.writer(tmp_path / "x.zarr", kit.spec(), kit.images(30), part_size=3_000)
     kit.fill(local)
-    found = verify_cache(location, lambda done, total: None)
-    if found.faults:  # the server itself may lose what it had not yet written to its disk
-        remove_faults(location, found)
+    verification = verify_cache(location, lambda done, total: None)
+    if verification.faults:  # the server itself may lose what it had not yet written to its disk
+        remove_faults(location, verification)
         kit.fill(kit.writer(location, kit.spec(), kit.images(30), part_size=3_000))
         assert verify_cache(location, lambda done, total: None).faults == ()
     assert boxes(open_cache(location)) == boxes(open_cache(tmp_path / "x.zarr"))
@@ -98,12 +98,12 @@ def test_rights(weed: Any, kit: Any) -> None:
     other = Bucket("s3://kdpipe/other.zarr", {**weed.options, "access_key_id": "reader"})
     with pytest.raises(CacheError, match=r"other\.zarr must not be read or written.*403 Forbidden \(AccessDenied\)"):
         kit.writer(other, kit.spec(), kit.images())
-    for options, told in (
+    for options, message in (
         ({"secret_access_key": "wrong-one"}, r"not accepted: it answers 403 Forbidden \(SignatureDoesNotMatch\)"),
         ({"access_key_id": "nobody"}, r"not accepted: it answers 403 Forbidden \(InvalidAccessKeyId\)"),
         ({"skip_signature": "true"}, "must not be read"),
     ):
-        with pytest.raises(CacheError, match=told) as error:
+        with pytest.raises(CacheError, match=message) as error:
             open_cache(Bucket(URL, {**weed.options, **options}))
         assert "wrong-one" not in str(error.value)
     with pytest.raises(CacheError, match="no such bucket"):

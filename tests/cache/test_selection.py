@@ -25,13 +25,13 @@ def naive_choice(boxes: Tensor, num_gt: int, limit: int) -> list[int]:
         overlaps = [iou(rows[row], rows[count + k]) for k in range(num_gt)]
         if overlaps and max(overlaps) >= 0.5:
             waiting[overlaps.index(max(overlaps))].append((-max(overlaps), row))
-    waiting = [sorted(found) for found in waiting]
-    chosen: list[int] = []
+    waiting = [sorted(candidates) for candidates in waiting]
+    chosen_rows: list[int] = []
     turn = 0
-    while any(len(found) > turn for found in waiting):
-        chosen += [row for _, row in sorted(found[turn] for found in waiting if len(found) > turn)]
+    while any(len(candidates) > turn for candidates in waiting):
+        chosen_rows += [row for _, row in sorted(candidates[turn] for candidates in waiting if len(candidates) > turn)]
         turn += 1
-    return sorted(chosen[: max(0, limit - num_gt)]) + list(range(count, len(boxes)))
+    return sorted(chosen_rows[: max(0, limit - num_gt)]) + list(range(count, len(boxes)))
 
 
 @settings(max_examples=100)
@@ -69,15 +69,15 @@ def test_unlikely_classes_share_their_mean() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 6], [40.0, 40, 50, 50], [0.0, 0, 10, 10]])
     probabilities = torch.tensor([[0.5, 0.0001, 0.0003, 0.0002, 0.4994]]).repeat(4, 1)
     deltas = torch.tensor([1.0, 2, 6, 10])[None, :, None].repeat(4, 1, 4)
-    found = merge_unlikely(deltas, probabilities.log(), boxes, torch.tensor([3]), 1e-3)
+    merged = merge_unlikely(deltas, probabilities.log(), boxes, torch.tensor([3]), 1e-3)
     # class 0 is likely everywhere; class 3 is that of an object, which all boxes but the third overlap
     overlapping = [1.0, *[(2 + 3 * 6) / 4] * 2, 10]
     alone = [1.0, *[(2 + 3 * 6 + 2 * 10) / 6] * 3]
-    wanted = torch.tensor([overlapping, overlapping, alone, overlapping])
-    torch.testing.assert_close(found[:, :, 0], wanted, rtol=2e-3, atol=0)  # logits are rounded to float16
-    assert (found == found[..., :1]).all()
+    expected = torch.tensor([overlapping, overlapping, alone, overlapping])
+    torch.testing.assert_close(merged[:, :, 0], expected, rtol=2e-3, atol=0)  # logits are rounded to float16
+    assert (merged == merged[..., :1]).all()
     none = merge_unlikely(deltas, probabilities.log(), boxes, torch.zeros(0, dtype=torch.int64), 1e-3)
-    torch.testing.assert_close(none[:, :, 0], wanted[[2] * 4], rtol=2e-3, atol=0)
+    torch.testing.assert_close(none[:, :, 0], expected[[2] * 4], rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("floor", [1e-3, 0.01, 0.2])
@@ -85,13 +85,13 @@ def test_a_sum_weighted_by_probability_stays(floor: float) -> None:
     g = torch.Generator().manual_seed(0)
     logits, deltas = torch.randn(50, 9, generator=g) * 4, torch.randn(50, 8, 4, generator=g)
     boxes = torch.rand(50, 4, generator=g).sort(dim=1).values
-    found = merge_unlikely(deltas, logits, boxes, torch.tensor([1, 5]), floor)
+    merged = merge_unlikely(deltas, logits, boxes, torch.tensor([1, 5]), floor)
     probabilities = logits.half().float().softmax(1)[:, :-1]
     likely = probabilities >= floor
-    assert torch.equal(found[likely], deltas[likely])
+    assert torch.equal(merged[likely], deltas[likely])
     assert 0.1 < likely.float().mean() < 1
-    assert all(len(set(row[~kept, 0].tolist())) <= 1 + 2 for row, kept in zip(found, likely, strict=True))
-    sums = [torch.einsum("rk,rkd->rd", probabilities, x) for x in (found, deltas)]
+    assert all(len(set(row[~is_kept, 0].tolist())) <= 1 + 2 for row, is_kept in zip(merged, likely, strict=True))
+    sums = [torch.einsum("rk,rkd->rd", probabilities, x) for x in (merged, deltas)]
     torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-6)
 
 

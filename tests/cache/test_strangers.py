@@ -48,8 +48,8 @@ def refused(path: Path, part: int | None = 1) -> None:
         with pytest.raises(CacheError):
             verify_cache(path, lambda done, total: None, threads=1)
     else:
-        found = verify_cache(path, lambda done, total: None, threads=1)
-        assert {fault.part for fault in found.faults if fault.repairable} == {None if part < 0 else part}
+        verification = verify_cache(path, lambda done, total: None, threads=1)
+        assert {fault.part for fault in verification.faults if fault.repairable} == {None if part < 0 else part}
 
 
 class Touch:
@@ -76,16 +76,16 @@ def v2(folder: Path, mark: Path) -> None:
 
 
 def v2_beside(folder: Path, mark: Path) -> None:
-    kept = (folder / "zarr.json").read_bytes()
+    zarr_json = (folder / "zarr.json").read_bytes()
     v2(folder, mark)
-    (folder / "zarr.json").write_bytes(kept)
+    (folder / "zarr.json").write_bytes(zarr_json)
 
 
 def metadata(**entries: Any) -> Callable[[Path, Path], None]:
     def change(folder: Path, mark: Path) -> None:
         pickled(folder, mark)
-        found = json.loads((folder / "zarr.json").read_text())
-        (folder / "zarr.json").write_text(json.dumps({**found, **entries}))
+        content = json.loads((folder / "zarr.json").read_text())
+        (folder / "zarr.json").write_text(json.dumps({**content, **entries}))
 
     return change
 
@@ -183,9 +183,9 @@ def test_lists_of_files(tmp_path: Path, cache_path: Path, kit: "type[Kit]", atta
 def test_files_of_no_array_are_found(cache_path: Path, kit: "type[Kit]") -> None:
     for key in (PART, "head", ""):
         kit.forge(cache_path, key, listed=lambda files: files.update({"more/zarr.json": [1, SHA]}))
-    found = verify_cache(cache_path, lambda done, total: None, threads=1)
-    named = [fault.where for fault in found.faults if "files.json lists 1 files of no array" in fault.message]
-    assert set(named) == {"the root", "the head", "part 1"}
+    verification = verify_cache(cache_path, lambda done, total: None, threads=1)
+    places = [fault.where for fault in verification.faults if "files.json lists 1 files of no array" in fault.message]
+    assert set(places) == {"the root", "the head", "part 1"}
 
 
 LISTS = {
@@ -406,8 +406,8 @@ def test_an_image_in_two_parts_cannot_be_repaired(cache_path: Path, kit: "type[K
     shutil.rmtree(folder / "image_ids")
     write_array(WrittenFiles(LocalStore(folder)), "image_ids", PLAN_LAYOUT, np.full(7, 1000, dtype=np.int64))
     kit.forge(cache_path, "")
-    found = verify_cache(cache_path, lambda done, total: None, threads=1)
-    root = [fault for fault in found.faults if fault.where == "the root"]
+    verification = verify_cache(cache_path, lambda done, total: None, threads=1)
+    root = [fault for fault in verification.faults if fault.where == "the root"]
     assert [(fault.repairable, fault.remove) for fault in root] == [(False, None)]
 
 
@@ -434,10 +434,10 @@ def test_a_link_to_the_parts_of_another_cache(tmp_path: Path, cache_path: Path, 
     before = kit.tree(other)
     shutil.rmtree(cache_path / "parts")
     (cache_path / "parts").symlink_to(other / "parts")
-    found = verify_cache(cache_path, lambda done, total: None, threads=1)
-    assert found.bad_parts
+    verification = verify_cache(cache_path, lambda done, total: None, threads=1)
+    assert verification.bad_parts
     with pytest.raises(CacheError, match="a link that leads out of the cache"):
-        remove_faults(cache_path, found)
+        remove_faults(cache_path, verification)
     writer = kit.writer(cache_path, kit.spec(), kit.images())
     with pytest.raises(CacheError, match="a link that leads out of the cache"):
         kit.fill(writer)
@@ -455,8 +455,8 @@ def test_links_in_the_place_of_temporary_folders(tmp_path: Path, cache_path: Pat
     (lock / ".lock").symlink_to(outside / "made")
     before = kit.tree(outside)
     kit.writer(cache_path, kit.spec(), kit.images())
-    found = verify_cache(cache_path, lambda done, total: None, threads=1)
-    remove_faults(cache_path, found)
-    assert [(fault.where, fault.remove) for fault in found.faults] == [(f"parts/{linked.name}", None)]
-    assert len(found.notes) == 1
+    verification = verify_cache(cache_path, lambda done, total: None, threads=1)
+    remove_faults(cache_path, verification)
+    assert [(fault.where, fault.remove) for fault in verification.faults] == [(f"parts/{linked.name}", None)]
+    assert len(verification.notes) == 1
     assert kit.tree(outside) == before

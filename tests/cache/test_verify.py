@@ -30,13 +30,13 @@ def verify(path: Path) -> Verification:
 def test_a_sound_cache(tmp_path: Path, kit: "type[Kit]", tier: str, dtype: str) -> None:
     codec = {"int4": "lz4", "int8": "zstd", "float16": "lz4", "float32": "none"}[dtype]
     path = kit.make(tmp_path / "x.zarr", kit.spec(tier=tier, dtype=dtype, codec=codec, views=("identity", "hflip")))
-    shown: list[tuple[int, int]] = []
-    found = verify_cache(path, lambda done, total: shown.append((done, total)), threads=2)
-    assert not any((found.faults, found.notes, found.missing, found.bad_parts))
-    assert (found.images, found.skipped) == (7, 0)
+    progress: list[tuple[int, int]] = []
+    verification = verify_cache(path, lambda done, total: progress.append((done, total)), threads=2)
+    assert not any((verification.faults, verification.notes, verification.missing, verification.bad_parts))
+    assert (verification.images, verification.skipped) == (7, 0)
     chunks = [file for file in path.rglob("c*") if re.fullmatch(r"c[.\d]*", file.name)]
-    assert found.bytes_read == sum(file.stat().st_size for file in chunks)
-    assert shown[-1] == (found.bytes_read, found.bytes_read)
+    assert verification.bytes_read == sum(file.stat().st_size for file in chunks)
+    assert progress[-1] == (verification.bytes_read, verification.bytes_read)
 
 
 def test_skipped_images_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> None:
@@ -50,9 +50,9 @@ def test_skipped_images_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> None:
                     part.skip(image.image_id, image.file_name, "no image")
                 else:
                     part.add(kit.record(image, "identity", writer.spec))
-    found = verify(tmp_path / "x.zarr")
-    assert found.faults == ()
-    assert found.skipped > 1
+    verification = verify(tmp_path / "x.zarr")
+    assert verification.faults == ()
+    assert verification.skipped > 1
 
 
 def test_images_without_boxes_are_no_fault(tmp_path: Path, kit: "type[Kit]") -> None:
@@ -76,16 +76,16 @@ def test_damage_to_a_part(cache_path: Path, kit: "type[Kit]", name: str, damage:
     before = kit.tree(cache_path)
     (file,) = (kit.files(cache_path, "parts/00001") / name).glob("c.*")
     spoil(file, damage, kit)
-    found = verify(cache_path)
-    (fault,) = found.faults
+    verification = verify(cache_path)
+    (fault,) = verification.faults
     writer = kit.writer(cache_path, kit.spec(), kit.images())
     assert (fault.part, fault.array, fault.where) == (1, None if damage == "list" else name, "part 1")
     assert set(fault.image_ids) == {kit.images()[n].image_id for n in writer.parts[1]}
-    assert found.bad_parts == (1,)
-    assert remove_faults(cache_path, found) == ["parts/00001"]
-    found = verify(cache_path)
-    assert found.missing == found.bad_parts == (1,)
-    assert remove_faults(cache_path, found) == []
+    assert verification.bad_parts == (1,)
+    assert remove_faults(cache_path, verification) == ["parts/00001"]
+    verification = verify(cache_path)
+    assert verification.missing == verification.bad_parts == (1,)
+    assert remove_faults(cache_path, verification) == []
     kit.make(cache_path)
     assert kit.tree(cache_path) == before
 
@@ -120,11 +120,11 @@ def test_damage_to_the_head(cache_path: Path, kit: "type[Kit]", damage: str) -> 
             folder.write_text("head")
     else:
         spoil(weight, damage, kit)
-    found = verify(cache_path)
-    (fault,) = found.faults
+    verification = verify(cache_path)
+    (fault,) = verification.faults
     assert (fault.where, fault.part) == ("the head", None)
-    assert found.bad_parts == ()
-    assert bool(remove_faults(cache_path, found)) == (damage not in ("no head", "file"))
+    assert verification.bad_parts == ()
+    assert bool(remove_faults(cache_path, verification)) == (damage not in ("no head", "file"))
     kit.make(cache_path)
     assert verify(cache_path).faults == ()
     assert kit.tree(cache_path) == before
@@ -141,11 +141,11 @@ def test_records_and_missing_parts(cache_path: Path, kit: "type[Kit]") -> None:
     kit.flip_bit(parts[1] / "zarr.json", at=0.5)
     shutil.rmtree(parts[2])
     parts[2].write_text("no folder")
-    found = verify(cache_path)
-    assert found.missing == (0, 2)
-    assert found.bad_parts == (0, 1, 2)
-    assert [fault.message for fault in found.faults] == ["is missing", DAMAGED, "is missing"]
-    assert remove_faults(cache_path, found) == ["parts/00001"]
+    verification = verify(cache_path)
+    assert verification.missing == (0, 2)
+    assert verification.bad_parts == (0, 1, 2)
+    assert [fault.message for fault in verification.faults] == ["is missing", DAMAGED, "is missing"]
+    assert remove_faults(cache_path, verification) == ["parts/00001"]
     kit.make(cache_path)
     assert kit.tree(cache_path) == before
 
@@ -162,15 +162,15 @@ def test_leftovers(cache_path: Path, kit: "type[Kit]") -> None:
     dead = parts / f".00001.{'0' * 16}.tmp"
     (dead / "features").mkdir(parents=True)
     with temporary_folder(parts / "00002") as alive:
-        found = verify(cache_path)
-        named = {fault.where for fault in found.faults if fault.remove is None}
-        wanted = {str(file.relative_to(cache_path)) for file in foreign}
-        wanted -= {str((files / "logits" / "more" / "c.1.0").relative_to(cache_path)), "parts/00099/x"}
-        assert named == wanted | {str((files / "logits" / "more").relative_to(cache_path)), "parts/00099"}
-        assert all(fault.repairable == (fault.remove is not None) for fault in found.faults)
-        assert found.notes == (f"parts/{alive.name} is being written by another process",)
-        assert found.bad_parts == ()
-        assert remove_faults(cache_path, found) == [f"parts/{dead.name}"]
+        verification = verify(cache_path)
+        places = {fault.where for fault in verification.faults if fault.remove is None}
+        expected = {str(file.relative_to(cache_path)) for file in foreign}
+        expected -= {str((files / "logits" / "more" / "c.1.0").relative_to(cache_path)), "parts/00099/x"}
+        assert places == expected | {str((files / "logits" / "more").relative_to(cache_path)), "parts/00099"}
+        assert all(fault.repairable == (fault.remove is not None) for fault in verification.faults)
+        assert verification.notes == (f"parts/{alive.name} is being written by another process",)
+        assert verification.bad_parts == ()
+        assert remove_faults(cache_path, verification) == [f"parts/{dead.name}"]
         assert alive.exists()
     assert all(file.read_bytes() == b"mine" for file in foreign)
     for file in foreign:
@@ -253,8 +253,8 @@ def test_what_a_wrong_writer_wrote(
     values = np.array(stored[...])
     change(values, spec)
     kit.put(path, 0, array, values)
-    found = verify(path)
-    (fault,) = found.faults
+    verification = verify(path)
+    (fault,) = verification.faults
     assert message in fault.message
     assert fault.part == 0
     ids = [image.image_id for image in kit.images(4)]
@@ -275,5 +275,5 @@ def test_another_specification(tmp_path: Path, kit: "type[Kit]") -> None:
     other = kit.make(tmp_path / "y.zarr", replace(kit.spec(), embedding_dim=11, proposals=11), count=7)
     shutil.rmtree(path / "parts" / "00000")
     shutil.copytree(other / "parts" / "00000", path / "parts" / "00000")
-    found = verify(path)
-    assert found.bad_parts == (0,)
+    verification = verify(path)
+    assert verification.bad_parts == (0,)

@@ -60,9 +60,9 @@ def test_there_and_back_to_sub_pixel_accuracy(
 ) -> None:
     boxes = some_boxes(size, fractions)
     matrix = view_matrix(size, view, flip)
-    there = map_boxes(boxes, matrix)
-    assert (there[:, 2:] >= there[:, :2]).all()
-    back = map_boxes(there, np.linalg.inv(matrix))
+    mapped = map_boxes(boxes, matrix)
+    assert (mapped[:, 2:] >= mapped[:, :2]).all()
+    back = map_boxes(mapped, np.linalg.inv(matrix))
     pixel = max(1.0, size[0] / view[0], size[1] / view[1])  # float32 rounds in the view, whose pixels may be larger
     assert (back - boxes).abs().max() <= 1e-3 * pixel
 
@@ -113,9 +113,9 @@ def test_matrix_and_boxes_are_those_of_mmdet(size: tuple[int, int], scale: tuple
     }
     results = Resize(scale, keep_ratio=True)(results)
     results = RandomFlip(prob=1.0 if flip else 0.0)(results)
-    seen = input_size(size, scale)
-    assert seen == results["img"].shape[:2]
-    matrix = view_matrix(size, seen, flip)
+    input_shape = input_size(size, scale)
+    assert input_shape == results["img"].shape[:2]
+    matrix = view_matrix(size, input_shape, flip)
     np.testing.assert_allclose(matrix, results["homography_matrix"], rtol=1e-6)
     torch.testing.assert_close(map_boxes(boxes, matrix), results["gt_bboxes"].tensor, rtol=0, atol=1e-3)
     torch.testing.assert_close(
@@ -216,8 +216,10 @@ def test_mirrored_deltas_move_the_mirrored_box_to_the_mirrored_place(
     matrix = view_matrix(size, view, flip=True)
     target = torch.tensor([decode(box[0].tolist(), delta)], dtype=torch.float64)
     mirrored = mirror_deltas(torch.tensor([delta], dtype=torch.float64))
-    found = decode(map_boxes(box, matrix)[0].tolist(), mirrored[0].tolist())
-    torch.testing.assert_close(torch.tensor([found], dtype=torch.float64), map_boxes(target, matrix), rtol=0, atol=1e-6)
+    decoded = decode(map_boxes(box, matrix)[0].tolist(), mirrored[0].tolist())
+    torch.testing.assert_close(
+        torch.tensor([decoded], dtype=torch.float64), map_boxes(target, matrix), rtol=0, atol=1e-6
+    )
 
 
 def test_mirroring_twice_changes_nothing() -> None:

@@ -104,14 +104,14 @@ def test_folders_of_dead_writers_are_removed_and_of_live_ones_never(cache_path: 
     alive = Path(process.stdout.readline().strip())
     dead = [parts / f".00000.{'0' * 16}.tmp", cache_path / f".head.{'1' * 16}.tmp"]
     dead.append(cache_path.parent / f".{cache_path.name}.{'2' * 16}.tmp")
-    kept = [parts / ".mine.tmp", cache_path.parent / f".other.zarr.{'3' * 16}.tmp", parts / ".00000.host.7.tmp"]
-    for folder in dead + kept:
+    kept_folders = [parts / ".mine.tmp", cache_path.parent / f".other.zarr.{'3' * 16}.tmp", parts / ".00000.host.7.tmp"]
+    for folder in dead + kept_folders:
         folder.mkdir()
         (folder / "file").write_text("x")
-    with temporary_folder(parts / "00002") as own:
+    with temporary_folder(parts / "00002") as own_folder:
         kit.writer(cache_path, kit.spec(), kit.images())
         assert [folder.exists() for folder in dead] == [False] * 3
-        assert [folder.exists() for folder in (*kept, own, alive)] == [True] * 5
+        assert [folder.exists() for folder in (*kept_folders, own_folder, alive)] == [True] * 5
         assert (alive / "file").read_text() == "x"
     process.kill()
     process.communicate()
@@ -395,8 +395,8 @@ def test_the_list_of_files_names_every_file(cache_path: Path) -> None:
         assert record is not None
         folder = cache_path / files_key(place, record)
         files = [file for file in folder.rglob("*") if file.is_file() and file.name != "files.json"]
-        wanted = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-        listed = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in wanted.items()}
+        contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+        listed = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
         assert read_files(location, files_key(place, record), record["files"]) == listed
 
 
