@@ -89,11 +89,11 @@ def main() -> None:
         for _ in range(args.rounds):
             for step in STEPS:
                 command = [sys.executable, __file__, "--step", step, str(path)]
-                said = (
+                words = (
                     subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
                 )
-                seconds[step].append(float(said[0]))
-                memory[step] = max(memory.get(step, 0), int(said[1]))
+                seconds[step].append(float(words[0]))
+                memory[step] = max(memory.get(step, 0), int(words[1]))
     reference = statistics.median(seconds["json.loads"])
     for step in STEPS:
         median = statistics.median(seconds[step])

@@ -65,9 +65,9 @@ def milliseconds(collate: Callable[[Any], Any], size: tuple[int, int]) -> tuple[
     batches = iter(loader)
     for _ in range(4):  # the worker has begun
         next(batches)
-    wall, own = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     count = sum(1 for _ in batches)
-    return 1e3 * (time.perf_counter() - wall) / count, 1e3 * (time.process_time() - own) / count
+    return 1e3 * (time.perf_counter() - wall) / count, 1e3 * (time.process_time() - cpu) / count
 
 
 if __name__ == "__main__":

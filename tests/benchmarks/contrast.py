@@ -95,8 +95,8 @@ def write_validation(data: Path, path: Path) -> None:
 
 
 def work_dir(out: Path, kind: str, name: str, seed: int) -> Path:
-    kept = "".join(character for character in name if character.isalnum() or character in " .")
-    return out / f"{kind}_{kept.replace(' ', '-')}_seed{seed}"
+    name_part = "".join(character for character in name if character.isalnum() or character in " .")
+    return out / f"{kind}_{name_part.replace(' ', '-')}_seed{seed}"
 
 
 def train_student(data: Path, out: Path, cache: Path, row: tuple[str, str, Arm], seed: int, epochs: int | None) -> None:
@@ -120,10 +120,10 @@ def measure_on_test(data: Path, folder: Path) -> None:
     log = folder / "test.log"
     log.unlink(missing_ok=True)
     bccd.run(["evaluate", "--ckpt", str(folder / "student.pth"), *places], log)
-    found = re.search(r"[01]\.\d{3}", log.read_text())
-    if found is None:
+    match = re.search(r"[01]\.\d{3}", log.read_text())
+    if match is None:
         raise click.ClickException(f"{log} holds no AP.")
-    (folder / "test.json").write_text(json.dumps({"ap": float(found.group())}))
+    (folder / "test.json").write_text(json.dumps({"ap": float(match.group())}))
 
 
 def aps(out: Path, kind: str, name: str, seeds: int, measured: str) -> dict[int, float]:
@@ -134,7 +134,7 @@ def aps(out: Path, kind: str, name: str, seeds: int, measured: str) -> dict[int,
 
 def last_epoch(out: Path, kind: str, name: str, seeds: int, value: str) -> str:
     """Mean of a logged value over the last epoch of all seeds; empty where it is not logged."""
-    found: list[float] = []
+    aps: list[float] = []
     for seed in range(seeds):
         lines = [
             json.loads(line)
@@ -142,13 +142,13 @@ def last_epoch(out: Path, kind: str, name: str, seeds: int, value: str) -> str:
             for line in file.read_text().splitlines()
         ]
         logged = [(line["epoch"], line[value]) for line in lines if value in line]
-        found += [number for epoch, number in logged if epoch == max(epoch for epoch, _ in logged)]
-    return f"{statistics.mean(found):.2f}" if found else ""
+        aps += [number for epoch, number in logged if epoch == max(epoch for epoch, _ in logged)]
+    return f"{statistics.mean(aps):.2f}" if aps else ""
 
 
-def change(found: Mapping[int, float], beside: Mapping[int, float]) -> str:
+def change(aps: Mapping[int, float], beside: Mapping[int, float]) -> str:
     """Mean difference of the seeds that both have, in points, with its 95 % interval."""
-    points = [100 * (found[seed] - beside[seed]) for seed in found if seed in beside]
+    points = [100 * (aps[seed] - beside[seed]) for seed in aps if seed in beside]
     if len(points) < 2:
         return f"{points[0]:+.2f}" if points else ""
     width = QUANTILES[len(points)] * statistics.stdev(points) / len(points) ** 0.5
@@ -162,12 +162,17 @@ def table(out: Path, seeds: int, measured: str) -> str:
         "|---" * 9 + "|",
     ]
     for kind, name, arm in rows(()):
-        found, none = (aps(out, kind, row, seeds, measured) for row in (name, "none"))
-        if not found:
+        row_aps, none = (aps(out, kind, row, seeds, measured) for row in (name, "none"))
+        if not row_aps:
             continue
         beside = aps(out, kind, arm.beside, seeds, measured) if arm.beside else {}
-        cells = [kind, name, ", ".join(f"{ap:.3f}" for ap in found.values()), f"{statistics.mean(found.values()):.3f}"]
-        cells += [arm.beside, change(found, beside), change(found, none) if arm.beside else ""]
+        cells = [
+            kind,
+            name,
+            ", ".join(f"{ap:.3f}" for ap in row_aps.values()),
+            f"{statistics.mean(row_aps.values()):.3f}",
+        ]
+        cells += [arm.beside, change(row_aps, beside), change(row_aps, none) if arm.beside else ""]
         cells += [last_epoch(out, kind, name, seeds, value) for value in ("ckd_top1", "ckd_spread")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

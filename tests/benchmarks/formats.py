@@ -63,9 +63,9 @@ def errors(stored: TeacherTargets, exact: TeacherTargets) -> dict[str, float]:
     """Relative error of each field: the norm of the difference over that of the exact values."""
     found = {}
     for field in FIELDS:
-        ours, theirs = values_of(stored, field), values_of(exact, field)
-        if ours is not None and theirs is not None:
-            found[field] = float((ours - theirs).norm() / theirs.norm())
+        stored_values, exact_values = values_of(stored, field), values_of(exact, field)
+        if stored_values is not None and exact_values is not None:
+            found[field] = float((stored_values - exact_values).norm() / exact_values.norm())
     return found
 
 
@@ -89,9 +89,9 @@ class Losses:
         spec, rows = self._spec, torch.arange(0, len(exact.boxes), max(1, len(exact.boxes) // ROIS))
         boxes = map_boxes(exact.boxes[rows], exact.matrix)
         rois = torch.cat([torch.zeros(len(rows), 1), boxes], dim=1)
-        ours = roi_align_levels([student(level) for level in pyramid(exact)], spec.strides, rois)
+        student_features = roi_align_levels([student(level) for level in pyramid(exact)], spec.strides, rois)
         count = spec.roi_levels
-        theirs = roi_align_assigned(pyramid(teacher)[:count], spec.strides[:count], rois, spec.finest_scale)
+        teacher_features = roi_align_assigned(pyramid(teacher)[:count], spec.strides[:count], rois, spec.finest_scale)
         assert teacher.logits is not None
         assert teacher.deltas is not None
         assert exact.logits is not None
@@ -103,7 +103,7 @@ class Losses:
         cls = classification_kd_loss(noisy[0], logits)
         reg = class_aware_regression_kd_loss(noisy[1], deltas, logits)
         ckd = ckd_loss(self._theta(noisy[2]), self._theta(teacher.float_embeddings()[rows]), exclude=exclude)
-        sgfi = float(self._sgfi(ours, theirs)[0])
+        sgfi = float(self._sgfi(student_features, teacher_features)[0])
         return {"sgfi": sgfi, "ckd": float(ckd), "cls": float(cls), "reg": float(reg)}
 
 
@@ -205,10 +205,10 @@ def print_table(caches: dict[Kind, TeacherCache], written: dict[Kind, float], re
     for kind, cache in caches.items():
         stored = [cache.targets(image_id) for image_id in exact[kind[0]]]
         raw = statistics.mean(map(raw_bytes, stored))
-        found = [errors(a, b) for a, b in zip(stored, exact[kind[0]].values(), strict=True)]
+        kind_errors = [errors(a, b) for a, b in zip(stored, exact[kind[0]].values(), strict=True)]
         cells = [", ".join(kind), f"{size[kind] / 1e6:.2f}", f"{size[kind] / size[kind[0], 'float16', 'none']:.0%}"]
         cells += [f"{raw * len(cache) / written[kind] / 1e6:.0f}", f"{raw / read[kind] / 1e6:.0f}"]
-        cells += [f"{mean(found, field):.1e}" if field in found[0] else "" for field in FIELDS]
+        cells += [f"{mean(kind_errors, field):.1e}" if field in kind_errors[0] else "" for field in FIELDS]
         if kind[0] == "pyramid":
             here = [losses(a, b) for a, b in zip(stored, exact[kind[0]].values(), strict=True)]
             cells += [f"{mean(here, name) / mean(reference, name) - 1:+.1e}" for name in LOSSES]

@@ -198,11 +198,11 @@ def sampling_table(teacher_ckpt: Path, student_ckpt: Path, ann_file: Path, img_d
     inputs = extractor.num_inputs
     sgfi = SGFI(student.model.roi_head.bbox_roi_extractor.out_channels, extractor.out_channels)
     strides = [stride[0] for stride in student.model.rpn_head.prior_generator.strides]
-    found: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
+    samples: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
     for info in data.images:
         image = read_image(img_dir / info.file_name, (info.height, info.width))
         size = input_size((info.height, info.width), scale)
-        theirs, ours = (x.pyramid(image, scale, False)[0] for x in (teacher, student))
+        teacher_pyramid, student_pyramid = (x.pyramid(image, scale, False)[0] for x in (teacher, student))
         truth = map_boxes(
             torch.from_numpy(data.gt_boxes(info.image_id)), view_matrix((info.height, info.width), size, False)
         )
@@ -210,21 +210,21 @@ def sampling_table(teacher_ckpt: Path, student_ckpt: Path, ann_file: Path, img_d
         large = rois_of(32, size, (size[0] / 2, size[1]))
         large[:, 0] = 0
         for kind, rois in (("objects", objects), ("large", large)):
-            wanted = roi_align_assigned(theirs[:inputs], strides[:inputs], rois, extractor.finest_scale)
+            expected = roi_align_assigned(teacher_pyramid[:inputs], strides[:inputs], rois, extractor.finest_scale)
             for ratio in (0, *RATIOS):
                 with torch.enable_grad():
-                    levels = [level.detach().requires_grad_() for level in ours]
+                    levels = [level.detach().requires_grad_() for level in student_pyramid]
                     at = roi_align_levels(levels, strides, rois, 7, ratio) if ratio else adaptive(levels, strides, rois)
-                    loss = sgfi(at, wanted).loss
+                    loss = sgfi(at, expected).loss
                     grads = torch.autograd.grad(loss, [*levels, *sgfi.parameters()])
                 pyramid, learned = (torch.cat([x.flatten() for x in part]) for part in (grads[:5], grads[5:]))
-                found.setdefault((kind, ratio), []).append((loss.detach(), pyramid, learned))
+                samples.setdefault((kind, ratio), []).append((loss.detach(), pyramid, learned))
     click.echo("\n| RoIs | points per cell | SGFI | moved | gradient at the pyramid moved | of SGFI's parameters |")
     click.echo("|---|---|---|---|---|---|")
     for kind in ("objects", "large"):
-        exact = [torch.cat([x.flatten() for x in part]) for part in zip(*found[kind, 0], strict=True)]
+        exact = [torch.cat([x.flatten() for x in part]) for part in zip(*samples[kind, 0], strict=True)]
         for ratio in (0, *RATIOS):
-            these = [torch.cat([x.flatten() for x in part]) for part in zip(*found[kind, ratio], strict=True)]
+            these = [torch.cat([x.flatten() for x in part]) for part in zip(*samples[kind, ratio], strict=True)]
             off = [float((a.mean() - b.mean()) / b.mean()) for a, b in zip(these[:1], exact[:1], strict=True)]
             off += [float((a - b).norm() / b.norm()) for a, b in zip(these[1:], exact[1:], strict=True)]
             cells = " | ".join(f"{100 * value:.2f} %" for value in off)

@@ -68,7 +68,7 @@ def make_cache(place: Location, tier: str, count: int, part_size: int) -> CacheS
         return (uniform.abs() * 2).clamp_(max=1 - 1e-6).neg_().log1p_().neg_().pow_(1.85).mul_(uniform.sign())
 
     rows = spec.proposals + OBJECTS
-    kept: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for _ in range(RECORDS):
         corners = torch.rand(rows, 2, generator=generator) * 500
         boxes = torch.cat([corners, corners + 100], dim=1)
@@ -80,7 +80,7 @@ def make_cache(place: Location, tier: str, count: int, part_size: int) -> CacheS
             record["features"] = [peaked(256, *shape) for shape in level_shapes(SIZE, spec.strides)]
         else:
             record["roi_features"] = peaked(rows, 256, 7, 7)
-        kept.append(record)
+        records.append(record)
     writer = CacheWriter(place, spec, images, part_size, {}, {})
     for index in writer.pending():
         with writer.part(index) as part:
@@ -95,7 +95,7 @@ def make_cache(place: Location, tier: str, count: int, part_size: int) -> CacheS
                         input_size=SIZE,
                         num_proposals=spec.proposals,
                         gt_labels=torch.zeros(OBJECTS, dtype=torch.int64),
-                        **kept[position % RECORDS],
+                        **records[position % RECORDS],
                     )
                 )
     return spec

@@ -93,8 +93,8 @@ def open_kdpipe(folder: Path) -> Read:
 
     def read(number: int, rois: bool) -> list[Tensor]:
         targets = cache.targets(number, fields=ROI_FIELDS if rois else None)
-        found = [getattr(targets, name, None) for name in (ROI_ARRAYS if rois else ARRAYS)]
-        values = [value for entry in found for value in (entry if isinstance(entry, tuple) else [entry])]
+        arrays = [getattr(targets, name, None) for name in (ROI_ARRAYS if rois else ARRAYS)]
+        values = [value for entry in arrays for value in (entry if isinstance(entry, tuple) else [entry])]
         return [value for value in values if value is not None]
 
     return read
@@ -105,10 +105,10 @@ def samples(cache: Path) -> Iterator[Sample]:
     source = open_cache(cache)
     for image_id in source.image_ids.tolist():
         targets = source.targets(image_id)
-        found = {name: getattr(targets, name, None) for name in ARRAYS}
+        arrays = {name: getattr(targets, name, None) for name in ARRAYS}
         if targets.features is not None:
-            found["features"] = torch.cat([level.reshape(-1) for level in targets.features if level is not None])
-        yield {name: value.numpy() for name, value in found.items() if value is not None}
+            arrays["features"] = torch.cat([level.reshape(-1) for level in targets.features if level is not None])
+        yield {name: value.numpy() for name, value in arrays.items() if value is not None}
 
 
 def write_torch(folder: Path, content: Iterable[Sample]) -> None:

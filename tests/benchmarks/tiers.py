@@ -71,8 +71,8 @@ def places(data: Path, name: str) -> list[str]:
 
 def prepare(data: Path, out: Path, name: str, caches: set[str]) -> None:
     """Train the teacher of a data set, and cache it."""
-    known = DATA[name]
-    teacher = ["train-teacher", "--config", bccd.FASTER, *known.model(*known.teacher)]
+    dataset = DATA[name]
+    teacher = ["train-teacher", "--config", bccd.FASTER, *dataset.model(*dataset.teacher)]
     where = [*places(data, name), "--val-ann-file", str(data / name / "test.json")]
     bccd.train([*teacher, *where, "--scale", "256x192"], out / name / "teacher", 24)
     for cache in sorted(caches):
@@ -88,8 +88,8 @@ def prepare(data: Path, out: Path, name: str, caches: set[str]) -> None:
 
 
 def work_dir(out: Path, name: str, student: str, seed: int) -> Path:
-    kept = "".join(character for character in student if character.isalnum() or character == " ")
-    return out / name / f"{kept.replace(' ', '-')}_seed{seed}"
+    name_part = "".join(character for character in student if character.isalnum() or character == " ")
+    return out / name / f"{name_part.replace(' ', '-')}_seed{seed}"
 
 
 def train_student(data: Path, out: Path, name: str, student: str, seed: int) -> None:
@@ -115,16 +115,16 @@ def table(out: Path, seeds: int) -> str:
     for name in DATA:
         for student, row in STUDENTS.items():
             other = row.beside
-            found, beside = results(out, name, student, seeds), results(out, name, other, seeds) if other else {}
-            if not found:
+            row_results, beside = results(out, name, student, seeds), results(out, name, other, seeds) if other else {}
+            if not row_results:
                 continue
-            points = [100 * (found[seed] - beside[seed]) for seed in found if seed in beside]
+            points = [100 * (row_results[seed] - beside[seed]) for seed in row_results if seed in beside]
             change = f"{statistics.mean(points):+.2f}" if points else ""
             if len(points) > 1:
                 change += f" ± {statistics.stdev(points) / len(points) ** 0.5:.2f}"
-            every = ", ".join(f"{ap:.3f}" for ap in found.values())
+            every = ", ".join(f"{ap:.3f}" for ap in row_results.values())
             lines.append(
-                f"| {name} | {student} | {every} | {statistics.mean(found.values()):.3f} | {other} | {change} |"
+                f"| {name} | {student} | {every} | {statistics.mean(row_results.values()):.3f} | {other} | {change} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -104,17 +104,17 @@ class Kit:
         """
         out, err = io.StringIO(), io.StringIO()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        found = 0
+        code_found = 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 main([str(arg) for arg in args])
         except SystemExit as stop:
-            found = int(stop.code or 0)
+            code_found = int(stop.code or 0)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        ended = Ended(found, out.getvalue(), err.getvalue())
-        assert code is None or found == code, f"exit code {found}\n{ended.out}\n{ended.err}"
+        ended = Ended(code_found, out.getvalue(), err.getvalue())
+        assert code is None or code_found == code, f"exit code {code_found}\n{ended.out}\n{ended.err}"
         return ended
 
     def refused(self, *args: object, code: int = 1) -> str:

@@ -54,18 +54,18 @@ def test_verified_and_inspected(kit: "Kit", made: Any, url: str, options: list[s
 
 
 def test_dry_run(kit: "Kit", url: str, options: list[str]) -> None:
-    shown = kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", url, "--dry-run", *options).out
-    assert "features" in shown
-    assert "Free at" not in shown  # there is no end to a bucket
+    printed = kit.run("cache-teacher", *kit.source, *kit.VIEW, "--out", url, "--dry-run", *options).out
+    assert "features" in printed
+    assert "Free at" not in printed  # there is no end to a bucket
 
 
 def test_trained_from(kit: "Kit", made: Any, url: str, options: list[str], tmp_path: Path) -> None:
     """As from a folder, number for number, with loader workers; what is recorded has no options."""
     work, other = tmp_path / "work", tmp_path / "other"
     local = ("--local-copy", tmp_path / "disk", "--local-bytes", "1GiB")
-    said = kit.train_student(work, *options, *local, cache=url, workers=1).out
+    printed = kit.train_student(work, *options, *local, cache=url, workers=1).out
     kit.train_student(other, cache=kit.cache, workers=1)
-    assert "Local copy in" in said
+    assert "Local copy in" in printed
     assert {path.parent.name for path in (tmp_path / "disk").rglob("zarr.json")} >= {"features", "boxes", "index"}
     assert metrics(work) == metrics(other)
     assert files_with(work, SECRET) == []

@@ -49,17 +49,17 @@ def test_classes_are_matched_by_name(kit: "Kit", work: Path) -> None:
     data = ("--ann-file", ann, "--img-dir", kit.img)
     ended = kit.run("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--out", "x.zarr")
     assert "classes are matched by name with those of the teacher teacher.pth (put in its order: " in ended.out
-    made, wanted = open_cache("x.zarr"), open_cache(kit.cache)
-    assert made.spec == wanted.spec
-    assert made.identity["data"] == wanted.identity["data"]
-    gone = content["categories"].pop()
-    boxes = [box for box in content["annotations"] if box["category_id"] != gone["id"]]
+    made, expected = open_cache("x.zarr"), open_cache(kit.cache)
+    assert made.spec == expected.spec
+    assert made.identity["data"] == expected.identity["data"]
+    last_category = content["categories"].pop()
+    boxes = [box for box in content["annotations"] if box["category_id"] != last_category["id"]]
     few = kit.annotations(work / "b.json", categories=content["categories"], annotations=boxes)
     assert "another data set" in kit.refused(*kit.student_command(work / "w", "--ann-file", few))
     options = ("--methods", "cls", "--ann-file", ann, "--val-ann-file", few, "--val-img-dir", kit.img)
     ended = kit.train_student(work / "w", *options)
     assert "put in its order" in ended.out
-    assert f"not in the file: {gone['name']}" in ended.out
+    assert f"not in the file: {last_category['name']}" in ended.out
 
 
 def test_other_classes(kit: "Kit", work: Path) -> None:

@@ -29,8 +29,8 @@ def folder(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`data/coco`, `x101.pth` in the layout of mmdet's own weights, and torchvision's weights of the backbone."""
     for split, ann, images, count in (("train", kit.ann, kit.img, 2), ("val", kit.val_ann, kit.val_img, 1)):
         content = json.loads(ann.read_text())
-        kept = content["images"][:count]
-        ids = {image["id"] for image in kept}
+        kept_images = content["images"][:count]
+        ids = {image["id"] for image in kept_images}
         boxes = [
             {**box, "category_id": COCO_IDS[7 * box["category_id"]]}
             for box in content["annotations"]
@@ -39,7 +39,7 @@ def folder(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         categories = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO, strict=True)]
         target = work / "data" / "coco" / "annotations" / f"instances_{split}2017.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"images": kept, "annotations": boxes, "categories": categories}))
+        target.write_text(json.dumps({"images": kept_images, "annotations": boxes, "categories": categories}))
         shutil.copytree(images, work / "data" / "coco" / f"{split}2017")
     teacher = kit.config("faster-rcnn_x101-64x4d_fpn_1x_coco", classes=80)
     kit.save_detector(work / "x101.pth", teacher, classes=COCO)

@@ -41,15 +41,17 @@ def teacher(kit: "Kit") -> Teacher:
     return load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=40, device=torch.device("cpu"))
 
 
-def close(found: torch.Tensor | None, wanted: torch.Tensor | None, dtype: str, scale: torch.Tensor | None) -> bool:
+def close(actual: torch.Tensor | None, expected: torch.Tensor | None, dtype: str, scale: torch.Tensor | None) -> bool:
     """Equal as far as the storage type allows: about half a step of int8, half precision, or 1e-6."""
-    assert found is not None
-    assert wanted is not None
+    assert actual is not None
+    assert expected is not None
     if scale is not None:
-        step = scale.float().reshape(*scale.shape, *[1] * (wanted.dim() - scale.dim()))
-        return bool(((found.float() * step - wanted).abs() <= 0.51 * step + 1e-7).all())
+        step = scale.float().reshape(*scale.shape, *[1] * (expected.dim() - scale.dim()))
+        return bool(((actual.float() * step - expected).abs() <= 0.51 * step + 1e-7).all())
     tolerance = 1e-6 if dtype == "float32" else 1e-3
-    return torch.allclose(found.float(), wanted, rtol=tolerance, atol=tolerance * max(1.0, float(wanted.abs().max())))
+    return torch.allclose(
+        actual.float(), expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,42 +81,42 @@ def test_holds_what_the_teacher_says(
     others = "float32" if dtype == "float32" else "float16"
     for info in data.images[::5]:
         for view in ("identity", "hflip"):
-            found = cache.targets(info.image_id, view)
+            targets = cache.targets(info.image_id, view)
             record = ask(teacher, kit.img / info.file_name, data.gt_boxes(info.image_id), cache.spec, info, view)
-            assert (found.num_proposals, found.input_size) == (record.num_proposals, record.input_size)
-            assert found.num_proposals <= 40
-            assert torch.equal(found.boxes, record.boxes)
-            assert found.num_jittered == record.num_jittered > 64 * (tier == "objects") - 1
-            truth = found.boxes[found.num_proposals + found.num_jittered :]
+            assert (targets.num_proposals, targets.input_size) == (record.num_proposals, record.input_size)
+            assert targets.num_proposals <= 40
+            assert torch.equal(targets.boxes, record.boxes)
+            assert targets.num_jittered == record.num_jittered > 64 * (tier == "objects") - 1
+            truth = targets.boxes[targets.num_proposals + targets.num_jittered :]
             assert np.allclose(truth, data.gt_boxes(info.image_id), atol=1e-4)
-            assert close(found.logits, record.logits, others, None)
+            assert close(targets.logits, record.logits, others, None)
             assert record.deltas is not None
             assert record.logits is not None
             deltas, labels = record.deltas, torch.from_numpy(data.gt_labels(info.image_id))
             if cache.spec.is_quantized:
                 deltas = merge_unlikely(deltas, record.logits, record.boxes, labels, 0.01)
-            assert close(found.deltas, deltas, others, None)
+            assert close(targets.deltas, deltas, others, None)
             if "embeddings" in FIELDS[tier]:
-                assert close(found.embeddings, record.embeddings, others, found.embedding_scale)
+                assert close(targets.embeddings, record.embeddings, others, targets.embedding_scale)
             if "roi_features" in FIELDS[tier]:
                 assert record.roi_features is not None
-                assert found.roi_rows is not None
-                assert len(data.gt_boxes(info.image_id)) <= len(found.roi_rows) <= MAX_OBJECTS
-                wanted = record.roi_features[found.roi_rows.long()]
+                assert targets.roi_rows is not None
+                assert len(data.gt_boxes(info.image_id)) <= len(targets.roi_rows) <= MAX_OBJECTS
+                expected = record.roi_features[targets.roi_rows.long()]
                 if dtype == "int4":
-                    assert float((found.float_roi_features() - wanted).norm() / wanted.norm()) < 0.2
+                    assert float((targets.float_roi_features() - expected).norm() / expected.norm()) < 0.2
                 else:
-                    assert close(found.roi_features, wanted, dtype, found.roi_scale)
+                    assert close(targets.roi_features, expected, dtype, targets.roi_scale)
             if "features" in FIELDS[tier]:
-                for level, wanted in enumerate(record.features or ()):
-                    mine = found.pyramid()[level]
+                for level, expected in enumerate(record.features or ()):
+                    mine = targets.pyramid()[level]
                     assert mine is not None
                     if dtype == "int4":
-                        assert float((mine - wanted).norm() / wanted.norm()) < 0.2
-                    elif found.scale is None:
-                        assert close(mine, wanted, dtype, None)
+                        assert float((mine - expected).norm() / expected.norm()) < 0.2
+                    elif targets.scale is None:
+                        assert close(mine, expected, dtype, None)
                     else:
-                        assert close(found.features[level], wanted, dtype, found.scale[level])  # type: ignore[index]
+                        assert close(targets.features[level], expected, dtype, targets.scale[level])  # type: ignore[index]
     state = teacher.model.state_dict()
     head = cache.head()
     assert all(torch.equal(head[name], state[name]) for name in head)
@@ -137,16 +139,18 @@ def test_detections_from_the_cache_are_those_of_the_live_teacher(kit: "Kit", wor
     test_cfg = teacher.model.roi_head.test_cfg
     total = 0
     for info in data.images:
-        said = cache.targets(info.image_id)
-        scores = torch.softmax(said.logits, dim=1)[: said.num_proposals]  # type: ignore[arg-type]
-        boxes = said.class_boxes(cache.spec)[: said.num_proposals]
-        found, labels = multiclass_nms(boxes.flatten(1), scores, test_cfg.score_thr, test_cfg.nms, test_cfg.max_per_img)
+        targets = cache.targets(info.image_id)
+        scores = torch.softmax(targets.logits, dim=1)[: targets.num_proposals]  # type: ignore[arg-type]
+        boxes = targets.class_boxes(cache.spec)[: targets.num_proposals]
+        actual, labels = multiclass_nms(
+            boxes.flatten(1), scores, test_cfg.score_thr, test_cfg.nms, test_cfg.max_per_img
+        )
         sample = pipeline({"img_path": str(kit.img / info.file_name), "img_id": info.image_id})
         with torch.no_grad():
             live = teacher.model.test_step({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]})[0]
         assert torch.equal(labels, live.pred_instances.labels)
-        assert torch.allclose(found[:, 4], live.pred_instances.scores, atol=1e-6)
-        assert torch.allclose(found[:, :4], live.pred_instances.bboxes, atol=1e-3)
+        assert torch.allclose(actual[:, 4], live.pred_instances.scores, atol=1e-6)
+        assert torch.allclose(actual[:, :4], live.pred_instances.bboxes, atol=1e-3)
         total += len(labels)
     assert total > 8 * 10
 
@@ -155,11 +159,11 @@ def test_padding_of_a_batch_does_not_leak_in(kit: "Kit", teacher: Teacher) -> No
     """The cached predictions are those of the whole detector's box head at the cached boxes of the image alone."""
     cache, data = open_cache(kit.cache), load_coco(kit.ann, kit.img)
     info = data.images[3]
-    said = cache.targets(info.image_id, fields=["logits"])
+    targets = cache.targets(info.image_id, fields=["logits"])
     with torch.no_grad():
-        pyramid, _ = teacher.pyramid(read_image(kit.img / info.file_name), said.input_size, False)
-        result = teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([said.boxes]))
-    assert torch.allclose(said.logits.float(), result["cls_score"], atol=0.05)  # type: ignore[union-attr]
+        pyramid, _ = teacher.pyramid(read_image(kit.img / info.file_name), targets.input_size, False)
+        result = teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([targets.boxes]))
+    assert torch.allclose(targets.logits.float(), result["cls_score"], atol=0.05)  # type: ignore[union-attr]
 
 
 def test_limit_and_parts(kit: "Kit", work: Path) -> None:
@@ -182,12 +186,12 @@ def test_interrupted_and_resumed_is_the_same_byte_for_byte(
     kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("cache-teacher", *kit.source, *kit.VIEW, *SMALL_PARTS)
-    asked: list[int] = []
+    asked_ids: list[int] = []
     record = Teacher.record
 
     def interrupt(self: Teacher, *args: Any, **options: Any) -> TeacherRecord:
-        asked.append(options["image_id"])
-        if len(asked) == 5:
+        asked_ids.append(options["image_id"])
+        if len(asked_ids) == 5:
             raise KeyboardInterrupt
         return record(self, *args, **options)
 
@@ -311,11 +315,11 @@ def test_config_from_the_checkpoint_or_by_name(kit: "Kit", work: Path) -> None:
     torch.save(torch.load(kit.teacher, weights_only=True)["state_dict"], bare)
     file = work / "config.py"
     file.write_text(kit.config().pretty_text)
-    wanted = kit.tree(kit.cache / "parts")
+    expected = kit.tree(kit.cache / "parts")
     for name, ckpt, config in (("old", old, ()), ("bare", bare, ("--config", file))):
         options = ("--proposals", 40, "--out", f"{name}.zarr")  # the scale is the config's
         kit.run("cache-teacher", "--ckpt", ckpt, *config, *kit.data, *options)
-        assert kit.tree(work / f"{name}.zarr" / "parts") == wanted
+        assert kit.tree(work / f"{name}.zarr" / "parts") == expected
     assert "carries no config" in kit.refused("cache-teacher", "--ckpt", bare, *kit.data)
     by_name = ("cache-teacher", "--ckpt", bare, *kit.data, "--config")
     message = kit.refused(*by_name, "faster-rcnn_r50_fpn_1x_coco")  # found, and not the config of these weights

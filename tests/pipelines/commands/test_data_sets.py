@@ -158,10 +158,10 @@ def test_incomplete_jpegs_in_every_command(kit: "Kit", work: Path) -> None:
     data = ("--ann-file", kit.ann, "--img-dir", "train")
     validation = ("--val-ann-file", kit.val_ann, "--val-img-dir", "val")
     training = ("train-teacher", "--config", kit.student, *data, *validation, "--epochs", 1, "--work-dir", "w")
-    said = " ".join(kit.run(*training, "--workers", 0).out.split())
-    assert "Warning: 1 of the 8 images of train.json is incomplete and used as decoded: image train/" in said
-    assert "Warning: 1 of the 3 images of val.json is incomplete and used as decoded: image val/" in said
-    assert "of its pixels are lost" in said
+    printed = " ".join(kit.run(*training, "--workers", 0).out.split())
+    assert "Warning: 1 of the 8 images of train.json is incomplete and used as decoded: image train/" in printed
+    assert "Warning: 1 of the 3 images of val.json is incomplete and used as decoded: image val/" in printed
+    assert "of its pixels are lost" in printed
     kit.run("cache-teacher", "--ckpt", "w/teacher.pth", *data, *kit.VIEW, "--out", "x.zarr")
     assert len(open_cache(work / "x.zarr").image_ids) == 8
     kit.run(*kit.student_command(work / "s", "--methods", "cls", *validation, cache=work / "x.zarr"))

@@ -72,7 +72,7 @@ def test_compiled_ops_are_native() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "found", "remedy"),
+    ("changes", "name", "text", "remedy"),
     [
         ({"versions": without("numcodecs")}, "numcodecs", "missing", "pip install 'numcodecs>=0.15'"),
         ({"versions": without("kdpipe")}, "kdpipe", "not installed", "pip install"),
@@ -103,10 +103,10 @@ def test_compiled_ops_are_native() -> None:
         ({"has_nvidia_driver": True}, "CUDA", "torch finds no device", "pytorch.org"),
     ],
 )
-def test_each_problem_has_a_remedy(changes: dict[str, Any], name: str, found: str, remedy: str) -> None:
+def test_each_problem_has_a_remedy(changes: dict[str, Any], name: str, text: str, remedy: str) -> None:
     (problem,) = problems(**changes)
     assert problem.name == name
-    assert found in problem.found
+    assert text in problem.found
     assert remedy in problem.remedy
     code, text = printed(dataclasses.replace(HEALTHY, **changes))
     assert code == 1
@@ -136,9 +136,9 @@ def test_what_one_broken_package_drags_down_is_reported_once() -> None:
 
 
 def test_devices_are_listed() -> None:
-    found = {c.name: c.found for c in diagnose(dataclasses.replace(HEALTHY, gpus=(("H100 [PCIe]", 80 << 30),)))}
-    assert "2 cores" in found["CPU"]
-    assert "H100 [PCIe]" in found["cuda:0"]
+    findings = {c.name: c.found for c in diagnose(dataclasses.replace(HEALTHY, gpus=(("H100 [PCIe]", 80 << 30),)))}
+    assert "2 cores" in findings["CPU"]
+    assert "H100 [PCIe]" in findings["cuda:0"]
     assert "H100 [PCIe]" in printed(dataclasses.replace(HEALTHY, gpus=(("H100 [PCIe]", 80 << 30),)))[1]
 
 

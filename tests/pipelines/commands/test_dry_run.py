@@ -69,17 +69,17 @@ def test_the_estimate_of_photographs_is_right(kit: "Kit", work: Path, bccd: Path
         "--out",
         work / "x.zarr",
     )
-    said = row(kit.run(*command, "--dry-run").out, "targets")[1]
+    estimated = row(kit.run(*command, "--dry-run").out, "targets")[1]
     ended = kit.run(*command)
     parts = sum(file.stat().st_size for file in (work / "x.zarr" / "parts").rglob("*") if file.is_file())
     head = sum(file.stat().st_size for file in (work / "x.zarr" / "head").rglob("*") if file.is_file())
-    assert said == pytest.approx(parts, rel=0.1)
-    found = re.search(
+    assert estimated == pytest.approx(parts, rel=0.1)
+    match = re.search(
         r"([\d.]+) (\w+) on disk \(\d+ % of the raw bytes\), and ([\d.]+) (\w+) of the teacher's heads", ended.out
     )
-    assert found is not None
-    assert float(found[1]) * UNITS[found[2]] == pytest.approx(parts, rel=0.05)  # with the root of the cache
-    assert float(found[3]) * UNITS[found[4]] == pytest.approx(head, rel=0.01)
+    assert match is not None
+    assert float(match[1]) * UNITS[match[2]] == pytest.approx(parts, rel=0.05)  # with the root of the cache
+    assert float(match[3]) * UNITS[match[4]] == pytest.approx(head, rel=0.01)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(
@@ -111,12 +111,12 @@ def test_only_what_is_missing_has_to_fit(kit: "Kit", work: Path, monkeypatch: py
 
 
 def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    asked_paths: list[Any] = []
 
     def disk_usage(path: Path) -> Usage:
-        asked.append(path)
+        asked_paths.append(path)
         return Usage(2, 1, 1)
 
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     assert Folder(tmp_path / "a" / "b" / "x.zarr").free_bytes() == 1
-    assert asked == [tmp_path]
+    assert asked_paths == [tmp_path]

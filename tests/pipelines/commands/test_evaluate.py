@@ -40,11 +40,11 @@ def test_is_the_ap_that_training_measured(
 
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setattr(QuietRunner, "test", test_and_tell)
-    wanted = json.loads((trained / "result.json").read_text())["metrics"]
+    expected = json.loads((trained / "result.json").read_text())["metrics"]
     for ann_file, img_dir in ((None, None), (kit.val_ann, kit.val_img)):
         options = EvaluateOptions(trained / "student.pth", data=DataOptions(ann_file, img_dir), batch_size=3)
-        found = evaluate(options, Console(quiet=True))
-        assert found == pytest.approx(wanted, abs=1e-9)
+        actual = evaluate(options, Console(quiet=True))
+        assert actual == pytest.approx(expected, abs=1e-9)
     assert len(set(names)) == 2
 
 

@@ -125,13 +125,13 @@ def test_an_incomplete_cache(kit: "Kit", partial: Path) -> None:
 
 
 def test_text_of_a_cache_is_only_shown(kit: "Kit", partial: Path) -> None:
-    shown = [kit.run("inspect", partial, *options).out for options in ((), ("--image", 1), ("--json",))]
-    for out in shown:
+    printed = [kit.run("inspect", partial, *options).out for options in ((), ("--image", 1), ("--json",))]
+    for out in printed:
         assert "\x1b" not in out
         assert "\u202e" not in out
         assert "[bold]" in out
-    assert r"image 1 ([red]a\x1b[31m.jpg), view identity" in shown[1]
-    assert r"not an image \x1b[31m[red]" in shown[0]
+    assert r"image 1 ([red]a\x1b[31m.jpg), view identity" in printed[1]
+    assert r"not an image \x1b[31m[red]" in printed[0]
 
 
 def test_plain() -> None:

@@ -104,8 +104,8 @@ def test_images_without_a_box_are_cached_with_no_rows(kit: "Kit", work: Path, ti
     assert "nan" not in ended.out
     live = kit.run("evaluate", "--ckpt", ckpt, *data, "--scale", "128x96").out
     assert live.splitlines()[-4:] == ended.out.splitlines()[-4:], "the same AP"
-    shown = kit.run("inspect", work / "x.zarr", "--image", cache.image_ids[0])
-    assert "0 proposals, 0 annotated" in shown.out
+    printed = kit.run("inspect", work / "x.zarr", "--image", cache.image_ids[0])
+    assert "0 proposals, 0 annotated" in printed.out
     as_json: dict[str, Any] = json.loads(
         kit.run("inspect", work / "x.zarr", "--image", cache.image_ids[0], "--json").out
     )

@@ -36,6 +36,6 @@ def test_it_is_evaluated_cached_and_loaded_by_mmdet(kit: "Kit", work: Path, trai
     config = Config.fromstring(torch.load(ckpt)["meta"]["cfg"], ".py")
     assert config.val_dataloader is None
     model = init_detector(config, str(ckpt), device="cpu")
-    found = inference_detector(model, str(next(kit.img.iterdir())))
-    assert found.metainfo["img_shape"] == (72, 96)
+    actual = inference_detector(model, str(next(kit.img.iterdir())))
+    assert actual.metainfo["img_shape"] == (72, 96)
     assert model.dataset_meta["classes"] == kit.classes

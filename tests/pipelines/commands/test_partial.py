@@ -27,19 +27,21 @@ def unfinished(kit: "Kit", work: Path) -> tuple[Path, tuple[object, ...]]:
 
 def test_trains_on_what_is_there(kit: "Kit", work: Path) -> None:
     cache, command = unfinished(kit, work)
-    there = open_cache(cache, allow_partial=True).image_ids.tolist()
-    assert 1 < len(there) < 8
+    cached_ids = open_cache(cache, allow_partial=True).image_ids.tolist()
+    assert 1 < len(cached_ids) < 8
     training = kit.student_command(work / "w", "--methods", "cls", "--batch-size", 1, cache=cache)
     assert "is incomplete" in kit.refused(*training)
     assert not (work / "w").exists()
     ended = kit.run(*training, "--allow-partial")
-    assert f"training on {len(there)} of 8 images" in ended.out
-    assert [image["id"] for image in json.loads((work / "w" / "kdpipe" / "train.json").read_text())["images"]] == there
-    assert steps(work / "w") == len(there)
+    assert f"training on {len(cached_ids)} of 8 images" in ended.out
+    assert [
+        image["id"] for image in json.loads((work / "w" / "kdpipe" / "train.json").read_text())["images"]
+    ] == cached_ids
+    assert steps(work / "w") == len(cached_ids)
 
     kit.run(*command)  # the cache is finished; a training that is resumed keeps the images that it began with
     kit.run(*training, "--epochs", 2, "--resume")
-    assert steps(work / "w") == 2 * len(there)
+    assert steps(work / "w") == 2 * len(cached_ids)
     kit.run(*kit.student_command(work / "new", "--methods", "cls", "--batch-size", 1, "--allow-partial", cache=cache))
     assert steps(work / "new") == 8
 
@@ -66,12 +68,12 @@ def test_some_of_the_images(kit: "Kit", work: Path) -> None:
     ids = [image.image_id for image in data.images[1::3]]
     some = data.only(ids)
     again = load_coco(some.copied_to(work / "some.json").write_copy(), kit.img)
-    for found in (some, again):
-        assert [image.image_id for image in found.images] == ids
-        assert list(found.images) == [image for image in data.images if image.image_id in ids]
+    for images in (some, again):
+        assert [image.image_id for image in images.images] == ids
+        assert list(images.images) == [image for image in data.images if image.image_id in ids]
         for image_id in ids:
-            assert (found.gt_boxes(image_id) == data.gt_boxes(image_id)).all()
-            assert (found.gt_labels(image_id) == data.gt_labels(image_id)).all()
+            assert (images.gt_boxes(image_id) == data.gt_boxes(image_id)).all()
+            assert (images.gt_labels(image_id) == data.gt_labels(image_id)).all()
 
 
 @pytest.mark.slow

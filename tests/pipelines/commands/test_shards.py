@@ -78,10 +78,10 @@ def test_shards_by_hand(kit: "Kit", work: Path) -> None:
     assert committed(work / "x.zarr") == list(range(1, 24, 3))
     assert "24 images" not in out
 
-    shown = kit.run("inspect", "x.zarr").out.splitlines()
-    assert [line for line in shown if line.startswith("missing  part 0")] == ["missing  part 0 of 1 images"]
-    assert "missing  16 parts; this makes them:" in shown
-    words = shlex.split(shown[-1])
+    printed = kit.run("inspect", "x.zarr").out.splitlines()
+    assert [line for line in printed if line.startswith("missing  part 0")] == ["missing  part 0 of 1 images"]
+    assert "missing  16 parts; this makes them:" in printed
+    words = shlex.split(printed[-1])
     assert words[0] == "kdpipe"
     again = kit.run(*words[1:], "--shard", "0/2").out  # another number of them
     assert "8 of 24 images are cached already" in again
@@ -138,7 +138,7 @@ def test_a_killed_shard_changes_nothing_for_the_others(kit: "Kit", work: Path, f
         assert "Other shards still have to make" in processes[rank].out
     lines = re.findall(r"^cache teacher: (\d+)/8, .*, all shards (\d+)/24, .* left$", processes[2].out, re.MULTILINE)
     assert lines, processes[2].out
-    assert all(int(own) <= 8 for own, _ in lines)
+    assert all(int(own_count) <= 8 for own_count, _ in lines)
     assert max(int(whole) for _, whole in lines) > 8  # what others made is seen
     kit.run(*command, "x.zarr")
     kit.run(*command, "one.zarr")

@@ -52,9 +52,9 @@ def check_stopped(kit: "Kit", out: Path, undisturbed: dict[str, str], words: str
     message = kit.refused(*command(kit, out))
     assert words in message
     assert len(message.splitlines()) == 1
-    there = kit.tree(out / "parts")
+    committed = kit.tree(out / "parts")
     assert 0 < len(open_cache(out, allow_partial=True)) < 8
-    assert all(undisturbed[f"parts/{name}"] == digest for name, digest in there.items())
+    assert all(undisturbed[f"parts/{name}"] == digest for name, digest in committed.items())
     return parts(out)
 
 
@@ -67,12 +67,12 @@ def check_finished(kit: "Kit", out: Path, undisturbed: dict[str, str], committed
 
 def at_image(monkeypatch: pytest.MonkeyPatch, number: int, happen: Any) -> None:
     """Let something happen when the teacher is asked about the n-th image."""
-    record, asked = Teacher.record, []
+    record, asked_ids = Teacher.record, []
 
     def asking(self: Teacher, *args: Any, **options: Any) -> TeacherRecord:
         if options["file_name"] != TRIAL:
-            asked.append(options["image_id"])
-        if len(asked) == number:
+            asked_ids.append(options["image_id"])
+        if len(asked_ids) == number:
             happen()
         return record(self, *args, **options)
 

@@ -49,12 +49,12 @@ assert not [name for name in sys.modules if name.startswith("kdpipe.distill") an
 
 def scalars(work_dir: Path) -> dict[str, list[float]]:
     """What the log says of each step."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for file in work_dir.glob("*/vis_data/scalars.json"):
         for line in file.read_text().splitlines():
             for name, value in json.loads(line).items():
-                found.setdefault(name, []).append(value)
-    return found
+                values.setdefault(name, []).append(value)
+    return values
 
 
 def resumable(path: Path) -> Any:
@@ -101,9 +101,11 @@ def test_tensorboard_has_every_loss(trained: "tuple[Path, Ended]") -> None:
     (events,) = trained[0].glob("*/vis_data/events*")
     board = EventAccumulator(str(events)).Reload()
     names = set(board.Tags()["scalars"])
-    own = {"loss", "loss_cls", "loss_bbox", "loss_rpn_cls", "loss_rpn_bbox"}
-    assert own | {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg", "lr", "coco/bbox_mAP"} <= names
-    assert all(torch.isfinite(torch.tensor([event.value for event in board.Scalars(name)])).all() for name in own)
+    own_losses = {"loss", "loss_cls", "loss_bbox", "loss_rpn_cls", "loss_rpn_bbox"}
+    assert own_losses | {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg", "lr", "coco/bbox_mAP"} <= names
+    assert all(
+        torch.isfinite(torch.tensor([event.value for event in board.Scalars(name)])).all() for name in own_losses
+    )
 
 
 def test_stock_mmdet_loads_the_student_strictly(trained: "tuple[Path, Ended]", kit: "Kit") -> None:
@@ -180,8 +182,8 @@ def test_methods(kit: "Kit", work: Path, methods: str) -> None:
     ended = kit.train_student(work / "w", "--methods", methods)
     assert "AP is not measured" in ended.out
     log = scalars(work / "w")
-    known = {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "loss_kd_careg"}
-    assert known & log.keys() == METHODS[methods]
+    all_losses = {"loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg", "loss_kd_careg"}
+    assert all_losses & log.keys() == METHODS[methods]
     assert all(torch.isfinite(torch.tensor(log[name])).all() for name in METHODS[methods] | {"loss"})
     assert any(name.startswith("kd_") for name in log) == (methods != "none")
 

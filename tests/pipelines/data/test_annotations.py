@@ -111,9 +111,9 @@ def test_ap_is_that_of_stock_pycocotools(
     results = found_near(content, seed)
     assert stock_ap(copied, results) == stock_ap(with_valid_ids(content), results)
     assert [entry["id"] for entry in copied["annotations"]] == list(range(1, len(copied["annotations"]) + 1))
-    there = [entry for entry in content["annotations"] if entry["image_id"] != 99 and entry["category_id"] != 44]
-    there.sort(key=lambda entry: [3, 1, 8].index(entry["image_id"]))
-    for written, entry in zip(copied["annotations"], there, strict=True):
+    valid = [entry for entry in content["annotations"] if entry["image_id"] != 99 and entry["category_id"] != 44]
+    valid.sort(key=lambda entry: [3, 1, 8].index(entry["image_id"]))
+    for written, entry in zip(copied["annotations"], valid, strict=True):
         assert written["bbox"] == entry["bbox"]
         assert written.get("segmentation") == entry.get("segmentation")
         assert bool(written.get("ignore")) == bool(entry.get("ignore"))
@@ -180,28 +180,28 @@ def test_commands_measure_what_stock_pycocotools_measures(
     def process(self: CocoMetric, batch: Any, samples: Any) -> None:
         """In place of what a detector finds."""
         for sample in samples:
-            found = [entry for entry in results if entry["image_id"] == sample["img_id"]]
-            boxes = np.array([entry["bbox"] for entry in found]).reshape(-1, 4)
+            image_results = [entry for entry in results if entry["image_id"] == sample["img_id"]]
+            boxes = np.array([entry["bbox"] for entry in image_results]).reshape(-1, 4)
             result = {
                 "img_id": sample["img_id"],
                 "bboxes": np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
-                "scores": np.array([entry["score"] for entry in found]),
-                "labels": np.array([ids.index(entry["category_id"]) for entry in found], dtype=int),
+                "scores": np.array([entry["score"] for entry in image_results]),
+                "labels": np.array([ids.index(entry["category_id"]) for entry in image_results], dtype=int),
             }
             self.results.append(({"img_id": sample["img_id"]}, result))
 
     monkeypatch.setattr(CocoMetric, "process", process)
-    wanted = stock_ap(with_valid_ids(content), results)
-    assert 0.1 < wanted[0] < 0.9
+    expected = stock_ap(with_valid_ids(content), results)
+    assert 0.1 < expected[0] < 0.9
     before = kit.tree(work)
     ended = kit.run("evaluate", "--ckpt", kit.teacher, "--ann-file", "val.json", "--img-dir", kit.val_img)
-    assert f"{wanted[0]:.3f}" in ended.out
+    assert f"{expected[0]:.3f}" in ended.out
     assert "left out: 1 annotations of images that are not listed" in ended.out
     assert kit.tree(work) == before
     validation = ("--val-ann-file", "val.json", "--val-img-dir", kit.val_img)
     training = ("--config", kit.student, *kit.data, *validation, "--epochs", 1, "--work-dir", ".", "--workers", 0)
     ended = kit.run("train-teacher", *training)
-    assert json.loads(Path("result.json").read_text())["ap"] == pytest.approx(wanted[0], abs=6e-4)
+    assert json.loads(Path("result.json").read_text())["ap"] == pytest.approx(expected[0], abs=6e-4)
     assert kit.tree(work)["val.json"] == before["val.json"]
 
     source = ("--ckpt", kit.teacher, "--ann-file", "val.json", "--img-dir", kit.val_img)
@@ -211,7 +211,7 @@ def test_commands_measure_what_stock_pycocotools_measures(
         return [entry for entry in results if entry["image_id"] == image_id]
 
     monkeypatch.setattr("kdpipe.pipelines.teacher.decode._results", of_image)
-    assert f"{wanted[0]:.3f}" in kit.run("verify", "val.zarr", "--ap").out
+    assert f"{expected[0]:.3f}" in kit.run("verify", "val.zarr", "--ap").out
 
 
 def test_a_large_file_is_announced(
@@ -240,8 +240,8 @@ def test_annotations_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     data = load_coco(tmp_path / "a.json", tmp_path)
     assert data.annotations.ids.tolist() == [box["id"] for box in content["annotations"]]
     copied = json.loads(data.copied_to(tmp_path / "b.json").write_copy().read_bytes())
-    wanted = [{**box, "id": number} for number, box in enumerate(content["annotations"], 1)]
-    assert copied["annotations"] == wanted
+    expected = [{**box, "id": number} for number, box in enumerate(content["annotations"], 1)]
+    assert copied["annotations"] == expected
     for bad, message in (
         (5, "an entry of annotations is '5'"),
         ({"bbox": []}, f"annotation at position {count + 1} has"),

@@ -54,15 +54,15 @@ def test_labels_are_those_of_the_model(
     assert [NAMES[int(x) // 10] for x in boxes[:, 0]] == [model[label] for label in labels]
     assert {model[label] for label in labels} == set(here) & set(model)
     assert matched.images[0].num_gt == len(labels)
-    gone = len(here) - len(labels)
-    assert [kind.count for kind in matched.absent] == [gone] * (gone > 0)
+    num_removed = len(here) - len(labels)
+    assert [kind.count for kind in matched.absent] == [num_removed] * (num_removed > 0)
     assert bool(matched.notes) == (here != model)
     again = match_classes(data, matched.class_names, "the cache")
     assert again.digest() == matched.digest()
     copied = json.loads(matched.copied_to(folder / "b.json").write_copy().read_text())
     assert [entry["name"] for entry in copied["categories"]] == model
-    named = {entry["id"]: entry["name"] for entry in copied["categories"]}
-    assert [named[entry["category_id"]] for entry in copied["annotations"]] == [
+    names_of_ids = {entry["id"]: entry["name"] for entry in copied["categories"]}
+    assert [names_of_ids[entry["category_id"]] for entry in copied["annotations"]] == [
         NAMES[int(entry["bbox"][0]) // 10] for entry in copied["annotations"]
     ]
 

@@ -48,11 +48,11 @@ def mmdet_instances(ann_file: Path, classes: tuple[str, ...], flag: int) -> dict
         pipeline=[],
         serialize_data=False,
     )
-    found: dict[int, list[Any]] = {}
+    instances: dict[int, list[Any]] = {}
     for item in dataset.data_list:
-        chosen = [each for each in item["instances"] if each["ignore_flag"] == flag]
-        found[item["img_id"]] = [(*each["bbox"], each["bbox_label"]) for each in chosen]
-    return found
+        selected = [each for each in item["instances"] if each["ignore_flag"] == flag]
+        instances[item["img_id"]] = [(*each["bbox"], each["bbox_label"]) for each in selected]
+    return instances
 
 
 def test_coco_is_read_as_mmdet_does(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_coco_is_read_as_mmdet_does(tmp_path: Path) -> None:
         (5, "c.png", 30, 50, 0),
     ]
     for image_id, instances in mmdet_instances(path, data.class_names, 0).items():
-        wanted = np.array(instances).reshape(-1, 5)
-        wanted[:, :4] = np.clip(wanted[:, :4], 0, [60, 40, 60, 40] if image_id == 7 else [50, 30, 50, 30])
-        np.testing.assert_array_equal(data.gt_boxes(image_id), wanted[:, :4].astype(np.float32))
-        np.testing.assert_array_equal(data.gt_labels(image_id), wanted[:, 4])
+        expected = np.array(instances).reshape(-1, 5)
+        expected[:, :4] = np.clip(expected[:, :4], 0, [60, 40, 60, 40] if image_id == 7 else [50, 30, 50, 30])
+        np.testing.assert_array_equal(data.gt_boxes(image_id), expected[:, :4].astype(np.float32))
+        np.testing.assert_array_equal(data.gt_labels(image_id), expected[:, 4])
     assert data.gt_boxes(3).dtype == np.float32
     assert data.gt_labels(3).dtype == np.int64
     assert data.gt_boxes(5).shape == (0, 4)
@@ -79,9 +79,9 @@ def test_coco_is_read_as_mmdet_does(tmp_path: Path) -> None:
 def test_bccd_is_read_as_mmdet_does(bccd: Path, split: str) -> None:
     data = load_coco(bccd / f"{split}.json", bccd / "JPEGImages")
     for image_id, instances in mmdet_instances(bccd / f"{split}.json", data.class_names, 0).items():
-        wanted = np.array(instances)
-        np.testing.assert_array_equal(data.gt_labels(image_id), wanted[:, 4])
-        np.testing.assert_array_equal(data.gt_boxes(image_id), np.clip(wanted[:, :4], 0, [640, 480, 640, 480]))
+        expected = np.array(instances)
+        np.testing.assert_array_equal(data.gt_labels(image_id), expected[:, 4])
+        np.testing.assert_array_equal(data.gt_boxes(image_id), np.clip(expected[:, :4], 0, [640, 480, 640, 480]))
 
 
 def test_limit_keeps_the_first_images(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_converted_voc_is_the_coco_file(bccd: Path, tmp_path: Path, split: str) 
         other = by_name[image.file_name]
         assert (image.height, image.width, image.num_gt) == (other.height, other.width, other.num_gt)
         # this COCO file counts pixels from 1 as its VOC source does, mmdet's VOC counts from 0
-        wanted = _boxes(coco, other.image_id, shift=1)
-        found = _boxes(voc, image.image_id, shift=0)
-        assert found == wanted
+        expected = _boxes(coco, other.image_id, shift=1)
+        actual = _boxes(voc, image.image_id, shift=0)
+        assert actual == expected
 
 
 def _boxes(data: Any, image_id: int, shift: int) -> list[tuple[str, list[float]]]:

@@ -58,17 +58,17 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_other_formats_are_named(tmp_path: Path, kind: str) -> None:
-    name, data, wanted = FOREIGN[kind]
+    name, data, expected = FOREIGN[kind]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(KdpipeError) as error:
         load_coco(tmp_path / name, tmp_path)
-    assert wanted in str(error.value)
+    assert expected in str(error.value)
     assert str(tmp_path / name) in str(error.value)
     assert "does not exist" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("inside", "wanted"),
+    ("inside", "expected"),
     [
         (("Annotations/", "ImageSets/", "JPEGImages/"), "Give it as --voc"),
         (("images/", "labels/"), "YOLO"),
@@ -77,10 +77,10 @@ def test_other_formats_are_named(tmp_path: Path, kind: str) -> None:
         ((), "is a folder. Give the COCO JSON"),
     ],
 )
-def test_folders_are_no_files(tmp_path: Path, inside: tuple[str, ...], wanted: str) -> None:
+def test_folders_are_no_files(tmp_path: Path, inside: tuple[str, ...], expected: str) -> None:
     for name in inside:
         (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
-    with pytest.raises(KdpipeError, match=wanted):
+    with pytest.raises(KdpipeError, match=expected):
         load_coco(tmp_path, tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_image_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "there", "found", "note"),
+    ("written", "files", "expected", "note"),
     [
         ("sub\\a.jpg", "sub/a.jpg", "sub/a.jpg", "backslashes"),
         ("sub\\a.JPG", "sub/a.jpg", "sub/a.jpg", "other case"),
@@ -103,11 +103,13 @@ def test_image_folder_that_is_a_file(tmp_path: Path) -> None:
         ("gone/a.jpg", "b.jpg", "gone/a.jpg", None),
     ],
 )
-def test_file_names_are_those_on_disk(tmp_path: Path, written: str, there: str, found: str, note: str | None) -> None:
-    (tmp_path / there).parent.mkdir(exist_ok=True)
-    (tmp_path / there).touch()
+def test_file_names_are_those_on_disk(
+    tmp_path: Path, written: str, files: str, expected: str, note: str | None
+) -> None:
+    (tmp_path / files).parent.mkdir(exist_ok=True)
+    (tmp_path / files).touch()
     data = coco(tmp_path, file_name=written)
-    assert data.images[0].file_name == found
+    assert data.images[0].file_name == expected
     assert note in data.notes[-1] if note else data.notes == ()
 
 
@@ -123,13 +125,13 @@ def test_lvis(tmp_path: Path) -> None:
     data = coco(tmp_path, coco_url=url, neg_category_ids=[3], not_exhaustive_category_ids=[])
     assert data.images[0].file_name == "val2017/000000397133.jpg"
     console = Console(width=1000)
-    with console.capture() as shown:
+    with console.capture() as capture:
         report_data(data, console, trained=False, strict=True)
-    assert "COCO AP" in shown.get()
-    assert "file names are those of coco_url" in shown.get()
-    with console.capture() as shown:
+    assert "COCO AP" in capture.get()
+    assert "file names are those of coco_url" in capture.get()
+    with console.capture() as capture:
         report_data(data, console, trained=True, strict=True)
-    assert "COCO AP" not in shown.get()
+    assert "COCO AP" not in capture.get()
 
 
 def voc(root: Path, split: bytes, **annotations: bytes) -> Path:

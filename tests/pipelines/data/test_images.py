@@ -61,13 +61,13 @@ def turned(path: Path, orientation: int, height: int = 20, width: int = 30) -> P
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_and_sizes_are_those_of_mmdet(tmp_path: Path, suffix: str, orientation: int) -> None:
     path = turned(tmp_path / f"a{suffix}", orientation)
-    wanted = LoadImageFromFile().transform({"img_path": str(path)})["img"]
-    found = load_picture(path, wanted.shape[:2])
-    np.testing.assert_array_equal(found.pixels, wanted)
-    assert found.pixels.dtype == np.uint8
-    assert found.note == check_picture(path, wanted.shape[:2]) == ""
-    assert image_size(path) == wanted.shape[:2]
-    assert found.digest == image_digest(path) == digest_file(path.read_bytes())
+    expected = LoadImageFromFile().transform({"img_path": str(path)})["img"]
+    actual = load_picture(path, expected.shape[:2])
+    np.testing.assert_array_equal(actual.pixels, expected)
+    assert actual.pixels.dtype == np.uint8
+    assert actual.note == check_picture(path, expected.shape[:2]) == ""
+    assert image_size(path) == expected.shape[:2]
+    assert actual.digest == image_digest(path) == digest_file(path.read_bytes())
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -78,10 +78,10 @@ def test_the_size_follows_what_a_config_says_of_orientation(
 ) -> None:
     path = turned(tmp_path / f"a{suffix}", 6)
     step = {"type": "LoadImageFromFile", "color_type": color_type, "imdecode_backend": backend}
-    wanted = LoadImageFromFile(color_type=color_type, imdecode_backend=backend).transform({"img_path": str(path)})
-    assert check_picture(path, wanted["img"].shape[:2], decoding=pipeline_decoding([step])) == ""
+    expected = LoadImageFromFile(color_type=color_type, imdecode_backend=backend).transform({"img_path": str(path)})
+    assert check_picture(path, expected["img"].shape[:2], decoding=pipeline_decoding([step])) == ""
     with pytest.raises(ImageError, match=r"EXIF orientation (applied|ignored)"):
-        check_picture(path, wanted["img"].shape[1::-1], decoding=pipeline_decoding([step]))
+        check_picture(path, expected["img"].shape[1::-1], decoding=pipeline_decoding([step]))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -139,10 +139,10 @@ def test_bad_images_have_one_message(
     Image.fromarray(photo(120, 160)).save(path)
     assert check_picture(path, (120, 160)) == ""
     spoil(path)
-    with pytest.raises(ImageError, match=message) as found:
+    with pytest.raises(ImageError, match=message) as caught:
         check_picture(path, (120, 160))
-    assert str(path) in str(found.value)
-    assert image_problem(path, 160, 120) == str(found.value)
+    assert str(path) in str(caught.value)
+    assert image_problem(path, 160, 120) == str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -173,9 +173,9 @@ def test_truncated_images_are_found(tmp_path: Path, suffix: str, cut: int) -> No
 def test_bytes_behind_the_end_do_no_harm(tmp_path: Path, tail: bytes) -> None:
     for name in ("a.jpg", "a.png"):
         cv2.imwrite(str(tmp_path / name), noise(20, 30))
-        wanted = read_image(tmp_path / name)
+        expected = read_image(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + tail)
-        np.testing.assert_array_equal(read_image(tmp_path / name), wanted)
+        np.testing.assert_array_equal(read_image(tmp_path / name), expected)
         assert check_picture(tmp_path / name, (20, 30)) == ""
 
 
@@ -188,12 +188,12 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_used_and_noted(tmp_path: Path) -> N
         whole[:-10] + bytes(1000),
     ):  # the last as a file system pads it
         (tmp_path / "a.jpg").write_bytes(content)
-        found = load_picture(tmp_path / "a.jpg", (120, 160))
-        assert "a.jpg lacks its last bytes" in found.note
-        assert check_picture(tmp_path / "a.jpg", (120, 160)) == found.note
-        np.testing.assert_array_equal(found.pixels, cv2.imread(str(tmp_path / "a.jpg")))
-        wanted = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR)
-        assert (found.pixels != wanted).any(axis=2).mean() < 0.02
+        actual = load_picture(tmp_path / "a.jpg", (120, 160))
+        assert "a.jpg lacks its last bytes" in actual.note
+        assert check_picture(tmp_path / "a.jpg", (120, 160)) == actual.note
+        np.testing.assert_array_equal(actual.pixels, cv2.imread(str(tmp_path / "a.jpg")))
+        expected = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR)
+        assert (actual.pixels != expected).any(axis=2).mean() < 0.02
 
 
 @pytest.mark.parametrize("backend", ["cv2", "pillow"])
@@ -206,15 +206,15 @@ def test_students_and_teachers_read_the_same(tmp_path: Path, cut: int, backend: 
     inner = dict(stock)
     complete_images({"dataset": {"pipeline": [{"type": "RandomApply", "transforms": [inner], "prob": 1.0}]}})
     step = TRANSFORMS.build(inner)
-    found = step({"img_path": str(tmp_path / "a.jpg")})
-    wanted = load_picture(tmp_path / "a.jpg", decoding=Decoding(imdecode_backend=backend))
-    assert bool(wanted.note) == (cut > 0)
-    np.testing.assert_array_equal(found["img"], wanted.pixels)
-    assert found["img"].dtype == np.float32
-    assert found["img_shape"] == found["ori_shape"] == (60, 80)
+    actual = step({"img_path": str(tmp_path / "a.jpg")})
+    expected = load_picture(tmp_path / "a.jpg", decoding=Decoding(imdecode_backend=backend))
+    assert bool(expected.note) == (cut > 0)
+    np.testing.assert_array_equal(actual["img"], expected.pixels)
+    assert actual["img"].dtype == np.float32
+    assert actual["img_shape"] == actual["ori_shape"] == (60, 80)
     if not cut:
         np.testing.assert_array_equal(
-            found["img"], TRANSFORMS.build(stock)({"img_path": str(tmp_path / "a.jpg")})["img"]
+            actual["img"], TRANSFORMS.build(stock)({"img_path": str(tmp_path / "a.jpg")})["img"]
         )
 
 
@@ -224,9 +224,9 @@ def test_steps_that_read_otherwise_stay(tmp_path: Path) -> None:
         {"type": "LoadImageFromNDArray"},
         {"type": "Resize", "scale": (8, 8)},
     ]
-    wanted = copy.deepcopy(steps)
+    expected = copy.deepcopy(steps)
     complete_images({"pipeline": steps})
-    assert steps == wanted
+    assert steps == expected
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
     with pytest.raises(ImageError, match=r"a\.jpg .* cannot be decoded"):
         LoadCompletedImage().transform({"img_path": str(tmp_path / "a.jpg")})
@@ -234,17 +234,17 @@ def test_steps_that_read_otherwise_stay(tmp_path: Path) -> None:
 
 @settings(max_examples=25)
 @given(st.floats(0.05, 1), st.sampled_from([0, 2]), st.sampled_from([0, 1]), st.booleans())
-def test_lost_share_of_a_jpeg(kept: float, subsampling: int, restarts: int, padded: bool) -> None:
+def test_lost_share_of_a_jpeg(kept_share: float, subsampling: int, restarts: int, padded: bool) -> None:
     """It is the share of the pixels that a tolerant decoder makes up."""
     whole = jpeg(photo(96, 128), subsampling=subsampling, restart_marker_rows=restarts)
     start = whole.index(b"\xff\xda") + 20
-    cut = whole[: start + round(kept * (len(whole) - 2 - start))]
-    filled, wanted = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (cut + b"\xff\xd9", whole))
-    share = float((filled != wanted).any(axis=2).mean())
-    found = lost_share(cut + bytes(5000 * padded))
-    assert found is not None
+    cut = whole[: start + round(kept_share * (len(whole) - 2 - start))]
+    filled, expected = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (cut + b"\xff\xd9", whole))
+    share = float((filled != expected).any(axis=2).mean())
+    lost = lost_share(cut + bytes(5000 * padded))
+    assert lost is not None
     # where coded data restarts, only whole rows of blocks are counted: 16 of 96 lines at most are missed
-    assert share - (0.2 if restarts else 0.03) <= found <= share + 0.12
+    assert share - (0.2 if restarts else 0.03) <= lost <= share + 0.12
 
 
 def test_degenerate_images(tmp_path: Path) -> None:

@@ -72,15 +72,15 @@ def folder(tmp_path: Path) -> Path:
 def check(folder: Path, *, skip: bool = False, scale: tuple[int, int] | None = None) -> tuple[DetectionData, str]:
     out = io.StringIO()
     console = Console(file=out, soft_wrap=True)
-    found = usable_images(load_coco(folder / "a.json", folder), console, scale=scale, skip=skip)
-    return found, out.getvalue()
+    usable = usable_images(load_coco(folder / "a.json", folder), console, scale=scale, skip=skip)
+    return usable, out.getvalue()
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_good_images_are_not_talked_about(folder: Path, skip: bool) -> None:
-    found, said = check(folder, skip=skip)
-    assert [image.image_id for image in found.images] == [10, 11, 12, 13, 14]
-    assert said == ""
+    usable, printed = check(folder, skip=skip)
+    assert [image.image_id for image in usable.images] == [10, 11, 12, 13, 14]
+    assert printed == ""
 
 
 def test_bad_images_are_counted_and_the_first_is_named(folder: Path) -> None:
@@ -88,11 +88,11 @@ def test_bad_images_are_counted_and_the_first_is_named(folder: Path) -> None:
     cut(folder / "3.png")
     with pytest.raises(ImageError, match=r"1\.png does not exist.* first of 2 bad images of 5\..*--skip-bad-images"):
         check(folder)
-    found, said = check(folder, skip=True)
-    assert [image.image_id for image in found.images] == [10, 12, 14]
-    assert said.startswith("2 of the 5 images of a.json are bad and left out, the first: image ")
-    assert "1.png does not exist" in said
-    assert len(found.gt_boxes(12)) == 1
+    usable, printed = check(folder, skip=True)
+    assert [image.image_id for image in usable.images] == [10, 12, 14]
+    assert printed.startswith("2 of the 5 images of a.json are bad and left out, the first: image ")
+    assert "1.png does not exist" in printed
+    assert len(usable.gt_boxes(12)) == 1
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -100,10 +100,10 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_used_with_a_warning(folder: Path, s
     file = io.BytesIO()
     Image.open(folder / "0.png").save(file, "JPEG")
     (folder / "3.png").write_bytes(file.getvalue()[:-4] + bytes(1000))  # a name says nothing of the format
-    found, said = check(folder, skip=skip)
-    assert len(found.images) == 5
-    assert said.startswith("Warning: 1 of the 5 images of a.json is incomplete and used as decoded:\n  image ")
-    assert "3.png lacks its last bytes" in said
+    usable, printed = check(folder, skip=skip)
+    assert len(usable.images) == 5
+    assert printed.startswith("Warning: 1 of the 5 images of a.json is incomplete and used as decoded:\n  image ")
+    assert "3.png lacks its last bytes" in printed
 
 
 def test_all_incomplete_jpegs_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +111,9 @@ def test_all_incomplete_jpegs_are_named(folder: Path, monkeypatch: pytest.Monkey
     Image.open(folder / "0.png").save(file, "JPEG")
     for number in (0, 2, 4):
         (folder / f"{number}.png").write_bytes(file.getvalue()[:-4])
-    said = check(folder)[1].splitlines()
-    assert said[0] == "Warning: 3 of the 5 images of a.json are incomplete and used as decoded:"
-    assert [line.split(" lacks")[0][-5:] for line in said[1:]] == ["0.png", "2.png", "4.png"]
+    lines = check(folder)[1].splitlines()
+    assert lines[0] == "Warning: 3 of the 5 images of a.json are incomplete and used as decoded:"
+    assert [line.split(" lacks")[0][-5:] for line in lines[1:]] == ["0.png", "2.png", "4.png"]
     monkeypatch.setattr("kdpipe.pipelines.data.picture_checks._NAMED", 2)
     assert check(folder)[1].splitlines()[-1] == "  and 1 more"
 
@@ -124,9 +124,9 @@ def test_what_only_decoding_finds_is_left_out(folder: Path) -> None:
     data[len(data) // 2] ^= 0x55
     (folder / "2.png").write_bytes(data)
     assert len(check(folder)[0].images) == 5
-    found, said = check(folder, skip=True)
-    assert [image.image_id for image in found.images] == [10, 11, 13, 14]
-    assert "2.png" in said
+    usable, printed = check(folder, skip=True)
+    assert [image.image_id for image in usable.images] == [10, 11, 13, 14]
+    assert "2.png" in printed
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
@@ -138,11 +138,11 @@ def test_bad_images_whose_size_is_not_annotated(folder: Path, spoil: Callable[[P
     spoil(folder / "2.png")
     with pytest.raises(ImageError, match=r"2\.png (does not exist|is empty).*--skip-bad-images"):
         check(folder)
-    found, _ = check(folder, skip=True)
-    assert [(image.image_id, image.height, image.width) for image in found.images] == [
+    usable, _ = check(folder, skip=True)
+    assert [(image.image_id, image.height, image.width) for image in usable.images] == [
         (number, 40, 60) for number in (10, 11, 13, 14)
     ]
-    assert not found.left_out()
+    assert not usable.left_out()
 
 
 def test_only_bad_images(folder: Path) -> None:

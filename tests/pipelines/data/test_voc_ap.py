@@ -26,15 +26,15 @@ def objects(boxes: list[Row], labels: list[int] | None = None, difficult: list[i
 
 
 def detections(boxes: list[Row], scores: list[float], labels: list[int] | None = None) -> Detections:
-    found = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    return Detections(found, np.array(scores), np.array(labels or [0] * len(boxes)))
+    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    return Detections(corners, np.array(scores), np.array(labels or [0] * len(boxes)))
 
 
 BOX, OTHER, AWAY = (0, 0, 9, 9), (20, 0, 29, 9), (50, 50, 59, 59)
 
 
 @pytest.mark.parametrize(
-    ("truth", "found", "points", "area"),
+    ("truth", "boxes_found", "points", "area"),
     [
         (objects([BOX, OTHER]), detections([BOX, OTHER], [0.9, 0.8]), 1, 1),
         (objects([BOX, OTHER]), detections([BOX], [0.9]), 6 / 11, 0.5),
@@ -53,16 +53,16 @@ BOX, OTHER, AWAY = (0, 0, 9, 9), (20, 0, 29, 9), (50, 50, 59, 59)
         *("difficult ones missed", "only difficult ones", "nothing found", "another class", "mean over classes"),
     ],
 )
-def test_closed_forms(truth: VocObjects, found: Detections, points: float, area: float) -> None:
-    ap = voc_ap({7: truth}, {7: found})
+def test_closed_forms(truth: VocObjects, boxes_found: Detections, points: float, area: float) -> None:
+    ap = voc_ap({7: truth}, {7: boxes_found})
     assert ap[voc_name(0.5, "11points")] == pytest.approx(points, abs=1e-6)
     assert ap[voc_name(0.5, "area")] == pytest.approx(area, abs=1e-6)
 
 
 def test_boxes_are_whole_pixels() -> None:
     """Boxes from 0 to 9 and from 0 to 8 overlap by 9 / 10 of their pixels."""
-    truth, found = objects([BOX]), detections([(0, 0, 8, 9)], [0.9])
-    ap = voc_ap({1: truth}, {1: found})
+    truth, scored = objects([BOX]), detections([(0, 0, 8, 9)], [0.9])
+    ap = voc_ap({1: truth}, {1: scored})
     assert [ap[voc_name(iou, "area")] for iou in VOC_IOUS] == [1, 1, 1]
 
 
@@ -76,20 +76,20 @@ def test_images_without_detections_or_objects() -> None:
 
 
 def devkit_ap(
-    truth: dict[int, VocObjects], found: dict[int, Detections], label: int, iou_threshold: float, mode: str
+    truth: dict[int, VocObjects], predictions: dict[int, Detections], label: int, iou_threshold: float, mode: str
 ) -> float | None:
     """VOCevaldet.m and VOCap.m, loop by loop; None where there is no object."""
     rows = [
         (score, image_id, box)
-        for image_id, each in found.items()
+        for image_id, each in predictions.items()
         for box, score, of in zip(each.boxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True)
         if of == label
     ]
-    known = {
+    truth_boxes = {
         image_id: [(b, d) for b, of, d in zip(o.boxes.tolist(), o.labels, o.difficult, strict=True) if of == label]
         for image_id, o in truth.items()
     }
-    count = sum(not difficult for each in known.values() for _, difficult in each)
+    count = sum(not difficult for each in truth_boxes.values() for _, difficult in each)
     if not count:
         return None
     taken: set[tuple[int, int]] = set()
@@ -97,7 +97,7 @@ def devkit_ap(
     curve: list[tuple[float, float]] = []
     for _, image_id, box in sorted(rows, key=lambda row: -row[0]):
         best, place = -1.0, -1
-        for number, (other, _) in enumerate(known[image_id]):
+        for number, (other, _) in enumerate(truth_boxes[image_id]):
             width = min(box[2], other[2]) - max(box[0], other[0]) + 1
             height = min(box[3], other[3]) - max(box[1], other[1]) + 1
             if width > 0 and height > 0:
@@ -106,7 +106,7 @@ def devkit_ap(
                 if overlap > best:
                     best, place = overlap, number
         if best >= iou_threshold:
-            if not known[image_id][place][1]:
+            if not truth_boxes[image_id][place][1]:
                 right += (image_id, place) not in taken
                 wrong += (image_id, place) in taken
                 taken.add((image_id, place))
@@ -127,7 +127,7 @@ def devkit_ap(
 @pytest.mark.parametrize("seed", range(6))
 def test_is_that_of_the_development_kit(seed: int) -> None:
     draw = np.random.default_rng(seed)
-    truth, found = {}, {}
+    truth, predictions = {}, {}
     for image_id in range(8):
         count, more = int(draw.integers(0, 5)), int(draw.integers(0, 4))
         corners = draw.integers(0, 60, (count + more, 2))
@@ -135,11 +135,11 @@ def test_is_that_of_the_development_kit(seed: int) -> None:
         labels = draw.integers(0, 3, count + more)
         truth[image_id] = VocObjects(boxes[:count], labels[:count], draw.random(count) < 0.3)
         moved = np.tile(boxes + draw.integers(-1, 2, boxes.shape), (2, 1))
-        found[image_id] = Detections(moved, draw.permutation(1000)[: len(moved)] / 1000, np.tile(labels, 2))
-    ap = voc_ap(truth, found)
+        predictions[image_id] = Detections(moved, draw.permutation(1000)[: len(moved)] / 1000, np.tile(labels, 2))
+    ap = voc_ap(truth, predictions)
     for iou in VOC_IOUS:
         for mode in VOC_MODES:
-            each = [devkit_ap(truth, found, label, iou, mode) for label in range(3)]
+            each = [devkit_ap(truth, predictions, label, iou, mode) for label in range(3)]
             counted = [value for value in each if value is not None]
             assert ap[voc_name(iou, mode)] == pytest.approx(sum(counted) / len(counted), abs=1e-6)
     assert ap[voc_name(0.5, "area")] > ap[voc_name(0.9, "area")] > 0
@@ -158,12 +158,12 @@ def test_the_metric_reads_the_folder(tmp_path: Path) -> None:
     (first, metric) = with_voc_metric({"type": "CocoMetric"}, data)
     assert first == {"type": "CocoMetric"}
     evaluator = Evaluator([METRICS.build(metric)])
-    found = InstanceData(
+    predictions = InstanceData(
         bboxes=torch.tensor([[0.0, 0, 9, 9], [30, 0, 39, 9]]),
         scores=torch.tensor([0.5, 0.9]),
         labels=torch.tensor([7, 7]),
     )
-    for image_id, instances in ((1, found), (2, found[:0])):
+    for image_id, instances in ((1, predictions), (2, predictions[:0])):
         evaluator.process([{"img_id": image_id, "pred_instances": instances}])
     metrics = evaluator.evaluate(2)
     assert metrics == {f"voc/{voc_name(iou, mode)}": pytest.approx(0.5) for iou in VOC_IOUS for mode in VOC_MODES}

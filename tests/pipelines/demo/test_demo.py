@@ -170,13 +170,13 @@ def test_an_interrupted_deletion_leaves_what_can_go_on(
 
 
 def test_pictures_of_another_origin_are_left_alone(tmp_path: Path, trainings: list[Any]) -> None:
-    own = tmp_path / "shapes" / "annotations" / "train.json"
-    own.parent.mkdir(parents=True)
-    own.write_text('{"images": []}')
+    annotations = tmp_path / "shapes" / "annotations" / "train.json"
+    annotations.parent.mkdir(parents=True)
+    annotations.write_text('{"images": []}')
     for fresh in (False, True):
         with pytest.raises(KdpipeError, match="was not drawn by kdpipe"):
             run(tmp_path, fresh=fresh)
-    assert own.read_text() == '{"images": []}'
+    assert annotations.read_text() == '{"images": []}'
     assert trainings == []
 
 

@@ -167,12 +167,12 @@ def test_colour_does_not_tell_the_class() -> None:
 
 
 def test_progress_counts_all_pictures_and_a_second_call_draws_nothing(tmp_path: Path) -> None:
-    told: list[int] = []
-    draw_shapes(tmp_path, train=3, val=2, size=(64, 64), progress=told.append)
-    assert told == [1, 2, 3, 4, 5]
+    counts: list[int] = []
+    draw_shapes(tmp_path, train=3, val=2, size=(64, 64), progress=counts.append)
+    assert counts == [1, 2, 3, 4, 5]
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    draw_shapes(tmp_path, train=3, val=2, size=(64, 64), progress=told.append)
-    assert told[5:] == [5]
+    draw_shapes(tmp_path, train=3, val=2, size=(64, 64), progress=counts.append)
+    assert counts[5:] == [5]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
 
 

@@ -207,7 +207,7 @@ def test_prefixes_stay_where_not_everything_would_fit() -> None:
 def test_a_checkpoint_to_resume_from_names_the_one_to_use(tmp_path: Path) -> None:
     state = {f"student.{name}": value for name, value in small_model().state_dict().items()}
     state["sgfi.scale"] = torch.zeros(1)
-    for beside, named in (
+    for beside, name_in_message in (
         (None, "the student.pth of that training"),
         ("student.pth", f"{tmp_path}/student.pth"),
         ("epoch_3.student.pth", f"{tmp_path}/epoch_3.student.pth"),
@@ -216,7 +216,7 @@ def test_a_checkpoint_to_resume_from_names_the_one_to_use(tmp_path: Path) -> Non
             (tmp_path / beside).touch()
         with pytest.raises(CheckpointError) as error:
             load_strict(small_model(), state, path=tmp_path / "epoch_3.pth")
-        assert f"The bare detector is in {named}: use that" in str(error.value)
+        assert f"The bare detector is in {name_in_message}: use that" in str(error.value)
 
 
 def test_load_strict_lists_every_disagreement() -> None:

@@ -12,7 +12,7 @@ from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("kind", "expected"),
     [
         ("Expand", mmdet_transforms.Expand),
         ("mmdet.Expand", mmdet_transforms.Expand),
@@ -32,8 +32,8 @@ from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
         (".", None),
     ],
 )
-def test_a_transform_is_found_by_any_of_its_names(kind: Any, wanted: Any) -> None:
-    assert resolve_type(kind, TRANSFORMS) is wanted
+def test_a_transform_is_found_by_any_of_its_names(kind: Any, expected: Any) -> None:
+    assert resolve_type(kind, TRANSFORMS) is expected
 
 
 def test_nothing_is_imported() -> None:

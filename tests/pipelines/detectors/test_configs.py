@@ -142,12 +142,12 @@ def test_references_are_copies() -> None:
 @pytest.mark.parametrize("key", ["cfg", "config"])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_config_from_checkpoint(key: str, as_text: bool) -> None:
-    wanted = find_config("faster-rcnn_r50_fpn_1x_coco")
-    meta = {key: wanted.pretty_text if as_text else wanted.to_dict()}
-    found = config_from_checkpoint(Checkpoint({}, meta, Path("a.pth")))
-    assert found is not None
-    wanted.model.backbone.init_cfg = None  # names weights outside of the file
-    assert found.to_dict() == wanted.to_dict()
+    expected = find_config("faster-rcnn_r50_fpn_1x_coco")
+    meta = {key: expected.pretty_text if as_text else expected.to_dict()}
+    config = config_from_checkpoint(Checkpoint({}, meta, Path("a.pth")))
+    assert config is not None
+    expected.model.backbone.init_cfg = None  # names weights outside of the file
+    assert config.to_dict() == expected.to_dict()
 
 
 def test_checkpoint_without_config_or_with_a_program() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("load_from='https://me:pw@host/a.pth'", "load_from='https://***@host/a.pth'"),
         ("data_root='s3://KEY@bucket/x'", "data_root='s3://***@bucket/x'"),
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         ("secret=5, key='x'", "secret=5, key='x'"),
     ],
 )
-def test_credentials_are_masked_and_nothing_else(text: str, wanted: str) -> None:
-    assert masked(text) == wanted
-    assert masked(wanted) == wanted
+def test_credentials_are_masked_and_nothing_else(text: str, expected: str) -> None:
+    assert masked(text) == expected
+    assert masked(expected) == expected
 
 
 def test_no_file_of_a_cache_or_a_training_holds_a_password(kit: "Kit", work: Path) -> None:

@@ -130,10 +130,10 @@ def test_published_teachers_load(kit: "Kit", work: Path, monkeypatch: pytest.Mon
     predictions = ("--proposals", 40, "--targets", "predictions", "--dtype", "float32")
     for ckpt in (modern, teacher):
         kit.run("cache-teacher", "--ckpt", ckpt, *kit.data, *predictions, "--out", ckpt.with_suffix(".zarr"))
-    ours, theirs = (open_cache(ckpt.with_suffix(".zarr")) for ckpt in (teacher, modern))
-    assert ours.spec == theirs.spec
-    for image_id in ours.image_ids.tolist():
-        one, two = ours.targets(image_id), theirs.targets(image_id)
+    old_cache, new_cache = (open_cache(ckpt.with_suffix(".zarr")) for ckpt in (teacher, modern))
+    assert old_cache.spec == new_cache.spec
+    for image_id in old_cache.image_ids.tolist():
+        one, two = old_cache.targets(image_id), new_cache.targets(image_id)
         assert all(torch.equal(getattr(one, field), getattr(two, field)) for field in ("boxes", "logits", "deltas"))
 
 

@@ -66,9 +66,9 @@ def test_classes_and_names_are_the_same_config(name: str, tmp_path: Path) -> Non
     file.write_text(pure_python(written))
     assert file.read_text().count("import") > 10
     assert Config._is_lazy_import(str(file))
-    found = find_config(file)
-    assert differences(found.to_dict(), written.to_dict()) == []
-    assert parse_literal_config(found.pretty_text) == found.to_dict()
+    config = find_config(file)
+    assert differences(config.to_dict(), written.to_dict()) == []
+    assert parse_literal_config(config.pretty_text) == config.to_dict()
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -108,14 +108,14 @@ def test_bases_and_what_a_file_defines_for_itself(tmp_path: Path) -> None:
         "train_dataloader = dict(dataset=dict(type=dataset_type, pipeline=pipeline))\n"
         "scale = double(2)\n"
     )
-    found = find_config(tmp_path / "own.py")
-    assert (found.model.type, found.dataset_type) == ("RetinaNet", "CocoDataset")
-    assert found.optim_wrapper == {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 0.5}}
-    steps = found.train_dataloader.dataset.pipeline
+    config = find_config(tmp_path / "own.py")
+    assert (config.model.type, config.dataset_type) == ("RetinaNet", "CocoDataset")
+    assert config.optim_wrapper == {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 0.5}}
+    steps = config.train_dataloader.dataset.pipeline
     assert [step["type"] for step in steps] == ["Resize", "mmengine.Resize"]
-    assert found.scale == 4
-    assert "double" not in found
-    assert parse_literal_config(found.pretty_text) == found.to_dict()
+    assert config.scale == 4
+    assert "double" not in config
+    assert parse_literal_config(config.pretty_text) == config.to_dict()
 
 
 def test_classes_of_the_user_are_named_by_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

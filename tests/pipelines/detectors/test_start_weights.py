@@ -125,14 +125,14 @@ def test_load_from_under_any_name(kit: "Kit", weights: Mapping[str, Path], name:
 
 
 def test_what_is_said_of_parts(kit: "Kit", weights: Mapping[str, Path]) -> None:
-    said = checked(kit, backbone=pretrained(weights["backbone"]), neck=pretrained(weights["plain"], prefix="neck"))
-    assert re.search(r"Start weights of backbone, all of \S+: (\d+) of \1 tensors\.", said)
-    assert re.search(r"Start weights of neck, neck of \S+: (\d+) of \1 tensors\.", said)
-    said = checked(kit, model=[{"type": "Normal", "layer": "Conv2d"}, pretrained(weights["plain"])])
-    assert re.search(r"Start weights of the model, all of \S+: (\d+) of \1 tensors\.", said)
-    said = checked(kit, load_from=weights["other"])
-    assert "1 of another shape (roi_head.bbox_head.fc_cls.weight: 81x24, wanted 7x24)" in said
-    assert "1 missing (neck.lateral_convs.0.conv.weight)" in said
+    printed = checked(kit, backbone=pretrained(weights["backbone"]), neck=pretrained(weights["plain"], prefix="neck"))
+    assert re.search(r"Start weights of backbone, all of \S+: (\d+) of \1 tensors\.", printed)
+    assert re.search(r"Start weights of neck, neck of \S+: (\d+) of \1 tensors\.", printed)
+    printed = checked(kit, model=[{"type": "Normal", "layer": "Conv2d"}, pretrained(weights["plain"])])
+    assert re.search(r"Start weights of the model, all of \S+: (\d+) of \1 tensors\.", printed)
+    printed = checked(kit, load_from=weights["other"])
+    assert "1 of another shape (roi_head.bbox_head.fc_cls.weight: 81x24, wanted 7x24)" in printed
+    assert "1 missing (neck.lateral_convs.0.conv.weight)" in printed
     assert checked(kit) == ""
 
 
@@ -167,10 +167,10 @@ def test_a_student_starts_from_what_its_baseline_starts_from(
         work / "w", "--student", student, "--methods", methods, *still, "-o", f"load_from={source}"
     )
     assert re.search(r"load_from=\S*: (\d+) of \1 tensors", ended.out.replace("\n", "")), ended.out
-    wanted = torch.load(source, weights_only=True)["state_dict"]
-    found = torch.load(work / "w" / "student.pth", weights_only=True)["state_dict"]
-    trained = [name for name in found if "running" not in name and "num_batches" not in name]
-    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in trained)
+    expected = torch.load(source, weights_only=True)["state_dict"]
+    actual = torch.load(work / "w" / "student.pth", weights_only=True)["state_dict"]
+    trained = [name for name in actual if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(actual[name], expected[name], atol=1e-6) for name in trained)
 
 
 def test_the_rest_is_initialised_as_ever(kit: "Kit", work: Path, weights: Mapping[str, Path]) -> None:

@@ -75,8 +75,8 @@ COMPLETE = {
 
 
 def values(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = find_config(name).to_dict()
-    return found
+    config: dict[str, Any] = find_config(name).to_dict()
+    return config
 
 
 def type_places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -106,15 +106,15 @@ def text(place: tuple[Any, ...]) -> str:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What hostile types would have run."""
-    found: list[object] = []
+    nodes: list[object] = []
 
     def note(*args: object, **options: object) -> None:
-        found.append((args, options))
+        nodes.append((args, options))
 
     monkeypatch.setattr(os, "system", note)
     monkeypatch.setattr(subprocess, "run", note)
     monkeypatch.setattr(torch.hub, "load", note)
-    return found
+    return nodes
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -173,14 +173,16 @@ def test_what_kdpipe_registers_is_known_before_it_is_used() -> None:
     """A training with --amp records its optimiser, which `cache-teacher` has no need to load."""
     registries = {id(each): each for each in vars(mmengine.registry).values() if isinstance(each, Registry)}
     registries |= {id(each): each for each in vars(mmdet.registry).values() if isinstance(each, Registry)}
-    known = {name: part for registry in registries.values() for name, part in registry.module_dict.items()}
-    own = [name for name, part in known.items() if part.__module__.startswith("kdpipe.") and name != "LiveTeacher"]
-    assert {"Bfloat16OptimWrapper", "DistilledDetector", "EpochSampler", "AddTeacherTargets"} <= set(own)
+    registered = {name: part for registry in registries.values() for name, part in registry.module_dict.items()}
+    own_names = [
+        name for name, part in registered.items() if part.__module__.startswith("kdpipe.") and name != "LiveTeacher"
+    ]
+    assert {"Bfloat16OptimWrapper", "DistilledDetector", "EpochSampler", "AddTeacherTargets"} <= set(own_names)
     code = (
         "import sys, kdpipe.pipelines\nfrom kdpipe.pipelines.detectors.untrusted import restrict\n"
         "restrict({str(n): {'type': name} for n, name in enumerate(sys.argv[1:])}, 'a file')"
     )
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *own], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *own_names], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
@@ -237,8 +239,8 @@ def test_what_reaches_out_of_the_file_is_left_out_and_said(capsys: pytest.Captur
         "val_pipeline": [{"type": "LoadImageFromFile", "file_client_args": {"backend": "http"}, "backend_args": None}],
         "data_root": "data/coco/",
     }
-    kept = restrict(config, "the config of a file")
-    assert kept == {
+    restricted = restrict(config, "the config of a file")
+    assert restricted == {
         "custom_imports": None,
         "load_from": None,
         "resume": True,
@@ -268,7 +270,7 @@ def test_what_reaches_out_of_the_file_is_left_out_and_said(capsys: pytest.Captur
         "val_pipeline[0].file_client_args",
     ):
         assert place in line
-    restrict(kept, "the config of a file")
+    restrict(restricted, "the config of a file")
     assert capsys.readouterr().out == ""
 
 

@@ -169,7 +169,7 @@ def test_mmdet_works_in_a_plain_script() -> None:
 
 def test_bridge_stays_away_from_a_compiled_mmcv(tmp_path: Path) -> None:
     path = fake_mmcv(tmp_path, "def nms(): return 'native'\nruns = globals().get('runs', 0) + 1")
-    said = run_script(
+    printed = run_script(
         """
         import kdpipe.pipelines
         import mmcv._ext
@@ -180,13 +180,13 @@ def test_bridge_stays_away_from_a_compiled_mmcv(tmp_path: Path) -> None:
         """,
         path,
     )
-    assert said.splitlines() == ["native 1 False False", "('native', '')", str(tmp_path / "mmcv" / "_ext.py")]
+    assert printed.splitlines() == ["native 1 False False", "('native', '')", str(tmp_path / "mmcv" / "_ext.py")]
 
 
 def test_bridge_takes_over_from_ops_that_do_not_load(tmp_path: Path) -> None:
     path = fake_mmcv(tmp_path, None)
     (path / "mmcv" / f"_ext{EXTENSION_SUFFIXES[0]}").write_bytes(b"compiled for another torch")
-    said = run_script(
+    printed = run_script(
         """
         import warnings
         import kdpipe.pipelines
@@ -200,9 +200,9 @@ def test_bridge_takes_over_from_ops_that_do_not_load(tmp_path: Path) -> None:
         """,
         path,
     )
-    assert "kdpipe.pipelines.mmcv_ops.nms" in said
-    assert "mmcv's compiled ops do not load" in said
-    assert "state: broken" in said
+    assert "kdpipe.pipelines.mmcv_ops.nms" in printed
+    assert "mmcv's compiled ops do not load" in printed
+    assert "state: broken" in printed
 
 
 def test_bridge_is_installed_once() -> None:

@@ -95,9 +95,9 @@ def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_roi_align_equals_a_loop(device: str, ratio: int, aligned: bool) -> None:
     x, rois = random(2, 2, 10, 12), some_rois()
-    found = mmcv_ops.roi_align(x.to(device), rois.to(device), 3, 0.25, ratio, "avg", aligned)
-    wanted = naive_roi_align(x.numpy(), rois.numpy(), 3, 0.25, ratio, aligned)
-    np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-12)
+    actual = mmcv_ops.roi_align(x.to(device), rois.to(device), 3, 0.25, ratio, "avg", aligned)
+    expected = naive_roi_align(x.numpy(), rois.numpy(), 3, 0.25, ratio, aligned)
+    np.testing.assert_allclose(actual.cpu().numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -117,13 +117,13 @@ def test_roi_align_gradient(device: str, ratio: int, aligned: bool) -> None:
 def test_roi_align_of_degenerate_boxes(ratio: int) -> None:
     x = random(1, 2, 6, 6).requires_grad_()
     rois = torch.tensor([[0.0, 9, 9, 3, 3], [0, 4, 4, 4, 4], [0, 400, 400, 500, 500]], dtype=torch.float64)
-    found = mmcv_ops.roi_align(x, rois, 2, 0.25, ratio, "avg", True)
-    found.sum().backward()
+    actual = mmcv_ops.roi_align(x, rois, 2, 0.25, ratio, "avg", True)
+    actual.sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
-    assert not found[2].any()
+    assert not actual[2].any()
     if ratio == 0:
-        assert not found.any()  # no sample points where there is no area
+        assert not actual.any()  # no sample points where there is no area
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
@@ -131,12 +131,12 @@ def test_roi_align_in_slices_is_the_same(chunk: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("kdpipe.pipelines.mmcv_ops.roi._FEWEST_VALUES", 1)
     x, rois = random(2, 3, 10, 12).requires_grad_(), some_rois().repeat(3, 1)
     whole = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
-    (wanted,) = torch.autograd.grad(whole.square().sum(), x)
+    (expected,) = torch.autograd.grad(whole.square().sum(), x)
     monkeypatch.setattr("kdpipe.distill.rois.align_cpu._CHUNK", chunk)
     monkeypatch.setattr("kdpipe.distill.rois.align_cpu._VALUES", 500)
     sliced = mmcv_ops.roi_align(x, rois, 3, 0.25, 0, "avg", True)
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(sliced.square().sum(), x)[0], wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(sliced.square().sum(), x)[0], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0, 1e9, 1e9], [0, 0, 0, math.nan, 5]])
@@ -167,20 +167,20 @@ def test_roi_align_is_deterministic_on_cuda_when_asked_to_be() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_roi_align_takes_half_types(dtype: torch.dtype) -> None:
     x, rois = random(2, 2, 10, 12).to(dtype).requires_grad_(), some_rois().to(dtype)
-    found = mmcv_ops.roi_align(x, rois, 3, 0.25, 2, "avg", True)
-    found.sum().backward()
-    wanted = naive_roi_align(x.detach().double().numpy(), rois.double().numpy(), 3, 0.25, 2, True)
-    assert found.dtype == dtype
+    actual = mmcv_ops.roi_align(x, rois, 3, 0.25, 2, "avg", True)
+    actual.sum().backward()
+    expected = naive_roi_align(x.detach().double().numpy(), rois.double().numpy(), 3, 0.25, 2, True)
+    assert actual.dtype == dtype
     assert x.grad is not None
     assert x.grad.dtype == dtype
-    np.testing.assert_allclose(found.detach().double().numpy(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_roi_align_without_boxes_keeps_the_graph() -> None:
     x = random(1, 2, 4, 4).requires_grad_()
-    found = mmcv_ops.roi_align(x, torch.zeros(0, 5, dtype=torch.float64), 7, 1.0, 0, "avg", True)
-    found.sum().backward()
-    assert found.shape == (0, 2, 7, 7)
+    actual = mmcv_ops.roi_align(x, torch.zeros(0, 5, dtype=torch.float64), 7, 1.0, 0, "avg", True)
+    actual.sum().backward()
+    assert actual.shape == (0, 2, 7, 7)
     assert x.grad is not None
     assert not x.grad.any()
 
@@ -208,11 +208,11 @@ def iou(a: Array, b: Array, offset: int) -> np.float32:
 
 
 def naive_nms(boxes: Array, scores: Array, threshold: float, offset: int) -> list[int]:
-    kept: list[int] = []
+    keep: list[int] = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        if all(iou(boxes[k], boxes[i], offset) <= np.float32(threshold) for k in kept):
-            kept.append(i)
-    return kept
+        if all(iou(boxes[k], boxes[i], offset) <= np.float32(threshold) for k in keep):
+            keep.append(i)
+    return keep
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -221,9 +221,9 @@ def naive_nms(boxes: Array, scores: Array, threshold: float, offset: int) -> lis
 def test_nms_equals_a_loop(device: str, offset: int, seed: int) -> None:
     boxes, _ = some_boxes(40, seed)
     scores = torch.linspace(0, 1, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(seed))]
-    dets, kept = mmcv_ops.nms(boxes.to(device), scores.to(device), 0.4, offset=offset)
-    assert kept.tolist() == naive_nms(boxes.numpy(), scores.numpy(), 0.4, offset)
-    assert torch.equal(dets.cpu(), torch.cat([boxes, scores[:, None]], dim=1)[kept.cpu()])
+    dets, keep = mmcv_ops.nms(boxes.to(device), scores.to(device), 0.4, offset=offset)
+    assert keep.tolist() == naive_nms(boxes.numpy(), scores.numpy(), 0.4, offset)
+    assert torch.equal(dets.cpu(), torch.cat([boxes, scores[:, None]], dim=1)[keep.cpu()])
 
 
 def test_nms_keeps_a_box_at_the_threshold_and_drops_one_above() -> None:
@@ -242,8 +242,8 @@ def test_nms_breaks_ties_by_position_and_takes_nothing() -> None:
 def test_nms_of_half_boxes() -> None:
     boxes, _ = some_boxes(30, 5)
     scores = torch.linspace(0, 1, 30)
-    found = mmcv_ops.nms(boxes.half(), scores.half(), 0.4)[1].tolist()
-    assert found == naive_nms(boxes.half().float().numpy(), scores.half().float().numpy(), 0.4, 0)
+    actual = mmcv_ops.nms(boxes.half(), scores.half(), 0.4)[1].tolist()
+    assert actual == naive_nms(boxes.half().float().numpy(), scores.half().float().numpy(), 0.4, 0)
 
 
 def test_batched_nms_keeps_classes_apart() -> None:
@@ -284,9 +284,9 @@ def naive_soft_nms(
 @pytest.mark.parametrize("seed", range(5))
 def test_soft_nms_equals_a_loop(method: str, offset: int, seed: int) -> None:
     boxes, scores = some_boxes(30, seed)
-    dets, kept = mmcv_ops.soft_nms(boxes, scores, 0.3, 0.5, 0.2, method, offset)
+    dets, kept_boxes = mmcv_ops.soft_nms(boxes, scores, 0.3, 0.5, 0.2, method, offset)
     index, worth = naive_soft_nms(boxes.numpy(), scores.numpy(), 0.3, 0.5, 0.2, method, offset)
-    assert kept.tolist() == index
+    assert kept_boxes.tolist() == index
     np.testing.assert_array_equal(dets[:, :4].numpy(), boxes[index].numpy())
     np.testing.assert_allclose(dets[:, 4].numpy(), worth, rtol=1e-6)
 
@@ -297,9 +297,9 @@ def test_soft_nms_leaves_its_input_alone_and_takes_nothing() -> None:
     mmcv_ops.soft_nms(boxes, scores)
     assert torch.equal(boxes, copies[0])
     assert torch.equal(scores, copies[1])
-    dets, kept = mmcv_ops.soft_nms(boxes[:0], scores[:0])
+    dets, kept_boxes = mmcv_ops.soft_nms(boxes[:0], scores[:0])
     assert dets.shape == (0, 5)
-    assert kept.shape == (0,)
+    assert kept_boxes.shape == (0,)
 
 
 # Focal loss
@@ -311,13 +311,13 @@ def test_sigmoid_focal_loss_equals_its_definition(device: str, weighted: bool) -
     logits, labels = random(6, 3, low=-8, high=8), torch.tensor([0, 1, 2, 3, 1, 3])  # 3 is the background
     weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) if weighted else None
     moved = None if weight is None else weight.to(device)
-    found = mmcv_ops.sigmoid_focal_loss(logits.to(device), labels.to(device), 2.0, 0.25, moved, "none").cpu()
+    actual = mmcv_ops.sigmoid_focal_loss(logits.to(device), labels.to(device), 2.0, 0.25, moved, "none").cpu()
     for n in range(6):
         for c in range(3):
             p = 1 / (1 + math.exp(-float(logits[n, c])))
-            wanted = -0.25 * (1 - p) ** 2 * math.log(p) if labels[n] == c else -0.75 * p**2 * math.log(1 - p)
-            wanted *= 1.0 if weight is None or labels[n] == 3 else float(weight[labels[n]])
-            assert float(found[n, c]) == pytest.approx(wanted, rel=1e-10)
+            expected = -0.25 * (1 - p) ** 2 * math.log(p) if labels[n] == c else -0.75 * p**2 * math.log(1 - p)
+            expected *= 1.0 if weight is None or labels[n] == 3 else float(weight[labels[n]])
+            assert float(actual[n, c]) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -399,9 +399,9 @@ def deform_inputs(options: dict[str, int], device: str = "cpu") -> tuple[Tensor,
 @pytest.mark.parametrize("options", DEFORM)
 def test_deform_conv_equals_a_loop(device: str, options: dict[str, int]) -> None:
     x, offset, _, weight, _ = deform_inputs(options)
-    found = mmcv_ops.deform_conv2d(*(t.to(device) for t in (x, offset, weight)), *options.values())
-    wanted = naive_deform_conv(x.numpy(), offset.numpy(), weight.numpy(), None, None, options)
-    np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-12)
+    actual = mmcv_ops.deform_conv2d(*(t.to(device) for t in (x, offset, weight)), *options.values())
+    expected = naive_deform_conv(x.numpy(), offset.numpy(), weight.numpy(), None, None, options)
+    np.testing.assert_allclose(actual.cpu().numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -410,9 +410,9 @@ def test_deform_conv_equals_a_loop(device: str, options: dict[str, int]) -> None
 def test_modulated_deform_conv_equals_a_loop(device: str, options: dict[str, int], with_bias: bool) -> None:
     x, offset, mask, weight, bias = deform_inputs(options)
     tensors = (t.to(device) for t in (x, offset, mask, weight))
-    found = mmcv_ops.modulated_deform_conv2d(*tensors, bias.to(device) if with_bias else None, *options.values())
+    actual = mmcv_ops.modulated_deform_conv2d(*tensors, bias.to(device) if with_bias else None, *options.values())
     arrays = (x.numpy(), offset.numpy(), weight.numpy(), mask.numpy(), bias.numpy() if with_bias else None)
-    np.testing.assert_allclose(found.cpu().numpy(), naive_deform_conv(*arrays, options), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(actual.cpu().numpy(), naive_deform_conv(*arrays, options), rtol=0, atol=1e-12)
 
 
 def fixed(function: Callable[..., Tensor], options: dict[str, int]) -> Callable[..., Tensor]:
@@ -445,13 +445,13 @@ def test_deform_conv_weights_have_their_gradient_whatever_else_was_asked_for() -
 
 def test_deform_conv_of_half_tensors() -> None:
     x, offset, mask, weight, bias = (t.half().requires_grad_() for t in deform_inputs(DEFORM[0]))
-    found = mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *DEFORM[0].values())
-    found.sum().backward()
+    actual = mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *DEFORM[0].values())
+    actual.sum().backward()
     arrays = [t.detach().double().numpy() for t in (x, offset, weight, mask, bias)]
-    wanted = naive_deform_conv(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], DEFORM[0])
-    assert found.dtype == torch.float16
+    expected = naive_deform_conv(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], DEFORM[0])
+    assert actual.dtype == torch.float16
     assert weight.grad is not None
-    np.testing.assert_allclose(found.detach().double().numpy(), wanted, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=2e-3, atol=2e-3)
 
 
 # The rest

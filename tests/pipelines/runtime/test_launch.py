@@ -12,7 +12,7 @@ POD = {"JOB_COMPLETION_INDEX": "5"}
 
 
 @pytest.mark.parametrize(
-    ("given", "rank"),
+    ("environment", "rank"),
     [
         ({}, (0, 1)),
         ({"RANK": "0"}, (0, 1)),
@@ -27,14 +27,14 @@ POD = {"JOB_COMPLETION_INDEX": "5"}
         ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, (3, 4)),
     ],
 )
-def test_processes_of_torchrun_and_srun(given: dict[str, str], rank: tuple[int, int]) -> None:
-    found = find_rank(given)
-    assert (found.index, found.count) == rank
-    assert find_shard(given) == found
+def test_processes_of_torchrun_and_srun(environment: dict[str, str], rank: tuple[int, int]) -> None:
+    actual = find_rank(environment)
+    assert (actual.index, actual.count) == rank
+    assert find_shard(environment) == actual
 
 
 @pytest.mark.parametrize(
-    ("given", "option", "shard", "source"),
+    ("environment", "option", "shard", "source"),
     [
         ({}, (2, 8), (2, 8), "--shard"),
         ({**TORCH, **ARRAY}, (0, 1), (0, 1), "--shard"),
@@ -50,17 +50,17 @@ def test_processes_of_torchrun_and_srun(given: dict[str, str], rank: tuple[int, 
     ],
 )
 def test_shards(
-    given: dict[str, str], option: tuple[int | None, int] | None, shard: tuple[int, int], source: str
+    environment: dict[str, str], option: tuple[int | None, int] | None, shard: tuple[int, int], source: str
 ) -> None:
-    found = find_shard(given, option)
-    assert (found.index, found.count) == shard
-    assert source in found.source
-    assert bool(source) == bool(found.source)
+    actual = find_shard(environment, option)
+    assert (actual.index, actual.count) == shard
+    assert source in actual.source
+    assert bool(source) == bool(actual.source)
 
 
 def test_shards_of_an_array_are_all_different() -> None:
     """Also where each task of the array has a step of its own, and the array counts in steps."""
-    found = [
+    actual = [
         find_shard(
             {
                 **{"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "3"},
@@ -70,11 +70,11 @@ def test_shards_of_an_array_are_all_different() -> None:
         for task in (1, 4, 7)
         for rank in (0, 1)
     ]
-    assert [(shard.index, shard.count) for shard in found] == [(index, 6) for index in range(6)]
+    assert [(shard.index, shard.count) for shard in actual] == [(index, 6) for index in range(6)]
 
 
 @pytest.mark.parametrize(
-    ("given", "option", "named"),
+    ("environment", "option", "name_in_message"),
     [
         ({**TORCH, "RANK": "abc"}, None, "RANK is 'abc'"),
         ({**TORCH, "RANK": "2"}, None, "RANK is '2'; expected is a whole number from 0 to 1, since WORLD_SIZE is 2"),
@@ -93,18 +93,21 @@ def test_shards_of_an_array_are_all_different() -> None:
     ],
 )
 def test_what_makes_no_sense_is_named(
-    given: dict[str, str], option: tuple[int | None, int] | None, named: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str],
+    option: tuple[int | None, int] | None,
+    name_in_message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(LaunchError) as error:
-        find_shard(given, option)
-    assert named in str(error.value)
-    for name, value in given.items():
+        find_shard(environment, option)
+    assert name_in_message in str(error.value)
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert isinstance(is_first(), bool)  # and is no reason for commands without others to fail
 
 
 @pytest.mark.parametrize(
-    ("given", "option", "typed", "doubt"),
+    ("environment", "option", "typed", "doubt"),
     [
         ({}, None, True, ""),
         (TORCH, None, False, "unset RANK and WORLD_SIZE"),  # of PyTorchJob in Kubernetes, or left over
@@ -121,8 +124,8 @@ def test_what_makes_no_sense_is_named(
     ],
 )
 def test_a_lone_process_is_told(
-    given: dict[str, str], option: tuple[int | None, int] | None, typed: bool, doubt: str
+    environment: dict[str, str], option: tuple[int | None, int] | None, typed: bool, doubt: str
 ) -> None:
-    found = doubts(find_shard(given, option), given, is_interactive=typed)
-    assert bool(found) == bool(doubt)
-    assert doubt in "".join(found)
+    actual = doubts(find_shard(environment, option), environment, is_interactive=typed)
+    assert bool(actual) == bool(doubt)
+    assert doubt in "".join(actual)

@@ -123,15 +123,19 @@ def step(model: DistilledDetector, batch: Any) -> tuple[dict[str, Tensor], dict[
     parameters = dict(model.named_parameters())
     gradients = {}
     for name, value in values.items():
-        found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-        gradients[name] = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+        raw_gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        gradients[name] = {p: g for p, g in zip(parameters, raw_gradients, strict=True) if g is not None}
     return {name: value.detach() for name, value in values.items()}, gradients
 
 
-def difference(found: Tensor | None, wanted: Tensor) -> float:
+def difference(actual: Tensor | None, expected: Tensor) -> float:
     """Relative, in the norm of the whole tensor."""
-    assert found is not None
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.any() else float(found.abs().max())
+    assert actual is not None
+    return (
+        float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+        if expected.any()
+        else float(actual.abs().max())
+    )
 
 
 def said(model: DistilledDetector, batch: Any, rois: BatchRois, needs: Any) -> Any:
@@ -158,10 +162,10 @@ def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, fl
     torch.manual_seed(7)
     live = LiveTeacher(cells.teacher, cache.spec, METHODS, vars(sampling)).targets(batch, torch.device("cpu"))
     torch.manual_seed(7)
-    for image, found in zip(batch["data_samples"], live, strict=True):
-        assert isinstance(found, RoiTargets)
+    for image, actual in zip(batch["data_samples"], live, strict=True):
+        assert isinstance(actual, RoiTargets)
         truth = image.gt_instances
-        wanted = read_roi_targets(
+        expected = read_roi_targets(
             cache,
             image.img_id,
             image.homography_matrix,
@@ -173,13 +177,17 @@ def test_the_live_teachers_own_rois_are_those_of_the_cache(cells: BloodCells, fl
             missing_view="mirror",
             generator=torch.default_generator,
         )
-        assert (found.view, found.num_positive) == (wanted.view, wanted.num_positive) == ("exact", wanted.num_positive)
-        assert 0 < found.num_positive < len(found.labels) == 24
-        assert torch.equal(found.labels, wanted.labels)
-        torch.testing.assert_close(found.boxes, wanted.boxes, rtol=0, atol=1e-3)
+        assert (
+            (actual.view, actual.num_positive)
+            == (expected.view, expected.num_positive)
+            == ("exact", expected.num_positive)
+        )
+        assert 0 < actual.num_positive < len(actual.labels) == 24
+        assert torch.equal(actual.labels, expected.labels)
+        torch.testing.assert_close(actual.boxes, expected.boxes, rtol=0, atol=1e-3)
         for name in ("logits", "deltas", "embeddings"):
-            assert difference(getattr(found, name), getattr(wanted, name)) < 1e-5, name
-        features = [teacher_roi_features([x], cache.spec) for x in (found, wanted)]
+            assert difference(getattr(actual, name), getattr(expected, name)) < 1e-5, name
+        features = [teacher_roi_features([x], cache.spec) for x in (actual, expected)]
         assert difference(*features) < 1e-5
 
 
@@ -190,22 +198,24 @@ def test_targets_are_those_of_the_live_teacher(cells: BloodCells, flip: bool) ->
     batch = cells.batch(cells.cache("float32"), flip)
     cached, live = said(cells.cached("float32"), batch, rois, needs), said(cells.live(), batch, rois, needs)
     model = cells.teacher.model
-    theirs: dict[str, list[Tensor]] = {"roi_features": [], "embeddings": [], "logits": [], "deltas": []}
-    hook = model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(lambda _, x: theirs["embeddings"].append(x[0]))
+    live_values: dict[str, list[Tensor]] = {"roi_features": [], "embeddings": [], "logits": [], "deltas": []}
+    hook = model.roi_head.bbox_head.fc_cls.register_forward_pre_hook(
+        lambda _, x: live_values["embeddings"].append(x[0])
+    )
     with torch.no_grad():
         for index, image in enumerate(batch["inputs"]):
             rows = rois.rois[:, 0] == index
             pyramid, _ = cells.teacher.pyramid_of_input(image)
             result = model.roi_head._bbox_forward(pyramid, bbox2roi([rois.rois[rows, 1:]]))
-            theirs["roi_features"].append(result["bbox_feats"][rois.positive[rows]])
-            theirs["logits"].append(result["cls_score"])
-            theirs["deltas"].append(result["bbox_pred"].reshape(-1, 3, 4))
+            live_values["roi_features"].append(result["bbox_feats"][rois.positive[rows]])
+            live_values["logits"].append(result["cls_score"])
+            live_values["deltas"].append(result["bbox_pred"].reshape(-1, 3, 4))
     hook.remove()
     assert {view.view for view in cells.cached("float32").data_preprocessor(batch, True)["targets"]} == {"exact"}
-    for name, parts in theirs.items():
-        wanted = torch.cat(parts)
-        assert difference(getattr(live, name), wanted) < 1e-5, name
-        assert difference(getattr(cached, name), wanted) < 1e-5, name
+    for name, parts in live_values.items():
+        expected = torch.cat(parts)
+        assert difference(getattr(live, name), expected) < 1e-5, name
+        assert difference(getattr(cached, name), expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("views", ["identity,hflip", "identity"])
@@ -223,26 +233,26 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     mirrored = flip and views == "identity"
     assert view.view == ("mirrored" if mirrored else "exact")
 
-    there = rois_of(cells, flip).rois[:, 1:]  # in the teacher's view of 160 x 120, a quarter of the photograph
-    rois = BatchRois(torch.cat([torch.zeros(60, 1), there * 4 * 1.5], dim=1), torch.zeros(60), torch.ones(60).bool())
+    boxes = rois_of(cells, flip).rois[:, 1:]  # in the teacher's view of 160 x 120, a quarter of the photograph
+    rois = BatchRois(torch.cat([torch.zeros(60, 1), boxes * 4 * 1.5], dim=1), torch.zeros(60), torch.ones(60).bool())
     rois.rois[:, 1:] -= torch.tensor([130.0, 70, 130, 70])
     model = cells.cached("float32")
     needs = ("roi_features", "logits", "deltas")
-    found = apply_teacher_head([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
+    actual = apply_teacher_head([view], rois, TeacherHead(model.teacher.head_state(), model.spec), model.spec, needs)
 
-    seen = there
+    teacher_boxes = boxes
     if mirrored:
-        seen = torch.stack([160 - there[:, 2], there[:, 1], 160 - there[:, 0], there[:, 3]], dim=1)
+        teacher_boxes = torch.stack([160 - boxes[:, 2], boxes[:, 1], 160 - boxes[:, 0], boxes[:, 3]], dim=1)
     image = read_image(cells.img / info.file_name)
     with torch.no_grad():
         pyramid, _ = cells.teacher.pyramid(image, (120, 160), flip and not mirrored)
-        wanted = cells.teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([seen]))
-    features, deltas = wanted["bbox_feats"], wanted["bbox_pred"].reshape(-1, 3, 4)
+        expected = cells.teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([teacher_boxes]))
+    features, deltas = expected["bbox_feats"], expected["bbox_pred"].reshape(-1, 3, 4)
     if mirrored:
         features, deltas = features.flip(-1), deltas * torch.tensor([-1.0, 1, 1, 1])
-    assert difference(found.roi_features, features) < 1e-4
-    assert difference(found.logits, wanted["cls_score"]) < 1e-4
-    assert difference(found.deltas, deltas) < 1e-4
+    assert difference(actual.roi_features, features) < 1e-4
+    assert difference(actual.logits, expected["cls_score"]) < 1e-4
+    assert difference(actual.deltas, deltas) < 1e-4
 
 
 def test_a_pyramid_moves_in_storage_type_and_without_what_is_not_needed(cells: BloodCells) -> None:
@@ -263,12 +273,12 @@ def test_a_pyramid_moves_in_storage_type_and_without_what_is_not_needed(cells: B
 def test_losses_and_gradients_are_those_beside_the_live_teacher(cells: BloodCells, flip: bool, family: str) -> None:
     batch = cells.batch(cells.cache("float32"), flip)
     losses, gradients = step(cells.cached("float32", family), batch)
-    wanted, wanted_gradients = step(cells.live(family), batch)
-    assert losses.keys() == wanted.keys()
+    expected, wanted_gradients = step(cells.live(family), batch)
+    assert losses.keys() == expected.keys()
     assert {f"loss_{name}" for name in LOSSES[family]} <= losses.keys()
-    for name in wanted:
-        assert wanted[name] > 0, name
-        assert difference(losses[name], wanted[name]) < 1e-5, name
+    for name in expected:
+        assert expected[name] > 0, name
+        assert difference(losses[name], expected[name]) < 1e-5, name
         assert gradients[name].keys() == wanted_gradients[name].keys()
         assert sum(bool(gradient.any()) for gradient in wanted_gradients[name].values()) > 10
         for parameter, gradient in wanted_gradients[name].items():
@@ -282,9 +292,9 @@ def test_storage_types_stay_close(
 ) -> None:
     batch = cells.batch(cells.cache(dtype), False)
     losses, gradients = step(cells.cached(dtype, family), batch)
-    wanted, wanted_gradients = step(cells.live(family), batch)
-    for name in wanted:
-        assert difference(losses[name], wanted[name]) < of_loss, name
+    expected, wanted_gradients = step(cells.live(family), batch)
+    for name in expected:
+        assert difference(losses[name], expected[name]) < of_loss, name
         worst = max(difference(gradients[name][p], g) for p, g in wanted_gradients[name].items())
         assert worst < of_gradient, name
 
@@ -325,14 +335,17 @@ def test_two_points_per_cell_hardly_move_sgfi(cells: BloodCells, large: bool) ->
     strides = open_cache(cells.cache("float32")).spec.strides
     with torch.no_grad():
         images = torch.stack(batch["inputs"]).float()
-        ours = student.extract_feat((images - images.mean()) / images.std())
-        theirs = torch.cat([cells.teacher.pyramid_of_input(image)[0][0] for image in batch["inputs"]])
-        wanted = roi_align(theirs, rois, 7, 1 / strides[0], 0, True)
-        levels = [roi_align(level, rois, 7, 1 / stride, 0, True) for level, stride in zip(ours, strides, strict=True)]
+        student_pyramid = student.extract_feat((images - images.mean()) / images.std())
+        teacher_level = torch.cat([cells.teacher.pyramid_of_input(image)[0][0] for image in batch["inputs"]])
+        expected = roi_align(teacher_level, rois, 7, 1 / strides[0], 0, True)
+        levels = [
+            roi_align(level, rois, 7, 1 / stride, 0, True)
+            for level, stride in zip(student_pyramid, strides, strict=True)
+        ]
         adaptive = torch.stack(levels, dim=1)
-        two = roi_align_levels(ours, strides, rois)
+        two = roi_align_levels(student_pyramid, strides, rois)
         torch.manual_seed(0)
         sgfi = SGFI(8, 16)
-        exact, bounded = (float(sgfi(features, wanted)[0]) for features in (adaptive, two))
+        exact, bounded = (float(sgfi(features, expected)[0]) for features in (adaptive, two))
     assert abs(bounded - exact) < 0.02 * exact
     assert 0 < difference(two, adaptive) < 0.08

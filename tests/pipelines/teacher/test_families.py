@@ -131,18 +131,18 @@ def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, na
     rule = model.roi_head.test_cfg
     total = 0
     for image_id in cache.image_ids.tolist()[:3]:
-        said = cache.targets(image_id)
-        assert said.logits is not None
-        scores = torch.softmax(said.logits, dim=1)[: said.num_proposals]
-        boxes = said.class_boxes(cache.spec)[: said.num_proposals]
-        found, labels = multiclass_nms(boxes.flatten(1), scores, rule.score_thr, rule.nms, rule.max_per_img)
-        sample = pipeline({"img_path": str(kit.img / said.file_name), "img_id": image_id})
+        targets = cache.targets(image_id)
+        assert targets.logits is not None
+        scores = torch.softmax(targets.logits, dim=1)[: targets.num_proposals]
+        boxes = targets.class_boxes(cache.spec)[: targets.num_proposals]
+        actual, labels = multiclass_nms(boxes.flatten(1), scores, rule.score_thr, rule.nms, rule.max_per_img)
+        sample = pipeline({"img_path": str(kit.img / targets.file_name), "img_id": image_id})
         with torch.no_grad():
             data = {"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]}
             live = model.test_step(data)[0].pred_instances
         assert torch.equal(labels, live.labels)
-        torch.testing.assert_close(found[:, 4], live.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found[:, :4], live.bboxes, rtol=0, atol=1e-2)
+        torch.testing.assert_close(actual[:, 4], live.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual[:, :4], live.bboxes, rtol=0, atol=1e-2)
         total += len(labels)
     assert total > 30
     assert "AP" in kit.run("verify", work / "teacher.zarr", "--ap").out
@@ -155,15 +155,15 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     checkpoint = load_checkpoint(work / "teacher.pth")
     teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=40, device=torch.device("cpu"))
     image_id = int(cache.image_ids[0])
-    known = cache.targets(image_id, fields=("boxes",))
-    view = read_teacher_view(cache, image_id, known.matrix, missing_view="mirror")
+    targets = cache.targets(image_id, fields=("boxes",))
+    view = read_teacher_view(cache, image_id, targets.matrix, missing_view="mirror")
     low = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([90.0, 60.0])
     boxes = torch.cat([low, low + 20], dim=1)
     boxes[:10] += torch.tensor([128.0, 96.0]).repeat(2) - boxes[:10, 2:].repeat(1, 2)  # where stages move them out
     rois = BatchRois(torch.cat([torch.zeros(30, 1), boxes], dim=1), torch.zeros(30).long(), torch.ones(30).bool())
     head = frozen_head(cache.head(), cache.spec)
-    said = apply_teacher_head([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "roi_features"))
-    pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
+    outputs = apply_teacher_head([view], rois, head, cache.spec, ("logits", "deltas", "embeddings", "roi_features"))
+    pyramid, sample = teacher.pyramid(read_image(kit.img / targets.file_name), (96, 128), False)
     roi_head = teacher.model.roi_head
     with torch.no_grad():
         at, logits, deltas = roi_head._refine_roi(pyramid, rois.rois, [sample.metainfo], (30,))
@@ -173,11 +173,11 @@ def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
         wide = roi_head.bbox_roi_extractor[2](pyramid[:4], at[0]).flatten(1)
         for layer in last.shared_fcs:
             wide = layer(wide).relu()
-    for found, wanted in ((said.logits, logits[0]), (said.embeddings, wide), (said.roi_features, features)):
-        assert found is not None
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert said.deltas is not None
-    decoded = decode_deltas(boxes, said.deltas, cache.spec.box_means, cache.spec.box_stds)[:, 0]
+    for actual, expected in ((outputs.logits, logits[0]), (outputs.embeddings, wide), (outputs.roi_features, features)):
+        assert actual is not None
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert outputs.deltas is not None
+    decoded = decode_deltas(boxes, outputs.deltas, cache.spec.box_means, cache.spec.box_stds)[:, 0]
     torch.testing.assert_close(decoded, moved, rtol=0, atol=1e-2)
     assert float((moved - boxes).abs().mean()) > 0.5  # it does move them
 
@@ -217,26 +217,26 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
     cache, checkpoint = open_cache(out), load_checkpoint(ckpt)
     check_serves_student_rois(cache)
     teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=8, device=torch.device("cpu"))
-    known = cache.targets(int(cache.image_ids[0]), fields=("boxes",))
+    targets = cache.targets(int(cache.image_ids[0]), fields=("boxes",))
     low = torch.rand(12, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([80.0, 50.0])
     boxes = torch.cat([low, low + torch.tensor([30.0, 25.0])], dim=1)
     rois = BatchRois(torch.cat([torch.zeros(12, 1), boxes], dim=1), torch.zeros(12).long(), torch.ones(12).bool())
-    pyramid, sample = teacher.pyramid(read_image(kit.img / known.file_name), (96, 128), False)
+    pyramid, sample = teacher.pyramid(read_image(kit.img / targets.file_name), (96, 128), False)
     with torch.no_grad():
-        wanted, features = teacher.box_outputs(pyramid, boxes, sample)
-    image = torch.from_numpy(read_image(kit.img / known.file_name).transpose(2, 0, 1).copy())
+        expected, features = teacher.box_outputs(pyramid, boxes, sample)
+    image = torch.from_numpy(read_image(kit.img / targets.file_name).transpose(2, 0, 1).copy())
     views = {
-        "cached": read_teacher_view(cache, known.image_id, known.matrix, missing_view="mirror"),
+        "cached": read_teacher_view(cache, targets.image_id, targets.matrix, missing_view="mirror"),
         "live": LiveTeacher(teacher, cache.spec).view(image),
     }
     needs = ("logits", "deltas", "embeddings", "roi_features")
     head = frozen_head(cache.head(), cache.spec)
-    said = {name: apply_teacher_head([view], rois, head, cache.spec, needs) for name, view in views.items()}
-    for field, value in ((name, features if name == "roi_features" else getattr(wanted, name)) for name in needs):
-        cached, live = (getattr(answers, field) for answers in said.values())
+    outputs = {name: apply_teacher_head([view], rois, head, cache.spec, needs) for name, view in views.items()}
+    for field, value in ((name, features if name == "roi_features" else getattr(expected, name)) for name in needs):
+        cached, live = (getattr(answers, field) for answers in outputs.values())
         assert float((cached - live).norm() / live.norm()) < 1e-5, field
         assert float((live - value).norm() / value.norm()) < 1e-4, field
-    assert float(wanted.logits.std(dim=0).mean()) > 1e-3, "the boxes differ"
+    assert float(expected.logits.std(dim=0).mean()) > 1e-3, "the boxes differ"
 
 
 @SEMANTIC
@@ -308,9 +308,9 @@ def test_a_cascade_learns(kit: "Kit", work: Path, teacher: str, rois: str) -> No
 def test_a_cascade_gets_the_heads_of_a_cascade(kit: "Kit", work: Path) -> None:
     cache = cached(kit, work, kit.tiny(CASCADE))
     trained(kit, work, cache, kit.tiny("cascade-rcnn_r101_fpn_1x_coco"), "--methods", "sgfi,cls,reg,ht")
-    found = load_checkpoint(work / "w" / "student.pth").state_dict
+    weights = load_checkpoint(work / "w" / "student.pth").state_dict
     for name, value in open_cache(cache).head().items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(weights[name], value), name
 
 
 def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
@@ -335,14 +335,14 @@ def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
     kind = ("--proposals", 12, "--targets", "objects", "--dtype", "float32")
     kit.run("cache-teacher", "--ckpt", work / "teacher.pth", *kit.data, *kit.VIEW, *kind, "--out", roi)
     image_id = int(open_cache(roi).image_ids[0])
-    known = open_cache(roi).targets(image_id)
+    targets = open_cache(roi).targets(image_id)
     (level,) = open_cache(cache).targets(image_id).pyramid()
     assert level is not None
-    assert known.roi_rows is not None
-    boxes = known.boxes[known.roi_rows.long()]
-    rois = torch.cat([torch.zeros(len(boxes), 1), map_boxes(boxes, known.matrix)], dim=1)
-    wanted = roi_align(level[None], rois, 7, 1 / 16, aligned=True)
-    assert float((known.float_roi_features() - wanted).norm() / wanted.norm()) < 0.03  # the pyramid is int8
+    assert targets.roi_rows is not None
+    boxes = targets.boxes[targets.roi_rows.long()]
+    rois = torch.cat([torch.zeros(len(boxes), 1), map_boxes(boxes, targets.matrix)], dim=1)
+    expected = roi_align(level[None], rois, 7, 1 / 16, aligned=True)
+    assert float((targets.float_roi_features() - expected).norm() / expected.norm()) < 0.03  # the pyramid is int8
 
 
 @pytest.mark.parametrize("rois", ["student", "teacher"])

@@ -217,14 +217,16 @@ def test_the_family_is_told_before_weights_are_compared(tmp_path: Path) -> None:
             load_teacher(nothing, for_inference(find_config(name)), proposals=8, device=CPU)
 
 
-@pytest.mark.parametrize(("own", "used"), [(None, None), (-1, -1), (0, 0), (10, 40), (40, 40), (1000, 1000)])
-def test_as_many_candidates_as_proposals_are_wanted(kit: "Kit", work: Path, own: int | None, used: int | None) -> None:
+@pytest.mark.parametrize(("own_count", "used"), [(None, None), (-1, -1), (0, 0), (10, 40), (40, 40), (1000, 1000)])
+def test_as_many_candidates_as_proposals_are_wanted(
+    kit: "Kit", work: Path, own_count: int | None, used: int | None
+) -> None:
     """Before suppression, a teacher has as many as its config says, all where it says nothing, and enough."""
     config = kit.config()
     rpn = config.model.test_cfg.rpn
     rpn.pop("nms_pre")
-    if own is not None:
-        rpn.nms_pre = own
+    if own_count is not None:
+        rpn.nms_pre = own_count
     state = MODELS.build(for_inference(config).model).state_dict()
     checkpoint = Checkpoint(state, {}, work / "w.pth")
     teacher = load_teacher(checkpoint, for_inference(config), proposals=40, device=CPU)

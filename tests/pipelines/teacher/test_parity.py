@@ -122,12 +122,12 @@ def test_targets_from_a_float32_cache_are_those_of_the_live_teacher(
         image = read_image(data.img_dir / info.file_name)
         with torch.no_grad():
             pyramid, _ = teacher.pyramid(image, (96, 128), flip)
-            said = teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([targets.boxes]))
-        positives = said["bbox_feats"][: targets.num_positive]
+            outputs = teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([targets.boxes]))
+        positives = outputs["bbox_feats"][: targets.num_positive]
         torch.testing.assert_close(teacher_roi_features([targets], cache.spec), positives, rtol=1e-4, atol=1e-5)
         for name, live in (
-            ("logits", said["cls_score"]),
-            ("deltas", said["bbox_pred"].reshape(len(targets.boxes), -1, 4)),
+            ("logits", outputs["cls_score"]),
+            ("deltas", outputs["bbox_pred"].reshape(len(targets.boxes), -1, 4)),
             ("embeddings", teacher._embeddings[0]),
         ):
             torch.testing.assert_close(getattr(targets, name), live, rtol=1e-4, atol=1e-5, msg=f"{name} of {info}")
@@ -140,10 +140,12 @@ def near(monkeypatch: pytest.MonkeyPatch, teacher: Teacher, data: DetectionData)
     propose = teacher.proposals
 
     def proposals(pyramid: tuple[torch.Tensor, ...], sample: Any) -> torch.Tensor:
-        found, truth = propose(pyramid, sample), next(objects) * 0.2  # 640 x 480 at 128 x 96
-        for row in range(0, len(found), 2):
-            found[row] = truth[row // 2 % len(truth)] + (row // 2 // len(truth)) * torch.tensor([0.4, 0.4, 0.6, 0.6])
-        return found
+        proposals_found, truth = propose(pyramid, sample), next(objects) * 0.2  # 640 x 480 at 128 x 96
+        for row in range(0, len(proposals_found), 2):
+            proposals_found[row] = truth[row // 2 % len(truth)] + (row // 2 // len(truth)) * torch.tensor(
+                [0.4, 0.4, 0.6, 0.6]
+            )
+        return proposals_found
 
     monkeypatch.setattr(teacher, "proposals", proposals)
 
@@ -157,13 +159,13 @@ def test_a_cache_of_objects_gives_what_a_pyramid_gives(
     objects = cached(tmp_path / "objects.zarr", teacher, data, spec_of(teacher, data, tier="objects"))
     for index, info in enumerate(data.images):
         assert 30 < objects.index(info.image_id).num_objects < MAX_OBJECTS  # the cap leaves nothing out
-        wanted, found = (student_targets(cache, data, index, (96, 128), flip) for cache in (pyramid, objects))
-        assert wanted.num_positive == 24
+        expected, actual = (student_targets(cache, data, index, (96, 128), flip) for cache in (pyramid, objects))
+        assert expected.num_positive == 24
         for name in ("num_positive", "view"):
-            assert getattr(found, name) == getattr(wanted, name)
+            assert getattr(actual, name) == getattr(expected, name)
         for name in ("boxes", "labels", "logits", "deltas", "embeddings"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name))
-        features = teacher_roi_features([found], objects.spec), teacher_roi_features([wanted], pyramid.spec)
+            assert torch.equal(getattr(actual, name), getattr(expected, name))
+        features = teacher_roi_features([actual], objects.spec), teacher_roi_features([expected], pyramid.spec)
         torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 
 
@@ -177,18 +179,18 @@ def test_positives_have_features_where_the_cap_leaves_some_without(
     monkeypatch.setattr("kdpipe.cache.write.encode.choose_objects", choose)
     objects = cached(tmp_path / "objects.zarr", teacher, data, spec_of(teacher, data, tier="objects"))
     every, some = (student_targets(cache, data, 0, (96, 128), False) for cache in (pyramid, objects))
-    known = objects.targets(info.image_id)
-    assert known.roi_rows is not None
+    targets = objects.targets(info.image_id)
+    assert targets.roi_rows is not None
     assert some.num_positive == min(24, info.num_gt + 3) < every.num_positive or info.num_gt > 21
-    with_features = known.boxes[known.roi_rows.long()] * 0.2
+    with_features = targets.boxes[targets.roi_rows.long()] * 0.2
     assert all((with_features - box).abs().amax(1).min() < 1e-3 for box in some.boxes[: some.num_positive])
     assert (some.labels[: some.num_positive] < len(data.class_names)).all()
     assert (some.labels[some.num_positive :] == len(data.class_names)).all()
     features = teacher_roi_features([some], objects.spec)
     with torch.no_grad():
-        seen, _ = teacher.pyramid(read_image(data.img_dir / info.file_name), (96, 128), False)
-        said = teacher.model.roi_head._bbox_forward(seen, bbox2roi([some.boxes[: some.num_positive]]))
-    torch.testing.assert_close(features, said["bbox_feats"], rtol=1e-4, atol=1e-5)
+        pyramid_seen, _ = teacher.pyramid(read_image(data.img_dir / info.file_name), (96, 128), False)
+        outputs = teacher.model.roi_head._bbox_forward(pyramid_seen, bbox2roi([some.boxes[: some.num_positive]]))
+    torch.testing.assert_close(features, outputs["bbox_feats"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("int8", 2e-2), ("int4", 0.3)])
@@ -198,9 +200,9 @@ def test_stored_features_stay_close(
     exact = cached(tmp_path / "exact.zarr", teacher, data, spec_of(teacher, data))
     small = cached(tmp_path / "small.zarr", teacher, data, spec_of(teacher, data, dtype=dtype, codec="zstd"))
     for index in range(IMAGES):
-        wanted = teacher_roi_features([student_targets(exact, data, index, (96, 128), False)], exact.spec)
-        found = teacher_roi_features([student_targets(small, data, index, (96, 128), False)], small.spec)
-        assert (found - wanted).norm() <= limit * wanted.norm()
+        expected = teacher_roi_features([student_targets(exact, data, index, (96, 128), False)], exact.spec)
+        actual = teacher_roi_features([student_targets(small, data, index, (96, 128), False)], small.spec)
+        assert (actual - expected).norm() <= limit * expected.norm()
 
 
 def test_a_mirrored_target_is_the_mirror_image_of_the_unflipped_one(

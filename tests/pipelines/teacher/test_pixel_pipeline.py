@@ -120,20 +120,20 @@ def tensor(image: Any) -> Tensor:
 @pytest.mark.parametrize(("steps", "live"), APPLIED)
 def test_the_teacher_is_shown_what_mmdet_shows_it(steps: list[Any], live: bool, picture: Path) -> None:
     """Bit for bit: from a file as for a cache, and from a student's resized image as beside a student."""
-    pipeline, wanted = PixelPipeline(steps), mmdets(steps, picture)
+    pipeline, expected = PixelPipeline(steps), mmdets(steps, picture)
     assert pipeline.own_scale() == SCALE
     pipeline.check_scale(SCALE)
     image = read_image(picture, decoding=pipeline.decoding)
-    shown, (height, width) = pipeline.view(image, SCALE, flip=False)
-    found = tensor(shown)
-    assert found.dtype == wanted.dtype
-    assert torch.equal(found, wanted)
+    pixels, (height, width) = pipeline.view(image, SCALE, flip=False)
+    actual = tensor(pixels)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
     assert max(height, width) <= max(SCALE)
-    assert height <= shown.shape[0]
+    assert height <= pixels.shape[0]
 
     # what a preprocessor makes of it is what it makes of mmdet's
     preprocessor = DetDataPreprocessor(mean=[1.0, 2, 3], std=[4.0, 5, 6], bgr_to_rgb=True, pad_size_divisor=32)
-    inputs = [preprocessor({"inputs": [x], "data_samples": None})["inputs"] for x in (found, wanted)]
+    inputs = [preprocessor({"inputs": [x], "data_samples": None})["inputs"] for x in (actual, expected)]
     assert torch.equal(*inputs)
 
     if not live:
@@ -144,7 +144,7 @@ def test_the_teacher_is_shown_what_mmdet_shows_it(steps: list[Any], live: bool, 
     resize = next(step for step in steps if "keep_ratio" in step)
     student = [steps[0], resize, {"type": "PackDetInputs", "meta_keys": ("img_id",)}]
     check_seen_alike(student, pipeline.identity().get("pixels", {}))
-    assert torch.equal(pipeline.of_resized(mmdets(student, picture)), wanted)
+    assert torch.equal(pipeline.of_resized(mmdets(student, picture)), expected)
 
 
 @pytest.mark.parametrize(("steps", "live"), APPLIED)
@@ -152,28 +152,28 @@ def test_the_mirrored_view_is_the_pipeline_of_the_mirrored_image(steps: list[Any
     """Mirrored behind its resizing, as a student's pipeline does it: padding stays on the right."""
     pipeline = PixelPipeline(steps)
     place = next(i for i, step in enumerate(steps) if "keep_ratio" in step)
-    wanted = mmdets([*steps[: place + 1], {"type": "RandomFlip", "prob": 1.0}, *steps[place + 1 :]], picture)
-    wanted = (
-        wanted if {"type": "RandomFlip", "prob": 0.0} not in steps else mmdets([READ, RESIZE, PACK], picture).flip(-1)
+    expected = mmdets([*steps[: place + 1], {"type": "RandomFlip", "prob": 1.0}, *steps[place + 1 :]], picture)
+    expected = (
+        expected if {"type": "RandomFlip", "prob": 0.0} not in steps else mmdets([READ, RESIZE, PACK], picture).flip(-1)
     )
-    shown, _ = pipeline.view(read_image(picture, decoding=pipeline.decoding), SCALE, flip=True)
-    assert torch.equal(tensor(shown), wanted)
+    pixels, _ = pipeline.view(read_image(picture, decoding=pipeline.decoding), SCALE, flip=True)
+    assert torch.equal(tensor(pixels), expected)
 
 
-@pytest.mark.parametrize(("steps", "named"), REFUSED)
-def test_other_steps_are_refused_by_name(steps: list[Any], named: str) -> None:
+@pytest.mark.parametrize(("steps", "name_in_message"), REFUSED)
+def test_other_steps_are_refused_by_name(steps: list[Any], name_in_message: str) -> None:
     with pytest.raises(KdpipeError) as caught:
         PixelPipeline(steps)
-    assert named in str(caught.value)
+    assert name_in_message in str(caught.value)
 
 
 def test_what_is_not_usual_is_part_of_the_identity() -> None:
     usual = [READ, {**RESIZE, "interpolation": "bilinear", "clip_object_border": False}, PACK]
     assert PixelPipeline().identity() == PixelPipeline(usual).identity() == {}
-    found = [str(PixelPipeline(steps).identity()) for steps, _ in APPLIED]
+    actual = [str(PixelPipeline(steps).identity()) for steps, _ in APPLIED]
     same = [APPLIED[0], APPLIED[1]]
-    assert [text for (_, _), text in zip(same, found, strict=False)] == ["{}", "{}"]
-    assert len(set(found)) == len(APPLIED) - 1
+    assert [text for (_, _), text in zip(same, actual, strict=False)] == ["{}", "{}"]
+    assert len(set(actual)) == len(APPLIED) - 1
 
 
 def test_scales_that_do_not_fit() -> None:
@@ -204,8 +204,8 @@ def test_scales_that_do_not_fit() -> None:
 )
 def test_another_scale_is_the_same_for_evaluation_and_cache(resize: dict[str, Any], picture: Path) -> None:
     steps = [READ, resize, {"type": "Equalize"}, PACK]
-    shown, _ = PixelPipeline(steps).view(read_image(picture), (80, 64), flip=False)
-    assert torch.equal(tensor(shown), mmdets(set_scale(steps, (80, 64)), picture))
+    pixels, _ = PixelPipeline(steps).view(read_image(picture), (80, 64), flip=False)
+    assert torch.equal(tensor(pixels), mmdets(set_scale(steps, (80, 64)), picture))
 
 
 def old(*transforms: Any, **view: Any) -> Config:
@@ -223,14 +223,14 @@ def test_pipelines_of_mmdet_2() -> None:
     assert (pipeline.identity(), pipeline.own_scale()) == ({}, SCALE)
     assert teacher_pixels(old(*padded, img_scale=[SCALE])).own_scale() == SCALE
     assert "Equalize" in str(teacher_pixels(old({"type": "Equalize"}, *padded)).identity())
-    for config, named in (
+    for config, name_in_message in (
         (old(*padded, flip=True), "several views"),
         (old(*padded, img_scale=[SCALE, (64, 64)]), "several views"),
         (old({"type": "Pad", "size": (96, 96)}), "size_divisor"),
         (old({"type": "Pad", "size_divisor": 32, "pad_val": 114}), "114"),
         (old({"type": "MyGray"}, *padded), "MyGray"),
     ):
-        with pytest.raises(KdpipeError, match=named):
+        with pytest.raises(KdpipeError, match=name_in_message):
             teacher_pixels(config)
 
 
@@ -249,25 +249,25 @@ def test_all_commands_show_the_teacher_the_same(kit: "Kit", work: Path, monkeypa
     flip["prob"] = 0.0
     (work / "student.py").write_text(student.pretty_text)
 
-    shown: dict[str, tuple[int, ...]] = {}  # digest of a network input -> its shape
+    input_shapes: dict[str, tuple[int, ...]] = {}  # digest of a network input -> its shape
     look = TwoStageDetector.extract_feat
 
     def record(self: Any, inputs: Tensor) -> Any:
         if self.neck.out_channels == 16:  # the teacher
-            shown.update({sha256(image.numpy().tobytes()).hexdigest(): tuple(image.shape) for image in inputs})
+            input_shapes.update({sha256(image.numpy().tobytes()).hexdigest(): tuple(image.shape) for image in inputs})
         return look(self, inputs)
 
     monkeypatch.setattr(TwoStageDetector, "extract_feat", record)
 
     def images(*command: object) -> dict[str, tuple[int, ...]]:
-        shown.clear()
+        input_shapes.clear()
         kit.run(*command)
-        return dict(shown)
+        return dict(input_shapes)
 
     data = ("--ckpt", ckpt, *kit.data)
-    wanted = images("evaluate", *data, "--batch-size", 1)
-    assert len(wanted) == 8
-    assert set(wanted.values()) == {(3, 128, 128)}
+    expected = images("evaluate", *data, "--batch-size", 1)
+    assert len(expected) == 8
+    assert set(expected.values()) == {(3, 128, 128)}
     training = ("--student", "student.py", "--methods", "cls", "--epochs", 1, "--batch-size", 4, "--workers", 0)
     commands: list[tuple[object, ...]] = [
         ("cache-teacher", *data, "--proposals", 40, "--out", "x.zarr"),
@@ -275,7 +275,7 @@ def test_all_commands_show_the_teacher_the_same(kit: "Kit", work: Path, monkeypa
         ("train-student", "--teacher-ckpt", ckpt, *kit.data, *training, "--work-dir", "w"),
     ]
     for command in commands:
-        assert wanted.keys() <= images(*command).keys(), command[0]
+        assert expected.keys() <= images(*command).keys(), command[0]
 
     plain = kit.save_detector(work / "plain.pth", kit.config())
     message = kit.refused("cache-teacher", "--ckpt", plain, *kit.data, "--proposals", 40, "--out", "x.zarr")

@@ -26,8 +26,8 @@ def student(kit: "Kit", work: Path, family: str) -> Path:
 
 
 def train(kit: "Kit", work: Path, family: str, name: str, *options: object, cache: Path | None = None) -> Any:
-    given = ("--student", student(kit, work, family), *options)
-    return kit.train_student(work / name, *QUEUE, *given, cache=cache)
+    arguments = ("--student", student(kit, work, family), *options)
+    return kit.train_student(work / name, *QUEUE, *arguments, cache=cache)
 
 
 def log(work_dir: Path) -> list[dict[str, float]]:

@@ -49,8 +49,8 @@ def test_every_option_is_in_the_table() -> None:
 def test_values(key: str) -> None:
     section, _, name = key.partition(".")
     for value in VALUES[key][0]:
-        found = distill_options([f"distill.{key}={value}"], ["sgfi"])[section]
-        assert str(found[name] if name else found).replace("'", "") == str(value).replace("'", "")
+        actual = distill_options([f"distill.{key}={value}"], ["sgfi"])[section]
+        assert str(actual[name] if name else actual).replace("'", "") == str(value).replace("'", "")
     no_number = [value for value in NO_NUMBER if value not in map(str, VALUES[key][0]) and key != "transforms"]
     for value in (*VALUES[key][1], *no_number):
         with pytest.raises(KdpipeError, match=rf"distill\.{key}|distill.transforms|nan|inf"):

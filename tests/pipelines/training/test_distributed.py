@@ -83,8 +83,8 @@ def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
     assert done.stdout.count("RoIs: those of the") == 1
     state, lines = trained(work / "w")
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
-    own = sum(line["kd_positive"] + line["kd_negative"] for line in lines)  # of the first process
-    assert own < int(state["ckd.queue.count"]) <= 4096  # the queue has those of both
+    own_rois = sum(line["kd_positive"] + line["kd_negative"] for line in lines)  # of the first process
+    assert own_rois < int(state["ckd.queue.count"]) <= 4096  # the queue has those of both
     assert len(lines) == 8
     assert all(0 < line["share_sgfi"] < 1 for line in lines if line["kd_positive"])
 

@@ -132,8 +132,8 @@ class FakeRunner:
 
 def warned_at(max_iters: int, spreads: list[float]) -> int | None:
     """The step at which a training with these values of `ckd_spread`, the last one from then on, warns."""
-    shown = io.StringIO()
-    hook, runner = CollapseHook(Console(file=shown, width=500)), FakeRunner(max_iters)
+    printed = io.StringIO()
+    hook, runner = CollapseHook(Console(file=printed, width=500)), FakeRunner(max_iters)
     first = None
     for step in range(max_iters):
         runner.iter = step
@@ -141,7 +141,7 @@ def warned_at(max_iters: int, spreads: list[float]) -> int | None:
         hook.after_train_iter(runner, step, None, outputs)
         first = step if runner.warnings and first is None else first
     assert len(runner.warnings) <= 1, "once"
-    assert shown.getvalue().count("ckd teaches next to nothing") == len(runner.warnings)
+    assert printed.getvalue().count("ckd teaches next to nothing") == len(runner.warnings)
     return first
 
 

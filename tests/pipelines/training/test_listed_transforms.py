@@ -164,7 +164,7 @@ def test_transforms_of_colour_move_nothing(name: str) -> None:
     """A bright block stays in its place; what is erased is erased, and the rest left alone."""
     step = {"type": name, **COLOURS[name]}
     assert with_teacher_targets([*READ, step, PACK], ADD)[-1] is ADD
-    transform, seen = build(step), 0
+    transform, num_changed = build(step), 0
     for seed in range(12):
         np.random.seed(seed)
         random.seed(seed)
@@ -178,14 +178,14 @@ def test_transforms_of_colour_move_nothing(name: str) -> None:
         assert image.shape == before.shape
         if name in ("CutOut", "RandomErasing"):
             changed = (image != before).any(axis=2)
-            seen += int(0 < changed.mean() < 0.5)
+            num_changed += int(0 < changed.mean() < 0.5)
             continue
         rows, columns = np.nonzero(np.abs(image - image[-1, 0]).sum(axis=2) > 4)  # HSV rounds
         if len(rows):  # some draws make all alike
-            seen += 1
+            num_changed += 1
             box = [rows.min(), rows.max(), columns.min(), columns.max()]
             np.testing.assert_allclose(box, [20, 39, 70, 79], atol=1)
-    assert seen >= 6
+    assert num_changed >= 6
 
 
 def test_every_listed_class_is_tried() -> None:

@@ -70,16 +70,16 @@ def test_a_reader_that_ends_early(work: Path) -> None:
 
 
 def test_a_folder_that_was_deleted(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = work / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
+    deleted = work / "gone"
+    deleted.mkdir()
+    monkeypatch.chdir(deleted)
+    deleted.rmdir()
     assert "The current folder cannot be used" in kit.refused("inspect", "x.zarr")
     assert "Usage" in kit.run("--help").out
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (MemoryError(), "There is too little memory (of this machine)"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory"),
@@ -89,17 +89,17 @@ def test_a_folder_that_was_deleted(kit: "Kit", work: Path, monkeypatch: pytest.M
     ],
 )
 def test_what_the_machine_refuses_is_no_fault_of_kdpipe(
-    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr("kdpipe.cache.read.reader.open_cache", fail)
-    assert said in kit.refused("train-student", "--cache", "x.zarr")
+    assert message in kit.refused("train-student", "--cache", "x.zarr")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's", "--shm-size"),
         ("unable to write to file </torch_12_34_0>: No space left on device (28)", "--shm-size"),
@@ -110,12 +110,12 @@ def test_what_the_machine_refuses_is_no_fault_of_kdpipe(
     ],
 )
 @pytest.mark.parametrize("steps", [0, 5])
-def test_what_ends_a_training_is_told_with_what_to_do(text: str, said: str, steps: int, tmp_path: Path) -> None:
+def test_what_ends_a_training_is_told_with_what_to_do(text: str, message: str, steps: int, tmp_path: Path) -> None:
     runner = SimpleNamespace(iter=0)
     with pytest.raises(KdpipeError) as caught, training_faults(runner, tmp_path):
         runner.iter = steps
         raise RuntimeError(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "--resume" in str(caught.value)
 
 

@@ -31,7 +31,7 @@ DECAY = {"norm_decay_mult": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("own", "base", "lr", "expected"),
+    ("optimizer", "base", "lr", "expected"),
     [
         (None, None, None, {"type": "SGD", "lr": 0.0075, "momentum": 0.9, "weight_decay": 1e-4}),
         (SGD, 16, None, {"type": "SGD", "lr": 0.0075, "momentum": 0.9, "weight_decay": 1e-4}),
@@ -44,17 +44,17 @@ DECAY = {"norm_decay_mult": 0.0}
         ({"type": "Adadelta"}, 8, None, {"type": "Adadelta"}),
     ],
 )
-def test_optimisers(own: Any, base: int | None, lr: float | None, expected: dict[str, Any]) -> None:
+def test_optimisers(optimizer: Any, base: int | None, lr: float | None, expected: dict[str, Any]) -> None:
     config = Config({})
-    if own is not None:
-        config.optim_wrapper = {"type": "OptimWrapper", "optimizer": own, "paramwise_cfg": DECAY}
+    if optimizer is not None:
+        config.optim_wrapper = {"type": "OptimWrapper", "optimizer": optimizer, "paramwise_cfg": DECAY}
     if base is not None:
         config.auto_scale_lr = {"base_batch_size": base, "enable": True}
     before = config.to_dict()
-    found = optim_wrapper(config, lr, images=4, amp=False)
-    assert found["optimizer"] == expected
-    assert found.get("paramwise_cfg") == (None if expected["type"] == "SGD" else DECAY)
-    assert found.get("clip_grad") == ({"max_norm": 10, "norm_type": 2} if expected["type"] == "SGD" else None)
+    wrapper = optim_wrapper(config, lr, images=4, amp=False)
+    assert wrapper["optimizer"] == expected
+    assert wrapper.get("paramwise_cfg") == (None if expected["type"] == "SGD" else DECAY)
+    assert wrapper.get("clip_grad") == ({"max_norm": 10, "norm_type": 2} if expected["type"] == "SGD" else None)
     assert config.to_dict() == before
 
 
@@ -82,7 +82,7 @@ def test_what_kdpipe_sets_is_no_option(option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "text", "told"),
+    ("level", "text", "is_told"),
     [
         (logging.ERROR, "anything", True),
         (logging.WARNING, "The prefix is not set in metric class", False),
@@ -90,8 +90,8 @@ def test_what_kdpipe_sets_is_no_option(option: str) -> None:
         (logging.INFO, "Epoch(train)", False),
     ],
 )
-def test_lines_of_the_log_for_the_console(level: int, text: str, told: bool) -> None:
-    assert _is_told(logging.LogRecord("mmengine", level, "", 0, text, (), None)) is told
+def test_lines_of_the_log_for_the_console(level: int, text: str, is_told: bool) -> None:
+    assert _is_told(logging.LogRecord("mmengine", level, "", 0, text, (), None)) is is_told
 
 
 @pytest.mark.parametrize("name", ["YOLOXModeSwitchHook", "mmdet.SetEpochInfoHook", "MeanTeacherHook"])
@@ -163,7 +163,7 @@ def test_mixed_precision_of_a_config_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "used", "lines"),
+    ("config", "used", "lines"),
     [
         ({}, {"optim_wrapper": {"optimizer": SGD}}, []),
         ({"train_cfg": {"max_epochs": 12}}, {"train_cfg": {"max_epochs": 12, "val_interval": 1}}, []),
@@ -187,19 +187,19 @@ def test_mixed_precision_of_a_config_stays() -> None:
         ),
     ],
 )
-def test_what_is_replaced_is_named(own: dict[str, Any], used: dict[str, Any], lines: list[str]) -> None:
+def test_what_is_replaced_is_named(config: dict[str, Any], used: dict[str, Any], lines: list[str]) -> None:
     data = {"dataset": {"type": "CocoDataset"}}
     configs = [
-        Config({**each, "train_dataloader": {**data, **each.get("train_dataloader", {})}}) for each in (own, used)
+        Config({**each, "train_dataloader": {**data, **each.get("train_dataloader", {})}}) for each in (config, used)
     ]
     assert replaced_parts(*configs) == lines
 
 
 def test_a_replaced_data_set_is_named() -> None:
     voc = {"type": "VOCDataset", "ann_file": "a.txt", "proposal_file": "p.pkl", "backend_args": None}
-    own = {"type": "RepeatDataset", "times": 3, "dataset": {"type": "ConcatDataset", "datasets": [voc, voc]}}
+    dataset = {"type": "RepeatDataset", "times": 3, "dataset": {"type": "ConcatDataset", "datasets": [voc, voc]}}
     used = {"type": "RepeatDataset", "times": 3, "dataset": {"type": "CocoDataset"}}
-    configs = [Config({"train_dataloader": {"dataset": each}}) for each in (own, used)]
+    configs = [Config({"train_dataloader": {"dataset": each}}) for each in (dataset, used)]
     assert replaced_parts(*configs) == [
         "train_dataloader.dataset RepeatDataset of ConcatDataset of 2 of VOCDataset -> RepeatDataset of CocoDataset",
         "train_dataloader.dataset.proposal_file",
@@ -208,7 +208,7 @@ def test_a_replaced_data_set_is_named() -> None:
 
 def test_hooks_logs_and_randomness_of_a_config() -> None:
     checkpoint = {"type": "CheckpointHook", "interval": 5, "save_best": "auto", "out_dir": "x", "by_epoch": True}
-    own = {
+    sections = {
         "default_hooks": {
             "checkpoint": checkpoint,
             "logger": {"type": "LoggerHook", "interval": 3},
@@ -224,10 +224,10 @@ def test_hooks_logs_and_randomness_of_a_config() -> None:
         "randomness": {"seed": 1, "deterministic": True},
     }
     cfg = Config({})
-    set_run(cfg, Config(own), 4)
+    set_run(cfg, Config(sections), 4)
     hooks = cfg.default_hooks
-    kept = {"type": "CheckpointHook", "interval": 5, "max_keep_ckpts": 2, "save_best": "auto"}
-    assert hooks.checkpoint == kept
+    checkpoint_kept = {"type": "CheckpointHook", "interval": 5, "max_keep_ckpts": 2, "save_best": "auto"}
+    assert hooks.checkpoint == checkpoint_kept
     assert hooks.logger.interval == 3
     assert hooks.timer.type == "IterTimerHook"
     assert hooks.sampler_seed.type == "DistSamplerSeedHook"
@@ -248,9 +248,11 @@ def test_checkpoints_to_resume_from_are_of_epochs(checkpoint: Any) -> None:
 
 def test_options_are_part_of_the_config_where_it_knows_them() -> None:
     config = Config({"model": {"type": "X"}, "optim_wrapper": {"optimizer": SGD}})
-    found = apply_known_options(config, ["optim_wrapper.optimizer.type=AdamW", "distill.ckd.dim=3", "nothing.at.all=1"])
-    assert found.optim_wrapper.optimizer.type == "AdamW"
-    assert "distill" not in found
+    applied = apply_known_options(
+        config, ["optim_wrapper.optimizer.type=AdamW", "distill.ckd.dim=3", "nothing.at.all=1"]
+    )
+    assert applied.optim_wrapper.optimizer.type == "AdamW"
+    assert "distill" not in applied
 
 
 def test_adamw_of_a_config_trains_a_student(kit: "Kit", work: Path) -> None:
@@ -258,9 +260,9 @@ def test_adamw_of_a_config_trains_a_student(kit: "Kit", work: Path) -> None:
         *(work / "w", "--methods", "none", "-o", "optim_wrapper.optimizer={'type': 'AdamW', 'lr': 0.0016}"),
         *("-o", "optim_wrapper.clip_grad={'max_norm': 1}", "-o", "randomness={'seed': 7}"),
     )
-    said = ended.out.replace("\n", " ")
-    assert "Optimiser: AdamW of the config, peak rate 0.0016, with kdpipe's warm-up and cosine." in said
-    assert "Not used of the config: param_scheduler; train_cfg.max_epochs 12 -> 1. --recipe config keeps" in said
+    printed = ended.out.replace("\n", " ")
+    assert "Optimiser: AdamW of the config, peak rate 0.0016, with kdpipe's warm-up and cosine." in printed
+    assert "Not used of the config: param_scheduler; train_cfg.max_epochs 12 -> 1. --recipe config keeps" in printed
     register_safe_types()
     state = torch.load(work / "w" / "epoch_1.pth", weights_only=True)
     assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)

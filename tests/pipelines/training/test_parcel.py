@@ -45,18 +45,18 @@ def unpacked(value: Any) -> Any:
 
 
 def tensors(batch: dict[str, Any]) -> list[Tensor]:
-    found = [*batch["inputs"], *batch["scalar"]]
-    found += [sample.gt_instances.bboxes.tensor for sample in batch["data_samples"]]
-    return found + [x for t in batch["targets"] for x in (t.boxes, t.labels, t.logits, t.embeddings)]
+    listed = [*batch["inputs"], *batch["scalar"]]
+    listed += [sample.gt_instances.bboxes.tensor for sample in batch["data_samples"]]
+    return listed + [x for t in batch["targets"] for x in (t.boxes, t.labels, t.logits, t.embeddings)]
 
 
 def test_what_arrives_is_what_was_sent() -> None:
     samples = [Samples()[index] for index in range(3)]
     batch = unpacked(pack_batch(samples))
     sent = {name: [sample[name] for sample in samples] for name in samples[0]}
-    for found, expected in zip(tensors(batch), tensors(sent), strict=True):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
+    for actual, expected in zip(tensors(batch), tensors(sent), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
     assert [sample.img_id for sample in batch["data_samples"]] == [0, 1, 2]
     assert [(target.view, target.num_positive) for target in batch["targets"]] == [("exact", 1)] * 3
 

@@ -156,7 +156,7 @@ def test_jobs_have_ports_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("environment", "name_in_message"),
     [
         ({**TORCH, "MASTER_PORT": ""}, "MASTER_PORT is not set"),
         ({**TORCH, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
@@ -165,22 +165,22 @@ def test_jobs_have_ports_of_their_own() -> None:
         ({**STEP, "SLURM_NODELIST": "a..b"}, "Set MASTER_ADDR to a name or address by which all machines reach it"),
     ],
 )
-def test_what_makes_no_sense_is_named(given: dict[str, str], named: str) -> None:
+def test_what_makes_no_sense_is_named(environment: dict[str, str], name_in_message: str) -> None:
     with pytest.raises(LaunchError) as error:
-        set_rendezvous(dict(given))
-    assert named in str(error.value)
+        set_rendezvous(dict(environment))
+    assert name_in_message in str(error.value)
 
 
 def test_the_first_of_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {**STEP, "SLURM_NODELIST": "127.0.0.[3-4]"}
+    variables = {**STEP, "SLURM_NODELIST": "127.0.0.[3-4]"}
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="Set MASTER_ADDR"):
-        set_rendezvous(dict(given))
+        set_rendezvous(dict(variables))
     script = tmp_path / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$1 $2 $3" > {tmp_path}/asked\necho 127.0.0.3\necho 127.0.0.4\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    environment = dict(given)
+    environment = dict(variables)
     set_rendezvous(environment)
     assert environment["MASTER_ADDR"] == "127.0.0.3"
     assert (tmp_path / "asked").read_text() == "show hostnames 127.0.0.[3-4]\n"

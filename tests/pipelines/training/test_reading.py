@@ -22,10 +22,14 @@ def registered() -> None:
 def test_a_student_reads_pictures_as_its_teacher_did(loading: dict[str, str]) -> None:
     usual = [{"type": "mmengine.LoadImageFromFile", "to_float32": True}, RESIZE, PACK]
     other = [{**READ, **loading}, RESIZE, PACK]
-    theirs = PixelPipeline(other).identity()["pixels"]
+    teacher_pixels = PixelPipeline(other).identity()["pixels"]
     check_read_alike(usual, {})
-    check_read_alike(other, theirs)
-    for pipeline, pixels in ((other, {}), (usual, theirs), ([[{"type": "RandomApply", "transforms": other}]], {})):
+    check_read_alike(other, teacher_pixels)
+    for pipeline, pixels in (
+        (other, {}),
+        (usual, teacher_pixels),
+        ([[{"type": "RandomApply", "transforms": other}]], {}),
+    ):
         with pytest.raises(KdpipeError, match=next(iter(loading.values()))):
             check_read_alike(pipeline, pixels)
     for kind in ("LoadImageFromNDArray", "mmdet.LoadMultiChannelImageFromFiles"):

@@ -58,7 +58,7 @@ def trained(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "wanted"),
+    ("options", "message", "expected_rates"),
     [
         (("--epochs", 4), "epochs 2 -> 4", cosine(0.0075, 8, 4)),
         (("--epochs", 4, "--lr", 0.01), "epochs 2 -> 4, lr 0.0075 -> 0.01", cosine(0.01, 8, 4)),
@@ -70,16 +70,16 @@ def trained(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_another_schedule_goes_on_where_it_would_be(
-    trained: Path, kit: "Kit", work: Path, options: tuple[object, ...], said: str, wanted: list[float]
+    trained: Path, kit: "Kit", work: Path, options: tuple[object, ...], message: str, expected_rates: list[float]
 ) -> None:
     shutil.copytree(trained, work / "w")
     ended = kit.run(*command(kit, work / "w", *kit.val, *options, "--resume"))
-    assert f"Changed: {said}." in ended.out
+    assert f"Changed: {message}." in ended.out
     assert "student: 2 of" in ended.out
-    assert rates(work / "w") == pytest.approx(wanted, rel=1e-6)
+    assert rates(work / "w") == pytest.approx(expected_rates, rel=1e-6)
     epochs = int(str(options[1]))
     newest = load(work / "w" / f"epoch_{epochs}.pth")
-    assert newest["meta"]["iter"] == epochs * (len(wanted) // (epochs - 2))
+    assert newest["meta"]["iter"] == epochs * (len(expected_rates) // (epochs - 2))
     assert (work / "w" / "last_checkpoint").read_text().startswith(str(work))  # and not of where it was copied from
     assert json.loads((work / "w" / "kdpipe" / "recipe.json").read_text())["epochs"] == epochs
 
@@ -88,7 +88,7 @@ def test_what_is_refused_changes_nothing(trained: Path, kit: "Kit", work: Path) 
     shutil.copytree(trained, work / "w")
     (work / "w" / "kdpipe" / "lock").unlink()  # says who came last
     before = kit.tree(work / "w")
-    for options, named in {
+    for options, name_in_message in {
         ("--epochs", 1): "2 epochs are done already, and --epochs is 1",
         ("--epochs", 3, "--seed", 1): "config.randomness.seed: found 0, wanted 1",
         ("--epochs", 3, "--scale", "96x64"): "scale",
@@ -96,7 +96,7 @@ def test_what_is_refused_changes_nothing(trained: Path, kit: "Kit", work: Path) 
         ("--epochs", 3, "-o", "optim_wrapper.optimizer.momentum=0.5"): "momentum: found 0.9, wanted 0.5",
         ("--epochs", 3, "-o", "default_hooks.checkpoint.out_dir=x"): "default_hooks.checkpoint.out_dir cannot be set",
     }.items():
-        assert named in kit.refused(*command(kit, work / "w", *kit.val, *options, "--resume"))
+        assert name_in_message in kit.refused(*command(kit, work / "w", *kit.val, *options, "--resume"))
         (work / "w" / "kdpipe" / "lock").unlink(missing_ok=True)
         assert kit.tree(work / "w") == before
 
@@ -201,11 +201,11 @@ def test_averaged_weights_are_measured_saved_and_resumed(
 def test_a_training_that_stops_early(kit: "Kit", work: Path) -> None:
     hook = {"type": "EarlyStoppingHook", "monitor": "coco/bbox_mAP", "patience": 1, "min_delta": 1.0}
     run = command(kit, work / "w", "--epochs", 6, *with_hooks(kit, work, hook), *kit.val)
-    said = "student: stopped early, after epoch 2 of 6; EarlyStoppingHook: coco/bbox_mAP has not got better by 1.0"
-    assert said in kit.run(*run).out
+    message = "student: stopped early, after epoch 2 of 6; EarlyStoppingHook: coco/bbox_mAP has not got better by 1.0"
+    assert message in kit.run(*run).out
     assert load(work / "w" / "student.pth")["meta"]["epoch"] == 2
     assert json.loads((work / "w" / "result.json").read_text())["epoch"] == 2
-    assert said in kit.run(*run, "--resume").out  # it has stopped, and does not forget
+    assert message in kit.run(*run, "--resume").out  # it has stopped, and does not forget
     assert load(work / "w" / "student.pth")["meta"]["epoch"] == 2
     with_hooks(kit, work, {**hook, "patience": 2})
     kit.run(*run, "--resume")

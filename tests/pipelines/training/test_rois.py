@@ -24,15 +24,15 @@ def log(work_dir: Path) -> list[dict[str, float]]:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], Any]]:
     """Fields and levels of each reading of targets."""
-    found: list[tuple[tuple[str, ...], Any]] = []
+    calls: list[tuple[tuple[str, ...], Any]] = []
     read = TeacherCache.targets
 
     def watch(self: TeacherCache, image_id: int, view: str = "identity", **options: Any) -> Any:
-        found.append((tuple(options["fields"]), options.get("levels")))
+        calls.append((tuple(options["fields"]), options.get("levels")))
         return read(self, image_id, view, **options)
 
     monkeypatch.setattr(TeacherCache, "targets", watch)
-    return found
+    return calls
 
 
 def test_the_student_chooses_where_the_cache_can_serve_that(kit: "Kit", work: Path, reads: list[Any]) -> None:
@@ -60,8 +60,10 @@ def test_a_cache_without_pyramid_serves_the_teachers_rois(kit: "Kit", work: Path
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--targets", tier, "--out", cache)
     ended = kit.train_student(work / "w", "--methods", "cls", cache=cache)
     reason = f"its tier '{tier}' holds no feature pyramid (--targets pyramid does)"
-    said = f"RoIs: those of the teacher (the cache {cache} cannot be asked about those of the student: {reason})."
-    assert said in ended.out
+    expected_line = (
+        f"RoIs: those of the teacher (the cache {cache} cannot be asked about those of the student: {reason})."
+    )
+    assert expected_line in ended.out
     command = kit.student_command(work / "v", "--methods", "cls", "--rois", "student", cache=cache)
     message = kit.refused(*command)
     assert f"cannot serve --rois student: {reason}. Use --rois teacher." in message

@@ -21,7 +21,7 @@ PRED, REG = ("sgfi", "ckd", "pred"), ("sgfi", "ckd", "cls", "reg")
 
 
 @pytest.mark.parametrize(
-    ("student", "options", "agnostic_teacher", "chosen", "who"),
+    ("student", "options", "agnostic_teacher", "methods", "who"),
     [
         (R50, (), False, PRED, ""),
         (R50, (), True, REG, "the teacher"),
@@ -35,13 +35,13 @@ PRED, REG = ("sgfi", "ckd", "pred"), ("sgfi", "ckd", "cls", "reg")
     ],
 )
 def test_methods_that_suit_teacher_and_student(
-    kit: "Kit", student: str, options: tuple[str, ...], agnostic_teacher: bool, chosen: tuple[str, ...], who: str
+    kit: "Kit", student: str, options: tuple[str, ...], agnostic_teacher: bool, methods: tuple[str, ...], who: str
 ) -> None:
     out = io.StringIO()
     spec = replace(open_cache(kit.cache).spec, class_agnostic=agnostic_teacher)
     config, console = find_config(student), Console(file=out, width=500)
-    assert choose_methods(None, config, options, spec, console) == chosen
+    assert choose_methods(None, config, options, spec, console) == methods
     assert (f"that of {who} is for all classes" in out.getvalue()) == bool(who)
     assert bool(out.getvalue()) == bool(who)
-    for asked in (["pred"], [], ["sgfi", "careg"]):  # what was asked for stays, and is refused where it cannot be
-        assert choose_methods(asked, config, options, spec, console) == asked
+    for requested in (["pred"], [], ["sgfi", "careg"]):  # what was asked for stays, and is refused where it cannot be
+        assert choose_methods(requested, config, options, spec, console) == requested

@@ -40,10 +40,10 @@ def data(kit: "Kit", work: "Path") -> DetectionData:
     return load_coco(kit.ann, kit.img).copied_to(work / "train.json")
 
 
-def built(kit: "Kit", data: DetectionData, own: dict[str, Any] | None = None, **options: Any) -> Config:
+def built(kit: "Kit", data: DetectionData, sections: dict[str, Any] | None = None, **options: Any) -> Config:
     """The training config of the tiny detector with sections of the user's own; the user's config stays as it was."""
     config = kit.config()
-    config.merge_from_dict(copy.deepcopy(own or {}))
+    config.merge_from_dict(copy.deepcopy(sections or {}))
     training = TrainingOptions(**{"batch_size": 2, **options})
     before = copy.deepcopy(config.to_dict())
     cfg = training_config(own_config(config, training), data, data, training, Console(quiet=True))
@@ -107,8 +107,8 @@ def test_optimiser_and_schedule_of_the_users_config_stay_where_it_is_the_recipe(
 
 
 def test_another_optimiser_of_the_users_config_stays_in_the_papers_schedule(kit: "Kit", data: DetectionData) -> None:
-    own = {**OWN, "optim_wrapper": {**OWN["optim_wrapper"], "optimizer": ADAM}}
-    cfg = built(kit, data, own, epochs=5)
+    sections = {**OWN, "optim_wrapper": {**OWN["optim_wrapper"], "optimizer": ADAM}}
+    cfg = built(kit, data, sections, epochs=5)
     assert cfg.optim_wrapper.optimizer.type == "AdamW"
     assert cfg.optim_wrapper.optimizer.weight_decay == 0.1
     assert cfg.optim_wrapper.clip_grad.max_norm == 3

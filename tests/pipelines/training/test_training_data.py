@@ -170,11 +170,11 @@ def test_what_is_left_out_is_said(data: DetectionData, dataset: dict[str, Any], 
     config = with_filter(Config({"model": {"type": "X"}, "train_dataloader": {"dataset": dataset}}))
     place = "train_dataloader.dataset" + (".datasets.0" if "datasets" in dataset else "")
     config = apply_known_options(config, [f"{place}.filter_cfg.filter_empty_gt=False"] if option else [])
-    said = [str(kind) for kind in data.left_out(**left_out_by(config))]
-    assert any("2 images without a usable annotation" in line for line in said) is not (
+    texts = [str(kind) for kind in data.left_out(**left_out_by(config))]
+    assert any("2 images without a usable annotation" in line for line in texts) is not (
         option or "filter_cfg" in dataset
     )
-    assert any("1 images of less than 32 pixels" in line for line in said) is ("filter_cfg" in dataset)
+    assert any("1 images of less than 32 pixels" in line for line in texts) is ("filter_cfg" in dataset)
 
 
 def test_a_student_sees_a_repeated_data_set(kit: "Kit", work: Path) -> None:

@@ -36,23 +36,23 @@ def record(*changes: tuple[str, Any], processes: int = 2, val: Any = None, **mor
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("train_cfg.max_epochs", 24), "epochs 12 -> 24"),
         (("train_dataloader.batch_size", 1), "batch_size 4 -> 1"),
         (("optim_wrapper.optimizer.lr", 0.5), "lr 0.01 -> 0.5"),
     ],
 )
-def test_what_may_change_is_said(change: tuple[str, Any], said: str) -> None:
+def test_what_may_change_is_said(change: tuple[str, Any], message: str) -> None:
     (line,) = check_resumed(record(), record(change), "w")
-    assert said in line
+    assert message in line
     (line,) = check_resumed(record(), record(change, processes=8), "w")
     assert "processes 2 -> 8" in line
-    assert said in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "name_in_message"),
     [
         (("model.backbone.depth", 50), "config.model.backbone.depth: found 18, wanted 50"),
         (("train_dataloader.dataset.pipeline.0.scale", (8, 8)), "pipeline.0.scale: found [64, 48], wanted [8, 8]"),
@@ -63,10 +63,10 @@ def test_what_may_change_is_said(change: tuple[str, Any], said: str) -> None:
         (("param_scheduler", [{"type": "ConstantLR"}]), 'wanted "ConstantLR"'),
     ],
 )
-def test_what_must_not_change_is_named(change: tuple[str, Any], named: str) -> None:
+def test_what_must_not_change_is_named(change: tuple[str, Any], name_in_message: str) -> None:
     with pytest.raises(KdpipeError) as refusal:
         check_resumed(record(), record(change), "w")
-    assert named in str(refusal.value)
+    assert name_in_message in str(refusal.value)
     assert "begin anew in another --work-dir" in str(refusal.value)
 
 
@@ -95,7 +95,7 @@ def test_what_changes_nothing_that_is_learned(change: tuple[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "name_in_message"),
     [
         (("default_hooks.checkpoint.out_dir", "/x"), "default_hooks.checkpoint.out_dir"),
         (("default_hooks.checkpoint.filename_tmpl", "a_{}.pth"), "default_hooks.checkpoint.filename_tmpl"),
@@ -103,16 +103,16 @@ def test_what_changes_nothing_that_is_learned(change: tuple[str, Any]) -> None:
         (("train_cfg.type", "IterBasedTrainLoop"), "IterBasedTrainLoop"),
     ],
 )
-def test_checkpoints_that_could_not_be_resumed(change: tuple[str, Any], named: str) -> None:
+def test_checkpoints_that_could_not_be_resumed(change: tuple[str, Any], name_in_message: str) -> None:
     config = Config(copy.deepcopy(CONFIG))
     check_saving(config)
     config.merge_from_dict(dict([change]))
-    with pytest.raises(KdpipeError, match=named):
+    with pytest.raises(KdpipeError, match=name_in_message):
         check_saving(config)
 
 
 def test_records_of_classes_and_functions() -> None:
     """Of pure-Python configs: the same in every process."""
-    kept = record(("model.type", Path), ("model.act", len))
-    assert kept["config"]["model"]["type"] == "pathlib.Path"
-    assert kept["config"]["model"]["act"] == "builtins.len"
+    values = record(("model.type", Path), ("model.act", len))
+    assert values["config"]["model"]["type"] == "pathlib.Path"
+    assert values["config"]["model"]["act"] == "builtins.len"

@@ -67,10 +67,10 @@ def registered() -> None:
     register_all_modules(init_default_scope=True)
 
 
-@pytest.mark.parametrize(("step", "named"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
-def test_other_transforms_are_refused_by_name(step: Any, named: str) -> None:
+@pytest.mark.parametrize(("step", "name_in_message"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_other_transforms_are_refused_by_name(step: Any, name_in_message: str) -> None:
     for pipeline in ([*READ, step, PACK], [*READ, {"type": "mmdet.RandomOrder", "transforms": [step]}, PACK]):
-        with pytest.raises(KdpipeError, match=re.escape(named)) as caught:
+        with pytest.raises(KdpipeError, match=re.escape(name_in_message)) as caught:
             with_teacher_targets(pipeline, ADD)
         assert "distill.transforms=[MyJitter]" in str(caught.value)
 
@@ -109,8 +109,8 @@ def test_what_is_let_through_may_hold_transforms_of_its_own() -> None:
 
 def test_names_of_the_option_need_no_quotes() -> None:
     options = ["a.b=[c]", "distill.transforms=[MyJitter, 'other',mine.Third]", "distill.transforms=[]"]
-    wanted = ["a.b=[c]", "distill.transforms=['MyJitter', 'other','mine.Third']", "distill.transforms=[]"]
-    assert quote_names(options) == wanted
+    expected = ["a.b=[c]", "distill.transforms=['MyJitter', 'other','mine.Third']", "distill.transforms=[]"]
+    assert quote_names(options) == expected
 
 
 def test_names_of_the_option_are_those_of_transforms_in_the_pipeline() -> None:
@@ -143,11 +143,11 @@ def test_the_pack_at_the_end_keeps_what_targets_need(last: Any) -> None:
 )
 def test_a_scale_replaces_the_resizing_step_however_it_is_written(kind: Any) -> None:
     step = {"type": kind, "scale": (1, 2), "interpolation": "nearest"}
-    found = set_scale([*READ, step, PACK], (640, 480))
-    kept = {"type": "Resize", "scale": (640, 480), "keep_ratio": True, "interpolation": "nearest"}
-    assert found == [*READ, kept, PACK]
-    (found,) = (x for x in set_scale([*READ, step, PACK], (640, 480), (0.8, 1.0)) if x["type"] == "RandomResize")
-    assert found == {**kept, "type": "RandomResize", "ratio_range": (0.8, 1.0)}
+    actual = set_scale([*READ, step, PACK], (640, 480))
+    expected = {"type": "Resize", "scale": (640, 480), "keep_ratio": True, "interpolation": "nearest"}
+    assert actual == [*READ, expected, PACK]
+    (actual,) = (x for x in set_scale([*READ, step, PACK], (640, 480), (0.8, 1.0)) if x["type"] == "RandomResize")
+    assert actual == {**expected, "type": "RandomResize", "ratio_range": (0.8, 1.0)}
     for pipeline in ([*READ, PACK], [step, step]):
         with pytest.raises(KdpipeError, match="Expected exactly one"):
             set_scale(pipeline, (640, 480))
