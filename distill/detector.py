@@ -14,6 +14,7 @@ from kdpipe.distill.methods import (
     HEAD_TRANSFER,
     LOSSES,
     ContractError,
+    Loss,
     LossFunction,
     check_contract,
     check_student,
@@ -106,15 +107,19 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         """Put the losses that have parameters among the modules, under their names."""
         student = self._watched_student()
         check_student(student, self.spec, self.losses)
-        for name in self.losses:
-            if LOSSES[name].has_parameters:
+        for name, loss in self._in_order():
+            if loss.has_parameters:
                 first, *later = (
-                    LOSSES[name].build(stage_sizes(student, stage, self.spec), options.get(name, {}))
-                    for stage in range(len(student.embedding_dims) if LOSSES[name].per_stage else 1)
+                    loss.build(stage_sizes(student, stage, self.spec), options.get(name, {}))
+                    for stage in range(len(student.embedding_dims) if loss.per_stage else 1)
                 )
                 self.add_module(name, first)
-                if LOSSES[name].per_stage:
+                if loss.per_stage:
                     self.add_module(f"later_{name}", nn.ModuleList(later))
+
+    def _in_order(self) -> list[tuple[str, Loss]]:
+        """The chosen losses in the order of the table, so that initial weights do not depend on that of the methods."""
+        return [(name, loss) for name, loss in LOSSES.items() if name in self.losses]
 
     def _distill_loss(self, name: str, stage: int) -> LossFunction:
         """A loss as it is for a stage of the student."""
@@ -167,8 +172,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         batch = targets[0].batch(targets, self.frozen_teacher)
         for stage in forward.stages:
             pairs = replace(batch.pair_with(stage), samples=data_samples)
-            for name, loss, logged in self._distill(pairs):
-                losses[name] = losses[name] + loss if stage.index else loss
+            for name, value, logged in self._distill(pairs):
+                losses[name] = losses[name] + value if stage.index else value
                 losses |= {} if stage.index else logged
             if stage.index == 0:
                 losses |= self._counts(pairs, targets)
@@ -180,11 +185,10 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     def _distill(self, pairs: RoiPairs) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """Name in the log and weighted value of each loss at a stage, and what is logged beside it."""
         stage = pairs.stage
-        for name in LOSSES:
-            if name in self.losses:
-                inputs = {x: getattr(pairs, x) for x in LOSSES[name].inputs(self.dense)}
-                loss, logged = loss_and_log(name, self._distill_loss(name, stage.index)(**inputs))
-                yield LOSSES[name].log_name, loss * (self.weights[name] * stage.weight), logged
+        for name, loss in self._in_order():
+            inputs = {x: getattr(pairs, x) for x in loss.inputs(self.dense)}
+            value, logged = loss_and_log(name, self._distill_loss(name, stage.index)(**inputs))
+            yield loss.log_name, value * (self.weights[name] * stage.weight), logged
 
     def _counts(self, pairs: RoiPairs, targets: Sequence[ImageTargets]) -> dict[str, Tensor]:
         """How many images and RoIs of which kind there are."""

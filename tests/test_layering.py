@@ -152,3 +152,29 @@ def test_packages_offer_a_dozen_things_at_most(path: Path) -> None:
 )
 def test_what_a_package_offers_is_found(code: str, names: list[str]) -> None:
     assert offered(ast.parse(code)) == names
+
+
+def without_args(tree: ast.Module) -> list[str]:
+    """Public functions, and methods of public classes, with three parameters or more and no Args in the docstring."""
+    found = []
+    for node in tree.body:
+        public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        methods = node.body if public and isinstance(node, ast.ClassDef) else [node] if public else []
+        for function in methods:
+            if isinstance(function, ast.FunctionDef) and (function.name == "__call__" or function.name[0] != "_"):
+                arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+                count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+                if count >= 3 and "Args:" not in (ast.get_docstring(function) or ""):
+                    found.append(function.name)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not name(path).startswith("pipelines/")], ids=name)
+def test_three_parameters_or_more_are_documented(path: Path) -> None:
+    assert without_args(parse(path)) == []
+
+
+def test_a_function_without_args_is_found() -> None:
+    documented = '    """Do.\n\n    Args:\n        a: x.\n    """'
+    code = f"def f(a, b, *, c):\n    pass\ndef g(a, b, c):\n{documented}\ndef _h(a, b, c):\n    pass\n"
+    assert without_args(ast.parse(code)) == ["f"]

@@ -41,7 +41,13 @@ def mean_or_zero(values: Tensor) -> Tensor:
 
 
 def check_shape(what: str, found: Tensor, expected: tuple[int, ...], of: str) -> None:
-    """Raise unless `found` has the shape that `of` implies.
+    """Raise unless a tensor has the shape that another one implies.
+
+    Args:
+        what: Name of the tensor.
+        found: The tensor.
+        expected: Its shape.
+        of: What this follows from.
 
     Raises:
         LossInputError: naming `what`, both shapes and `of`, where the expected shape comes from.
@@ -51,7 +57,12 @@ def check_shape(what: str, found: Tensor, expected: tuple[int, ...], of: str) ->
 
 
 def check_dims(what: str, found: Tensor, layout: str) -> None:
-    """Raise unless `found` has as many dimensions as `layout`, for instance "[R, L, C, H, W]".
+    """Raise unless a tensor has as many dimensions as it should.
+
+    Args:
+        what: Name of the tensor.
+        found: The tensor.
+        layout: Of its dimensions, such as "[R, L, C, H, W]".
 
     Raises:
         LossInputError: naming `what`, the shape and the layout.

@@ -104,3 +104,14 @@ def test_dense_students_have_losses_of_their_own() -> None:
     one, two = LOSSES["cls"].of(dense=False), LOSSES["cls"].of(dense=True)
     assert one is not two
     assert replace(LOSSES["cls"], dense=None).of(dense=True) is one
+
+
+def test_initial_weights_do_not_depend_on_the_order_of_the_methods(pair: "type[Pair]") -> None:
+    states = []
+    for methods in (("sgfi", "ckd"), ("ckd", "sgfi")):
+        torch.manual_seed(0)
+        ckd = {"dim": 8, "queue_size": 16}
+        source = pair.source(pair.state(pair.head()))
+        states.append(DistilledDetector(pair.student(), pair.spec.to_json(), methods, source, ckd=ckd).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
