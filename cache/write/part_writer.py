@@ -48,7 +48,7 @@ class PartWriter:
         self._location, self._index, self._span, self._spec, self._root = location, index, span, spec, root
         self._order = [(image.image_id, view) for image in images for view in spec.views]
         self._names = {image.image_id: image.file_name for image in images}
-        self._seen: set[tuple[int, str]] = set()
+        self._claimed: set[tuple[int, str]] = set()
         self._early: dict[tuple[int, str], EncodedRecord | None] = {}
         self._next = 0
         self._skipped: dict[int, dict[str, Any]] = {}
@@ -97,7 +97,7 @@ class PartWriter:
             self._stop(kind is not None)
             if kind is None:
                 self._raise_error()
-                missing = [key for key in self._order if key not in self._seen]
+                missing = [key for key in self._order if key not in self._claimed]
                 if missing:
                     raise CacheError(
                         f"Part {self._index} ended with {len(missing)} of {len(self._order)} records missing, first "
@@ -118,9 +118,9 @@ class PartWriter:
                     f"Image {image_id} in view {view!r} does not belong to part {self._index}, which has "
                     f"{len(self._names)} images in the views {', '.join(self._spec.views)}."
                 )
-            if key in self._seen:
+            if key in self._claimed:
                 raise CacheError(f"Image {image_id} in view {view!r} was given to part {self._index} twice.")
-        self._seen.update(keys)
+        self._claimed.update(keys)
 
     def _put(self, key: tuple[int, str], encoded: EncodedRecord | None) -> None:
         """Hand over the record, and those that waited for it, in plan order."""

@@ -206,8 +206,8 @@ def _annotations(
     columns: AnnotationColumns, images: Sequence[ImageInfo], unread: Sequence[int], category_ids: Sequence[int]
 ) -> tuple[Annotations, tuple[LeftOut, ...]]:
     """The annotations of these images and categories, and what is said of the others."""
-    rows = _places(columns.image_ids, [image.image_id for image in images])
-    labels = _places(columns.category_ids, category_ids)
+    rows = _positions(columns.image_ids, [image.image_id for image in images])
+    labels = _positions(columns.category_ids, category_ids)
     absent = (
         _left_out(columns, rows < 0, "images", "image_id", columns.image_ids),
         _left_out(columns, (rows >= 0) & (labels < 0), "categories", "category_id", columns.category_ids),
@@ -245,9 +245,9 @@ def _left_out(
     return LeftOut(count, f"annotations of {of} that are not listed", example)
 
 
-def _places(values: npt.NDArray[np.int64], known: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Place of each value among those known; -1 where it is not there."""
-    known_values = np.array(known, dtype=np.int64)
+def _positions(values: npt.NDArray[np.int64], reference: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Position of each value in `reference`; -1 where it is not there."""
+    known_values = np.array(reference, dtype=np.int64)
     order = np.argsort(known_values)
     nearest = order[np.searchsorted(known_values[order], values).clip(max=len(known_values) - 1)]
     positions: npt.NDArray[np.int64] = np.where(known_values[nearest] == values, nearest, -1)

@@ -56,10 +56,10 @@ def read_objects(path: Path | str) -> dict[int, VocObjects]:
     """Reads the copy of a VOC folder that `write_coco` wrote, in which difficult objects are crowds; by image id."""
     content = json.loads(Path(path).read_bytes())
     labels = {category["id"]: label for label, category in enumerate(content["categories"])}
-    found: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    entries_of: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
-        found[entry["image_id"]].append(entry)
-    return {image_id: _objects(entries, labels) for image_id, entries in found.items()}
+        entries_of[entry["image_id"]].append(entry)
+    return {image_id: _objects(entries, labels) for image_id, entries in entries_of.items()}
 
 
 def _objects(entries: Sequence[Mapping[str, Any]], labels: Mapping[int, int]) -> VocObjects:
@@ -90,7 +90,7 @@ def voc_ap(objects: Mapping[int, VocObjects], detections: Mapping[int, Detection
     for label in sorted(classes):
         images = list(_of_class(label, objects, detections))
         count = sum(len(counted) for _, counted, _ in images)
-        scores = np.concatenate([found[:, 4] for found, _, _ in images])
+        scores = np.concatenate([scored[:, 4] for scored, _, _ in images])
         order = np.argsort(-scores, kind="stable")
         for iou in VOC_IOUS:
             right, wrong = _matches(images, iou, order)
@@ -109,10 +109,10 @@ def _of_class(label: int, objects: Mapping[int, VocObjects], detections: Mapping
     for image_id, each in objects.items():
         boxes = each.boxes[each.labels == label]
         difficult = each.difficult[each.labels == label]
-        found, scored = detections.get(image_id), np.zeros((0, 5))
-        if found is not None:
-            chosen = found.labels == label
-            scored = np.column_stack([found.boxes[chosen], found.scores[chosen]]).astype(np.float64)
+        of_image, scored = detections.get(image_id), np.zeros((0, 5))
+        if of_image is not None:
+            is_of_class = of_image.labels == label
+            scored = np.column_stack([of_image.boxes[is_of_class], of_image.scores[is_of_class]]).astype(np.float64)
         if len(boxes) or len(scored):
             yield scored, boxes[~difficult], boxes[difficult]
 
@@ -121,12 +121,12 @@ def _matches(
     images: Sequence[_Image], iou: float, order: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """How many detections are right and wrong among the best 1, 2, ..., each ``[N]``."""
-    found = [
+    matches = [
         tpfp_default(scored, counted, difficult, iou, use_legacy_coordinate=True)
         for scored, counted, difficult in images
         if len(scored)
     ]
-    if not found:
+    if not matches:
         return np.zeros(0), np.zeros(0)
-    right, wrong = (np.hstack(each)[0][order].astype(np.float64) for each in zip(*found, strict=True))
+    right, wrong = (np.hstack(each)[0][order].astype(np.float64) for each in zip(*matches, strict=True))
     return np.cumsum(right), np.cumsum(wrong)

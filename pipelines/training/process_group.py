@@ -153,8 +153,8 @@ def _first_node(environment: Mapping[str, str]) -> str:
     if "," not in nodes and "[" not in nodes:
         return nodes
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return found.stdout.split()[0]
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return listing.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise LaunchError(
             f"The first node of {nodes} cannot be found out (scontrol show hostnames: {error}). Set MASTER_ADDR to it."
