@@ -45,12 +45,18 @@ def roi_align_forward(
         aligned: Shift boxes by half a cell.
 
     Raises:
-        KdpipeError: for `pool_mode` 0, the maximum, which no model of mmdet uses.
+        KdpipeError: for `pool_mode` 0, the maximum, which no model of mmdet uses; or boxes that are not finite on a
+            CPU, where torchvision would read anywhere in memory.
     """
     if pool_mode != 1:
         raise KdpipeError(
             "RoIAlign with pool_mode='max' needs mmcv's compiled ops, and this mmcv has none. "
             "Set pool_mode='avg' (mmdet's default) in the config's roi_layer."
+        )
+    if not rois.is_cuda and not bool(rois.isfinite().all()):
+        raise KdpipeError(
+            "RoIAlign was given boxes that are not finite: the network that predicts them has diverged. In a training, "
+            "use a lower rate (--lr)."
         )
     x = computing(input)
     size = (aligned_height, aligned_width)

@@ -143,7 +143,7 @@ def last_epoch(out: Path, kind: str, name: str, seeds: int, value: str) -> str:
         ]
         logged = [(line["epoch"], line[value]) for line in lines if value in line]
         aps += [number for epoch, number in logged if epoch == max(epoch for epoch, _ in logged)]
-    return f"{statistics.mean(aps):.2f}" if aps else ""
+    return f"{statistics.mean(aps):.3f}" if aps else ""
 
 
 def change(aps: Mapping[int, float], beside: Mapping[int, float]) -> str:

@@ -146,6 +146,15 @@ def test_roi_align_leaves_boxes_out_of_all_bounds_to_torchvision(box: list[float
     assert not _in_windows(1 << 20, 1 << 20, torch.cat([ordinary, torch.tensor([box])]), 0.25)
 
 
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_roi_align_of_boxes_that_are_not_finite_is_refused(value: float) -> None:
+    """On a CPU, torchvision ends the process."""
+    rois = torch.tensor([[0.0, 3, 4, 9, 8], [0, value, 4, 9, 8]], dtype=torch.float64)
+    with pytest.raises(KdpipeError, match="not finite"):
+        mmcv_ops.roi_align(random(1, 2, 6, 6), rois, 2, 0.25, 0, "avg", True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_roi_align_is_deterministic_on_cuda_when_asked_to_be() -> None:
     x, rois = random(2, 8, 20, 24).float().cuda(), some_rois().float().cuda()
