@@ -2,7 +2,9 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +18,7 @@ from kdpipe.pipelines.cli.options import (
     PROPOSALS,
     Bytes,
     Choices,
+    FiniteRange,
     Scale,
     Shard,
     data_options,
@@ -23,10 +26,10 @@ from kdpipe.pipelines.cli.options import (
     store_option,
     trust_option,
 )
-from kdpipe.pipelines.commands.options import TeacherCheckOptions
+from kdpipe.pipelines.commands.options import RayOptions, TeacherCheckOptions
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console
-from kdpipe.pipelines.runtime.launch import doubts, find_shard
+from kdpipe.pipelines.runtime.launch import Rank, doubts, find_shard
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
@@ -56,10 +59,16 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
     type=Shard(),
     help="Make part i only where i % N is I, from 0. Default: all, or by torchrun, srun or a Slurm array.",
 )
+@click.option("--ray", "address", help="Let a Ray cluster make the parts: HOST:PORT, auto, or local to start one here.")
+@click.option("--ray-cpus", "cpus", type=FiniteRange(0, 1000), help="Of each task. Default: 1.")
+@click.option(
+    "--ray-gpus", "gpus", type=FiniteRange(0, 1000), help="Of each task, such as 0.5. Default: 1 if there are any."
+)
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
 @click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
 @trust_option
 @grouped("options", CacheOptions)
+@grouped("ray", RayOptions)
 def cache_teacher_command(
     ckpt: Path,
     config: str | None,
@@ -70,6 +79,7 @@ def cache_teacher_command(
     limit: int | None,
     device: str | None,
     given_shard: tuple[int | None, int] | None,
+    ray: RayOptions,
     dry_run: bool,
     trust: bool,
 ) -> None:
@@ -87,7 +97,7 @@ def cache_teacher_command(
     from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
     from kdpipe.pipelines.teacher.teacher import teacher_config
 
-    shard = find_shard(os.environ, given_shard)
+    shard = _shard(given_shard, ray)
     console = command_console(shared=False, live=shard.count == 1)
     if shard.variables:
         console.print(f"Shard {shard}, by {shard.source}.")
@@ -106,11 +116,15 @@ def cache_teacher_command(
             costs = estimate(teacher, images, images.images, spec)
             print_estimate(console, costs, spec, len(images.images), location)
             return
-        chosen = torch_device(device)
         config_text = str(Path(config).resolve()) if config and Path(config).exists() else config
-        result = cache_teacher(
-            checkpoint, cfg, source, location, options, device=chosen, console=console, config=config_text, shard=shard
-        )
+        how: dict[str, Any] = {"device": torch_device(device), "shard": shard}
+        if ray.address is not None:
+            from kdpipe.pipelines.commands.cache_on_ray import deal_parts, part_job
+
+            given: dict[str, Any] = {"ckpt": ckpt, "config": config_text, "trust": trust, "device": device}
+            job = part_job(source, location, options, store_options=store_options, **given)
+            how = {"device": torch_device("cpu"), "deal": partial(deal_parts, job=job, options=ray, console=console)}
+        result = cache_teacher(checkpoint, cfg, source, location, options, console=console, config=config_text, **how)
     except KeyboardInterrupt:
         console.print("Stopped. What is cached is valid; the same command goes on from there.")
         raise
@@ -128,6 +142,17 @@ def cache_teacher_command(
         f"{bytes_text(result.head_bytes)} of the teacher's heads; "
         f"{result.new_images} new images in {result.seconds:.1f} s"
     )
+
+
+def _shard(given: tuple[int | None, int] | None, ray: RayOptions) -> Rank:
+    """The shard that this process makes; a cluster makes all."""
+    if ray.address is None:
+        if ray.cpus is not None or ray.gpus is not None:
+            raise click.UsageError("--ray-cpus and --ray-gpus are for --ray. Leave them out.")
+        return find_shard(os.environ, given)
+    if given is not None:
+        raise click.UsageError("--ray deals the parts by itself: leave --shard out.")
+    return Rank()
 
 
 @click.command("verify")

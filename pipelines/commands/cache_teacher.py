@@ -1,6 +1,7 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ def cache_teacher(
     console: Console,
     config: str | None = None,
     shard: Rank | None = None,
+    deal: Callable[[PartMaker], int] | None = None,
 ) -> CachingResult:
     """Run the teacher once over a data set and keep what it says.
 
@@ -86,6 +88,7 @@ def cache_teacher(
         console: Where progress is shown.
         config: Name or path that `cfg` was found by, for the record; None where the checkpoint carries it.
         shard: Part `i` is made where `i % shard.count == shard.index`; None makes all.
+        deal: Lets the missing parts be made elsewhere, and returns how many images they have; None makes them here.
 
     Raises:
         KdpipeError: Bad checkpoint, data or options, an unreadable image, a cache of something else at `out`, or a full
@@ -94,7 +97,7 @@ def cache_teacher(
     maker = prepare_parts(checkpoint, cfg, source, out, options, device=device, console=console, config=config)
     start = time.perf_counter()
     with MissingParts(maker.writer, maker.missing) as missing:
-        new_images = _fill(maker, missing, shard or Rank(), console)
+        new_images = _fill(maker, missing, shard or Rank(), console) if deal is None else deal(maker)
         return caching_result(maker, missing, new_images, time.perf_counter() - start)
 
 
@@ -108,6 +111,7 @@ def prepare_parts(
     device: torch.device,
     console: Console,
     config: str | None,
+    check_images: bool = True,
 ) -> PartMaker:
     """Load and check all that a part is made from; root and head of the cache are there afterwards.
 
@@ -120,6 +124,7 @@ def prepare_parts(
         device: Where the teacher runs.
         console: Told what of the data is left out.
         config: The name or file that `cfg` came from, to be recorded; None where that is the checkpoint.
+        check_images: Look at all images first; without it, another process has done so.
     """
     teacher, spec = prepare_teacher(checkpoint, cfg, options, device)
     identity: dict[str, Any] = {
@@ -132,7 +137,7 @@ def prepare_parts(
     check_resumable(out, spec, identity, options.part_size)
     spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
     report_data(data, console, trained=True, strict=options.strict_data)
-    if options.strict_data or not options.skip_bad_images:  # otherwise bad images are found, and recorded, when read
+    if check_images and (options.strict_data or not options.skip_bad_images):  # else they are found when read
         usable_images(data, console, scale=spec.scale, decoding=teacher.pixels.decoding)
     identity["data"] = data.digest()
     metadata = {

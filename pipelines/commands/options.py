@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdpipe.pipelines.data.options import DataOptions
 
-__all__ = ["EvaluateOptions", "StudentOptions", "TeacherCheckOptions"]
+__all__ = ["EvaluateOptions", "RayOptions", "StudentOptions", "TeacherCheckOptions"]
 
 _NO_DATA = DataOptions()
 
@@ -33,6 +33,22 @@ class EvaluateOptions:
     batch_size: int = 1
     skip_bad_images: bool = False
     trust: bool = False
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Which cluster makes the parts of a cache, and what each task of it takes.
+
+    Attributes:
+        address: Of its head, `auto` for the one that this machine belongs to, or `local` for one that is started here;
+            None makes the parts in this process.
+        cpus: Of a task; None takes one.
+        gpus: Of a task; None takes one where the cluster has any.
+    """
+
+    address: str | None = None
+    cpus: float | None = None
+    gpus: float | None = None
 
 
 @dataclass(frozen=True)
