@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ __all__ = ["deal_parts", "part_job"]
 _WAITING = 2  # tasks that wait, per task that can run
 _ATTEMPTS = 3
 _POLL_SECONDS, _LOOK_SECONDS = 0.5, 5.0
+_LONG_PATH = 40  # of a temporary folder, in which Ray's sockets have names of at most 107 characters
 _STORE_BYTES = 128 << 20  # of Ray's object store on this machine, which holds counts
 
 
@@ -210,7 +212,10 @@ def _cluster(address: str) -> Iterator[Any]:
         raise KdpipeError(f"--ray needs Ray, which cannot be imported ({error}): pip install 'kdpipe[ray]'.") from error
     here: dict[str, Any] = {}
     if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: all else on the machine would go first
         here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        if len(tempfile.gettempdir()) > _LONG_PATH:
+            here["_temp_dir"] = "/tmp/ray"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)

@@ -96,10 +96,10 @@ def doubts(rank: Rank, environment: Mapping[str, str], *, is_interactive: bool) 
     Args:
         rank: As `find_shard` gives it.
         environment: That it was found in.
-        is_interactive: Somebody types at this process, which torchrun, srun and arrays have for none but the first.
+        is_interactive: Somebody can type at this process, as in a shell.
     """
-    may_be_alone = "RANK" in rank.variables and not environment.get("TORCHELASTIC_RUN_ID")
-    if rank.count > 1 and "--shard" not in rank.variables and (may_be_alone or is_interactive):
+    is_certain = "--shard" in rank.variables or environment.get("TORCHELASTIC_RUN_ID")  # torchrun's own
+    if rank.count > 1 and not is_certain and (is_interactive or "RANK" in rank.variables):
         return [f"If no other process was started (a shell in a job or container), unset {rank.source}."]
     if rank.variables:
         return []

@@ -83,7 +83,13 @@ class Nodes:
         self._server = subprocess.Popen(
             ["unshare", "-n", sys.executable, "-W", "ignore", str(script)],
             cwd=folder,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"},
+            env={
+                **os.environ,
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_worker_niceness": "0",
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": "/tmp",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -111,7 +111,7 @@ def test_what_makes_no_sense_is_named(
     [
         ({}, None, True, ""),
         (TORCH, None, False, "unset RANK and WORLD_SIZE"),  # of PyTorchJob in Kubernetes, or left over
-        ({**TORCH, "TORCHELASTIC_RUN_ID": "none"}, None, False, ""),
+        ({**TORCH, "TORCHELASTIC_RUN_ID": "none"}, None, True, ""),
         ({**STEP, "SLURM_NTASKS": "4"}, None, False, ""),
         ({**STEP, "SLURM_NTASKS": "4"}, None, True, "unset SLURM_PROCID and SLURM_NTASKS"),  # srun --pty
         (ARRAY, None, False, ""),
