@@ -60,7 +60,7 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
     help="Make part i only where i % N is I, from 0. Default: all, or by torchrun, srun or a Slurm array.",
 )
 @click.option("--ray", "address", help="Let a Ray cluster make the parts: HOST:PORT, auto, or local to start one here.")
-@click.option("--ray-cpus", "cpus", type=FiniteRange(0, 1000), help="Of each task. Default: 1.")
+@click.option("--ray-cpus", "cpus", type=FiniteRange(0.01, 1000), help="Of each task. Default: 1.")
 @click.option(
     "--ray-gpus", "gpus", type=FiniteRange(0, 1000), help="Of each task, such as 0.5. Default: 1 if there are any."
 )
@@ -150,6 +150,9 @@ def _shard(given: tuple[int | None, int] | None, ray: RayOptions) -> Rank:
         if ray.cpus is not None or ray.gpus is not None:
             raise click.UsageError("--ray-cpus and --ray-gpus are for --ray. Leave them out.")
         return find_shard(os.environ, given)
+    for name, number in (("--ray-cpus", ray.cpus), ("--ray-gpus", ray.gpus)):
+        if number is not None and number > 1 and number != int(number):
+            raise click.UsageError(f"{name} {number}: Ray gives whole ones, or a share of one.")
     if given is not None:
         raise click.UsageError("--ray deals the parts by itself: leave --shard out.")
     return Rank()

@@ -4,9 +4,9 @@ import click
 import pytest
 
 from kdpipe.pipelines.cli import main as cli
-from kdpipe.pipelines.cli.options import Assignments, Bytes, Choices, FiniteRange, Place, Scale, WholeRange
+from kdpipe.pipelines.cli.options import Assignments, Bytes, Choices, FiniteRange, Place, Scale, Shard, WholeRange
 
-NUMBERS = (WholeRange, FiniteRange, Scale, Bytes)
+NUMBERS = (WholeRange, FiniteRange, Scale, Bytes, Shard)
 # options of other kinds: text, names, paths
 OTHERS = (
     *(Place, Assignments, Choices, click.Path, click.Choice),
@@ -54,7 +54,7 @@ def test_what_is_no_number_in_range_is_refused(name: str) -> None:
 
 def allowed(name: str) -> tuple[str, ...]:
     option = name.split()[-1]
-    return {"--image": ("-1", "0"), "--seed": ("0",), "--workers": ("0",)}.get(option, ())
+    return {"--image": ("-1", "0"), "--seed": ("0",), "--workers": ("0",), "--ray-gpus": ("0",)}.get(option, ())
 
 
 @pytest.mark.parametrize("text", ["0x0", "0x96", "128x0", "1x1", "-128x96", "nanxnan", "128x" + "9" * 400, "20001x600"])

@@ -83,6 +83,8 @@ def test_options_that_do_not_go_together(kit: "Kit", work: Path, monkeypatch: py
     assert "--ray-cpus and --ray-gpus are for --ray" in kit.refused(
         "cache-teacher", *kit.source, "--ray-gpus", 1, code=2
     )
+    message = kit.refused("cache-teacher", *kit.source, "--ray", "auto", "--ray-gpus", 1.5, code=2)
+    assert "--ray-gpus 1.5: Ray gives whole ones" in message
     message = kit.refused("cache-teacher", *kit.source, "--ray", "auto", "--shard", "0/2", code=2)
     assert "leave --shard out" in message
     monkeypatch.setitem(sys.modules, "ray", None)
