@@ -76,7 +76,7 @@ def test_the_command_is_installed() -> None:
 
 def test_what_is_imported_is_declared_and_the_other_way_round(wheel: Path) -> None:
     lines = [line for line in metadata_of(wheel).splitlines() if line.startswith("Requires-Dist:")]
-    extras = ("aws",)  # of which a user is told when something needs them
+    extras = ("aws", "ray")  # of which a user is told when something needs them
     declared = {
         re.split(r"[^\w.-]", line.split()[1])[0]
         for line in lines
