@@ -205,20 +205,21 @@ def part_job(
 def _cluster(address: str) -> Iterator[Any]:
     """Ray, connected to a cluster; `local` starts one on this machine, which ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        if len(tempfile.gettempdir()) > _LONG_PATH:
+            own["_temp_dir"] = "/tmp/ray"
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as there: all of it listens on 127.0.0.1 only
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: all else on the machine would go first
     try:
-        import ray
+        import ray  # reads these variables
         import ray.util.scheduling_strategies
     except ImportError as error:
         raise KdpipeError(f"--ray needs Ray, which cannot be imported ({error}): pip install 'kdpipe[ray]'.") from error
-    here: dict[str, Any] = {}
-    if address == "local":
-        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: all else on the machine would go first
-        here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-        if len(tempfile.gettempdir()) > _LONG_PATH:
-            here["_temp_dir"] = "/tmp/ray"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise KdpipeError(
