@@ -101,7 +101,8 @@ def cache_teacher_command(
     console = command_console(shared=False, live=shard.count == 1)
     if shard.variables:
         console.print(f"Shard {shard}, by {shard.source}.")
-    for doubt in doubts(shard, os.environ, is_interactive=sys.stdin is not None and sys.stdin.isatty()):
+    is_interactive = sys.stdin is not None and sys.stdin.isatty()
+    for doubt in doubts(shard, os.environ, is_interactive=is_interactive) if ray.address is None else []:
         console.print(f"Warning: {doubt}")
     location = None if out is None else open_location(out, store_options)
     try:
@@ -117,8 +118,10 @@ def cache_teacher_command(
             print_estimate(console, costs, spec, len(images.images), location)
             return
         config_text = str(Path(config).resolve()) if config and Path(config).exists() else config
-        how: dict[str, Any] = {"device": torch_device(device), "shard": shard}
-        if ray.address is not None:
+        how: dict[str, Any]
+        if ray.address is None:
+            how = {"device": torch_device(device), "shard": shard}
+        else:
             from kdpipe.pipelines.commands.cache_on_ray import deal_parts, part_job
 
             given: dict[str, Any] = {"ckpt": ckpt, "config": config_text, "trust": trust, "device": device}
