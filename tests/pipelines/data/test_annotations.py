@@ -281,7 +281,9 @@ def test_any_value_in_any_place_is_read_or_refused(
     else:
         content[key][0][field] = value
     (folder / "a.json").write_text(json.dumps(content))
-    with contextlib.suppress(KdpipeError):
+    try:
         data = load_coco(folder / "a.json", folder)
-        written = data.copied_to(folder / "b.json").write_copy()
-        assert load_coco(written, folder).digest() == data.digest()
+    except KdpipeError:
+        return
+    written = data.copied_to(folder / "b.json").write_copy()
+    assert load_coco(written, folder).digest() == data.digest()
