@@ -126,6 +126,15 @@ def forking() -> type[Forks]:
     return Forks
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes that have imported what the commands need."""
+    needed = ("cli.main", "commands.cache_teacher", "runtime.ranks", "runtime.training_ranks", "training.run")
+    forks = Forks(ROOT / "tests", *(f"kdpipe.pipelines.{name}" for name in needed), "mmdet.models")
+    yield forks
+    forks.close()
+
+
 class S3:
     """An S3 server of this machine, started by a test and ended with it.
 

@@ -20,10 +20,12 @@ _JOIN_SECONDS = 10.0
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
 # The name of a socket has at most 107 bytes, of which multiprocessing adds `/pymp-01234567/listener-01234567`.
 _MAX_FOLDER = 107 - 32
+# Imports mmdet's data sets and all that reads an image with its targets: three seconds, once and not per worker.
+_USED_BY_WORKERS = "kdpipe.pipelines.training.wrapping"
 
 
 def preload_workers() -> None:
-    """Let the fork server import this module, so that starting a worker costs a fork, not an import.
+    """Let the fork server import what workers use, so that starting a worker costs a fork, not an import.
 
     Raises:
         KdpipeError: There is no folder for the sockets, or no /dev/shm for the locks, that workers need.
@@ -36,7 +38,7 @@ def preload_workers() -> None:
             f"Loader workers cannot be started: they need /dev/shm for their locks ({error.strerror}). Let the "
             "container have it (docker run --shm-size 1g), or read images in the training process (--workers 0)."
         ) from error
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, _USED_BY_WORKERS])
 
 
 def _choose_socket_folder() -> None:

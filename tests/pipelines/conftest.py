@@ -53,6 +53,7 @@ class Kit:
 
     DENSE: ClassVar = {"retinanet": "retinanet_r18_fpn_1x_coco", "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco"}
     VIEW = ("--scale", "128x96", "--proposals", "40")
+    COMMAND = "import sys; from kdpipe.pipelines.cli.main import main; main(sys.argv[1:])"  # for a process of its own
     classes = CLASS_NAMES
 
     def __init__(self, folder: Path) -> None:

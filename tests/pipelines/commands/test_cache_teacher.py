@@ -25,6 +25,7 @@ from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
 if TYPE_CHECKING:
+    from tests.conftest import Forks
     from tests.pipelines.conftest import Kit
 
 FIELDS = {
@@ -229,19 +230,15 @@ def test_interrupted_and_resumed_is_the_same_byte_for_byte(
         pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_process_stopped_in_between(kit: "Kit", work: Path, number: signal.Signals) -> None:
+def test_process_stopped_in_between(kit: "Kit", work: Path, forks: "Forks", number: signal.Signals) -> None:
     ann = kit.annotations(work / "many.json", copies=6)
     data = ("--ann-file", ann, "--img-dir", kit.img)
     command = ("cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, *SMALL_PARTS)
-    process = kit.start(*command, cwd=work)
-    try:
-        while not (work / "x.zarr" / "parts" / "00002").exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == (-number if number == signal.SIGKILL else 130), err
+    process = forks.start(kit.COMMAND, *command, cwd=work)
+    while not (work / "x.zarr" / "parts" / "00002").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send(number)
+    assert process.wait() == (-number if number == signal.SIGKILL else 130), process.err
     assert 0 < len(open_cache("x.zarr", allow_partial=True)) < 48
     kit.run(*command)
     kit.run(*command[:-1], "undisturbed.zarr")

@@ -20,6 +20,7 @@ from kdpipe.pipelines.detectors.checkpoints import register_safe_types
 from kdpipe.pipelines.training.transforms import AddTeacherTargets
 
 if TYPE_CHECKING:
+    from tests.conftest import Forks
     from tests.pipelines.conftest import Ended, Kit
 
 IN_STOCK_MMDET = """
@@ -302,19 +303,19 @@ def members(session: int) -> list[int]:
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_no_process_is_left_behind(kit: "Kit", work: Path, number: signal.Signals) -> None:
+def test_no_process_is_left_behind(kit: "Kit", work: Path, forks: "Forks", number: signal.Signals) -> None:
     """Killed, interrupted by Ctrl-C (which reaches every process of the terminal), or asked to end."""
     command = ("train-student", "--cache", kit.cache, "--student", kit.student, "--methods", "cls", "--work-dir", "w")
-    process = kit.start(*command, "--epochs", 500, "--batch-size", 4, "--workers", 2, cwd=work)
+    options = ("--epochs", 500, "--batch-size", 4, "--workers", 2)
+    process = forks.start(kit.COMMAND, *command, *options, cwd=work)
     try:
         while not (work / "w" / "epoch_1.pth").exists() and process.poll() is None:
             time.sleep(0.1)
         assert len(members(process.pid)) > 3  # the fork server and its workers
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == (-number if number == signal.SIGKILL else 130), err
+        assert process.wait() == (-number if number == signal.SIGKILL else 130), process.err
         if number != signal.SIGKILL:
-            assert err.strip() == "Interrupted."
+            assert process.err.strip() == "Interrupted."
         limit = time.monotonic() + 30
         while members(process.pid) and time.monotonic() < limit:
             time.sleep(0.1)
@@ -322,4 +323,4 @@ def test_no_process_is_left_behind(kit: "Kit", work: Path, number: signal.Signal
     finally:
         if process.poll() is None or members(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()

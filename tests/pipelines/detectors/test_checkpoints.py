@@ -1,12 +1,10 @@
 """Checkpoints of all layouts are read, malicious ones are refused before anything of them runs."""
 
 import os
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +13,9 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from kdpipe.pipelines.detectors.checkpoints import CheckpointError, class_names, load_checkpoint, load_strict
+
+if TYPE_CHECKING:
+    from tests.conftest import Forks
 
 
 def small_model() -> nn.Sequential:
@@ -274,7 +275,7 @@ assert len(runner.message_hub.get_scalar("train/loss").data[0]) == 6
 """
 
 
-def test_mmengine_resumes_where_types_are_registered(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", RESUME, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_mmengine_resumes_where_types_are_registered(tmp_path: Path, forks: "Forks") -> None:
+    training = forks.start(RESUME, tmp_path, cwd=tmp_path)
+    assert training.wait() == 0, training.err[-3000:]
     assert class_names(load_checkpoint(tmp_path / "epoch_2.pth")) == ("a", "b")

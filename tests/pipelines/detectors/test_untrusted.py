@@ -169,6 +169,7 @@ def test_a_hostile_type_is_found_at_any_depth(
     assert f"{text((section, *way, key))} = {hostile!r}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_kdpipe_registers_is_known_before_it_is_used() -> None:
     """A training with --amp records its optimiser, which `cache-teacher` has no need to load."""
     registries = {id(each): each for each in vars(mmengine.registry).values() if isinstance(each, Registry)}

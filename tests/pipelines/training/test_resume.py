@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import torch
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
 
 if TYPE_CHECKING:
+    from tests.conftest import Forks
     from tests.pipelines.conftest import Kit
 
 EACH_STEP = ("-o", "default_hooks.logger.interval=1")
@@ -137,11 +136,11 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_between_the_last_checkpoint_and_the_student(kit: "Kit", work: Path) -> None:
+def test_killed_between_the_last_checkpoint_and_the_student(kit: "Kit", work: Path, forks: "Forks") -> None:
     whole, cut = (command(kit, work / name, *kit.val) for name in ("whole", "cut"))
     kit.run(*whole)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, cut)], cwd=work, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = forks.start(KILLED, *cut, cwd=work)
+    assert killed.wait() == -signal.SIGKILL, killed.err
     assert (work / "cut" / "epoch_1.pth").is_file()
     assert not (work / "cut" / "student.pth").exists()
     ended = kit.run(*cut, "--resume")
