@@ -1,10 +1,11 @@
 """Whole caches in object stores: written, resumed, copied, read by several processes, damaged, verified."""
 
-import multiprocessing
+import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import obstore
@@ -16,6 +17,9 @@ from kdpipe.cache.store import client as client_module
 from kdpipe.cache.store.bucket import Bucket
 from kdpipe.cache.verify import verification
 from kdpipe.cache.verify.verification import remove_faults, verify_cache
+
+if TYPE_CHECKING:
+    from tests.conftest import Forks
 
 _count = iter(range(1_000_000))
 
@@ -226,21 +230,23 @@ def test_stays_away_while_it_is_read(moto: Any, proxy: Any, cache_path: Path) ->
     assert_equal(cache.targets(second), open_cache(cache_path).targets(second))
 
 
-def read_boxes(cache: TeacherCache, image_id: int) -> torch.Tensor:
-    return cache.targets(image_id, fields=["boxes", "features"]).boxes.clone()
+READING = """
+import sys
+from pathlib import Path
+import pickle
+from kdpipe.cache import open_cache
+cache = open_cache(pickle.loads(Path(sys.argv[1]).read_bytes()))
+print([cache.targets(image_id, fields=["boxes", "features"]).boxes.tolist() for image_id in cache.image_ids.tolist()])
+"""
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_other_processes(moto: Any, cache_path: Path) -> None:
+def test_other_processes(moto: Any, cache_path: Path, forks: "Forks", tmp_path: Path) -> None:
     location = Bucket(f"s3://kdpipe/tests/processes-{os.getpid()}", moto.options)
     upload(cache_path, location)
     cache = open_cache(location)
-    good = [read_boxes(cache, int(image_id)) for image_id in cache.image_ids]
-    with multiprocessing.get_context("forkserver").Pool(2) as pool:
-        actual = pool.starmap(open_and_read, [(location, int(image_id)) for image_id in cache.image_ids])
-    for one, two in zip(good, actual, strict=True):
-        assert one.tolist() == two
-
-
-def open_and_read(location: Bucket, image_id: int) -> Any:
-    return read_boxes(open_cache(location), image_id).tolist()
+    boxes = [cache.targets(int(image_id)).boxes.tolist() for image_id in cache.image_ids]
+    (tmp_path / "location").write_bytes(pickle.dumps(location))
+    readers = [forks.start(READING, tmp_path / "location", cwd=tmp_path) for _ in range(2)]
+    for reader in readers:
+        assert reader.wait() == 0, reader.err
+        assert json.loads(reader.out) == boxes

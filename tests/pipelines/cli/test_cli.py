@@ -95,7 +95,15 @@ def test_names_come_in_the_order_of_the_format() -> None:
     assert cli_options.Scale().convert("1333X800", None, None) == (1333, 800)
 
 
-def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
+@pytest.mark.usefixtures("work")
+def test_debug_raises_what_is_a_message_otherwise(kit: "Kit") -> None:
+    assert "There is no cache at x.zarr" in kit.refused("train-student", "--cache", "x.zarr")
+    with pytest.raises(CacheError, match=r"There is no cache at x\.zarr"):
+        kit.run("--debug", "train-student", "--cache", "x.zarr")
+
+
+@pytest.mark.slow
+def test_debug_shows_the_traceback(work: Path) -> None:
     """Of the mmdet that is installed, too, where the current folder is a clone of mmdetection."""
     (work / "mmdet").mkdir()
     (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
@@ -104,7 +112,6 @@ def test_debug_shows_the_traceback(kit: "Kit", work: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "CacheError: There is no cache at x.zarr" in done.stderr
-    assert "There is no cache at x.zarr" in kit.refused("train-student", "--cache", "x.zarr")
 
 
 def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,10 +64,10 @@ def check(folder: Path) -> None:
     assert json.loads((work_dir / "result.json").read_text())["ap"] is not None
 
 
-def test_with_nothing_else_on_the_line(kit: "Kit", folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, and one epoch instead of the schedule's twelve."""
+def test_with_little_else_on_the_line(kit: "Kit", folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, with small images, and one epoch instead of the schedule's twelve."""
     monkeypatch.setitem(SCHEDULES, "1x", 1)
-    assert "coco.zarr: 2 images" in kit.run("cache-teacher", "--ckpt", "x101.pth").out
+    assert "coco.zarr: 2 images" in kit.run("cache-teacher", "--ckpt", "x101.pth", "--scale", "333x200").out
     kit.run("train-student", "--cache", "coco.zarr")
     check(folder)
 

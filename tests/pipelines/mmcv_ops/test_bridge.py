@@ -152,11 +152,20 @@ def fake_mmcv(folder: Path, extension: str | None) -> Path:
     return folder
 
 
+def test_the_bridge_is_light() -> None:
+    run_script(
+        """
+        import kdpipe.pipelines
+        assert not {"mmdet", "mmcv", "mmengine", "torch"} & set(sys.modules)
+        """
+    )
+
+
+@pytest.mark.slow
 def test_mmdet_works_in_a_plain_script() -> None:
     run_script(
         """
         import kdpipe.pipelines
-        assert not {"mmdet", "mmcv", "mmengine", "torch"} & set(sys.modules), "importing the bridge is not light"
         import mmdet
         from mmdet.apis import init_detector
         from mmcv.utils.env import collect_env
@@ -183,6 +192,7 @@ def test_bridge_stays_away_from_a_compiled_mmcv(tmp_path: Path) -> None:
     assert printed.splitlines() == ["native 1 False False", "('native', '')", str(tmp_path / "mmcv" / "_ext.py")]
 
 
+@pytest.mark.slow
 def test_bridge_takes_over_from_ops_that_do_not_load(tmp_path: Path) -> None:
     path = fake_mmcv(tmp_path, None)
     (path / "mmcv" / f"_ext{EXTENSION_SUFFIXES[0]}").write_bytes(b"compiled for another torch")

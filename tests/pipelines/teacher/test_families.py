@@ -59,7 +59,10 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+SLOW = ("R18", "R34", "R101", "R152", "X101-32x4d", "R50-DCN")  # as the others, but for their depth or a part
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in BACKBONES])
 def test_backbones(kit: "Kit", work: Path, name: str) -> None:
     """As a teacher and as a student."""
     cache = cached(kit, work, kit.tiny(*BACKBONES[name]))
@@ -120,7 +123,7 @@ SINGLE = {
 def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, name: str) -> None:
     """What is cached decodes to what mmdet's own pipeline and prediction say: boxes, classes and scores."""
     config = kit.tiny((CASCADES | SINGLE)[name])
-    options = ("--targets", "predictions", "--dtype", "float32")
+    options = ("--targets", "predictions", "--dtype", "float32", "--limit", 3)
     cache = open_cache(cached(kit, work, config, *options))
     assert bool(cache.spec.cascade_stds) == (name in CASCADES)
     model = MODELS.build(config.model).eval()
@@ -130,7 +133,7 @@ def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, na
     pipeline = Compose([step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"])
     rule = model.roi_head.test_cfg
     total = 0
-    for image_id in cache.image_ids.tolist()[:3]:
+    for image_id in cache.image_ids.tolist():
         targets = cache.targets(image_id)
         assert targets.logits is not None
         scores = torch.softmax(targets.logits, dim=1)[: targets.num_proposals]
@@ -151,7 +154,7 @@ def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, na
 def test_a_cascade_says_the_same_of_any_box(kit: "Kit", work: Path) -> None:
     """The frozen heads in the cache, asked about boxes that are no proposals, against mmdet's own refinement."""
     config = kit.tiny(CASCADE)
-    cache = open_cache(cached(kit, work, config, "--dtype", "float32"))
+    cache = open_cache(cached(kit, work, config, "--dtype", "float32", "--limit", 1))
     checkpoint = load_checkpoint(work / "teacher.pth")
     teacher = load_teacher(checkpoint, teacher_config(checkpoint, None), proposals=40, device=torch.device("cpu"))
     image_id = int(cache.image_ids[0])
@@ -212,7 +215,7 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
     """From a float32 cache and beside the live teacher, at boxes that are no proposals: as mmdet's own code says."""
     ckpt, out = kit.save_detector(work / "teacher.pth", kit.tiny(MORE_THAN_A_HEAD[name])), work / "teacher.zarr"
     shake(ckpt)
-    small = ("--scale", "128x96", "--proposals", 8, "--dtype", "float32")
+    small = ("--scale", "128x96", "--proposals", 8, "--dtype", "float32", "--limit", 1)
     kit.run("cache-teacher", "--ckpt", ckpt, *kit.data, *small, "--out", out)
     cache, checkpoint = open_cache(out), load_checkpoint(ckpt)
     check_serves_student_rois(cache)
@@ -240,7 +243,7 @@ def test_a_head_behind_a_stage_or_beside_a_branch_says_the_same_of_any_box(kit: 
 
 
 @SEMANTIC
-@pytest.mark.parametrize("name", ["C4", "HTC"])
+@pytest.mark.parametrize("name", [pytest.param("C4", marks=pytest.mark.slow), "HTC"])
 def test_such_a_head_teaches_at_the_students_rois(kit: "Kit", work: Path, name: str) -> None:
     """From a cache and beside the teacher; at the teacher's own RoIs, too."""
     config = kit.tiny(MORE_THAN_A_HEAD[name])
@@ -269,7 +272,7 @@ def test_such_a_head_teaches_at_the_students_rois(kit: "Kit", work: Path, name: 
 def test_a_stage_of_an_unusual_kind_serves_the_teachers_rois_only(kit: "Kit", work: Path) -> None:
     config = kit.tiny(SINGLE["C4"])
     config.model.roi_head.shared_head.norm_cfg = {"type": "GN", "num_groups": 8}
-    cache = cached(kit, work, config, "--proposals", 4, "--targets", "pyramid")
+    cache = cached(kit, work, config, "--proposals", 4, "--targets", "pyramid", "--limit", 1)
     assert not open_cache(cache).spec.shared_style
     student = ("--student", kit.student, "--methods", "cls")
     message = kit.refused(*kit.student_command(work / "v", *student, "--rois", "student", cache=cache))
@@ -326,13 +329,13 @@ def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
 
 def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
     """One level, whose RoI features go through a residual stage: of the teacher's boxes the cache knows all."""
-    cache = cached(kit, work, kit.tiny(SINGLE["C4"]), "--proposals", 12)
+    cache = cached(kit, work, kit.tiny(SINGLE["C4"]), "--proposals", 12, "--limit", 4)
     assert (open_cache(cache).spec.strides, open_cache(cache).spec.roi_size) == ((16,), 7)
     steps = trained(kit, work, cache, kit.tiny(R50), "--rois", "teacher")
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
     roi = work / "roi.zarr"
-    kind = ("--proposals", 12, "--targets", "objects", "--dtype", "float32")
+    kind = ("--proposals", 12, "--targets", "objects", "--dtype", "float32", "--limit", 1)
     kit.run("cache-teacher", "--ckpt", work / "teacher.pth", *kit.data, *kit.VIEW, *kind, "--out", roi)
     image_id = int(open_cache(roi).image_ids[0])
     targets = open_cache(roi).targets(image_id)
@@ -355,7 +358,8 @@ def test_a_detector_without_pyramid_teaches_and_learns(kit: "Kit", work: Path, r
 def test_a_c4_learns(kit: "Kit", work: Path) -> None:
     config = kit.tiny(SINGLE["C4"])
     config.model.train_cfg.rcnn.sampler.num = 8
-    steps = trained(kit, work, kit.cache, config)
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--limit", 2, "--out", work / "two.zarr")
+    steps = trained(kit, work, work / "two.zarr", config, "--batch-size", 2)
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
 

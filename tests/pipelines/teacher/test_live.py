@@ -26,18 +26,19 @@ def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
     return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
 
 
-def test_fifty_steps_give_the_same_student(kit: "Kit", work: Path) -> None:
+@pytest.mark.parametrize("epochs", [5, pytest.param(25, marks=pytest.mark.slow)])
+def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> None:
     cache = work / "x.zarr"
     exact = ("--dtype", "float32", "--views", "identity,hflip", "--out", cache)
     kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
-    options = ("--epochs", 25, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
+    options = ("--epochs", epochs, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
     kit.train_student(work / "cached", *options, cache=cache)
     ended = kit.run(*online(kit, work / "online", *options))
     assert "RoIs: those of the student" in ended.out
     weights = [
         torch.load(work / name / "student.pth", weights_only=True)["state_dict"] for name in ("cached", "online")
     ]
-    assert torch.load(work / "online" / "student.pth", weights_only=True)["meta"]["iter"] == 50
+    assert torch.load(work / "online" / "student.pth", weights_only=True)["meta"]["iter"] == 2 * epochs
     compared = 0
     for name, value in weights[0].items():
         if value.is_floating_point():

@@ -18,6 +18,7 @@ from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.data.images import ImageError
 
 if TYPE_CHECKING:
+    from tests.conftest import Forks
     from tests.pipelines.conftest import Kit
 
 README = Path(__file__).resolve().parents[3] / "README.md"
@@ -37,7 +38,7 @@ model["ckd"] = dict(queue_size=256)
 
 
 @pytest.mark.parametrize("roi_source", ["student", "teacher"])
-def test_the_example_of_the_readme(kit: "Kit", work: Path, roi_source: str) -> None:
+def test_the_example_of_the_readme(kit: "Kit", work: Path, forks: "Forks", roi_source: str) -> None:
     config, script = re.findall(
         r"```python\n(.*?)```", README.read_text().split("## From a config file")[1], re.DOTALL
     )[:2]
@@ -50,9 +51,8 @@ def test_the_example_of_the_readme(kit: "Kit", work: Path, roi_source: str) -> N
     )
     data = DATA.format(ann=str(kit.ann), img=f"{kit.img}/", classes=kit.classes)
     (work / "distil.py").write_text(config + data)
-    (work / "train.py").write_text(script)
-    done = subprocess.run([sys.executable, "train.py"], cwd=work, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    training = forks.start(script, cwd=work)
+    assert training.wait() == 0, training.err
     state = torch.load(work / "work_dirs" / "distil" / "epoch_1.pth", weights_only=False)["state_dict"]
     assert {name.split(".")[0] for name in state} == {"student", "sgfi", "ckd"}
 

@@ -13,6 +13,7 @@ import torch
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
 
 if TYPE_CHECKING:
+    from tests.conftest import Forked, Forks
     from tests.pipelines.conftest import Kit
 
 SCRIPT = Path(sys.executable).with_name("kdpipe")
@@ -35,6 +36,12 @@ def two_processes(
     )
 
 
+def two_forks(forks: "Forks", work: Path, code: str, *args: object) -> "list[Forked]":
+    """Two processes with the variables that torchrun sets."""
+    ranks = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    return [forks.start(code, *args, cwd=work, **ranks, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+
+
 def trained(work_dir: Path) -> tuple[Any, list[dict[str, float]]]:
     """The last checkpoint to resume from, and the log."""
     register_safe_types()
@@ -46,27 +53,17 @@ def trained(work_dir: Path) -> tuple[Any, list[dict[str, float]]]:
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        "forks",
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--rois", "teacher"), marks=pytest.mark.slow),
         pytest.param(("--missing-view", "skip"), marks=pytest.mark.slow),
         pytest.param("live", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
-    recipe = (
-        "--recipe",
-        "paper",
-        "--epochs",
-        2,
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-        "--student",
-        kit.student,
-        "--work-dir",
-        "w",
-    )
+def test_two_processes(kit: "Kit", work: Path, forks: "Forks", options: Any) -> None:
+    """Started by torchrun, but for one."""
+    recipe = ("--recipe", "paper", "--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student)
+    recipe += ("--work-dir", "w")
     log = (
         "-o",
         "distill.ckd.queue_size=4096",
@@ -78,9 +75,15 @@ def test_two_processes(kit: "Kit", work: Path, options: Any) -> None:
     source: tuple[object, ...] = ("--cache", kit.cache)
     if options == "live":
         source, options = ("--teacher-ckpt", kit.teacher, *kit.data, "--scale", "128x96"), ()
-    done = two_processes(work, "train-student", *source, *recipe, *log, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("RoIs: those of the") == 1
+    if options == "forks":
+        processes = two_forks(forks, work, kit.COMMAND, "train-student", *source, *recipe, *log)
+        assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+        out = "".join(process.out for process in processes)
+    else:
+        done = two_processes(work, "train-student", *source, *recipe, *log, *options)
+        assert done.returncode == 0, done.stderr
+        out = done.stdout
+    assert out.count("RoIs: those of the") == 1
     state, lines = trained(work / "w")
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
     own_rois = sum(line["kd_positive"] + line["kd_negative"] for line in lines)  # of the first process
@@ -113,10 +116,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_processes_agree_on_statistics_before_they_are_measured(work: Path) -> None:
-    (work / "buffers.py").write_text(BUFFERS)
-    done = two_processes(work, run=("buffers.py",))
-    assert done.returncode == 0, done.stderr
+def test_processes_agree_on_statistics_before_they_are_measured(work: Path, forks: "Forks") -> None:
+    processes = two_forks(forks, work, BUFFERS)
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
     ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
         mine, others = (rank["model"][name] for rank in ranks)

@@ -176,7 +176,14 @@ def test_a_checkpoint_from_elsewhere(trained: Path, kit: "Kit", work: Path) -> N
     assert not (work / "v").exists()
 
 
-@pytest.mark.parametrize("kind", ["ExponentialMovingAverage", "ExpMomentumEMA", "StochasticWeightAverage"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ExpMomentumEMA",
+        pytest.param("ExponentialMovingAverage", marks=pytest.mark.slow),
+        pytest.param("StochasticWeightAverage", marks=pytest.mark.slow),
+    ],
+)
 def test_averaged_weights_are_measured_saved_and_resumed(
     kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
