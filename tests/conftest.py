@@ -129,7 +129,7 @@ def forking() -> type[Forks]:
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Starts processes that have imported what the commands need."""
-    needed = ("cli.main", "commands.cache_teacher", "runtime.ranks", "runtime.training_ranks", "training.run")
+    needed = ("cli.main", "commands.cache_teacher", "training.process_group", "training.run")
     forks = Forks(ROOT / "tests", *(f"kdpipe.pipelines.{name}" for name in needed), "mmdet.models")
     yield forks
     forks.close()

@@ -76,9 +76,8 @@ def verify(location: Bucket) -> verification.Verification:
     return verify_cache(location, lambda done, total: None, threads=2)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_the_same_files_as_in_a_folder(location: Bucket, tmp_path: Path, kit: Any, codec: str) -> None:
-    spec = kit.spec(codec=codec)
+def test_the_same_files_as_in_a_folder(location: Bucket, tmp_path: Path, kit: Any) -> None:
+    spec = kit.spec()
     kit.fill(kit.writer(location, spec, kit.images()))
     folder = kit.make(tmp_path / "x.zarr", spec)
     download(location, tmp_path / "copy.zarr")
@@ -95,10 +94,10 @@ def test_copied_from_a_folder(location: Bucket, cache_path: Path) -> None:
     assert verify(location).notes == ()
 
 
-@pytest.mark.parametrize("tier", ["predictions", "embeddings", "objects"])
-def test_tiers(tmp_path: Path, kit: Any, tier: str) -> None:
-    location = Bucket(f"memory://{tier}-{next(_count)}", {})
-    spec = kit.spec(tier=tier)
+@pytest.mark.parametrize("changes", [{"tier": "predictions"}, {"tier": "objects"}, {"codec": "none"}])
+def test_tiers_and_codecs(tmp_path: Path, kit: Any, changes: dict[str, str]) -> None:
+    location = Bucket(f"memory://tiers-{next(_count)}", {})
+    spec = kit.spec(**changes)
     kit.fill(kit.writer(location, spec, kit.images()))
     assert_same(open_cache(location), open_cache(kit.make(tmp_path / "x.zarr", spec)))
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,18 +37,6 @@ def slowly(*args, **options):
 Teacher.record = slowly
 main(sys.argv[2:])
 """
-MODULES = (
-    "kdpipe.pipelines.cli.main",
-    "kdpipe.pipelines.commands.cache_teacher",
-    "mmdet.models",
-)
-
-
-@pytest.fixture(scope="module")
-def forks(forking: "type[Forks]") -> "Iterator[Forks]":
-    forks = forking(Path(__file__).parents[1], *MODULES)
-    yield forks
-    forks.close()
 
 
 def many(kit: "Kit", work: Path, copies: int = 3) -> tuple[object, ...]:

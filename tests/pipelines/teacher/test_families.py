@@ -86,7 +86,7 @@ def test_a_quarter_of_the_width(kit: "Kit", work: Path) -> None:
 
 
 @pytest.mark.parametrize("rois", ["student", "teacher"])
-@pytest.mark.parametrize(("of_teacher", "of_student"), [(5, 4), (4, 5)])
+@pytest.mark.parametrize(("of_teacher", "of_student"), [(5, 4), pytest.param(4, 5, marks=pytest.mark.slow)])
 def test_other_channels_widths_and_levels(kit: "Kit", work: Path, rois: str, of_teacher: int, of_student: int) -> None:
     cache = cached(kit, work, kit.tiny(R50, channels=16, fc=24, levels=of_teacher))
     spec = open_cache(cache).spec
@@ -119,7 +119,9 @@ SINGLE = {
 
 
 @SEMANTIC
-@pytest.mark.parametrize("name", [*CASCADES, *SINGLE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x == "C4" else x for x in (*CASCADES, *SINGLE)]
+)
 def test_detections_from_the_cache_are_those_of_mmdet(kit: "Kit", work: Path, name: str) -> None:
     """What is cached decodes to what mmdet's own pipeline and prediction say: boxes, classes and scores."""
     config = kit.tiny((CASCADES | SINGLE)[name])
@@ -297,8 +299,15 @@ def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
     assert (work / "w" / "student.pth").is_file()
 
 
-@pytest.mark.parametrize("rois", ["student", "teacher"])
-@pytest.mark.parametrize("teacher", [R50, CASCADE])
+@pytest.mark.parametrize(
+    ("teacher", "rois"),
+    [
+        (R50, "student"),
+        (CASCADE, "teacher"),
+        pytest.param(R50, "teacher", marks=pytest.mark.slow),
+        pytest.param(CASCADE, "student", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cascade_learns(kit: "Kit", work: Path, teacher: str, rois: str) -> None:
     cache = cached(kit, work, kit.tiny(teacher, channels=16, fc=24))
     steps = trained(kit, work, cache, kit.tiny(CASCADE), "--rois", rois, "--methods", "sgfi,ckd,cls,reg")

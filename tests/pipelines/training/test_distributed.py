@@ -17,17 +17,16 @@ if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
 
 SCRIPT = Path(sys.executable).with_name("kdpipe")
+PAPER = ("--recipe", "paper")
 
 
-def two_processes(
-    work: Path, *args: object, run: tuple[object, ...] = ("--no-python", SCRIPT)
-) -> "subprocess.CompletedProcess[str]":
-    if "--no-python" in run:  # also in a clone of mmdetection
-        (work / "mmdet").mkdir()
-        (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(work: Path, *args: object) -> "subprocess.CompletedProcess[str]":
+    """Two processes of `kdpipe`, in a clone of mmdetection."""
+    (work / "mmdet").mkdir()
+    (work / "mmdet" / "__init__.py").write_text("raise RuntimeError('the mmdet of the current folder')")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     return subprocess.run(
-        [*command, *map(str, (*run, *args))],
+        [*command, SCRIPT, *map(str, args)],
         cwd=work,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,
@@ -36,9 +35,9 @@ def two_processes(
     )
 
 
-def two_forks(forks: "Forks", work: Path, code: str, *args: object) -> "list[Forked]":
+def two_processes(forks: "Forks", work: Path, port: int, code: str, *args: object) -> "list[Forked]":
     """Two processes with the variables that torchrun sets."""
-    ranks = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    ranks = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [forks.start(code, *args, cwd=work, **ranks, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
 
 
@@ -53,17 +52,15 @@ def trained(work_dir: Path) -> tuple[Any, list[dict[str, float]]]:
 @pytest.mark.parametrize(
     "options",
     [
-        "forks",
-        pytest.param((), marks=pytest.mark.slow),
+        (),
         pytest.param(("--rois", "teacher"), marks=pytest.mark.slow),
         pytest.param(("--missing-view", "skip"), marks=pytest.mark.slow),
         pytest.param("live", marks=pytest.mark.slow),
+        pytest.param("torchrun", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes(kit: "Kit", work: Path, forks: "Forks", options: Any) -> None:
-    """Started by torchrun, but for one."""
-    recipe = ("--recipe", "paper", "--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student)
-    recipe += ("--work-dir", "w")
+def test_two_processes(kit: "Kit", work: Path, forks: "Forks", closed_port: int, options: Any) -> None:
+    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w", *PAPER)
     log = (
         "-o",
         "distill.ckd.queue_size=4096",
@@ -75,14 +72,15 @@ def test_two_processes(kit: "Kit", work: Path, forks: "Forks", options: Any) -> 
     source: tuple[object, ...] = ("--cache", kit.cache)
     if options == "live":
         source, options = ("--teacher-ckpt", kit.teacher, *kit.data, "--scale", "128x96"), ()
-    if options == "forks":
-        processes = two_forks(forks, work, kit.COMMAND, "train-student", *source, *recipe, *log)
-        assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
-        out = "".join(process.out for process in processes)
-    else:
-        done = two_processes(work, "train-student", *source, *recipe, *log, *options)
+    command = ("train-student", *source, *recipe, *log)
+    if options == "torchrun":
+        done = torchrun(work, *command)
         assert done.returncode == 0, done.stderr
         out = done.stdout
+    else:
+        processes = two_processes(forks, work, closed_port, kit.COMMAND, *command, *options)
+        assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+        out = "".join(process.out for process in processes)
     assert out.count("RoIs: those of the") == 1
     state, lines = trained(work / "w")
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
@@ -116,8 +114,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_processes_agree_on_statistics_before_they_are_measured(work: Path, forks: "Forks") -> None:
-    processes = two_forks(forks, work, BUFFERS)
+def test_processes_agree_on_statistics_before_they_are_measured(work: Path, forks: "Forks", closed_port: int) -> None:
+    processes = two_processes(forks, work, closed_port, BUFFERS)
     assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
     ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
@@ -129,25 +127,13 @@ def test_processes_agree_on_statistics_before_they_are_measured(work: Path, fork
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path) -> None:
-    recipe = (
-        "--recipe",
-        "paper",
-        "--epochs",
-        2,
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-        "--student",
-        kit.student,
-        "--work-dir",
-        "w",
-    )
+def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path, forks: "Forks", closed_port: int) -> None:
+    recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w", *PAPER)
     options = ("-o", "distill.weights.ckd=1e38", "-o", "distill.ckd.queue_size=64")
-    done = two_processes(work, "train-student", "--cache", kit.cache, *recipe, *options)
-    assert done.returncode == 1
-    assert "loss_ckd is inf" in done.stderr
+    command = ("train-student", "--cache", kit.cache, *recipe, *options)
+    processes = two_processes(forks, work, closed_port, kit.COMMAND, *command)
+    assert [process.wait() for process in processes] == [1, 1]
+    assert "loss_ckd is inf" in "".join(process.err for process in processes)
     assert not list((work / "w").glob("*.pth"))
 
 
@@ -184,7 +170,9 @@ main(sys.argv[1:])
     ("family", "options"),
     [("retinanet", ("--amp",)), ("fcos", ()), ("retinanet", ("--rois", "teacher", "--missing-view", "skip"))],
 )
-def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, options: Any) -> None:
+def test_dense_students_in_two_processes(
+    kit: "Kit", work: Path, forks: "Forks", closed_port: int, family: str, options: Any
+) -> None:
     """Also where one of them has no positive RoI: objects too small for any predicted box, or a flipped image."""
     boxes = json.loads(kit.ann.read_text())["annotations"]
     one = boxes[0]["image_id"]
@@ -193,24 +181,10 @@ def test_dense_students_in_two_processes(kit: "Kit", work: Path, family: str, op
     cache = work / "x.zarr"
     kit.run("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", cache)
     (work / "student.py").write_text(kit.dense(family).pretty_text)
-    (work / "keep.py").write_text(KEEP)
-    recipe = (
-        "--cache",
-        cache,
-        "--recipe",
-        "paper",
-        "--student",
-        "student.py",
-        "--epochs",
-        2,
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-    )
+    recipe = ("--cache", cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0, *PAPER)
     more = ("--methods", "sgfi,ckd,pred", "--work-dir", "w", "-o", "distill.ckd.queue_size=4096", "--seed", 1)
-    done = two_processes(work, "train-student", *recipe, *more, *options, run=("keep.py",))
-    assert done.returncode == 0, done.stderr
+    processes = two_processes(forks, work, closed_port, KEEP, "train-student", *recipe, *more, *options)
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
     ranks = [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert not any(rank["unused"] for rank in ranks)
     pairs = list(zip(*(rank["positives"] for rank in ranks), strict=True))

@@ -3,7 +3,6 @@
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,13 +45,6 @@ def steps():
 
 main(["steps"])
 """
-
-
-@pytest.fixture(scope="module")
-def forks(forking: "type[Forks]") -> "Iterator[Forks]":
-    forks = forking(Path(__file__).parents[1], "kdpipe.pipelines.cli.main", "torch", "mmengine.dist")
-    yield forks
-    forks.close()
 
 
 def start(forks: "Forks", cwd: Path, port: int, *args: object, ranks: range = range(3)) -> "list[Forked]":
