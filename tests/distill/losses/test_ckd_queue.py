@@ -1,15 +1,17 @@
 """The queue of CKD: what it keeps, over steps, processes and checkpoints."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from kdpipe.distill.losses.ckd_queue import TeacherKeys, TeacherQueue
 from kdpipe.distill.losses.numeric import LossInputError
+
+if TYPE_CHECKING:
+    from tests.conftest import Forks
 
 
 def keys(*numbers: int) -> TeacherKeys:
@@ -187,11 +189,8 @@ else:
 """
 
 
-def test_ranks_with_different_numbers_of_boxes_share_negatives_and_queue(tmp_path: Path) -> None:
+def test_ranks_with_different_numbers_of_boxes_share_negatives_and_queue(tmp_path: Path, forks: "Forks") -> None:
     """Two processes, in some steps without boxes: losses and gradients are those of one with the boxes of both."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, str(script), str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "done"
+    ranks = forks.start(WORKER, tmp_path / "store", cwd=tmp_path)
+    assert ranks.wait() == 0, ranks.err
+    assert ranks.out.strip() == "done"
