@@ -14,7 +14,6 @@ from kdpipe.cache.typed_json import as_json, from_json_value
 FORMAT_VERSION = 1
 TIERS = ("predictions", "embeddings", "objects", "pyramid")
 DTYPES = ("int4", "int8", "float16", "float32")
-DEFAULT_DTYPE = "int8"
 CODECS = ("zstd", "lz4", "none")
 VIEWS = ("identity", "hflip")
 

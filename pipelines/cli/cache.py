@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kdpipe.cache.spec import CODECS, DEFAULT_DTYPE, DTYPES, TIERS, VIEWS
+from kdpipe.cache.spec import CODECS, DTYPES, TIERS, VIEWS
 from kdpipe.pipelines.cli.options import (
     COUNT,
     IMAGE_ID,
@@ -42,9 +42,7 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--out", type=PLACE, help="The cache; may be s3://bucket/path, ... Default: named after the data set.")
 @store_option
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default=DEFAULT_DTYPE, show_default=True, help="How features are kept."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), help="How features are kept. Default: int8, or int4 for pyramid.")
 @click.option("--levels", type=LEVELS, help="Kept of the pyramid, such as P3,P4,P5,P6 (P2 has stride 4). Default: all.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
 @click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 128 for objects.")

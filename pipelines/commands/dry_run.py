@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
-from kdpipe.cache.spec import DEFAULT_DTYPE, DTYPES, TIERS, CacheSpec
+from kdpipe.cache.spec import DTYPES, TIERS, CacheSpec
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.cache.write.estimate import as_stored, disk_bytes
@@ -19,12 +19,13 @@ from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.images import ImageError, load_picture
 from kdpipe.pipelines.runtime.console import bytes_text
-from kdpipe.pipelines.teacher.setup import default_jittered, default_proposals, default_views
+from kdpipe.pipelines.teacher.options import tier_defaults
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["Estimate", "check_space", "estimate", "print_estimate"]
 
 _SAMPLES = 8
+_SMALL = ("objects", tier_defaults("objects").dtype)  # what those whose disk is full are told of
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,15 @@ def _as_choice(spec: CacheSpec, tier: str, dtype: str) -> CacheSpec:
     """What a cache of another tier or type would hold."""
     if tier == spec.tier:
         return replace(spec, dtype=dtype)
-    usual = spec.proposals == default_proposals(spec.tier)
-    usual_views = spec.views == default_views(spec.tier)
+    before, after = tier_defaults(spec.tier), tier_defaults(tier)
     return replace(
         spec,
         tier=tier,
         dtype=dtype,
         levels=(),
-        proposals=default_proposals(tier) if usual else spec.proposals,
-        jittered=default_jittered(tier),
-        views=default_views(tier) if usual_views else spec.views,
+        proposals=after.proposals if spec.proposals == before.proposals else spec.proposals,
+        jittered=after.jittered,
+        views=after.views if spec.views == before.views else spec.views,
     )
 
 
@@ -162,8 +162,8 @@ def _cheaper(costs: Estimate, free: int) -> str:
     }
     fitting = sorted((choice for choice, size in sizes.items() if size <= free), key=lambda choice: -sizes[choice])
     lines = [f"\n  --targets {tier} --dtype {dtype}: {bytes_text(sizes[tier, dtype])}" for tier, dtype in fitting]
-    smallest = sizes["objects", DEFAULT_DTYPE]
-    if ("objects", DEFAULT_DTYPE) not in fitting:
+    smallest = sizes[_SMALL]
+    if _SMALL not in fitting:
         lines += [f"\n  (--targets objects needs {bytes_text(smallest)})"]
     if not fitting:
         lines = [" --limit N, or a smaller --scale (no tier and type of storage fits).", *lines]
@@ -198,8 +198,8 @@ def print_estimate(console: Console, costs: Estimate, spec: CacheSpec, images: i
     console.print(
         f"On disk is an estimate from {costs.samples} images. Raw bytes of features are exact; boxes and what belongs "
         f"to them are counted with all {spec.proposals} proposals.\n"
-        f"--targets objects: {bytes_text(costs.choices['objects', DEFAULT_DTYPE])}, for --rois teacher alone; "
-        f"views {', '.join(_as_choice(spec, 'objects', DEFAULT_DTYPE).views)}.\n"
+        f"--targets objects: {bytes_text(costs.choices[_SMALL])}, for --rois teacher alone; "
+        f"views {', '.join(_as_choice(spec, *_SMALL).views)}.\n"
         f"Time: about {seconds} at {costs.images_per_second:.2f} images/s."
     )
     if free is not None:

@@ -2,9 +2,37 @@
 
 from dataclasses import dataclass
 
-from kdpipe.cache.spec import DEFAULT_DTYPE
+from kdpipe.cache.spec import VIEWS
 
-__all__ = ["CacheOptions"]
+__all__ = ["CacheOptions", "TierDefaults", "tier_defaults"]
+
+
+@dataclass(frozen=True)
+class TierDefaults:
+    """What a cache of a tier holds of each image where nothing is said; `tests/benchmarks/tiers.md` has the trainings.
+
+    Attributes:
+        dtype: One of `DTYPES`.
+        proposals: The teacher's best proposals.
+        jittered: Boxes near the objects, at most.
+        views: Some of `VIEWS`.
+    """
+
+    dtype: str = "int8"
+    proposals: int = 512
+    jittered: int = 0
+    views: tuple[str, ...] = ("identity",)
+
+
+_DEFAULTS = {
+    "pyramid": TierDefaults(dtype="int4"),
+    "objects": TierDefaults(proposals=128, jittered=128, views=VIEWS),
+}
+
+
+def tier_defaults(tier: str) -> TierDefaults:
+    """What a cache of a tier, one of `TIERS`, holds where nothing is said."""
+    return _DEFAULTS.get(tier, TierDefaults())
 
 
 @dataclass(frozen=True)
@@ -13,7 +41,7 @@ class CacheOptions:
 
     Attributes:
         tier: One of `TIERS`.
-        dtype: One of `DTYPES`.
+        dtype: One of `DTYPES`; None takes what suits the tier.
         codec: One of `CODECS`.
         proposals: The teacher's best proposals kept per image; None takes what suits the tier.
         views: Some of `VIEWS`; None takes what suits the tier.
@@ -25,7 +53,7 @@ class CacheOptions:
     """
 
     tier: str = "pyramid"
-    dtype: str = DEFAULT_DTYPE
+    dtype: str | None = None
     codec: str = "zstd"
     proposals: int | None = None
     levels: tuple[str, ...] | None = None

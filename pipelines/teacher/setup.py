@@ -10,20 +10,16 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
-from kdpipe.cache.spec import VIEWS, CacheSpec
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.write.encode import encode_record
 from kdpipe.pipelines.data.class_matching import match_classes
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.teacher.family_checks import TeacherError
-from kdpipe.pipelines.teacher.options import CacheOptions
+from kdpipe.pipelines.teacher.options import CacheOptions, tier_defaults
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher
 
-__all__ = ["default_jittered", "default_proposals", "default_views", "digest_model", "prepare_teacher", "with_classes"]
-
-# The teacher's best proposals kept per image where nothing is said. The objects tier, for those whose disk decides, has
-# fewer, and in their place boxes near the objects.
-_PROPOSALS, _OBJECTS_PROPOSALS, _OBJECTS_JITTERED = 512, 128, 128
+__all__ = ["digest_model", "prepare_teacher", "with_classes"]
 
 TRIAL = "a picture of noise"  # that a teacher is tried on, by its name in messages
 _TRIAL_SIZE = (96, 64)  # its width and height
@@ -45,7 +41,8 @@ def prepare_teacher(
     Raises:
         KdpipeError: Checkpoint, config and options do not fit together.
     """
-    proposals = options.proposals or default_proposals(options.tier)
+    defaults = tier_defaults(options.tier)
+    proposals = options.proposals or defaults.proposals
     teacher = load_teacher(checkpoint, cfg, proposals=proposals, device=device)
     scale = options.scale or teacher.pixels.own_scale()
     teacher.pixels.check_scale(scale)
@@ -57,33 +54,18 @@ def prepare_teacher(
         )
     spec = teacher.spec(
         tier=options.tier,
-        dtype=options.dtype,
+        dtype=options.dtype or defaults.dtype,
         codec=options.codec,
         class_names=[f"class {number}" for number in range(teacher.num_classes)],
         category_ids=range(teacher.num_classes),
         proposals=proposals,
-        views=options.views or default_views(options.tier),
+        views=options.views or defaults.views,
         scale=scale,
-        jittered=default_jittered(options.tier),
+        jittered=defaults.jittered,
     )
     spec = with_levels(spec, options.levels)
     _ask_once(teacher, spec)
     return teacher, spec
-
-
-def default_proposals(tier: str) -> int:
-    """How many proposals a cache of a tier holds of an image where nothing else is said."""
-    return _OBJECTS_PROPOSALS if tier == "objects" else _PROPOSALS
-
-
-def default_jittered(tier: str) -> int:
-    """How many boxes near objects a cache of a tier holds of an image beside the proposals."""
-    return _OBJECTS_JITTERED if tier == "objects" else 0
-
-
-def default_views(tier: str) -> tuple[str, ...]:
-    """Views of an image in a cache of a tier where nothing else is said: both where they are small."""
-    return VIEWS if tier == "objects" else VIEWS[:1]
 
 
 def with_levels(spec: CacheSpec, names: Sequence[str] | None) -> CacheSpec:

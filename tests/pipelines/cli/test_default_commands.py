@@ -53,7 +53,7 @@ def folder(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check(folder: Path) -> None:
     """The cache holds the training images, and the student began with the backbone's weights."""
     cache = open_cache(folder / "coco.zarr")
-    assert (len(cache), cache.spec.tier, cache.spec.dtype, cache.spec.proposals) == (2, "pyramid", "int8", 512)
+    assert (len(cache), cache.spec.tier, cache.spec.dtype, cache.spec.proposals) == (2, "pyramid", "int4", 512)
     assert cache.spec.class_names == COCO
     work_dir = folder / "work_dirs" / "faster-rcnn_r50_fpn_1x_coco_sgfi-ckd-pred"
     student = torch.load(work_dir / "student.pth", weights_only=True)["state_dict"]

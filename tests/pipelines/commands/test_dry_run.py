@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     message = kit.refused(*command)
     assert "will not fit" in message
     assert "--targets predictions --dtype int8" in message
-    assert "--targets pyramid --dtype int8" not in message
+    assert "--targets pyramid --dtype int4" not in message
     assert re.search(r"\(--targets objects needs [\d.]+ [KM]iB\)", message)
     assert not list(work.iterdir())
     assert "It does not fit" in kit.run(*command, "--dry-run").out

@@ -43,7 +43,7 @@ def partial(kit: "Kit", work: Path) -> Path:
 
 def test_a_whole_cache(kit: "Kit", work: Path) -> None:
     ended = kit.run("inspect", kit.cache)
-    for text in ("tier pyramid, int8, zstd", "8 of 8", "1 of 1", str(kit.teacher), str(kit.ann), "features", "total"):
+    for text in ("tier pyramid, int4, zstd", "8 of 8", "1 of 1", str(kit.teacher), str(kit.ann), "features", "total"):
         assert text in ended.out
     assert "serves   sgfi, ckd, pred, cls, reg, careg" in ended.out
     assert "missing" not in ended.out

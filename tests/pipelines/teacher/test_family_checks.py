@@ -259,7 +259,7 @@ def test_refusals_come_before_the_data_is_read(kit: "Kit", work: Path) -> None:
     assert "does not fit the model" in message
     # a cache that is there: of other options, of another teacher, or something else
     here = ("cache-teacher", *data, "--ckpt", kit.teacher, "--out", kit.cache)
-    assert 'spec.dtype: found "int8", wanted "float16"' in kit.refused(*here, *kit.VIEW, "--dtype", "float16")
+    assert 'spec.dtype: found "int4", wanted "float16"' in kit.refused(*here, *kit.VIEW, "--dtype", "float16")
     assert "plan.part_size" in kit.refused(*here, *kit.VIEW, "--part-size", "1MiB")
     other = kit.save_detector(work / "other.pth", kit.config(fc=48))
     assert "teacher.weights" in kit.refused(*here, *kit.VIEW, "--ckpt", other)
