@@ -1,5 +1,6 @@
 """DistilledDetector: a student and its distillation losses, and nothing of the teacher."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.students.build import is_dense, student_of
-from kdpipe.distill.students.dense import CKD_BRANCHES
+from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
 from kdpipe.distill.students.head_transfer import HeadTransfer
 from kdpipe.distill.students.protocol import Student
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
@@ -52,7 +53,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         teacher: Where targets come from: config of a `TargetSource`, or one.
         weights: Weight per loss; 1 where absent.
         sgfi: Options of `SGFI`.
-        ckd: Options of `CKD`; and `branch`, that of a dense student's head which embeddings are taken from.
+        ckd: Options of `CKD`; and of a dense student `branch`, that of its head which embeddings are taken from, and
+            `pair_iou`, the least IoU of a cached box with the predicted one that it is paired with (for `cls`, too).
         roi_sampling: Options of `RoiSampling`, for the RoIs that a dense student chooses.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
 
@@ -84,6 +86,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         check_contract(self.spec, self.losses)
         options = {"sgfi": dict(sgfi or {}), "ckd": dict(ckd or {})}
         self._branch: str = options["ckd"].pop("branch", CKD_BRANCHES[0])
+        self._pair_iou: float = options["ckd"].pop("pair_iou", PAIR_IOU)
         self._roi_sampling = RoiSampling(**dict(roi_sampling or {}))
         self._build_losses(options)
         self.weights = dict.fromkeys(self.losses, 1.0) | dict(weights or {})
@@ -92,6 +95,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
                 f"A weight is given for {', '.join(sorted(unknown))}, which is none of the losses "
                 f"{', '.join(self.losses)}."
             )
+        if wrong := {name: weight for name, weight in self.weights.items() if not 0 <= weight < math.inf}:
+            raise ContractError(f"Weights of losses are finite and at least 0; found {wrong}.")
         self.frozen_teacher = FrozenTeacher(self.spec, needed_fields(self.losses, self.dense), source.head_state)
         self.share_interval = share_interval
         self._steps = 0
@@ -101,7 +106,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self._transfer.copy()
 
     def _watched_student(self) -> Student:
-        return student_of(self.student, self._branch, self._roi_sampling)
+        return student_of(self.student, self._branch, self._roi_sampling, self._pair_iou)
 
     def _build_losses(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Put the losses that have parameters among the modules, under their names."""

@@ -21,6 +21,7 @@ from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
 
 CKD_BRANCHES = ("classification", "localization", "combined")
+PAIR_IOU = 0.5
 
 # Heads whose forward gives class scores and box regression per level, decoded as `DenseStudent.boxes` does.
 _FORWARD = (RetinaHead, FCOSHead, ATSSHead, GFLHead)
@@ -34,6 +35,7 @@ class DenseStudent:
         branch: Which branch of the head the embeddings are of: one of `CKD_BRANCHES`; `combined` is the sum of both
             (G-DetKD, table 12).
         sampling: Of the RoIs that it chooses among its boxes.
+        pair_iou: Least IoU of a RoI that it did not choose with its own box there, in [0.5, 1].
 
     Raises:
         StudentError: The detector has another structure.
@@ -47,6 +49,7 @@ class DenseStudent:
         detector: Any,
         branch: str = CKD_BRANCHES[0],
         sampling: RoiSampling = DEFAULT_SAMPLING,
+        pair_iou: float = PAIR_IOU,
     ) -> None:
         head: Any = getattr(detector, "bbox_head", None)
         _check_head(detector, head)
@@ -54,7 +57,7 @@ class DenseStudent:
         if branch not in CKD_BRANCHES:
             raise StudentError(f"The branch is {branch!r}; expected one of {', '.join(CKD_BRANCHES)}.")
         self.detector, self.head = detector, head
-        self.branch, self.sampling = branch, sampling
+        self.branch, self.sampling, self.pair_iou = branch, sampling, pair_iou
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
         self.channels = int(head.in_channels)
         self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)
@@ -214,7 +217,7 @@ class DenseForward:
     def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
 
-        The overlap of a pair is an IoU of at least 0.5.
+        The overlap of a pair is an IoU of at least `pair_iou` of the student.
 
         Args:
             rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
@@ -226,7 +229,9 @@ class DenseForward:
         has_partner, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
         for image in range(len(self.ground_truth)):
             rows = (images == image).nonzero().squeeze(1)
-            has_partner[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image))
+            has_partner[rows], predictions[rows] = pair_boxes(
+                rois[rows, 1:], self._boxes(image), self._student.pair_iou
+            )
         return has_partner, self._at(images[has_partner], predictions[has_partner])
 
     def _boxes(self, image: int) -> Tensor:

@@ -60,6 +60,7 @@ ARMS = {
 }
 DENSE_ARMS = {
     "combined branches": Arm("ckd", options={"ckd.branch": "combined"}),
+    "pairs from an IoU of 0.7": Arm("ckd", options={"ckd.pair_iou": 0.7}),
 }
 EPOCHS = {"faster-rcnn": 12, "retinanet": 36, "fcos": 36}
 

@@ -287,6 +287,13 @@ def test_a_weight_without_its_loss_is_refused(pair: "type[Pair]") -> None:
         DistilledDetector(pair.student(), pair.spec.to_json(), ("cls",), CachedTargets("x.zarr"), weights={"sgfi": 2.0})
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_none_is_refused(pair: "type[Pair]", weight: float) -> None:
+    source = CachedTargets("x.zarr")
+    with pytest.raises(ContractError, match=r"finite and at least 0; found {'cls'"):
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("cls",), source, weights={"cls": weight})
+
+
 def test_a_batch_without_targets_is_refused(pair: "type[Pair]") -> None:
     model = detector(pair, "cls")
     data = model.data_preprocessor(pair.batch(1), True)

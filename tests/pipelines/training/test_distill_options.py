@@ -26,6 +26,7 @@ VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "ckd.temperature": ((0.07, 1), (0, -0.07)),
     "ckd.exclude_iou": ((0, 0.5, 1), (-0.5, 1.5)),
     "ckd.branch": (("localization", "combined"), ("both", 1)),
+    "ckd.pair_iou": ((0.5, 0.7, 1), (0.49, 1.1)),
     "ckd.projection": (("linear", "nonlinear"), ("cubic", 2)),
     "ckd.centre": ((True, False), (1, "yes")),
     "ckd.teacher_gradient": (("all", "batch", "none"), ("some", True)),
