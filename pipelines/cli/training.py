@@ -111,6 +111,7 @@ def train_student_command(
     from kdpipe.pipelines.detectors.configs import find_config
     from kdpipe.pipelines.teacher.live import prepare_live_teacher
     from kdpipe.pipelines.training.student_choices import choose_methods
+    from kdpipe.pipelines.training.teachers import CachedTrainingTeacher, LiveTrainingTeacher
 
     console = command_console()
     teacher: Any
@@ -136,10 +137,11 @@ def train_student_command(
     source: Any
     if cache is not None:
         location = open_location(cache, store_options)
-        teacher = open_cache(location, allow_partial=allow_partial)
-        source = cached_source(teacher, data)
+        opened = open_cache(location, allow_partial=allow_partial)
+        teacher, source = CachedTrainingTeacher(opened), cached_source(opened, data)
     elif teacher_ckpt is not None:
-        teacher, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
+        info, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
+        teacher = LiveTrainingTeacher(info)
     chosen_methods = choose_methods(named_methods, config, training.overrides, teacher.spec, console)
     training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
     result = train_student(

@@ -29,6 +29,7 @@ from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import teacher_config
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.run import train_detector
+from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
 from kdpipe.pipelines.training.work_dir import WorkDir
 
 __all__ = ["DemoSettings", "Width", "run_demo"]
@@ -221,8 +222,8 @@ def _student(out: Path, settings: DemoSettings, console: Console, name: str, met
         distill = (f"distill.rois.num={settings.rois}", f"distill.ckd.queue_size={settings.queue}")
         training = _training(settings, settings.student, settings.student_epochs, distill)
         options = StudentOptions(roi_source="teacher")
-        cache, load_data = open_cache(out / "shapes.zarr"), partial(_both, out)
-        train_student(_config(), cache, load_data, methods, training, options, work_dir, resume=resume, console=console)
+        teacher, data = CachedTrainingTeacher(open_cache(out / "shapes.zarr")), partial(_both, out)
+        train_student(_config(), teacher, data, methods, training, options, work_dir, resume=resume, console=console)
 
     return _trained(out / name, settings.student_epochs, train)
 

@@ -5,18 +5,15 @@ from collections.abc import Sequence
 from mmengine.config import Config, ConfigDict
 from rich.console import Console
 
-from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
 from kdpipe.distill.rois.sampling import RoiSampling
-from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.distill.teacher.source import check_serves_student_rois
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
-from kdpipe.pipelines.teacher.live import LiveTeacherInfo
 from kdpipe.pipelines.training.student_check import model_options
+from kdpipe.pipelines.training.teachers import TrainingTeacher
 
-__all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source", "teacher_name"]
+__all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source"]
 
 ROI_SAMPLING = {"num": RoiSampling.num, "positive_fraction": RoiSampling.positive_fraction}
 
@@ -52,18 +49,13 @@ def choose_methods(
     return CLASS_AGNOSTIC_METHODS
 
 
-def teacher_name(teacher: TeacherCache | LiveTeacherInfo) -> str:
-    """As messages call it."""
-    return f"the cache {teacher.location}" if isinstance(teacher, TeacherCache) else teacher.name
-
-
 def choose_roi_source(
-    teacher: TeacherCache | LiveTeacherInfo, asked: str | None, distill: ConfigDict, dense: bool, console: Console
+    teacher: TrainingTeacher, asked: str | None, distill: ConfigDict, dense: bool, console: Console
 ) -> str:
     """Whose RoIs are used, said on the console with the reason.
 
     Args:
-        teacher: Cache, or live teacher.
+        teacher: The teacher.
         asked: `teacher` or `student`; None takes the student's where the teacher can say what it says of any box.
         distill: As `distill_options` gives them.
         dense: For a student that predicts boxes densely.
@@ -74,12 +66,12 @@ def choose_roi_source(
     """
     roi_source, why = (
         asked or "student",
-        "asked for" if asked else f"{teacher_name(teacher)} can be asked about any box",
+        "asked for" if asked else f"{teacher.name} can be asked about any box",
     )
-    if roi_source == "student" and (reason := _why_not(teacher).removesuffix(".")):
+    if roi_source == "student" and (reason := teacher.refusal().removesuffix(".")):
         if asked:
-            raise ContractError(f"{teacher_name(teacher)} cannot serve --rois student: {reason}. Use --rois teacher.")
-        roi_source, why = "teacher", f"{teacher_name(teacher)} cannot be asked about those of the student: {reason}"
+            raise ContractError(f"{teacher.name} cannot serve --rois student: {reason}. Use --rois teacher.")
+        roi_source, why = "teacher", f"{teacher.name} cannot be asked about those of the student: {reason}"
     for name, value in distill.rois.items():
         if roi_source == "student" and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(
@@ -88,15 +80,3 @@ def choose_roi_source(
             )
     console.print(f"RoIs: those of the {roi_source} ({why}).")
     return roi_source
-
-
-def _why_not(teacher: TeacherCache | LiveTeacherInfo) -> str:
-    """Why a cache or a teacher cannot say what the teacher says of any box; empty where it can."""
-    if isinstance(teacher, LiveTeacherInfo):
-        return teacher.refusal
-    try:
-        if len(teacher):
-            check_serves_student_rois(teacher)
-    except TeacherHeadError as error:
-        return str(error)
-    return ""

@@ -5,23 +5,16 @@ from collections.abc import Sequence
 
 from mmengine.config import Config, ConfigDict
 
-from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.store.location import Location
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
-from kdpipe.pipelines.data.provenance import recorded_entry
-from kdpipe.pipelines.detectors.mmdet2 import dictionaries
-from kdpipe.pipelines.teacher.live import LiveTeacherInfo
-from kdpipe.pipelines.training.data import innermost
 from kdpipe.pipelines.training.distill_options import ckd_queue_size
 from kdpipe.pipelines.training.loading import complete_images
 from kdpipe.pipelines.training.parcel import pack_batch
-from kdpipe.pipelines.training.reading import check_read_alike, check_seen_alike
 from kdpipe.pipelines.training.seeding import EpochSampler, SeededDataset, SeedStepHook
 from kdpipe.pipelines.training.student_check import check_hooks
+from kdpipe.pipelines.training.teachers import TrainingTeacher, training_pipelines
 from kdpipe.pipelines.training.transform_types import check_named
-from kdpipe.pipelines.training.transforms import AddTeacherTargets, record_places, with_teacher_targets
 from kdpipe.pipelines.training.workers import init_worker
 
 __all__ = ["with_distillation", "with_seeds"]
@@ -29,7 +22,7 @@ __all__ = ["with_distillation", "with_seeds"]
 
 def with_distillation(
     cfg: Config,
-    teacher: TeacherCache | LiveTeacherInfo,
+    teacher: TrainingTeacher,
     methods: Sequence[str],
     losses: Sequence[str],
     distill: ConfigDict,
@@ -53,43 +46,18 @@ def with_distillation(
         KdpipeError: Hooks or transforms of the config that the targets cannot follow.
     """
     check_hooks(cfg)
-    cfg, losses = copy.deepcopy(cfg), list(losses)
-    if isinstance(teacher, LiveTeacherInfo):
-        source = teacher.source()
-        if roi_source == "teacher":
-            source = {**source, "methods": losses, "roi_sampling": distill.rois}
-    else:
-        source = {"type": CachedTargets.__name__, "cache": teacher.location.address}
-    pixels = recorded_entry(teacher.identity, "teacher", "pixels") or {}
-    later = [hook for hook in cfg.get("custom_hooks") or () if "switch_pipeline" in hook]  # mmdet's PipelineSwitchHook
-    parts = [*dictionaries(cfg.train_dataloader.dataset), *later]
-    pipelines = [part.get("pipeline") or part.get("switch_pipeline") or [] for part in parts]
-    check_named(distill.transforms, pipelines)
-    if roi_source is not None and isinstance(teacher, LiveTeacherInfo):
-        check_seen_alike(pipelines, pixels)
-        for pipeline in pipelines:
-            record_places(pipeline)
-    if roi_source is not None and isinstance(teacher, TeacherCache):
-        transform = {
-            "type": AddTeacherTargets.__name__,
-            "cache": source["cache"],
-            "methods": losses,
-            "roi_source": roi_source,
-            "roi_sampling": distill.rois,
-            "missing_view": missing_view,
-            "allow_partial": True,  # it was the caller's to refuse
-        }
-        dataset = innermost(cfg.train_dataloader.dataset)
-        for part, key in [(dataset, "pipeline"), *((hook, "switch_pipeline") for hook in later)]:
-            check_read_alike(part[key], pixels)
-            part[key] = with_teacher_targets(part[key], transform, distill.transforms)
+    cfg = copy.deepcopy(cfg)
+    check_named(distill.transforms, training_pipelines(cfg))
+    if roi_source is not None:
+        sampling = {"roi_source": roi_source, "roi_sampling": distill.rois}
+        teacher.prepare_pipelines(cfg, {"methods": list(losses), **sampling, "missing_view": missing_view}, distill)
     size = distill.ckd.queue_size or ckd_queue_size(cfg, roi_source, distill.rois.num)
     cfg.model = {
         "type": DistilledDetector.__name__,
         "student": cfg.model,
         "spec": teacher.spec.to_json(),
         "methods": list(methods),
-        "teacher": source,
+        "teacher": teacher.source(losses, roi_source, distill),
         "weights": distill.weights,
         "sgfi": distill.sgfi,
         "ckd": {**distill.ckd, "queue_size": size},

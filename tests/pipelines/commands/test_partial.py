@@ -56,7 +56,7 @@ def test_several_processes_or_nothing_there(kit: "Kit", work: Path, monkeypatch:
     cache, _ = unfinished(kit, work)
     training = kit.student_command(work / "w", "--methods", "cls", "--allow-partial", cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("kdpipe.pipelines.commands.train_student.world_size", lambda: 2)
+        patch.setattr("kdpipe.pipelines.training.teachers.world_size", lambda: 2)
         assert "in one process, or when it is finished" in kit.refused(*training)
     for part in (cache / "parts").glob("0*"):
         shutil.rmtree(part)
