@@ -63,6 +63,10 @@ class Slurm:
 
     def close(self) -> None:
         self._tool("stop")
+        until = time.monotonic() + 20
+        while list(self._folder.glob("*.own")) and time.monotonic() < until:  # each daemon removes its own, last
+            time.sleep(0.05)
+        shutil.rmtree(self._folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,6 @@ def slurm() -> Iterator[Slurm]:
     found = Slurm(folder)
     yield found
     found.close()
-    shutil.rmtree(folder)
 
 
 def many(kit: "Kit", work: Path, copies: int) -> str:
