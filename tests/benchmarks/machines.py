@@ -100,7 +100,7 @@ def slurm(tool: Path, folder: Path) -> Iterator[dict[str, str] | None]:
 
 
 @click.command()
-@click.option("--images", default=1200, show_default=True, help="Drawn pictures; four go into a part.")
+@click.option("--images", default=600, show_default=True, help="Drawn pictures; five go into a part.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--slurm", "tool", type=Path, default=ROOT.parent / "shared" / "tools" / "slurm.sh", help="See above.")
 def main(images: int, rounds: int, tool: Path) -> None:
