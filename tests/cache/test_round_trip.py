@@ -228,9 +228,9 @@ def test_only_what_is_asked_for_is_read(cache_path: Path, kit: "type[Kit]") -> N
         ({"view": "hflip"}, "views identity, not 'hflip'"),
         ({"fields": ["roi_features"]}, "tier 'pyramid' .* cannot give roi_features"),
         ({"levels": [4]}, "levels 0 to 3"),
-        ({"rois": [12]}, "whole numbers from 0 to 11"),
-        ({"rois": [-1]}, "whole numbers from 0 to 11"),
-        ({"rois": [0.5]}, "whole numbers from 0 to 11"),
+        ({"rows": [12]}, "whole numbers from 0 to 11"),
+        ({"rows": [-1]}, "whole numbers from 0 to 11"),
+        ({"rows": [0.5]}, "whole numbers from 0 to 11"),
     ],
 )
 def test_wrong_questions(cache_path: Path, arguments: dict[str, Any], message: str) -> None:
