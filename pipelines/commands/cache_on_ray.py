@@ -164,13 +164,15 @@ class _Deal:
         faults = []
         for task, node in asked.items():
             try:
-                found = self._ray.get(task)
+                problems = self._ray.get(task)
             except self._ray.exceptions.RayError as error:  # without kdpipe, it cannot even be asked
                 if node["NodeID"] not in {each["NodeID"] for each in self._nodes()}:
                     continue
-                found = [(str(getattr(error, "cause", error)).strip().splitlines() or ["no answer"])[-1]]
-            if found:
-                faults.append(f"\n  {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {'; '.join(found)}")
+                problems = [(str(getattr(error, "cause", error)).strip().splitlines() or ["no answer"])[-1]]
+            if problems:
+                faults.append(
+                    f"\n  {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {'; '.join(problems)}"
+                )
         if faults:
             raise KdpipeError(
                 f"{len(faults)} of {len(asked)} nodes of the cluster cannot make parts:{''.join(faults)}\nEach needs "
@@ -190,7 +192,18 @@ def part_job(
     store_options: dict[str, str],
     device: str | None,
 ) -> PartJob:
-    """The job of a command, whose paths may be relative to this folder."""
+    """The job of a command, whose paths may be relative to this folder.
+
+    Args:
+        source: Images and annotations.
+        out: Where the cache is or will be.
+        options: What is kept.
+        ckpt: The teacher's checkpoint.
+        config: Its config, a name of mmdet's zoo or a file; None takes the checkpoint's own.
+        trust: Unpickle the checkpoint even where it holds more than weights.
+        store_options: Of the object store of the cache.
+        device: Where the teacher runs; None lets each worker choose.
+    """
     named = source.named
     ann_file, img_dir, voc, bdd = (
         path and path.absolute() for path in (named.ann_file, named.img_dir, named.voc, named.bdd)
@@ -205,11 +218,11 @@ def part_job(
 def _cluster(address: str) -> Iterator[Any]:
     """Ray, connected to a cluster; `local` starts one on this machine, which ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if address == "local":
-        own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        options = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         if len(tempfile.gettempdir()) > _LONG_PATH:
-            own["_temp_dir"] = "/tmp/ray"
+            options["_temp_dir"] = "/tmp/ray"
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as there: all of it listens on 127.0.0.1 only
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: all else on the machine would go first
     try:
@@ -219,7 +232,7 @@ def _cluster(address: str) -> Iterator[Any]:
         raise KdpipeError(f"--ray needs Ray, which cannot be imported ({error}): pip install 'kdpipe[ray]'.") from error
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise KdpipeError(

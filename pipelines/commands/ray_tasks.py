@@ -63,13 +63,13 @@ class PartJob:
 
 def own_versions() -> dict[str, str]:
     """What has to be the same on all machines."""
-    found = {}
+    versions_found = {}
     for name in ("kdpipe", "torch"):
         try:
-            found[name] = version(name)
+            versions_found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found
+            versions_found[name] = "none"
+    return versions_found
 
 
 def node_faults(text: str, versions: dict[str, str]) -> list[str]:

@@ -50,10 +50,10 @@ def targets(pair: "type[Pair]", seed: int, rois: int = 12, positives: int = 4) -
     )
 
 
-def step(pair: "type[Pair]", model: DistilledDetector, shown: list[RoiTargets]) -> dict[str, Tensor]:
-    prepared = model.data_preprocessor.student(pair.batch(len(shown)), True)
+def step(pair: "type[Pair]", model: DistilledDetector, batch_targets: list[RoiTargets]) -> dict[str, Tensor]:
+    prepared = model.data_preprocessor.student(pair.batch(len(batch_targets)), True)
     torch.manual_seed(5)
-    result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=shown)
+    result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=batch_targets)
     return result
 
 
@@ -73,41 +73,43 @@ def test_every_method_adds_its_loss_and_trains_every_parameter(pair: "type[Pair]
 
 def test_losses_are_those_of_the_student_at_the_given_rois(pair: "type[Pair]") -> None:
     model = detector(pair, "pred", "reg")
-    shown = [targets(pair, 1), targets(pair, 2, rois=7, positives=2)]
-    losses = step(pair, model, shown)
+    batch_targets = [targets(pair, 1), targets(pair, 2, rois=7, positives=2)]
+    losses = step(pair, model, batch_targets)
     prepared = model.data_preprocessor.student(pair.batch(2), True)
     view = TwoStageStudent(model.student)
     pyramid = model.student.extract_feat(prepared["inputs"])
-    rois = torch.cat([torch.cat([torch.full((len(x.boxes), 1), float(i)), x.boxes], 1) for i, x in enumerate(shown)])
-    _, said = TwoStageStage(view, 0, list(pyramid)).outputs_at(rois)
-    assert said.deltas is not None
-    logits = torch.cat([x.logits.float() for x in shown if x.logits is not None])
-    deltas = torch.cat([x.deltas.float() for x in shown if x.deltas is not None])
-    labels = torch.cat([x.labels for x in shown])
-    torch.testing.assert_close(losses["loss_kd_cls"], classification_kd_loss(said.logits, logits))
-    torch.testing.assert_close(losses["loss_kd_reg"], regression_kd_loss(said.deltas, deltas, labels))
-    torch.testing.assert_close(losses["loss_kd_careg"], class_aware_regression_kd_loss(said.deltas, deltas, logits))
+    rois = torch.cat(
+        [torch.cat([torch.full((len(x.boxes), 1), float(i)), x.boxes], 1) for i, x in enumerate(batch_targets)]
+    )
+    _, outputs = TwoStageStage(view, 0, list(pyramid)).outputs_at(rois)
+    assert outputs.deltas is not None
+    logits = torch.cat([x.logits.float() for x in batch_targets if x.logits is not None])
+    deltas = torch.cat([x.deltas.float() for x in batch_targets if x.deltas is not None])
+    labels = torch.cat([x.labels for x in batch_targets])
+    torch.testing.assert_close(losses["loss_kd_cls"], classification_kd_loss(outputs.logits, logits))
+    torch.testing.assert_close(losses["loss_kd_reg"], regression_kd_loss(outputs.deltas, deltas, labels))
+    torch.testing.assert_close(losses["loss_kd_careg"], class_aware_regression_kd_loss(outputs.deltas, deltas, logits))
 
 
 def test_whole_numbers_with_a_scale_are_what_they_stand_for(pair: "type[Pair]") -> None:
     """As `objects` caches hold features and embeddings; in one image the features are mirrored."""
     stored, plain = [], []
     for seed, view in ((1, "exact"), (2, "mirrored")):
-        shown = replace(targets(pair, seed), view=view)
-        assert shown.roi_features is not None
-        assert shown.embeddings is not None
-        features, roi_scale = quantize(shown.roi_features, torch.float16)
-        embeddings, embedding_scale = quantize_rows(shown.embeddings)
-        whole = replace(shown, embeddings=embeddings, embedding_scale=embedding_scale)
+        roi_targets = replace(targets(pair, seed), view=view)
+        assert roi_targets.roi_features is not None
+        assert roi_targets.embeddings is not None
+        features, roi_scale = quantize(roi_targets.roi_features, torch.float16)
+        embeddings, embedding_scale = quantize_rows(roi_targets.embeddings)
+        whole = replace(roi_targets, embeddings=embeddings, embedding_scale=embedding_scale)
         stored.append(replace(whole, roi_features=features, roi_scale=roi_scale))
         decoded = dequantize_rows(embeddings, embedding_scale), dequantize(features, roi_scale)
-        plain.append(replace(shown, embeddings=decoded[0], roi_features=decoded[1]))
+        plain.append(replace(roi_targets, embeddings=decoded[0], roi_features=decoded[1]))
     model = detector(pair, "sgfi", "ckd")
-    found = {name: value for name, value in step(pair, model, stored).items() if "sgfi" in name or name == "loss_ckd"}
-    wanted = step(pair, detector(pair, "sgfi", "ckd"), plain)
-    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    actual = {name: value for name, value in step(pair, model, stored).items() if "sgfi" in name or name == "loss_ckd"}
+    expected = step(pair, detector(pair, "sgfi", "ckd"), plain)
+    assert all(torch.equal(value, expected[name]) for name, value in actual.items())
     unmirrored = step(pair, detector(pair, "sgfi", "ckd"), [replace(x, view="exact") for x in plain])
-    assert not torch.equal(unmirrored["loss_sgfi"], wanted["loss_sgfi"])
+    assert not torch.equal(unmirrored["loss_sgfi"], expected["loss_sgfi"])
 
 
 def test_deltas_of_another_box_coder_are_compared_in_the_same_unit(pair: "type[Pair]") -> None:
@@ -115,9 +117,9 @@ def test_deltas_of_another_box_coder_are_compared_in_the_same_unit(pair: "type[P
     usual = step(pair, model, [targets(pair, 1)])["loss_kd_reg"]
     other = replace(pair.spec, box_stds=(0.2, 0.2, 0.4, 0.4))
     model = detector(pair, "reg", spec=other)  # the same offsets in pixels are half as large in this coder
-    shown = targets(pair, 1)
-    assert shown.deltas is not None
-    halved = step(pair, model, [replace(shown, deltas=shown.deltas / 2)])["loss_kd_reg"]
+    roi_targets = targets(pair, 1)
+    assert roi_targets.deltas is not None
+    halved = step(pair, model, [replace(roi_targets, deltas=roi_targets.deltas / 2)])["loss_kd_reg"]
     torch.testing.assert_close(halved, usual / 2)
 
 
@@ -132,9 +134,9 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pa
     torch.manual_seed(5)
     total, _ = plain.parse_losses(plain.loss(prepared["inputs"], prepared["data_samples"]))
     total.backward()
-    ours = dict(model.student.named_parameters())
+    parameters = dict(model.student.named_parameters())
     for name, parameter in plain.named_parameters():
-        assert torch.equal(ours[name].grad, parameter.grad), name
+        assert torch.equal(parameters[name].grad, parameter.grad), name
 
 
 def test_images_without_targets_keep_the_graph_whole(pair: "type[Pair]") -> None:
@@ -169,9 +171,9 @@ def test_the_queue_fills_and_is_part_of_the_checkpoint(pair: "type[Pair]") -> No
     assert torch.equal(other.ckd.queue.keys().labels[:12], targets(pair, 1).labels)
 
 
-def mirrored(shown: RoiTargets, width: float) -> RoiTargets:
-    x1, y1, x2, y2 = shown.boxes.unbind(1)
-    return replace(shown, boxes=torch.stack([width - x2, y1, width - x1, y2], dim=1))
+def mirrored(roi_targets: RoiTargets, width: float) -> RoiTargets:
+    x1, y1, x2, y2 = roi_targets.boxes.unbind(1)
+    return replace(roi_targets, boxes=torch.stack([width - x2, y1, width - x1, y2], dim=1))
 
 
 def test_boxes_of_one_image_are_no_negatives_whatever_the_view(pair: "type[Pair]") -> None:
@@ -181,9 +183,9 @@ def test_boxes_of_one_image_are_no_negatives_whatever_the_view(pair: "type[Pair]
     prepared = model.data_preprocessor.student(batch, True)
     sample = prepared["data_samples"][0]
 
-    def seen(matrix: list[list[float]], shown: RoiTargets) -> dict[str, Tensor]:
+    def seen(matrix: list[list[float]], view: RoiTargets) -> dict[str, Tensor]:
         sample.set_metainfo({"homography_matrix": np.array(matrix)})
-        result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=[shown])
+        result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=[view])
         return result
 
     seen([[1, 0, 0], [0, 1, 0], [0, 0, 1]], first)
@@ -192,10 +194,10 @@ def test_boxes_of_one_image_are_no_negatives_whatever_the_view(pair: "type[Pair]
         [[2, 0, -5], [0, 3, -7], [0, 0, 1]],
         replace(first, boxes=first.boxes * torch.tensor([2, 3, 2, 3]) - torch.tensor([5, 7, 5, 7])),
     )
-    kept = model.ckd.queue.keys().boxes
-    assert len(kept) == 3 * 12
+    kept_boxes = model.ckd.queue.keys().boxes
+    assert len(kept_boxes) == 3 * 12
     for step in range(3):
-        torch.testing.assert_close(kept[12 * step : 12 * (step + 1)], first.boxes)
+        torch.testing.assert_close(kept_boxes[12 * step : 12 * (step + 1)], first.boxes)
 
 
 def test_a_view_that_is_not_recorded_is_refused(pair: "type[Pair]") -> None:

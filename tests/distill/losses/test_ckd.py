@@ -69,9 +69,9 @@ def test_in_slices_it_is_the_same(
     monkeypatch.setattr(ckd_sliced, "_SLICE_ELEMENTS", rows * len(keys))
     some = exclude[:, : len(keys)] if with_exclude else None
     sides = student.requires_grad_(), keys.requires_grad_()
-    plain, found = ckd_loss(*sides, some, temperature), sliced(*sides, some, temperature)
-    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(found, sides), torch.autograd.grad(plain, sides), strict=True):
+    plain, actual = ckd_loss(*sides, some, temperature), sliced(*sides, some, temperature)
+    torch.testing.assert_close(actual, plain, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(actual, sides), torch.autograd.grad(plain, sides), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
@@ -92,8 +92,8 @@ def test_the_default_temperature_is_007() -> None:
 def test_closed_forms(loss: Any) -> None:
     one = torch.randn(1, D)
     assert loss(one, torch.randn(1, D)).item() == 0.0, "nothing but the positive in the denominator"
-    found = loss(one.expand(4, D), one.expand(4 + M, D)).item()
-    assert found == pytest.approx(math.log(4 + M), rel=1e-6)
+    actual = loss(one.expand(4, D), one.expand(4 + M, D)).item()
+    assert actual == pytest.approx(math.log(4 + M), rel=1e-6)
     exclude = torch.ones(4, 4, dtype=torch.bool)
     assert loss(one.expand(4, D), one.expand(4, D), exclude).item() == pytest.approx(0.0, abs=1e-6)
     basis = torch.eye(4)
@@ -159,9 +159,9 @@ def test_half_precision_and_autocast_change_no_arithmetic() -> None:
         student, keys, exclude = inputs(dtype)
         plain = ckd_loss(student.float(), keys.float(), exclude)
         with torch.autocast("cpu", torch.bfloat16):
-            found = ckd_loss(student, keys, exclude)
-        assert found.dtype == torch.float32
-        assert found.item() == plain.item()
+            actual = ckd_loss(student, keys, exclude)
+        assert actual.dtype == torch.float32
+        assert actual.item() == plain.item()
     module, teacher = CKD(D, D, dim=4, queue_size=8).eval(), teacher_keys(N, D)
     module.queue.push(teacher_keys(4, D, seed=1))
     result = module(student, teacher)
@@ -173,9 +173,9 @@ def test_half_precision_and_autocast_change_no_arithmetic() -> None:
 def test_huge_and_tiny_values_count_as_much_as_others(size: float) -> None:
     student, keys, exclude = inputs(torch.float32)
     large = (student * size).requires_grad_()
-    found = ckd_loss(large, keys * size, exclude)
-    found.backward()
-    assert found.item() == pytest.approx(ckd_loss(student, keys, exclude).item(), rel=1e-5)
+    actual = ckd_loss(large, keys * size, exclude)
+    actual.backward()
+    assert actual.item() == pytest.approx(ckd_loss(student, keys, exclude).item(), rel=1e-5)
     assert large.grad is not None
     assert torch.isfinite(large.grad).all()
 
@@ -287,13 +287,13 @@ def overlap(a: list[float], b: list[float]) -> float:
     return wide * high / (areas[0] + areas[1] - wide * high)
 
 
-def no_negatives(own: TeacherKeys, keys: TeacherKeys, same_class: bool) -> Tensor:
+def no_negatives(own_keys: TeacherKeys, keys: TeacherKeys, same_class: bool) -> Tensor:
     """Pairs of one object, or of one class of which 2 is the background, by a loop."""
-    excluded = torch.zeros(len(own.boxes), len(keys.boxes), dtype=torch.bool)
-    for i, box in enumerate(own.boxes.tolist()):
+    excluded = torch.zeros(len(own_keys.boxes), len(keys.boxes), dtype=torch.bool)
+    for i, box in enumerate(own_keys.boxes.tolist()):
         for j, other in enumerate(keys.boxes.tolist()):
-            same = own.image_ids[i] == keys.image_ids[j] and overlap(box, other) > 0.5
-            excluded[i, j] = same or (same_class and own.labels[i] == keys.labels[j] and own.labels[i] != 2)
+            same = own_keys.image_ids[i] == keys.image_ids[j] and overlap(box, other) > 0.5
+            excluded[i, j] = same or (same_class and own_keys.labels[i] == keys.labels[j] and own_keys.labels[i] != 2)
     return excluded
 
 
@@ -323,17 +323,18 @@ def test_the_module_is_the_equation_over_batch_and_queue(
         keys = TeacherKeys.join([teacher, queue])
         exclude = no_negatives(teacher, keys, not same_class_negatives)
         mean = keys.embeddings.mean(dim=0) if centre else 0.0
-        ours = f_theta(student @ p["lift.weight"].T + p["lift.bias"] - mean)
-        theirs = f_theta(keys.embeddings - mean)
+        student_projected = f_theta(student @ p["lift.weight"].T + p["lift.bias"] - mean)
+        keys_projected = f_theta(keys.embeddings - mean)
         result = module(student, teacher)
-        assert result.loss.item() == pytest.approx(naive(ours, theirs, exclude), rel=1e-9)
-        cosines = unit_rows(ours) @ unit_rows(theirs).T
+        assert result.loss.item() == pytest.approx(naive(student_projected, keys_projected, exclude), rel=1e-9)
+        cosines = unit_rows(student_projected) @ unit_rows(keys_projected).T
         nearest = [
-            all(cosines[i, i] > cosines[i, j] or exclude[i, j] for j in range(len(theirs)) if j != i) for i in range(3)
+            all(cosines[i, i] > cosines[i, j] or exclude[i, j] for j in range(len(keys_projected)) if j != i)
+            for i in range(3)
         ]
         assert result.top1.item() == pytest.approx(sum(nearest) / 3)
-        pairs = unit_rows(theirs) @ unit_rows(theirs).T
-        others = ~torch.eye(len(theirs), dtype=torch.bool)
+        pairs = unit_rows(keys_projected) @ unit_rows(keys_projected).T
+        others = ~torch.eye(len(keys_projected), dtype=torch.bool)
         assert result.spread.item() == pytest.approx(pairs[others].mean().item())
         earlier.append(teacher)
         with torch.no_grad():  # f_theta learns; its parameters are those of `p`
@@ -346,7 +347,7 @@ def test_an_object_of_an_earlier_epoch_is_no_negative() -> None:
     """Again in the queue by the same box, and by one that overlaps it by half or less."""
     module = CKD(2, 2, dim=2, queue_size=8).eval()
     box, half, beside = [0.0, 0, 10, 10], [0.0, 0, 10, 6], [0.0, 0, 10, 4]
-    own = TeacherKeys(torch.ones(1, 2), torch.tensor([box]), torch.tensor([5]), torch.tensor([0]))
+    own_key = TeacherKeys(torch.ones(1, 2), torch.tensor([box]), torch.tensor([5]), torch.tensor([0]))
 
     def loss_beside(boxes: list[list[float]], image: int) -> float:
         module.queue.count.zero_()
@@ -357,7 +358,7 @@ def test_an_object_of_an_earlier_epoch_is_no_negative() -> None:
                 torch.randn(count, 2), torch.tensor(boxes), torch.full((count,), image), torch.zeros(count).long()
             )
         )
-        return module(torch.ones(1, 2), own).loss.item()  # type: ignore[no-any-return]
+        return module(torch.ones(1, 2), own_key).loss.item()  # type: ignore[no-any-return]
 
     assert loss_beside([box, half], 5) == 0.0
     assert loss_beside([box, half], 6) > 0
@@ -402,8 +403,8 @@ def test_f_theta_learns_from_the_keys_that_are_to_teach_it(teacher_gradient: str
     projected = torch.cat([projected[:learned], projected[learned:].detach()])
     loss = ckd_loss(student @ weight.T + bias, projected, no_negatives(teacher, keys, False))
     loss.backward()
-    for found, wanted in zip(module.f_theta.parameters(), (weight, bias), strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad)
+    for actual, expected in zip(module.f_theta.parameters(), (weight, bias), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 def test_before_its_start_the_loss_is_zero_and_the_queue_fills() -> None:

@@ -22,13 +22,13 @@ def keys(*numbers: int) -> TeacherKeys:
 
 
 def held(queue: TeacherQueue) -> list[int]:
-    kept = queue.keys()
-    numbers = sorted(int(value) for value in kept.embeddings[:, 0])
-    order = kept.embeddings[:, 0].argsort()
+    kept_keys = queue.keys()
+    numbers = sorted(int(value) for value in kept_keys.embeddings[:, 0])
+    order = kept_keys.embeddings[:, 0].argsort()
     expected = keys(*numbers)
-    assert torch.equal(kept.boxes[order], expected.boxes)
-    assert torch.equal(kept.image_ids[order], expected.image_ids)
-    assert torch.equal(kept.labels[order], expected.labels)
+    assert torch.equal(kept_keys.boxes[order], expected.boxes)
+    assert torch.equal(kept_keys.image_ids[order], expected.image_ids)
+    assert torch.equal(kept_keys.labels[order], expected.labels)
     return numbers
 
 

@@ -216,11 +216,11 @@ def ordinary(module: ModuleType) -> ModuleType:
     """The tests of a module, loaded for themselves."""
     name = module.__name__.rpartition(".")[2]
     file = HERE / f"test_{IN.get(name, name)}.py"
-    found = importlib.util.spec_from_file_location(f"ordinary_{file.stem}", file)
-    assert found is not None
-    assert found.loader is not None
-    tests = importlib.util.module_from_spec(found)
-    found.loader.exec_module(tests)
+    spec = importlib.util.spec_from_file_location(f"ordinary_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
     return tests
 
 

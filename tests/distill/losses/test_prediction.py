@@ -83,8 +83,8 @@ def test_classification_is_the_equation() -> None:
 
 def test_classification_of_dense_students_is_the_equation() -> None:
     student, teacher, _, _ = inputs()
-    found = dense_classification_kd_loss(student, teacher).item()
-    assert found == pytest.approx(naive_dense_classification(student, teacher))
+    actual = dense_classification_kd_loss(student, teacher).item()
+    assert actual == pytest.approx(naive_dense_classification(student, teacher))
 
 
 def test_closed_forms_of_dense_students() -> None:
@@ -99,8 +99,8 @@ def test_closed_forms_of_dense_students() -> None:
 
 def test_class_aware_regression_is_the_equation() -> None:
     _, logits, student, teacher = inputs()
-    found = class_aware_regression_kd_loss(student, teacher, logits).item()
-    assert found == pytest.approx(naive_class_aware(student, teacher, logits))
+    actual = class_aware_regression_kd_loss(student, teacher, logits).item()
+    assert actual == pytest.approx(naive_class_aware(student, teacher, logits))
 
 
 @pytest.mark.parametrize("student_classes", [1, K])
@@ -109,10 +109,10 @@ def test_class_aware_regression_is_the_equation() -> None:
 def test_regression_is_the_equation(student_classes: int, teacher_classes: int, labels: list[int]) -> None:
     _, _, student, teacher = inputs()
     student, teacher = student[:, :student_classes], teacher[:, :teacher_classes]
-    found = regression_kd_loss(student, teacher, torch.tensor(labels), num_classes=K).item()
-    assert found == pytest.approx(naive_regression(student, teacher, labels, K))
+    actual = regression_kd_loss(student, teacher, torch.tensor(labels), num_classes=K).item()
+    assert actual == pytest.approx(naive_regression(student, teacher, labels, K))
     if max(student_classes, teacher_classes) == K:
-        assert regression_kd_loss(student, teacher, torch.tensor(labels)).item() == found
+        assert regression_kd_loss(student, teacher, torch.tensor(labels)).item() == actual
 
 
 def test_a_single_class_needs_no_number_of_classes() -> None:
@@ -183,25 +183,25 @@ def test_half_precision_and_autocast_change_no_arithmetic(loss: Callable[..., Te
         tensors = inputs(dtype)
         plain = loss(*(tensor.float() for tensor in tensors))
         with torch.autocast("cpu", torch.bfloat16):
-            found = loss(*tensors)
-        assert found.dtype == torch.float32
-        assert found.item() == plain.item()
+            actual = loss(*tensors)
+        assert actual.dtype == torch.float32
+        assert actual.item() == plain.item()
 
 
 @every_loss
 def test_no_rois_give_a_zero_in_the_graph(loss: Callable[..., Tensor]) -> None:
     empty = [tensor[:0].requires_grad_() for tensor in inputs(torch.float32)]
-    found = loss(*empty)
-    found.backward()
-    assert found.item() == 0.0
+    actual = loss(*empty)
+    actual.backward()
+    assert actual.item() == 0.0
     assert (empty[0].grad is not None) or (empty[2].grad is not None)
 
 
 def test_only_background_gives_a_zero_in_the_graph() -> None:
     _, _, student, teacher = inputs(torch.float32)
-    found = regression_kd_loss(student.requires_grad_(), teacher, torch.full((R,), K))
-    found.backward()
-    assert found.item() == 0.0
+    actual = regression_kd_loss(student.requires_grad_(), teacher, torch.full((R,), K))
+    actual.backward()
+    assert actual.item() == 0.0
     assert student.grad is not None
     assert not student.grad.any()
 
@@ -210,9 +210,9 @@ def test_only_background_gives_a_zero_in_the_graph() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
 def test_huge_and_tiny_values_stay_finite(loss: Callable[..., Tensor], size: float) -> None:
     tensors = [(tensor * size).requires_grad_() for tensor in inputs(torch.float32)]
-    found = loss(*tensors)
-    found.backward()
-    assert torch.isfinite(found)
+    actual = loss(*tensors)
+    actual.backward()
+    assert torch.isfinite(actual)
     for tensor in (tensors[0], tensors[2]):
         assert tensor.grad is None or torch.isfinite(tensor.grad).all()
 

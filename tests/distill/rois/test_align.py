@@ -49,12 +49,12 @@ ROIS = torch.tensor(
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_roi_features_of_every_level(aligned: bool, ratio: int) -> None:
     levels = pyramid()
-    found = roi_align_levels(levels, STRIDES, ROIS, size=3, sampling_ratio=ratio, aligned=aligned)
-    assert found.shape == (3, 3, 2, 3, 3)
+    actual = roi_align_levels(levels, STRIDES, ROIS, size=3, sampling_ratio=ratio, aligned=aligned)
+    assert actual.shape == (3, 3, 2, 3, 3)
     for r, (index, *box) in enumerate(ROIS.tolist()):
         for level, stride in enumerate(STRIDES):
             expected = naive_roi_align(levels[level][int(index)], stride, box, 3, ratio, aligned)
-            torch.testing.assert_close(found[r, level], expected)
+            torch.testing.assert_close(actual[r, level], expected)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -66,14 +66,16 @@ def test_roi_features_and_gradients_are_those_of_torchvision_at_and_over_the_edg
         [-50.0, -50.0, -30.0, -20.0],
     ]
     rois = torch.tensor([[i % 2, *box] for i, box in enumerate(boxes)], dtype=torch.float64)
-    ours, theirs = ([level.requires_grad_() for level in pyramid()] for _ in range(2))
-    found = roi_align_levels(ours, STRIDES, rois, size=5, sampling_ratio=3, aligned=aligned)
-    expected = torch.stack([roi_align(x, rois, 5, 1 / s, 3, aligned) for x, s in zip(theirs, STRIDES, strict=True)], 1)
-    torch.testing.assert_close(found, expected)
-    weights = torch.rand(found.shape, dtype=torch.float64)
-    (found * weights).sum().backward()
+    levels_here, reference_levels = ([level.requires_grad_() for level in pyramid()] for _ in range(2))
+    actual = roi_align_levels(levels_here, STRIDES, rois, size=5, sampling_ratio=3, aligned=aligned)
+    expected = torch.stack(
+        [roi_align(x, rois, 5, 1 / s, 3, aligned) for x, s in zip(reference_levels, STRIDES, strict=True)], 1
+    )
+    torch.testing.assert_close(actual, expected)
+    weights = torch.rand(actual.shape, dtype=torch.float64)
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
-    for one, other in zip(ours, theirs, strict=True):
+    for one, other in zip(levels_here, reference_levels, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
@@ -94,16 +96,16 @@ def large_rois() -> Tensor:
 @pytest.mark.parametrize(("size", "ratio"), [(3, 1), (3, 2), (7, 1)])
 def test_large_rois_are_those_of_torchvision(aligned: bool, size: int, ratio: int) -> None:
     """Forward and backward, where sample points lie so far apart that the pixels between them are left out."""
-    ours, theirs = (torch.randn(2, 3, 160, 192, dtype=torch.float64) for _ in range(2))
-    theirs.copy_(ours)
+    level, reference_level = (torch.randn(2, 3, 160, 192, dtype=torch.float64) for _ in range(2))
+    reference_level.copy_(level)
     rois = large_rois()
-    found = roi_align_levels([ours.requires_grad_()], [1], rois, size, ratio, aligned)[:, 0]
-    expected = roi_align(theirs.requires_grad_(), rois, size, 1.0, ratio, aligned)
-    torch.testing.assert_close(found, expected)
-    weights = torch.rand(found.shape, dtype=torch.float64)
-    (found * weights).sum().backward()
+    actual = roi_align_levels([level.requires_grad_()], [1], rois, size, ratio, aligned)[:, 0]
+    expected = roi_align(reference_level.requires_grad_(), rois, size, 1.0, ratio, aligned)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.rand(actual.shape, dtype=torch.float64)
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(level.grad, reference_level.grad)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4])
@@ -133,11 +135,11 @@ def test_the_default_is_two_samples_per_cell() -> None:
 
 def test_the_assigned_level_is_one_of_all() -> None:
     levels = pyramid()
-    found = roi_align_assigned(levels, STRIDES, ROIS, finest_scale=14, size=7, sampling_ratio=2)
+    actual = roi_align_assigned(levels, STRIDES, ROIS, finest_scale=14, size=7, sampling_ratio=2)
     every = roi_align_levels(levels, STRIDES, ROIS)
     assigned = assign_levels(ROIS[:, 1:], 14, 3)
     assert assigned.tolist() == [0, 2, 1]
-    torch.testing.assert_close(found, every[torch.arange(3), assigned])
+    torch.testing.assert_close(actual, every[torch.arange(3), assigned])
 
 
 @pytest.mark.filterwarnings("ignore:.*has been moved:ImportWarning")  # mmcv, while mmdet is imported
@@ -157,8 +159,8 @@ def test_levels_and_features_are_those_of_mmdet(sampling_ratio: int, aligned: bo
     assert assign_levels(rois[:, 1:], 14, 3).equal(extractor.map_roi_levels(rois, 3))
     levels = pyramid(dtype=torch.float32)
     expected = extractor(tuple(levels), rois)
-    found = roi_align_assigned(levels, STRIDES, rois, 14, 7, sampling_ratio, aligned)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = roi_align_assigned(levels, STRIDES, rois, 14, 7, sampling_ratio, aligned)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_levels_by_hand() -> None:
@@ -174,12 +176,12 @@ def test_no_rois_keep_every_level_in_the_graph() -> None:
     for use in ("levels", "assigned"):
         levels = [level.requires_grad_() for level in pyramid(dtype=torch.float32)]
         if use == "levels":
-            found = roi_align_levels(levels, STRIDES, torch.zeros(0, 5))
-            assert found.shape == (0, 3, 2, 7, 7)
+            actual = roi_align_levels(levels, STRIDES, torch.zeros(0, 5))
+            assert actual.shape == (0, 3, 2, 7, 7)
         else:
-            found = roi_align_assigned(levels, STRIDES, torch.zeros(0, 5), 14)
-            assert found.shape == (0, 2, 7, 7)
-        found.sum().backward()
+            actual = roi_align_assigned(levels, STRIDES, torch.zeros(0, 5), 14)
+            assert actual.shape == (0, 2, 7, 7)
+        actual.sum().backward()
         for level in levels:
             assert level.grad is not None
             assert not level.grad.any()
@@ -209,9 +211,9 @@ def test_coordinates_stay_exact_under_half_precision(dtype: torch.dtype) -> None
     levels = pyramid(dtype=dtype)
     expected = roi_align_levels([level.float() for level in levels], STRIDES, ROIS.float())
     with torch.autocast("cpu", torch.bfloat16):
-        found = roi_align_levels(levels, STRIDES, ROIS.float())
-    assert found.dtype == torch.float32
-    assert found.equal(expected)
+        actual = roi_align_levels(levels, STRIDES, ROIS.float())
+    assert actual.dtype == torch.float32
+    assert actual.equal(expected)
 
 
 def test_pyramids_that_do_not_fit_are_named() -> None:

@@ -29,19 +29,19 @@ def test_boxes_of_mirrored_scaled_and_cropped_views() -> None:
     samples = [sample(5 + 2 * index, matrix) for index, matrix in enumerate(matrices)]
     frames = ImageFrames.of(samples, torch.device("cpu"))
     assert frames.image_ids.tolist() == [5, 7, 9]
-    seen = torch.cat([rois(map_boxes(BOXES, matrix), index) for index, matrix in enumerate(matrices)])
-    order = torch.randperm(len(seen))
+    view_rois = torch.cat([rois(map_boxes(BOXES, matrix), index) for index, matrix in enumerate(matrices)])
+    order = torch.randperm(len(view_rois))
     with torch.autocast("cpu", torch.bfloat16):
-        found = frames.original_boxes(seen[order])
-    torch.testing.assert_close(found, BOXES.repeat(3, 1)[order], rtol=1e-6, atol=1e-3)
+        actual = frames.original_boxes(view_rois[order])
+    torch.testing.assert_close(actual, BOXES.repeat(3, 1)[order], rtol=1e-6, atol=1e-3)
     assert frames.original_boxes(torch.zeros(0, 5)).shape == (0, 4)
 
 
 def test_a_rotated_box_becomes_the_one_around_it() -> None:
     quarter = np.array([[0, -1, 100], [1, 0, 0], [0, 0, 1]])  # (x, y) -> (100 - y, x)
     frames = ImageFrames.of([sample(1, quarter)], torch.device("cpu"))
-    found = frames.original_boxes(torch.tensor([[0.0, 10.0, 20.0, 30.0, 60.0]]))
-    torch.testing.assert_close(found, torch.tensor([[20.0, 70.0, 60.0, 90.0]]))
+    actual = frames.original_boxes(torch.tensor([[0.0, 10.0, 20.0, 30.0, 60.0]]))
+    torch.testing.assert_close(actual, torch.tensor([[20.0, 70.0, 60.0, 90.0]]))
 
 
 def test_an_image_that_no_step_moved_is_its_own_frame() -> None:

@@ -17,16 +17,16 @@ from kdpipe.distill.rois.sampling import best_overlap
 
 def check(boxes: Tensor, others: Tensor, iou: float = 0.5) -> int:
     """Compare with all overlaps, ties included; returns how many boxes have a partner."""
-    found, partner = pair_boxes(boxes, others, iou)
+    partners, partner = pair_boxes(boxes, others, iou)
     plain = pairing._pair(boxes, others, iou)  # on other devices than a CPU
-    assert torch.equal(found, plain[0])
+    assert torch.equal(partners, plain[0])
     assert torch.equal(partner, plain[1])
     overlap, _ = best_overlap(boxes, others)
-    assert torch.equal(found, overlap >= iou)
+    assert torch.equal(partners, overlap >= iou)
     every = best_of_all(boxes, others)
-    assert torch.equal(partner[found], every[found])
-    assert not partner[~found].any()
-    return int(found.sum())
+    assert torch.equal(partner[partners], every[partners])
+    assert not partner[~partners].any()
+    return int(partners.sum())
 
 
 def best_of_all(boxes: Tensor, others: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ def test_partners_of_boxes_that_were_moved(seed: int, near: float, iou: float) -
     """Every box has candidates, many of which overlap it by about a half."""
     others = random_boxes(300, seed, smallest=1.0)
     g = torch.Generator().manual_seed(seed)
-    chosen = others[torch.randint(0, 300, (60,), generator=g)]
-    sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
-    boxes = (chosen + near * sides * torch.randn(60, 4, generator=g)).clamp(0, 500)
+    partners = others[torch.randint(0, 300, (60,), generator=g)]
+    sides = (partners[:, 2:] - partners[:, :2]).repeat(1, 2)
+    boxes = (partners + near * sides * torch.randn(60, 4, generator=g)).clamp(0, 500)
     check(ordered(boxes.tolist()), others, iou)
 
 
@@ -112,8 +112,8 @@ def test_very_many_boxes_and_equal_ones() -> None:
     boxes = torch.cat([random_boxes(200, 2, size=1333.0, smallest=8.0), others[5:50]])
     assert 50 < check(boxes, others) < 245
     same = torch.tensor([[10.0, 10.0, 12.0, 12.0]])
-    found, partner = pair_boxes(same.repeat(7, 1), torch.cat([same + 5, same.repeat(3000, 1)]))
-    assert found.all()
+    actual, partner = pair_boxes(same.repeat(7, 1), torch.cat([same + 5, same.repeat(3000, 1)]))
+    assert actual.all()
     assert partner.tolist() == [1] * 7
 
 
@@ -124,8 +124,8 @@ def test_slices_change_nothing(pairs: int, monkeypatch: pytest.MonkeyPatch) -> N
     whole = pair_boxes(boxes, others)
     assert whole[0].sum() > 10
     monkeypatch.setattr(pairing_cpu, "_SLICE_PAIRS", pairs)
-    for found, wanted in zip(pair_boxes(boxes, others), whole, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(pair_boxes(boxes, others), whole, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_nothing_to_pair() -> None:

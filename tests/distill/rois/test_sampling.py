@@ -51,19 +51,19 @@ def sample(boxes: Tensor, num_proposals: int, gt: Tensor = GT, labels: Tensor = 
 def test_a_sample_is_what_it_says(seed: int, each: int, num: int, fraction: float, iou: float) -> None:
     proposals = boxes_near(GT, each, seed)
     boxes = torch.cat([proposals, GT])
-    found = sample(boxes, len(proposals), seed=seed, num=num, positive_fraction=fraction, positive_iou=iou)
+    drawn = sample(boxes, len(proposals), seed=seed, num=num, positive_fraction=fraction, positive_iou=iou)
     overlaps = [[naive_iou(box, gt) for gt in GT.tolist()] for box in boxes.tolist()]
     positives = {row for row, values in enumerate(overlaps) if max(values) >= iou}
     negatives = set(range(len(proposals))) - positives
-    rows = found.rows.tolist()
+    rows = drawn.rows.tolist()
     assert len(set(rows)) == len(rows), "without replacement"
     expected_positives = min(len(positives), int(num * fraction))
-    assert int(found.positive.sum()) == expected_positives
+    assert int(drawn.positive.sum()) == expected_positives
     assert len(rows) == expected_positives + min(len(negatives), num - expected_positives)
-    assert found.boxes.equal(boxes[found.rows])
-    assert sorted(found.positive.tolist(), reverse=True) == found.positive.tolist(), "positives first"
+    assert drawn.boxes.equal(boxes[drawn.rows])
+    assert sorted(drawn.positive.tolist(), reverse=True) == drawn.positive.tolist(), "positives first"
     for row, label, positive, gt in zip(
-        rows, found.labels.tolist(), found.positive.tolist(), found.gt_index.tolist(), strict=True
+        rows, drawn.labels.tolist(), drawn.positive.tolist(), drawn.gt_index.tolist(), strict=True
     ):
         if positive:
             assert row in positives
@@ -85,9 +85,9 @@ def test_positives_are_drawn_from_those_that_are_eligible() -> None:
     boxes = torch.cat([boxes_near(GT, 6, seed=1), GT, GT + 300])
     every = sample(boxes, len(boxes), num=100, positive_fraction=1.0)
     eligible = torch.arange(len(boxes)) % 2 == 0
-    found = sample(boxes, len(boxes), num=100, positive_fraction=1.0, eligible=eligible)
-    assert found.rows[found.positive].tolist() == [row for row in every.rows[every.positive].tolist() if row % 2 == 0]
-    assert found.rows[~found.positive].equal(every.rows[~every.positive]), "negatives are"
+    drawn = sample(boxes, len(boxes), num=100, positive_fraction=1.0, eligible=eligible)
+    assert drawn.rows[drawn.positive].tolist() == [row for row in every.rows[every.positive].tolist() if row % 2 == 0]
+    assert drawn.rows[~drawn.positive].equal(every.rows[~every.positive]), "negatives are"
     same = sample(boxes, len(boxes), num=5, positive_fraction=1.0, eligible=torch.ones(len(boxes), dtype=torch.bool))
     assert same.rows.equal(sample(boxes, len(boxes), num=5, positive_fraction=1.0).rows)
 
@@ -111,23 +111,23 @@ def test_all_candidates_are_equally_likely() -> None:
 
 
 def test_without_ground_truth_everything_is_background() -> None:
-    found = sample(boxes_near(GT, 10, 0), 30, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    assert found.labels.tolist() == [K] * 16
-    assert found.gt_index.tolist() == [-1] * 16
-    assert not found.positive.any()
+    drawn = sample(boxes_near(GT, 10, 0), 30, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert drawn.labels.tolist() == [K] * 16
+    assert drawn.gt_index.tolist() == [-1] * 16
+    assert not drawn.positive.any()
 
 
 def test_an_object_that_the_student_has_no_annotation_of_is_not_background() -> None:
     boxes = torch.cat([GT + 500.0, GT])
-    found = sample(boxes, 3, GT[:1], LABELS[:1], num=100, positive_fraction=0.5)
-    assert found.rows.tolist() == [3, 0, 1, 2]
-    assert found.labels.tolist() == [2, K, K, K]
+    drawn = sample(boxes, 3, GT[:1], LABELS[:1], num=100, positive_fraction=0.5)
+    assert drawn.rows.tolist() == [3, 0, 1, 2]
+    assert drawn.labels.tolist() == [2, K, K, K]
 
 
 def test_nothing_to_draw_from() -> None:
-    found = sample(torch.zeros(0, 4), 0)
-    assert found.rows.shape == found.labels.shape == found.positive.shape == found.gt_index.shape == (0,)
-    assert found.boxes.shape == (0, 4)
+    drawn = sample(torch.zeros(0, 4), 0)
+    assert drawn.rows.shape == drawn.labels.shape == drawn.positive.shape == drawn.gt_index.shape == (0,)
+    assert drawn.boxes.shape == (0, 4)
 
 
 def test_what_cannot_be_sampled_is_named() -> None:

@@ -58,34 +58,34 @@ def view(pair: "type[Pair]", seed: int) -> TeacherView:
     return TeacherView("exact", np.eye(3), levels, size=(64, 64))
 
 
-def step(pair: "type[Pair]", model: DistilledDetector, shown: list[Any]) -> dict[str, Tensor]:
-    prepared = model.data_preprocessor.student(pair.batch(len(shown)), True)
+def step(pair: "type[Pair]", model: DistilledDetector, targets: list[Any]) -> dict[str, Tensor]:
+    prepared = model.data_preprocessor.student(pair.batch(len(targets)), True)
     torch.manual_seed(5)
-    result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=shown)
+    result: dict[str, Tensor] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=targets)
     return result
 
 
 def test_losses_are_the_weighted_sum_over_the_stages(pair: "type[Pair]", monkeypatch: pytest.MonkeyPatch) -> None:
     model = detector(pair, "cls", "reg")
     roi_head = model.student.roi_head
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     original = roi_head.bbox_loss
 
     def watched(stage: int, x: Any, sampling_results: Any) -> Any:
-        found = original(stage, x, sampling_results)
+        stage_losses = original(stage, x, sampling_results)
         labels = [
             torch.cat([result.pos_gt_labels, torch.full((len(result.neg_priors),), pair.classes)])
             for result in sampling_results
         ]
         rois = bbox2roi([result.priors for result in sampling_results])
-        seen.append((rois, torch.cat(labels), found["cls_score"], found["bbox_pred"]))
-        return found
+        calls.append((rois, torch.cat(labels), stage_losses["cls_score"], stage_losses["bbox_pred"]))
+        return stage_losses
 
     monkeypatch.setattr(roi_head, "bbox_loss", watched)
     views = [view(pair, 1), view(pair, 2)]
     losses = step(pair, model, views)
-    assert len(seen) == 3
-    assert not torch.equal(seen[0][0], seen[2][0])
+    assert len(calls) == 3
+    assert not torch.equal(calls[0][0], calls[2][0])
     extractor = MODELS.build(
         {
             "type": "SingleRoIExtractor",
@@ -99,12 +99,12 @@ def test_losses_are_the_weighted_sum_over_the_stages(pair: "type[Pair]", monkeyp
     head, cls, reg = pair.head(), torch.zeros(()), torch.zeros(())
     stds = [stage.bbox_coder.stds for stage in roi_head.bbox_head]
     assert len({tuple(x) for x in stds}) == 3
-    for weight, std, (rois, labels, scores, deltas) in zip(WEIGHTS, stds, seen, strict=True):
-        logits, wanted = head(extractor(levels, rois.detach()))
+    for weight, std, (rois, labels, scores, deltas) in zip(WEIGHTS, stds, calls, strict=True):
+        logits, expected = head(extractor(levels, rois.detach()))
         cls = cls + weight * classification_kd_loss(scores, logits.detach())
         unit = torch.tensor(std) / torch.tensor(pair.spec.box_stds)  # the student's units in those of the teacher
-        wanted = wanted.detach().reshape(len(rois), -1, 4)
-        reg = reg + weight * regression_kd_loss(deltas[:, None] * unit, wanted, labels, pair.classes)
+        expected = expected.detach().reshape(len(rois), -1, 4)
+        reg = reg + weight * regression_kd_loss(deltas[:, None] * unit, expected, labels, pair.classes)
     torch.testing.assert_close(losses["loss_kd_cls"], cls)
     torch.testing.assert_close(losses["loss_kd_reg"], reg)
 
@@ -114,8 +114,10 @@ def test_every_parameter_of_every_stage_learns(pair: "type[Pair]") -> None:
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
     for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg"):
         parameters = dict(model.named_parameters())
-        found = torch.autograd.grad(losses[name], list(parameters.values()), retain_graph=True, allow_unused=True)
-        reached = {x for x, gradient in zip(parameters, found, strict=True) if gradient is not None and gradient.any()}
+        gradients = torch.autograd.grad(losses[name], list(parameters.values()), retain_graph=True, allow_unused=True)
+        reached = {
+            x for x, gradient in zip(parameters, gradients, strict=True) if gradient is not None and gradient.any()
+        }
         for stage in range(3):
             layer = {"loss_kd_reg": "fc_reg", "loss_kd_cls": "fc_cls"}.get(name, "shared_fcs.1")
             assert (f"student.roi_head.bbox_head.{stage}.{layer}.weight" in reached) == (name != "loss_sgfi"), name
@@ -134,8 +136,8 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pa
     torch.manual_seed(5)
     total, _ = plain.parse_losses(plain.loss(prepared["inputs"], prepared["data_samples"]))
     total.backward()
-    ours = dict(model.student.named_parameters())
-    assert all(torch.equal(ours[name].grad, parameter.grad) for name, parameter in plain.named_parameters())
+    parameters = dict(model.student.named_parameters())
+    assert all(torch.equal(parameters[name].grad, parameter.grad) for name, parameter in plain.named_parameters())
 
 
 def test_at_the_teachers_rois_every_stage_sees_the_same_boxes(pair: "type[Pair]") -> None:
@@ -143,14 +145,14 @@ def test_at_the_teachers_rois_every_stage_sees_the_same_boxes(pair: "type[Pair]"
     g = torch.Generator().manual_seed(0)
     corner = torch.rand(8, 2, generator=g) * 30
     boxes, logits = torch.cat([corner, corner + 20], dim=1), torch.randn(8, pair.classes + 1, generator=g)
-    shown = RoiTargets(boxes, torch.full((8,), pair.classes), 2, "exact", logits=logits)
-    found = step(pair, model, [shown])["loss_kd_cls"]
+    roi_targets = RoiTargets(boxes, torch.full((8,), pair.classes), 2, "exact", logits=logits)
+    actual = step(pair, model, [roi_targets])["loss_kd_cls"]
     student = model.student
     prepared = student.data_preprocessor(pair.batch(1), True)
     pyramid = student.extract_feat(prepared["inputs"])
-    said = [student.roi_head._bbox_forward(stage, pyramid, bbox2roi([boxes]))["cls_score"] for stage in range(3)]
-    losses = [weight * classification_kd_loss(x, logits) for weight, x in zip(WEIGHTS, said, strict=True)]
-    torch.testing.assert_close(found, sum(losses))
+    outputs = [student.roi_head._bbox_forward(stage, pyramid, bbox2roi([boxes]))["cls_score"] for stage in range(3)]
+    losses = [weight * classification_kd_loss(x, logits) for weight, x in zip(WEIGHTS, outputs, strict=True)]
+    torch.testing.assert_close(actual, sum(losses))
 
 
 def test_stages_without_rois_add_nothing(pair: "type[Pair]", monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,12 +166,12 @@ def cached(pair: "type[Pair]", boxes: Tensor) -> RoiTargets:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]", family: str, rois: str) -> None:
     methods = {"sgfi": "sgfi", "ckd": "ckd", "pred": "cls"}
-    shown: list[Any] = [view(pair, 1), view(pair, 2)]
+    views: list[Any] = [view(pair, 1), view(pair, 2)]
     if rois == "teacher":
         del methods["sgfi"]
-        shown = [cached(pair, torch.tensor([[8.0, 8, 40, 40], [0, 20, 30, 60], [30, 4, 34, 8]]))] * 2
+        views = [cached(pair, torch.tensor([[8.0, 8, 40, 40], [0, 20, 30, 60], [30, 4, 34, 8]]))] * 2
     model = detector(pair, family, *methods, weights=dict.fromkeys(methods.values(), 0.0))
-    losses = step(pair, model, shown)
+    losses = step(pair, model, views)
     assert all(losses[f"loss_{name}"].item() == 0 for name in ("ckd", "kd_cls"))
     total, _ = model.parse_losses(losses)
     total.backward()
@@ -183,9 +183,9 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pa
     total, _ = plain.parse_losses(plain.loss(prepared["inputs"], prepared["data_samples"]))
     total.backward()
     assert torch.equal(drawn, torch.rand(1))  # not one random number more
-    ours = dict(model.student.named_parameters())
+    parameters = dict(model.student.named_parameters())
     for name, parameter in plain.named_parameters():
-        assert torch.equal(ours[name].grad, parameter.grad), name
+        assert torch.equal(parameters[name].grad, parameter.grad), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,13 +205,13 @@ def test_boxes_are_those_that_mmdet_predicts(pair: "type[Pair]", family: str) ->
     if family == "paa":  # whose own code insists on NMS
         head = copy.copy(head)
         head.__class__ = ATSSHead
-    found = head.predict_by_feat(*outputs, *factors.values(), batch_img_metas=metas, cfg=every, with_nms=False)
-    for image, result in enumerate(found):
-        ours = DenseStudent(model.student).boxes(forward.regression, image, size)
-        assert ours[:, 2:].amax(dim=0).tolist() == [56, 40]
-        wanted = result.bboxes.unique(dim=0)
-        torch.testing.assert_close(ours.unique(dim=0), wanted, atol=1e-4, rtol=0)
-        assert len(wanted) > 50
+    results = head.predict_by_feat(*outputs, *factors.values(), batch_img_metas=metas, cfg=every, with_nms=False)
+    for image, result in enumerate(results):
+        boxes = DenseStudent(model.student).boxes(forward.regression, image, size)
+        assert boxes[:, 2:].amax(dim=0).tolist() == [56, 40]
+        expected = result.bboxes.unique(dim=0)
+        torch.testing.assert_close(boxes.unique(dim=0), expected, atol=1e-4, rtol=0)
+        assert len(expected) > 50
 
 
 def _ones(forward: DenseForward) -> list[Tensor]:
@@ -234,18 +234,18 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
                 for conv in convs:
                     x = conv(x)
                 features[name].append(x)
-    chosen, outputs = forward.sampled()
+    sampled, outputs = forward.sampled()
     assert outputs.anchors is not None
     anchors = DenseStudent(model.student).num_anchors
     names = {"classification": ("cls",), "localization": ("reg",), "combined": ("cls", "reg")}[branch]
     boxes = [DenseStudent(model.student).boxes(forward.regression, image, (64, 64)) for image in range(2)]
-    seen = 0
-    for row in range(len(chosen.rois)):
-        image, place = int(chosen.rois[row, 0]), chosen.rois[row, 1:]
+    compared = 0
+    for row in range(len(sampled.rois)):
+        image, place = int(sampled.rois[row, 0]), sampled.rois[row, 1:]
         same = (boxes[image] == place).all(dim=1).nonzero().squeeze(1).tolist()
         if len(same) > 1:  # clipped to the same box
             continue
-        seen += 1
+        compared += 1
         # the prediction that is this box, walked to by loops: level, row, column, anchor
         index, depth = same[0], 0
         while index >= anchors * forward.scores[depth][0, 0].numel():
@@ -253,31 +253,31 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
             depth += 1
         cell, anchor = divmod(index, anchors)
         y, x_ = divmod(cell, forward.scores[depth].shape[3])
-        wanted = torch.stack([features[name][depth][image, :, y, x_] for name in names]).sum(dim=0)
-        torch.testing.assert_close(outputs.embeddings[row].detach(), wanted)
+        expected = torch.stack([features[name][depth][image, :, y, x_] for name in names]).sum(dim=0)
+        torch.testing.assert_close(outputs.embeddings[row].detach(), expected)
         assert int(outputs.anchors[row]) == anchor
         scores = forward.scores[depth][image, anchor * 3 : anchor * 3 + 3, y, x_]
         torch.testing.assert_close(outputs.logits[row], torch.cat([scores, torch.zeros(1)]))
-    assert seen > 20
+    assert compared > 20
 
 
 def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
     forward = watched(pair, detector(pair, "retinanet", *METHODS))
     forward.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
-    chosen = forward.sampled()[0]
+    sampled = forward.sampled()[0]
     for image, truth in enumerate(forward.ground_truth):
-        rows = (chosen.rois[:, 0] == image).nonzero().squeeze(1).tolist()
+        rows = (sampled.rois[:, 0] == image).nonzero().squeeze(1).tolist()
         assert len(rows) == 32
-        assert 0 < sum(chosen.positive[rows].tolist()) <= 8
+        assert 0 < sum(sampled.positive[rows].tolist()) <= 8
         for row in rows:
-            box = chosen.rois[row, 1:].tolist()
+            box = sampled.rois[row, 1:].tolist()
             high, wide = ((64, 64), (44, 60))[image]
             assert 0 <= box[0] < box[2] <= wide
             assert 0 <= box[1] < box[3] <= high
             overlaps = [naive_iou(box, gt) for gt in truth.bboxes.tolist()]
-            assert bool(chosen.positive[row]) == (max(overlaps) >= 0.5)
-            wanted = truth.labels[overlaps.index(max(overlaps))] if max(overlaps) >= 0.5 else 3
-            assert int(chosen.labels[row]) == int(wanted)
+            assert bool(sampled.positive[row]) == (max(overlaps) >= 0.5)
+            expected = truth.labels[overlaps.index(max(overlaps))] if max(overlaps) >= 0.5 else 3
+            assert int(sampled.labels[row]) == int(expected)
 
 
 def test_the_sample_follows_the_seed_of_the_step(pair: "type[Pair]") -> None:
@@ -308,17 +308,17 @@ def test_losses_are_those_of_the_parts(pair: "type[Pair]") -> None:
     model = detector(pair, "retinanet", *METHODS)
     forward = watched(pair, model)
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
-    chosen, outputs = forward.sampled()
+    sampled, outputs = forward.sampled()
     head = pair.head()
-    features = teacher_features(pair.spec, [view(pair, 1), view(pair, 2)], chosen.rois)
-    seen: list[Tensor] = []
-    head.fc_cls.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    features = teacher_features(pair.spec, [view(pair, 1), view(pair, 2)], sampled.rois)
+    recorded: list[Tensor] = []
+    head.fc_cls.register_forward_pre_hook(lambda layer, inputs: recorded.append(inputs[0]))
     logits, _ = head(features)
     close = torch.testing.assert_close
     close(losses["loss_kd_cls"], dense_classification_kd_loss(outputs.logits, logits))
-    place = chosen.rois[:, 1:], chosen.rois[:, 0].long()
-    ours = model.ckd.f_theta(model.ckd.lifted(outputs.embeddings, outputs.anchors))
-    close(losses["loss_ckd"], ckd_loss(ours, model.ckd.f_theta(seen[0]), same_object(*place, *place)))
+    place = sampled.rois[:, 1:], sampled.rois[:, 0].long()
+    student_keys = model.ckd.f_theta(model.ckd.lifted(outputs.embeddings, outputs.anchors))
+    close(losses["loss_ckd"], ckd_loss(student_keys, model.ckd.f_theta(recorded[0]), same_object(*place, *place)))
 
 
 @pytest.mark.parametrize("levels", [5, 3])
@@ -338,14 +338,14 @@ def test_sgfi_is_across_all_levels_whatever_the_teachers_are(
     losses = step(pair, model, views)
     rois = forward.sampled()[0].rois[forward.sampled()[0].positive]
     assert len(rois) == int(losses["kd_positive"]) > 3
-    wanted = teacher_features(spec, views, rois).double()
+    expected = teacher_features(spec, views, rois).double()
     sgfi = copy.deepcopy(model.sgfi).double()
     features = [roi_align(x, rois, 7, 1 / stride, 2, True) for x, stride in zip(forward.pyramid, every, strict=True)]
     adapted = torch.stack([sgfi.adapt(x.double()) for x in features], dim=1)  # [P, L, C, 7, 7]
     keys = torch.stack([sgfi.embed(adapted[:, level].clone()) for level in range(levels)], dim=1)
-    alpha = ((keys * sgfi.embed(wanted.clone())[:, None]).sum(dim=2) / sgfi.temperature).softmax(dim=1)  # [P, L]
+    alpha = ((keys * sgfi.embed(expected.clone())[:, None]).sum(dim=2) / sgfi.temperature).softmax(dim=1)  # [P, L]
     mixed = (alpha[..., None, None, None] * adapted).sum(dim=1)
-    assert losses["loss_sgfi"].item() == pytest.approx((mixed - wanted).square().mean().item(), rel=1e-4)
+    assert losses["loss_sgfi"].item() == pytest.approx((mixed - expected).square().mean().item(), rel=1e-4)
     assert {name for name in losses if name.startswith("sgfi_level")} == {f"sgfi_level{i}" for i in range(levels)}
     for level in range(levels):
         assert losses[f"sgfi_level{level}"].item() == pytest.approx(alpha[:, level].mean().item(), rel=1e-4)
@@ -359,15 +359,15 @@ def test_cached_boxes_are_paired_with_the_box_that_overlaps_them_most(pair: "typ
     g = torch.Generator().manual_seed(4)
     corner = torch.rand(30, 2, generator=g) * 30
     cached = torch.cat([corner, corner + 10 + 20 * torch.rand(30, 2, generator=g)], dim=1)
-    asked = torch.cat([(torch.arange(30) % 2)[:, None], cached], dim=1)
-    found, outputs = forward.outputs_at(asked)
-    assert 0 < int(found.sum()) < 30
+    rois = torch.cat([(torch.arange(30) % 2)[:, None], cached], dim=1)
+    is_paired, outputs = forward.outputs_at(rois)
+    assert 0 < int(is_paired.sum()) < 30
     paired = iter(range(len(outputs.logits)))
     for row in range(30):
         image = row % 2
         overlaps = [naive_iou(cached[row].tolist(), box) for box in boxes[image].tolist()]
-        assert bool(found[row]) == (max(overlaps) >= pair_iou)
-        if found[row]:
+        assert bool(is_paired[row]) == (max(overlaps) >= pair_iou)
+        if is_paired[row]:
             index = overlaps.index(max(overlaps))
             scores = torch.cat([level[image].flatten(1).T for level in forward.scores])[index]
             torch.testing.assert_close(outputs.logits[next(paired)][:3], scores)
@@ -401,9 +401,9 @@ def test_losses_are_in_full_precision_beside_a_student_in_half(pair: "type[Pair]
     model = detector(pair, "fcos", *METHODS, share_interval=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = step(pair, model, [view(pair, 1), view(pair, 2)])
-    seen = [losses[name] for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls")]
-    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in seen)
-    torch.stack(seen).sum().backward()
+    values = [losses[name] for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls")]
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in values)
+    torch.stack(values).sum().backward()
 
 
 def test_softmax_heads_keep_their_background(pair: "type[Pair]") -> None:
@@ -433,8 +433,8 @@ def test_overlaps_in_slices_are_those_of_one_piece(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rois, "_SLICE_ELEMENTS", 70)
     assert best_overlap(boxes, boxes[:2])[0].shape == (90,)
     assert max(sizes) == 70
-    for found, wanted in zip(best_overlap(boxes[:60], boxes[60:]), whole, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(best_overlap(boxes[:60], boxes[60:]), whole, strict=True):
+        assert torch.equal(actual, expected)
     for row in range(60):
         overlaps = [naive_iou(boxes[row].tolist(), box) for box in boxes[60:].tolist()]
         assert float(whole[0][row]) == pytest.approx(max(overlaps), abs=1e-6)

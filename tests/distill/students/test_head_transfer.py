@@ -65,8 +65,8 @@ def test_heads_are_the_teachers_from_first_to_last_step(pair: "type[Pair]", norm
     assert {name.split(".")[0] for name in trained} == {"backbone", "neck"}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"student.{name}" for name, _ in model.student.named_parameters() if name in heads}
-    known = dict(model.named_parameters())
-    assert all(known[name].grad is None and known[name] not in optimizer.state for name in frozen)
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name].grad is None and parameters[name] not in optimizer.state for name in frozen)
 
 
 def test_a_mask_branch_is_trained_as_always(pair: "type[Pair]") -> None:

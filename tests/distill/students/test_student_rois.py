@@ -58,16 +58,16 @@ def mmdets_choice(pair: "type[Pair]", model: DistilledDetector, count: int) -> t
     pyramid = student.extract_feat(prepared["inputs"])
     samples = prepared["data_samples"]
     proposals = student.train_cfg.rpn_proposal
-    _, found = student.rpn_head.loss_and_predict(pyramid, _one_class(samples), proposal_cfg=proposals)
+    _, rpn_result = student.rpn_head.loss_and_predict(pyramid, _one_class(samples), proposal_cfg=proposals)
     truths = unpack_gt_instances(samples)[0]
     rois, labels, positive = [], [], []
-    for index, (proposed, truth) in enumerate(zip(found, truths, strict=True)):
+    for index, (proposed, truth) in enumerate(zip(rpn_result, truths, strict=True)):
         proposed.priors = proposed.pop("bboxes")
         assigned = student.roi_head.bbox_assigner.assign(proposed, truth)
-        chosen = student.roi_head.bbox_sampler.sample(assigned, proposed, truth)
-        rois.append(torch.cat([chosen.priors.new_full((len(chosen.priors), 1), index), chosen.priors], dim=1))
-        labels += [*chosen.pos_gt_labels.tolist(), *[pair.classes] * len(chosen.neg_inds)]
-        positive += [*[True] * len(chosen.pos_inds), *[False] * len(chosen.neg_inds)]
+        sampled = student.roi_head.bbox_sampler.sample(assigned, proposed, truth)
+        rois.append(torch.cat([sampled.priors.new_full((len(sampled.priors), 1), index), sampled.priors], dim=1))
+        labels += [*sampled.pos_gt_labels.tolist(), *[pair.classes] * len(sampled.neg_inds)]
+        positive += [*[True] * len(sampled.pos_inds), *[False] * len(sampled.neg_inds)]
     return list(pyramid), BatchRois(torch.cat(rois), torch.tensor(labels), torch.tensor(positive))
 
 
@@ -85,8 +85,8 @@ def test_losses_are_those_at_the_rois_of_the_students_own_sampler(pair: "type[Pa
     assert 0 < int(rois.positive.sum()) < len(rois.rois)
     assert int(losses["kd_positive"]) == int(rois.positive.sum())
     assert int(losses["kd_negative"]) == int((~rois.positive).sum())
-    _, theirs = TwoStageStage(TwoStageStudent(model.student), 0, pyramid).outputs_at(rois.rois)
-    assert theirs.deltas is not None
+    _, outputs = TwoStageStage(TwoStageStudent(model.student), 0, pyramid).outputs_at(rois.rois)
+    assert outputs.deltas is not None
     extractor = MODELS.build(
         {
             "type": "SingleRoIExtractor",
@@ -98,18 +98,18 @@ def test_losses_are_those_at_the_rois_of_the_students_own_sampler(pair: "type[Pa
     )
     levels = [torch.stack(level) for level in zip(view(pair, 1).pyramid, view(pair, 2).pyramid, strict=True)]
     head = pair.head()
-    seen: list[Tensor] = []
-    head.fc_cls.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    recorded: list[Tensor] = []
+    head.fc_cls.register_forward_pre_hook(lambda layer, inputs: recorded.append(inputs[0]))
     logits, deltas = head(extractor(levels, rois.rois))
     deltas = deltas.reshape(-1, pair.classes, 4)
     close = torch.testing.assert_close
-    close(losses["loss_kd_cls"], classification_kd_loss(theirs.logits, logits))
-    close(losses["loss_kd_reg"], regression_kd_loss(theirs.deltas, deltas, rois.labels))
-    close(losses["loss_kd_careg"], class_aware_regression_kd_loss(theirs.deltas, deltas, logits))
+    close(losses["loss_kd_cls"], classification_kd_loss(outputs.logits, logits))
+    close(losses["loss_kd_reg"], regression_kd_loss(outputs.deltas, deltas, rois.labels))
+    close(losses["loss_kd_careg"], class_aware_regression_kd_loss(outputs.deltas, deltas, logits))
     project = model.ckd.f_theta
     place = rois.rois[:, 1:], rois.rois[:, 0].long()
-    wanted = ckd_loss(project(model.ckd.lift(theirs.embeddings)), project(seen[0]), same_object(*place, *place))
-    close(losses["loss_ckd"], wanted)
+    expected = ckd_loss(project(model.ckd.lift(outputs.embeddings)), project(recorded[0]), same_object(*place, *place))
+    close(losses["loss_ckd"], expected)
 
 
 def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]") -> None:
@@ -124,9 +124,9 @@ def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pa
     total, _ = plain.parse_losses(plain.loss(prepared["inputs"], prepared["data_samples"]))
     total.backward()
     assert torch.equal(drawn, torch.rand(1))  # not one random number more
-    ours = dict(model.student.named_parameters())
+    parameters = dict(model.student.named_parameters())
     for name, parameter in plain.named_parameters():
-        assert torch.equal(ours[name].grad, parameter.grad), name
+        assert torch.equal(parameters[name].grad, parameter.grad), name
 
 
 def test_every_parameter_learns_and_none_is_the_teachers(pair: "type[Pair]") -> None:
@@ -201,11 +201,11 @@ def test_losses_are_finite_in_full_precision_beside_a_student_in_half(
         layer.register_forward_hook(lambda _, inputs, output: output / output.abs().max().clamp(min=1e-3) * size)
     with torch.autocast("cpu", dtype=dtype):
         losses = step(pair, model, [view(pair, 1), view(pair, 2, "mirrored")])
-    seen = {name: value for name, value in losses.items() if name in ("loss_sgfi", "loss_ckd") or "loss_kd" in name}
-    assert len(seen) == len(METHODS)
-    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in seen.values())
-    assert {f"share_{name.removeprefix('loss_')}" for name in seen} <= losses.keys()
-    torch.stack(list(seen.values())).sum().backward()
+    values = {name: value for name, value in losses.items() if name in ("loss_sgfi", "loss_ckd") or "loss_kd" in name}
+    assert len(values) == len(METHODS)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in values.values())
+    assert {f"share_{name.removeprefix('loss_')}" for name in values} <= losses.keys()
+    torch.stack(list(values.values())).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) > 50
     assert size > 1 or all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -49,8 +49,8 @@ def test_each_roi_is_of_its_own_image(pair: "type[Pair]", dtype: str) -> None:
         wanted.append(expected(levels, BOXES))
     rois = torch.cat([torch.cat([torch.full((3, 1), float(image)), BOXES], dim=1) for image in stored])
     mixed = torch.randperm(len(rois), generator=torch.Generator().manual_seed(0))
-    found = TeacherPyramids(stored, pair.spec).roi_align(rois[mixed])
-    torch.testing.assert_close(found, torch.cat(wanted)[mixed])
+    actual = TeacherPyramids(stored, pair.spec).roi_align(rois[mixed])
+    torch.testing.assert_close(actual, torch.cat(wanted)[mixed])
 
 
 def test_images_without_positives_are_left_out(pair: "type[Pair]") -> None:
@@ -58,16 +58,18 @@ def test_images_without_positives_are_left_out(pair: "type[Pair]") -> None:
 
     def target(image: int, boxes: Tensor, features: tuple[Tensor | None, ...]) -> RoiTargets:
         height, width = SIZES[image]
-        said = TeacherTargets(image, "identity", "a.jpg", (height, width), (height, width), np.eye(3), 0, 0, boxes)
-        said = TeacherTargets(**{**vars(said), "features": features})
+        teacher_targets = TeacherTargets(
+            image, "identity", "a.jpg", (height, width), (height, width), np.eye(3), 0, 0, boxes
+        )
+        teacher_targets = TeacherTargets(**{**vars(teacher_targets), "features": features})
         labels = torch.zeros(len(boxes), dtype=torch.int64)
-        return RoiTargets(boxes, labels, len(boxes), "exact", teacher=said, teacher_boxes=boxes)
+        return RoiTargets(boxes, labels, len(boxes), "exact", teacher=teacher_targets, teacher_boxes=boxes)
 
     nothing = (None, None, None, None, None)
     first = (pyramid(0)[0], None, None, None, None)
     none = BOXES[:0]
-    found = teacher_roi_features(
+    positive_features = teacher_roi_features(
         [target(1, none, nothing), target(0, BOXES, first), target(3, none, nothing)], pair.spec
     )
-    torch.testing.assert_close(found, expected(pyramid(0), BOXES))
+    torch.testing.assert_close(positive_features, expected(pyramid(0), BOXES))
     assert teacher_roi_features([target(1, none, nothing)], pair.spec).shape == (0, pair.channels, 7, 7)

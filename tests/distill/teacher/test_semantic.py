@@ -39,12 +39,12 @@ def test_sees_what_mmdet_sees(pair: "type[Pair]", fusion: int, size: int) -> Non
     branch, state, spec = built(pair, fusion, size)
     levels = [torch.randn(pair.channels, 96 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
     levels.append(torch.randn(pair.channels, 2, 2))
-    ours = SemanticBranch(state, spec)
+    rebuilt = SemanticBranch(state, spec)
     with torch.no_grad():
-        wanted = branch(tuple(level[None] for level in levels))[1]
+        expected = branch(tuple(level[None] for level in levels))[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ours.map_of(levels)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        actual = rebuilt.map_of(levels)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     stride = spec.strides[fusion]
     align = {"type": "RoIAlign", "output_size": size, "sampling_ratio": 0}
     extractor = MODELS.build(
@@ -52,8 +52,8 @@ def test_sees_what_mmdet_sees(pair: "type[Pair]", fusion: int, size: int) -> Non
     )
     boxes = torch.tensor([[3.0, 5.0, 60.0, 90.0], [0.0, 0.0, 128.0, 96.0], [100.0, 20.0, 120.0, 33.0]])
     rois = torch.cat([torch.zeros(3, 1), boxes], dim=1)
-    pooled = functional.adaptive_avg_pool2d(extractor([wanted], rois), 7)
-    torch.testing.assert_close(ours.at(found, boxes), pooled, rtol=1e-4, atol=1e-5)
+    pooled = functional.adaptive_avg_pool2d(extractor([expected], rois), 7)
+    torch.testing.assert_close(rebuilt.at(actual, boxes), pooled, rtol=1e-4, atol=1e-5)
     assert float(pooled.abs().mean()) > 1e-3
 
 

@@ -49,17 +49,17 @@ def test_says_what_mmdet_says(pair: "type[Pair]", style: str) -> None:
     with torch.no_grad():
         wide = stage(features)
         logits, deltas = head(wide)
-    ours = frozen_head(state, spec)
-    assert isinstance(ours, SharedStageHead)
+    rebuilt = frozen_head(state, spec)
+    assert isinstance(rebuilt, SharedStageHead)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ours.of_features(features)
-    torch.testing.assert_close(found.embeddings, wide.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.deltas, deltas.unflatten(1, (-1, 4)), rtol=1e-4, atol=1e-4)
+        actual = rebuilt.of_features(features)
+    torch.testing.assert_close(actual.embeddings, wide.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.deltas, deltas.unflatten(1, (-1, 4)), rtol=1e-4, atol=1e-4)
     other = SharedStageHead(state, replace(spec, shared_style="pytorch" if style == "caffe" else "caffe"))
     other_outputs = other.of_features(features)
-    assert float((other_outputs.embeddings - found.embeddings).norm() / found.embeddings.norm()) > 0.01
-    empty = ours.of_features(features[:0])
+    assert float((other_outputs.embeddings - actual.embeddings).norm() / actual.embeddings.norm()) > 0.01
+    empty = rebuilt.of_features(features[:0])
     assert (empty.embeddings.shape, empty.deltas.shape) == ((0, 2048), (0, pair.classes, 4))
 
 

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     ],
 )
 def test_says_what_mmdets_head_says(pair: "type[Pair]", options: dict[str, Any], changes: dict[str, Any]) -> None:
-    theirs = pair.head(**options)
-    seen: list[Tensor] = []
-    theirs.fc_cls.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    mmdet_head = pair.head(**options)
+    embeddings_seen: list[Tensor] = []
+    mmdet_head.fc_cls.register_forward_pre_hook(lambda layer, inputs: embeddings_seen.append(inputs[0]))
     features = torch.randn(9, pair.channels, 7, 7)
-    logits, deltas = theirs(features)
-    ours = TeacherHead(
-        {**pair.state(theirs), "rpn_head.rpn_cls.weight": torch.zeros(1)}, replace(pair.spec, **changes)
+    logits, deltas = mmdet_head(features)
+    rebuilt = TeacherHead(
+        {**pair.state(mmdet_head), "rpn_head.rpn_cls.weight": torch.zeros(1)}, replace(pair.spec, **changes)
     ).of_features(features)
-    torch.testing.assert_close(ours.embeddings, seen[0])
-    torch.testing.assert_close(ours.logits, logits)
-    torch.testing.assert_close(ours.deltas, deltas.reshape(9, -1, 4))
-    assert not ours.logits.requires_grad
+    torch.testing.assert_close(rebuilt.embeddings, embeddings_seen[0])
+    torch.testing.assert_close(rebuilt.logits, logits)
+    torch.testing.assert_close(rebuilt.deltas, deltas.reshape(9, -1, 4))
+    assert not rebuilt.logits.requires_grad
 
 
 def test_full_precision_under_autocast_and_no_rois(pair: "type[Pair]") -> None:
