@@ -69,6 +69,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(demo, "train_student", train)
     monkeypatch.setattr(demo, "cache_teacher", cache)
     monkeypatch.setattr(demo, "open_cache", lambda *args, **options: None)
+    monkeypatch.setattr(demo, "CachedTrainingTeacher", lambda cache: cache)
     monkeypatch.setattr(demo, "load_checkpoint", lambda path: None)
     monkeypatch.setattr(demo, "teacher_config", lambda *args: None)
     return done
