@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,10 +55,17 @@ def committed(cache: Path) -> int:
     return len(list((cache / "parts").glob("0*[0-9]")))
 
 
-def test_a_cluster_of_this_run_alone(kit: "Kit", work: Path) -> None:
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[str]:
+    """A folder for what Ray leaves behind, with a name that is short enough for its sockets."""
+    with tempfile.TemporaryDirectory(prefix="kd-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_a_cluster_of_this_run_alone(kit: "Kit", work: Path, temporary: str) -> None:
     pytest.importorskip("ray")
     command = many(kit, work, copies=2)
-    process = kit.start(*command, "x.zarr", "--ray", "local", cwd=work)
+    process = kit.start(*command, "x.zarr", "--ray", "local", "--ray-cpus", 2, cwd=work, TMPDIR=temporary)
     addresses = set()
     while process.poll() is None:
         try:
@@ -78,7 +86,7 @@ def test_a_cluster_of_this_run_alone(kit: "Kit", work: Path) -> None:
 class Nodes:
     """A cluster without a network, in whose network commands are started."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str) -> None:
         script = Path(__file__).with_name("ray_nodes.py")
         self._server = subprocess.Popen(
             ["unshare", "-n", sys.executable, "-W", "ignore", str(script)],
@@ -88,7 +96,7 @@ class Nodes:
                 "RAY_USAGE_STATS_ENABLED": "0",
                 "RAY_worker_niceness": "0",
                 "OMP_NUM_THREADS": "1",
-                "TMPDIR": "/tmp",
+                "TMPDIR": folder,
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,14 +145,14 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def nodes(temporary: str) -> Iterator[Nodes]:
     pytest.importorskip("ray")
     for tool in ("ip", "unshare", "nsenter"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool}: a cluster cannot be kept off the network")
     if subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True).returncode:
         pytest.skip("unshare -n is not allowed here: a cluster cannot be kept off the network")
-    found = Nodes(tmp_path_factory.mktemp("nodes"))
+    found = Nodes(temporary)
     found.ask(add=1)
     found.ask(add=2)
     yield found

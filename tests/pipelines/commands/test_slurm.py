@@ -31,9 +31,9 @@ class Slurm:
         self._env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
 
     def _tool(self, what: str, *more: object) -> str:
-        done = subprocess.run(
-            ["bash", str(TOOL), what, str(self._folder), *map(str, more)], capture_output=True, text=True, timeout=120
-        )
+        command = ["bash", str(TOOL), what, str(self._folder), *map(str, more)]
+        # the daemons stay where they were started, longer than the folder of a test
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -104,7 +104,9 @@ def committed(cache: Path) -> int:
 
 def test_an_array_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) -> None:
     command = many(kit, work, copies=20)
-    job = slurm.submit(command, "--array=0-3", "--output=%a.log", cwd=work)
+    job = slurm.submit(
+        f"echo begins ${{SLURM_RESTART_COUNT:-0}}\n{command}", "--array=0-3", "--output=%a.log", cwd=work
+    )
     until = time.monotonic() + 120
     while committed(work / "x.zarr") < 10:
         assert time.monotonic() < until, [log.read_text() for log in work.glob("*.log")]
@@ -116,7 +118,7 @@ def test_an_array_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) -> 
     for task, log in enumerate(logs):
         assert f"Shard {task}/4, by SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT." in log
         assert f"Shard {task}/4 is done" in log
-    assert any(log.count("Shard ") > 2 for log in logs), logs  # one began twice
+    assert any("begins 1" in log for log in logs), logs  # the task that was lost
     assert any("the cache is complete" in log for log in logs), logs
     assert same_content(kit, work, command)
 
@@ -133,12 +135,12 @@ def test_tasks_of_one_step(kit: "Kit", work: Path, slurm: Slurm) -> None:
     script = slurm.submit(command, "-n2", "--output=script.log", cwd=work)  # without srun, in the script itself
     slurm.wait(script, work)
     log = (work / "script.log").read_text()
-    assert log.startswith("Warning: This job has 2 tasks, and this is one process: start it by srun")
+    assert "Warning: This job has 2 tasks, and this is one process: start it by srun" in log
     assert "0 new images" in log
 
 
 def test_a_student_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) -> None:
-    command = kit.student_command(work / "w", "--epochs", 6, "-o", "default_hooks.checkpoint.interval=1")
+    command = kit.student_command(work / "w", "--epochs", 20, "-o", "default_hooks.checkpoint.interval=1")
     train = " ".join([KDPIPE, *map(str, command)])
     job = slurm.submit(
         f"[ -e w/last_checkpoint ] && resume=--resume\nexec srun --kill-on-bad-exit=1 {train} $resume",
@@ -154,6 +156,6 @@ def test_a_student_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) ->
     slurm.wait(job, work)
     log = (work / "train.log").read_text()
     assert log.count("Waiting for 2 processes") == 2, log
-    assert (work / "w" / "epoch_6.pth").exists(), log
+    assert (work / "w" / "epoch_20.pth").exists(), log
     assert (work / "w" / "student.pth").exists()
     assert "AP not measured" in log
