@@ -51,6 +51,8 @@ class Slurm:
 
     def lose_and_revive(self, node: int) -> None:
         """End a node with all that runs on it, and start it again."""
+        # told first: a task that is ended before what watches it has failed by itself, and is not queued again
+        self.run("scontrol", "update", f"NodeName=n{node}", "State=DOWN", "Reason=lost", cwd=self._folder)
         self._tool("kill", node)
         self._tool("revive", node)
 
