@@ -22,6 +22,7 @@ IMPORTED_AS = {
 }
 # Distributions that no module of ours imports, and who does.
 IMPORTED_BY_OTHERS = {
+    "numcodecs": "zarr: its codecs",
     "setuptools": "mmengine: pkg_resources",
     "tensorboard": "mmengine: TensorboardVisBackend",
 }

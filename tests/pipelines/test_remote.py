@@ -47,8 +47,10 @@ def test_verified_and_inspected(kit: "Kit", made: Any, url: str, options: list[s
     assert f"{url}: 8 images" in kit.run("verify", url, *options).out
     described = json.loads(kit.run("inspect", url, "--json", *options).out)
     local = json.loads(kit.run("inspect", kit.cache, "--json").out)
-    assert described.pop("path") == url
-    local.pop("path")
+    assert (described.pop("path"), local.pop("path")) == (url, str(kit.cache))
+    command = described.pop("command")
+    assert command[command.index("--out") + 1] == url
+    assert [word.replace(url, str(kit.cache)) for word in command] == local.pop("command")
     assert described == local
     assert "40 proposals" in kit.run("inspect", url, "--image", "1", *options).out
 

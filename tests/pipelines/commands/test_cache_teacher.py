@@ -168,7 +168,7 @@ def test_padding_of_a_batch_does_not_leak_in(kit: "Kit", teacher: Teacher) -> No
 
 
 def test_limit_and_parts(kit: "Kit", work: Path) -> None:
-    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--limit", 5, "--part-size", "64KiB", "--out", "x.zarr")
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--limit", 5, "--part-size", "32KiB", "--out", "x.zarr")
     cache, data = open_cache("x.zarr"), load_coco(kit.ann, kit.img)
     assert cache.image_ids.tolist() == [image.image_id for image in data.images[:5]]
     assert 2 < len(list((work / "x.zarr" / "parts").glob("0*"))) <= 5
@@ -180,7 +180,7 @@ def test_default_name_comes_from_the_data_set(kit: "Kit", work: Path) -> None:
     assert len(open_cache(work / "shapes.zarr")) == 8
 
 
-SMALL_PARTS = ("--part-size", "64KiB", "--out", "x.zarr")
+SMALL_PARTS = ("--part-size", "32KiB", "--out", "x.zarr")
 
 
 def test_interrupted_and_resumed_is_the_same_byte_for_byte(

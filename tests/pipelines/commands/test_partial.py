@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def unfinished(kit: "Kit", work: Path) -> tuple[Path, tuple[object, ...]]:
     """A cache without some of its parts, and the command that makes them."""
-    command = ("cache-teacher", *kit.source, *kit.VIEW, "--part-size", "64KiB", "--out", work / "x.zarr")
+    command = ("cache-teacher", *kit.source, *kit.VIEW, "--part-size", "32KiB", "--out", work / "x.zarr")
     kit.run(*command)
     for part in sorted((work / "x.zarr" / "parts").glob("0*"))[1::2]:
         shutil.rmtree(part)
@@ -79,7 +79,7 @@ def test_some_of_the_images(kit: "Kit", work: Path) -> None:
 @pytest.mark.slow
 def test_while_it_is_being_written(kit: "Kit", work: Path) -> None:
     ann = kit.annotations(work / "many.json", copies=30)
-    data = ("--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, "--part-size", "64KiB")
+    data = ("--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, "--part-size", "32KiB")
     writer = kit.start("cache-teacher", *data, *kit.VIEW, "--out", work / "x.zarr", cwd=work)
     try:
         while not (work / "x.zarr" / "parts" / "00002").exists():

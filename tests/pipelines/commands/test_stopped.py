@@ -37,7 +37,7 @@ def parts(cache: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def command(kit: "Kit", out: Path) -> tuple[object, ...]:
-    return "cache-teacher", *kit.source, *kit.VIEW, "--part-size", "64KiB", "--out", out
+    return "cache-teacher", *kit.source, *kit.VIEW, "--part-size", "32KiB", "--out", out
 
 
 @pytest.fixture

@@ -73,4 +73,4 @@ def test_annotations_without_areas(kit: "Kit", work: Path) -> None:
 
 def test_needs_data(kit: "Kit") -> None:
     message = kit.refused("train-teacher", "--config", "faster-rcnn_r50_fpn_1x_coco", code=2)
-    assert "--ann-file and --img-dir" in message
+    assert "--ann-file (or --bdd) and --img-dir" in message
