@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdpipe.distill.losses.numeric import LossInputError, check_shape
+from kdpipe.distill.losses.numeric import LossInputError, check_shape, no_autocast
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -145,17 +145,18 @@ def of_all_ranks(own: TeacherKeys) -> tuple[TeacherKeys, TeacherKeys]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return own[:0], own
-    device = own.boxes.device
-    count = torch.tensor([len(own.boxes)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    lengths = torch.cat(counts).tolist()
-    half = own.embeddings.clamp(-_LARGEST, _LARGEST).half()
-    # a float64 holds pixels of float32 and whole numbers up to 2^53: one message for the three
-    places = torch.cat([own.boxes.double(), own.image_ids[:, None].double(), own.labels[:, None].double()], dim=1)
-    embeddings, places = _gather(half, lengths), _gather(places, lengths)
-    every = TeacherKeys(embeddings, places[:, :4].float(), places[:, 4].long(), places[:, 5].long())
-    rank = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    with no_autocast(own.boxes):  # which has no way to join float64
+        device = own.boxes.device
+        count = torch.tensor([len(own.boxes)], device=device)
+        counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count)
+        lengths = torch.cat(counts).tolist()
+        half = own.embeddings.clamp(-_LARGEST, _LARGEST).half()
+        # a float64 holds pixels of float32 and whole numbers up to 2^53: one message for the three
+        places = torch.cat([own.boxes.double(), own.image_ids[:, None].double(), own.labels[:, None].double()], dim=1)
+        embeddings, places = _gather(half, lengths), _gather(places, lengths)
+        every = TeacherKeys(embeddings, places[:, :4].float(), places[:, 4].long(), places[:, 5].long())
+        rank = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     return every[rank != dist.get_rank()], every
 
 
