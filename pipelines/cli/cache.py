@@ -30,9 +30,11 @@ from kdpipe.pipelines.commands.options import RayOptions, TeacherCheckOptions
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console
 from kdpipe.pipelines.runtime.launch import Rank, doubts, find_shard
-from kdpipe.pipelines.teacher.options import CacheOptions
+from kdpipe.pipelines.teacher.options import CacheOptions, tier_defaults
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
+
+_PYRAMID, _OBJECTS = tier_defaults("pyramid"), tier_defaults("objects")
 
 
 @click.command("cache-teacher")
@@ -42,12 +44,24 @@ __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
 @click.option("--out", type=PLACE, help="The cache; may be s3://bucket/path, ... Default: named after the data set.")
 @store_option
 @click.option("--targets", "tier", type=click.Choice(TIERS), default="pyramid", show_default=True, help="What is kept.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="How features are kept. Default: int8, or int4 for pyramid.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help=f"How features are kept. Default: {_OBJECTS.dtype}, or {_PYRAMID.dtype} for pyramid.",
+)
 @click.option("--levels", type=LEVELS, help="Kept of the pyramid, such as P3,P4,P5,P6 (P2 has stride 4). Default: all.")
 @click.option("--codec", type=click.Choice(CODECS), default="zstd", show_default=True)
-@click.option("--proposals", type=PROPOSALS, help="Best boxes kept per image. Default: 512, or 128 for objects.")
+@click.option(
+    "--proposals",
+    type=PROPOSALS,
+    help=f"Best boxes kept per image. Default: {_PYRAMID.proposals}, or {_OBJECTS.proposals} for objects.",
+)
 @click.option("--scale", type=Scale(), help="The teacher's view, ratio kept. Default: the config's test scale.")
-@click.option("--views", type=Choices(VIEWS), help="Of each image. Default: identity, or identity,hflip for objects.")
+@click.option(
+    "--views",
+    type=Choices(VIEWS),
+    help=f"Of each image. Default: {','.join(_PYRAMID.views)}, or {','.join(_OBJECTS.views)} for objects.",
+)
 @click.option("--part-size", type=Bytes(), default="1GiB", show_default=True, help="Unit of commit and of resuming.")
 @click.option("--limit", type=COUNT, help="Only the first N images.")
 @click.option("--device", help="Such as cuda:1. Default: cuda where there is one, else cpu.")
