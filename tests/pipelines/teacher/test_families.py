@@ -338,9 +338,9 @@ def test_a_cascade_cannot_weigh_classes(kit: "Kit", work: Path) -> None:
 
 def test_a_c4_teaches(kit: "Kit", work: Path) -> None:
     """One level, whose RoI features go through a residual stage: of the teacher's boxes the cache knows all."""
-    cache = cached(kit, work, kit.tiny(SINGLE["C4"]), "--proposals", 12, "--limit", 4, "--dtype", "int8")
+    cache = cached(kit, work, kit.tiny(SINGLE["C4"]), "--proposals", 12, "--limit", 2, "--dtype", "int8")
     assert (open_cache(cache).spec.strides, open_cache(cache).spec.roi_size) == ((16,), 7)
-    steps = trained(kit, work, cache, kit.tiny(R50), "--rois", "teacher")
+    steps = trained(kit, work, cache, kit.tiny(R50), "--rois", "teacher", "--batch-size", 2)
     for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg"):
         assert all(step[loss] > 0 for step in steps), loss
     roi = work / "roi.zarr"
