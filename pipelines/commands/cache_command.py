@@ -45,7 +45,7 @@ def cache_command(cache: TeacherCache, part_size: int) -> list[str] | None:
     words = ["kdpipe", "cache-teacher"]
     for name, value in named.items():
         words += [] if value is None else [name, str(value)]
-    return words + ["--skip-bad-images"] * bool(options.get("skip_bad_images"))
+    return words + ["--skip-bad-images"] * bool(options.get("skip_bad_images") or cache.skipped)
 
 
 def _section(metadata: Any, name: str) -> dict[str, Any]:

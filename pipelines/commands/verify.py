@@ -1,5 +1,6 @@
 """`kdpipe verify`: is a cache complete and as it was written, and does it say what its teacher says?"""
 
+import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from kdpipe.cache.read.root import read_root
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.verify.fault import Fault
 from kdpipe.cache.verify.verification import Verification, remove_faults, verify_cache
+from kdpipe.pipelines.commands.cache_command import cache_command
 from kdpipe.pipelines.commands.options import TeacherCheckOptions
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text, plain
 
@@ -105,13 +107,13 @@ def _advise(
             markup=False,
         )
         return
-    from kdpipe.pipelines.data.provenance import remake_command
-
-    cache = open_cache(location, allow_partial=True)
-    command = remake_command(cache, int(read_root(cache.location).plan["part_size"]))
+    command = cache_command(open_cache(location, allow_partial=True), read_root(location).plan["part_size"])
+    if command is None:
+        console.print("What is missing is made by the program that made the cache.")
+        return
     console.print(
         f"What is missing is made by `kdpipe cache-teacher` with the same options (and --config where it was given):\n"
-        f"{plain(command)}",
+        f"{plain(shlex.join(command))}",
         markup=False,
     )
 

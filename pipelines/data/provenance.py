@@ -1,6 +1,5 @@
 """What a cache records of the teacher and the data that it was made of."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.configs import config_from_file, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
 
-__all__ = ["recorded_config", "recorded_data", "recorded_entry", "remake_command"]
+__all__ = ["recorded_config", "recorded_data", "recorded_entry"]
 
 
 def recorded_entry(values: Mapping[str, Any], *names: str) -> Any:
@@ -70,23 +69,3 @@ def recorded_data(cache: TeacherCache, moved: DataOptions) -> DetectionData:
             "classes and boxes). Name the annotations that were cached: --ann-file or --bdd, or --voc and --split."
         )
     return data
-
-
-def remake_command(cache: TeacherCache, part_size: int) -> str:
-    """The command that makes what a cache lacks, as far as the cache records it."""
-    spec, data = cache.spec, recorded_entry(cache.metadata, "data") or {}
-    data_words = ("--ann-file", data.get("ann_file", "FILE"), "--img-dir", data.get("img_dir", "FOLDER"))
-    if "bdd" in data:
-        data_words = ("--bdd", data["bdd"], *data_words[2:])
-    if "voc" in data:
-        data_words = ("--voc", data["voc"], "--split", data["split"])
-    words = [
-        *("kdpipe", "cache-teacher", "--ckpt", recorded_entry(cache.metadata, "teacher", "checkpoint") or "TEACHER"),
-        *(*data_words, "--out", cache.location),
-        *("--targets", spec.tier, "--dtype", spec.dtype, "--codec", spec.codec, "--proposals", spec.proposals),
-        *("--scale", "x".join(map(str, spec.scale)), "--views", ",".join(spec.views), "--part-size", part_size),
-        *(("--levels", ",".join(map(spec.level_name, spec.levels))) if len(spec.levels) < len(spec.strides) else ()),
-        *(("--limit", data["limit"]) if data.get("limit") else ()),
-        *(("--skip-bad-images",) if cache.skipped else ()),
-    ]
-    return shlex.join(map(str, words))

@@ -90,6 +90,7 @@ def test_the_command_of_a_cache_has_its_options(kit: "Kit", work: Path) -> None:
     for name, value in (("--config", str(work / "teacher.py")), ("--limit", "3"), ("--levels", "P3,P4")):
         assert words[words.index(name) + 1] == value
     assert "--skip-bad-images" in words
+    assert shlex.join(words) in kit.run("verify", "x.zarr", code=1).out.splitlines()
     assert "3 images, 0 skipped" in kit.run(*words[1:]).out
 
 

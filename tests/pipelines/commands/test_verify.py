@@ -10,7 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from kdpipe.cache.plan import ImageInfo
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.pipelines.commands.evaluate import evaluate
 from kdpipe.pipelines.commands.options import EvaluateOptions
 from kdpipe.pipelines.data.datasets import DetectionData, load_coco
@@ -118,6 +120,13 @@ def test_verify_and_repair(kit: "Kit", work: Path) -> None:
     kit.run(*command.split()[1:])
     assert kit.tree(path) == kit.tree(kit.cache)
     kit.run("verify", path)
+
+
+def test_what_is_missing_of_a_cache_that_another_program_made(kit: "Kit", work: Path) -> None:
+    CacheWriter(work / "x.zarr", open_cache(kit.cache).spec, [ImageInfo(1, "a.jpg", 96, 128, 0)], 1, {}, {})
+    ended = kit.run("verify", work / "x.zarr", code=1)
+    assert "What is missing is made by the program that made the cache." in ended.out
+    assert "kdpipe cache-teacher" not in ended.out
 
 
 def test_what_cannot_be_verified(kit: "Kit", work: Path) -> None:
