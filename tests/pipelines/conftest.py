@@ -95,6 +95,12 @@ class Kit:
         """Run `student_command`."""
         return self.run(*self.student_command(*args, **options))
 
+    def online_command(self, work_dir: Path, *options: object) -> tuple[object, ...]:
+        """`train-student` of the tiny student beside the teacher itself, where `options` say nothing else."""
+        start = ("train-student", "--recipe", "paper", "--teacher-ckpt", self.teacher, "--student", self.student)
+        small = ("--scale", "128x96", "--batch-size", 4, "--workers", 0)
+        return (*start, *self.data, *small, "--work-dir", work_dir, *options)
+
     @staticmethod
     def run(*args: object, code: int | None = 0) -> Ended:
         """Run a command in this process.

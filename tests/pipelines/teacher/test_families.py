@@ -254,20 +254,11 @@ def test_such_a_head_teaches_at_the_students_rois(kit: "Kit", work: Path, name: 
     student.model.train_cfg.rcnn.sampler.num = 8
     steps = trained(kit, work, cache, student, "--methods", "sgfi,ckd,cls,reg", "--rois", "student")
     assert all(step[loss] > 0 for step in steps for loss in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_reg"))
-    online = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        work / "teacher.pth",
-        *kit.data,
-        "--student",
-        work / "student.py",
-    )
-    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "cls")
+    beside = ("--teacher-ckpt", work / "teacher.pth", "--student", work / "student.py")
+    options = (*beside, "--epochs", 1, "--methods", "cls")
     for rois in ("student", "teacher"):
         number = ("-o", "distill.rois.num=8") if rois == "teacher" else ()
-        ended = kit.run(*online, *options, "--rois", rois, *number, "--work-dir", work / f"online-{rois}")
+        ended = kit.run(*kit.online_command(work / f"online-{rois}", *options, "--rois", rois, *number))
         assert f"RoIs: those of the {rois} (asked for)" in ended.out
 
 
@@ -283,19 +274,8 @@ def test_a_stage_of_an_unusual_kind_serves_the_teachers_rois_only(kit: "Kit", wo
 
 
 def test_online_beside_a_cascade(kit: "Kit", work: Path) -> None:
-    kit.save_detector(work / "teacher.pth", kit.tiny(CASCADE))
-    online = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        work / "teacher.pth",
-        *kit.data,
-        "--student",
-        kit.student,
-    )
-    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "sgfi,cls,reg")
-    kit.run(*online, *options, "--work-dir", work / "w")
+    ckpt = kit.save_detector(work / "teacher.pth", kit.tiny(CASCADE))
+    kit.run(*kit.online_command(work / "w", "--teacher-ckpt", ckpt, "--epochs", 1, "--methods", "sgfi,cls,reg"))
     assert (work / "w" / "student.pth").is_file()
 
 

@@ -11,21 +11,6 @@ if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
 
 
-def online(kit: "Kit", work_dir: Path, *options: object) -> tuple[object, ...]:
-    start = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        kit.teacher,
-        "--student",
-        kit.student,
-        "--work-dir",
-        work_dir,
-    )
-    return (*start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, *options)
-
-
 @pytest.mark.parametrize("epochs", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> None:
     cache = work / "x.zarr"
@@ -33,7 +18,7 @@ def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> 
     kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
     options = ("--epochs", epochs, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
     kit.train_student(work / "cached", *options, cache=cache)
-    ended = kit.run(*online(kit, work / "online", *options))
+    ended = kit.run(*kit.online_command(work / "online", *options))
     assert "RoIs: those of the student" in ended.out
     weights = [
         torch.load(work / name / "student.pth", weights_only=True)["state_dict"] for name in ("cached", "online")
@@ -49,11 +34,11 @@ def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> 
 
 def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--epochs", 2, "--methods", "cls")
-    kit.run(*online(kit, work / "straight", *options))
+    kit.run(*kit.online_command(work / "straight", *options))
     with monkeypatch.context() as patch:
         kit.interrupt_second_epoch(patch)
-        kit.run(*online(kit, work / "w", *options), code=130)
-    kit.run(*online(kit, work / "w", *options, "--resume"))
+        kit.run(*kit.online_command(work / "w", *options), code=130)
+    kit.run(*kit.online_command(work / "w", *options, "--resume"))
     one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     recorded = json.loads((work / "w" / "kdpipe" / "recipe.json").read_text())["teacher"]
@@ -68,7 +53,7 @@ def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
     assert "needs either --cache or --teacher-ckpt" in ended.err
     assert kit.run(*kit.student_command(work / "w", "--teacher-ckpt", kit.teacher), code=2).err == ended.err
     for options in (("--missing-view", "skip"), ("--missing-view", "mirror"), ("--allow-partial",)):
-        ended = kit.run(*online(kit, work / "w", *options), code=2)
+        ended = kit.run(*kit.online_command(work / "w", *options), code=2)
         assert f"{options[0]} is for trainings with --cache. Leave it out." in ended.err
     ended = kit.run(*kit.student_command(work / "w", "--teacher-config", "faster-rcnn_r50_fpn_1x_coco"), code=2)
     assert "--teacher-config is for trainings with --teacher-ckpt" in ended.err
@@ -78,12 +63,12 @@ def test_command_lines_that_cannot_be(kit: "Kit", work: Path) -> None:
 def test_at_the_rois_of_the_teacher(kit: "Kit", work: Path) -> None:
     """Asked for, and of a teacher whose head has convolutions by itself."""
     options = ("--epochs", 1, "--methods", "sgfi,ckd,cls,careg,reg", "-o", "distill.rois.num=24")
-    ended = kit.run(*online(kit, work / "w", *options, "--rois", "teacher"))
+    ended = kit.run(*kit.online_command(work / "w", *options, "--rois", "teacher"))
     assert "RoIs: those of the teacher (asked for)" in ended.out
     head = kit.config()
     head.model.roi_head.bbox_head.update(type="Shared4Conv1FCBBoxHead", conv_out_channels=16)
     convs = ("--teacher-ckpt", kit.save_detector(work / "convs.pth", head))
-    ended = kit.run(*online(kit, work / "convs", *options, *convs))
+    ended = kit.run(*kit.online_command(work / "convs", *options, *convs))
     assert "RoIs: those of the teacher" in ended.out
     assert "it has roi_head.bbox_head.shared_convs.0.conv" in ended.out
     for folder in ("w", "convs"):
@@ -94,7 +79,7 @@ def test_at_the_rois_of_the_teacher(kit: "Kit", work: Path) -> None:
                 step[name] > 0 for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "loss_kd_careg", "loss_kd_reg")
             )
             assert step["kd_positive"] + step["kd_negative"] == 4 * 24
-    message = kit.refused(*online(kit, work / "v", *convs, "--rois", "student"))
+    message = kit.refused(*kit.online_command(work / "v", *convs, "--rois", "student"))
     assert "shared_convs.0.conv" in message
     assert "Use --rois teacher" in message
     assert not (work / "v").exists()

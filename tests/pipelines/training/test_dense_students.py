@@ -150,19 +150,8 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--dtype", "float32", "--views", "identity,hflip", "--out", cache)
     options = ("--methods", "sgfi,ckd,pred", "--epochs", 3, "--lr", 0.002)
     train(kit, work, "retinanet", "cached", *options, cache=cache)
-    start = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        kit.teacher,
-        "--student",
-        student(kit, work, "retinanet"),
-        *QUEUE,
-    )
-    kit.run(
-        *start, *kit.data, "--scale", "128x96", "--batch-size", 4, "--workers", 0, "--work-dir", work / "live", *options
-    )
+    beside = ("--student", student(kit, work, "retinanet"), *QUEUE, *options)
+    kit.run(*kit.online_command(work / "live", *beside))
     for step, (cached, live) in enumerate(zip(log(work / "cached"), log(work / "live"), strict=True)):
         for name, value in cached.items():
             if "loss" in name or name == "kd_positive":
@@ -174,18 +163,8 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
 
 
 def test_beside_a_live_teacher_at_its_own_rois(kit: "Kit", work: Path) -> None:
-    start = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        kit.teacher,
-        "--student",
-        student(kit, work, "retinanet"),
-        *QUEUE,
-    )
-    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--work-dir", work / "w")
-    ended = kit.run(*start, *kit.data, *options, "--rois", "teacher", "-o", "distill.rois.num=32")
+    options = ("--student", student(kit, work, "retinanet"), *QUEUE, "--epochs", 1)
+    ended = kit.run(*kit.online_command(work / "w", *options, "--rois", "teacher", "-o", "distill.rois.num=32"))
     assert "RoIs: those of the teacher (asked for)." in ended.out
     for row in log(work / "w"):
         assert all(row[name] > 0 for name in ("loss_sgfi", "loss_ckd", "loss_kd_cls", "kd_positive", "kd_unpaired"))

@@ -59,19 +59,8 @@ def test_a_narrower_student_is_refused(kit: "Kit", work: Path) -> None:
 
 
 def test_beside_a_live_teacher(kit: "Kit", work: Path, like_teacher: Path) -> None:
-    start = (
-        "train-student",
-        "--recipe",
-        "paper",
-        "--teacher-ckpt",
-        kit.teacher,
-        "--student",
-        like_teacher,
-        "--work-dir",
-        work / "w",
-    )
-    options = ("--scale", "128x96", "--batch-size", 4, "--workers", 0, "--epochs", 1, "--methods", "ht,cls")
-    kit.run(*start, *kit.data, *options)
+    options = ("--student", like_teacher, "--epochs", 1, "--methods", "ht,cls")
+    kit.run(*kit.online_command(work / "w", *options))
     student, teacher = load(work / "w" / "student.pth")["state_dict"], load(kit.teacher)["state_dict"]
     heads = [name for name in teacher if name.startswith(("rpn_head.", "roi_head."))]
     assert len(heads) == 14
