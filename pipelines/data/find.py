@@ -182,13 +182,12 @@ def training_data(source: DataSource, val_options: ValOptions) -> tuple[Detectio
 
 def _val_source(source: DataSource, val_options: ValOptions) -> DataSource | None:
     if val_options == ValOptions():
-        is_on_disk = source.val is not None and all(path.exists() for path in source.val)
-        return DataSource(DataOptions(*present(source.val, "the validation images"))) if is_on_disk else None
+        if source.val is None or not all(path.exists() for path in source.val):
+            return None
+        return DataSource(DataOptions(*source.val))
     voc, img_dir = val_options.val_voc, val_options.val_img_dir
     if val_options.val_split is not None and voc is None:
         voc = source.named.voc
-        if voc is None:
-            raise KdpipeError("--val-split names an image set of a VOC folder: give the folder, too: --val-voc.")
     if voc is not None and val_options.val_split is None:
         raise KdpipeError("--val-voc needs --val-split here: which image set is AP measured on?")
     if voc is None and (val_options.val_ann_file or val_options.val_bdd):

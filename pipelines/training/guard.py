@@ -82,9 +82,7 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         if self._silent and self._steps < self._patience:
-            report = self._report()
-            self._console.print(f"Warning: {report}", markup=False, highlight=False)
-            runner.logger.warning(report)
+            _warn(self._report(), runner, self._console)
 
     def _report(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())
@@ -123,8 +121,13 @@ class CollapseHook(Hook):  # type: ignore[misc]
                 f"projected embeddings of different boxes (ckd_spread) was above {_SPREAD}; now it is "
                 f"{float(spread):.3f}. Leave ckd out of --methods, or try -o distill.ckd.centre=True."
             )
-            self._console.print(f"Warning: {warning}", markup=False, highlight=False)
-            runner.logger.warning(warning)
+            _warn(warning, runner, self._console)
+
+
+def _warn(warning: str, runner: Any, console: Console) -> None:
+    """Shows a warning, and writes it to the log."""
+    console.print(f"Warning: {warning}", markup=False, highlight=False)
+    runner.logger.warning(warning)
 
 
 def _numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
