@@ -64,16 +64,14 @@ def _relabelled(
     labels = np.array([model_names.index(name) if name in model_names else -1 for name in data_names], dtype=np.int64)
     labels = labels[data.annotations.labels]
     strange = labels < 0
+    extra = [
+        name for name, plain in zip(data.class_names, data_names, strict=True) if plain not in {*model_names, *roots}
+    ]
     absent = data.absent
     if strange.any():
         row = int(np.argmax(strange))
-        classes = [
-            name
-            for name, plain in zip(data.class_names, data_names, strict=True)
-            if plain not in {*model_names, *roots}
-        ]
         example = f"{data.annotations.describe(row)} of class {data.class_names[data.annotations.labels[row]]}"
-        kind = f"annotations of classes that {whose} does not know: {_list(classes)}"
+        kind = f"annotations of classes that {whose} does not know: {_list(extra)}"
         absent = (*absent, LeftOut(int(strange.sum()), kind, example))
     annotations = replace(data.annotations, labels=labels).take(~strange)
     counts = annotations.trained_counts().tolist()
@@ -86,7 +84,7 @@ def _relabelled(
         images=tuple(replace(image, num_gt=count) for image, count in zip(data.images, counts, strict=True)),
         annotations=annotations,
         absent=absent,
-        notes=(*data.notes, _note(data, class_names, data_names, model_names, roots, whose)),
+        notes=(*data.notes, _note(data, class_names, data_names, model_names, extra, roots, whose)),
     )
 
 
@@ -95,6 +93,7 @@ def _note(
     class_names: Sequence[str],
     data_names: list[str],
     model_names: list[str],
+    extra: list[str],
     roots: set[str],
     whose: str,
 ) -> str:
@@ -105,9 +104,7 @@ def _note(
         parts.append(f"put in its order: {_list(class_names)}")
     if lacking := [name for name, plain in zip(class_names, model_names, strict=True) if plain not in data_names]:
         parts.append(f"not in the file: {_list(lacking)}")
-    if extra := [
-        name for name, plain in zip(data.class_names, data_names, strict=True) if plain not in {*model_names, *roots}
-    ]:
+    if extra:
         parts.append(f"only in the file: {_list(extra)}")
     if roots:
         groups = [name for name, plain in zip(data.class_names, data_names, strict=True) if plain in roots]
