@@ -35,13 +35,11 @@ def set_recipe(cfg: Config, config: Config, options: TrainingOptions, images: in
     is_own = options.recipe == "config"
     epochs = options.epochs or SCHEDULES.get(options.schedule or "") or (_own_epochs(config) if is_own else None)
     loop = dict(config.get("train_cfg") or {})
-    loop_options = (
-        loop if is_own else {key: loop[key] for key in _VALIDATION if "max_iters" not in loop and key in loop}
-    )
-    loop_options = {key: value for key, value in loop_options.items() if key not in ("by_epoch", "max_iters")}
+    if not is_own:
+        loop = {key: loop[key] for key in _VALIDATION if "max_iters" not in loop and key in loop}
     cfg.train_cfg = {
         "val_interval": 1,
-        **loop_options,
+        **{key: value for key, value in loop.items() if key not in ("by_epoch", "max_iters")},
         "type": "EpochBasedTrainLoop",
         "max_epochs": epochs or SCHEDULES["1x"],
     }
