@@ -41,7 +41,6 @@ class DenseStudent:
         StudentError: The detector has another structure.
     """
 
-    is_dense = True
     class_agnostic = True
 
     def __init__(

@@ -62,7 +62,6 @@ class Student(Protocol):
     """Reads pyramid and head of a detector, which stays unmodified.
 
     Attributes:
-        is_dense: It predicts boxes at each location of the pyramid, in place of refining proposals.
         channels: Of the pyramid.
         embedding_dims: Length of the embeddings of each stage.
         num_anchors: Boxes A that one embedding stands for.
@@ -70,7 +69,6 @@ class Student(Protocol):
         class_agnostic: Its box regression is one for all classes.
     """
 
-    is_dense: bool
     channels: int
     embedding_dims: tuple[int, ...]
     num_anchors: int

@@ -47,7 +47,6 @@ class TwoStageStudent:
         StudentError: The detector has another structure.
     """
 
-    is_dense = False
     num_anchors = 1
 
     def __init__(self, detector: Any) -> None:
