@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -185,12 +184,6 @@ class DenseForward:
         Boxes are matched with the ground truth. Positive is an IoU of at least 0.5, as for other RoIs here (the paper:
         above). Boxes that clipping left empty are none. The outputs are part of the graph of the student's own loss.
         """
-        rois, predictions = self._sampled
-        return rois, self._at(rois.image_index, predictions)
-
-    @cached_property
-    def _sampled(self) -> tuple[BatchRois, Tensor]:
-        """The RoIs, and which prediction of its image each of them is, Tensor[R] int64."""
         student = self._student
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # follows the seed of the step, and takes no number from it
@@ -211,7 +204,8 @@ class DenseForward:
             labels.append(sample.labels)
             positive.append(sample.positive)
             predictions.append(whole[sample.rows])
-        return BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(predictions)
+        chosen = BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive))
+        return chosen, self._at(chosen.image_index, torch.cat(predictions))
 
     def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.

