@@ -32,11 +32,13 @@ class TrainingTeacher(Protocol):
 
     Attributes:
         name: As messages call it.
-        cache: That it lies in, or None.
     """
 
     name: str
-    cache: TeacherCache | None
+
+    @property
+    def cache(self) -> TeacherCache | None:
+        """That it lies in, or None."""
 
     @property
     def spec(self) -> CacheSpec:
@@ -128,20 +130,19 @@ class CachedTrainingTeacher:
     """
 
     def __init__(self, cache: TeacherCache) -> None:
-        self.cache: TeacherCache | None = cache
+        self.cache = cache
         self.name = f"the cache {cache.location}"
-        self._cache = cache
 
     @property
     def spec(self) -> CacheSpec:
-        return self._cache.spec
+        return self.cache.spec
 
     @property
     def record(self) -> dict[str, Any]:
-        return {**self._cache.identity, "spec": self.spec.to_json()}
+        return {**self.cache.identity, "spec": self.spec.to_json()}
 
     def check(self, begun: Mapping[str, Any], work_dir: Path) -> None:
-        cache = self._cache
+        cache = self.cache
         if not cache.is_complete and begun.get("images") is None:
             if not len(cache):
                 raise KdpipeError(f"The cache {cache.location} has no finished part yet. Wait for one.")
@@ -154,8 +155,8 @@ class CachedTrainingTeacher:
 
     def refusal(self) -> str:
         try:
-            if len(self._cache):
-                check_serves_student_rois(self._cache)
+            if len(self.cache):
+                check_serves_student_rois(self.cache)
         except TeacherHeadError as error:
             return str(error)
         return ""
@@ -166,13 +167,13 @@ class CachedTrainingTeacher:
         data = self._checked_data(data)
         images = self._image_ids(data, begun, console)
         data = data if images is None else data.only(images)
-        if skipped := {image["image_id"] for image in self._cache.skipped}:
+        if skipped := {image["image_id"] for image in self.cache.skipped}:
             data = data.only([image.image_id for image in data.images if image.image_id not in skipped])
         return data, images
 
     def _checked_data(self, data: DetectionData) -> DetectionData:
         """The same data with the classes of the cache, if the teacher saw these images and annotations."""
-        cache = self._cache
+        cache = self.cache
         data = match_classes(data, cache.spec.class_names, f"the cache {cache.location.title}")
         if not difference({"data": cache.identity.get("data")}, {"data": data.digest()}):
             return data
@@ -191,7 +192,7 @@ class CachedTrainingTeacher:
 
         A training that is resumed has the images that it began with, whatever the cache has got meanwhile.
         """
-        cache = self._cache
+        cache = self.cache
         begun_ids: list[int] | None = begun.get("images")
         if begun_ids is not None:
             cached_ids = {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}
@@ -207,13 +208,13 @@ class CachedTrainingTeacher:
         return list(cache.image_ids.tolist())
 
     def source(self, losses: Sequence[str], roi_source: str | None, distill: ConfigDict) -> dict[str, Any]:
-        return {"type": CachedTargets.__name__, "cache": self._cache.location.address}
+        return {"type": CachedTargets.__name__, "cache": self.cache.location.address}
 
     def prepare_pipelines(self, cfg: Config, targets: Mapping[str, Any], distill: ConfigDict) -> None:
-        pixels = recorded_entry(self._cache.identity, "teacher", "pixels") or {}
+        pixels = recorded_entry(self.cache.identity, "teacher", "pixels") or {}
         transform = {
             "type": AddTeacherTargets.__name__,
-            "cache": self._cache.location.address,
+            "cache": self.cache.location.address,
             **targets,
             "allow_partial": True,  # it was the caller's to refuse
         }
@@ -231,7 +232,7 @@ class LiveTrainingTeacher:
     """
 
     def __init__(self, info: LiveTeacherInfo) -> None:
-        self.cache: TeacherCache | None = None
+        self.cache = None
         self.name = info.name
         self._info = info
 
