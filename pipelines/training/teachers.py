@@ -178,7 +178,7 @@ class CachedTrainingTeacher:
         if not difference({"data": cache.identity.get("data")}, {"data": data.digest()}):
             return data
         given_ids = {image.image_id for image in data.images}
-        cached_ids = set(cache.image_ids.tolist()) | {int(image["image_id"]) for image in cache.skipped}
+        cached_ids = self._known_ids()
         raise KdpipeError(
             f"The cache {cache.location} was made from another data set than {data.ann_file}: "
             f"{len(given_ids - cached_ids)} images are only in the annotation file, {len(cached_ids - given_ids)} only "
@@ -186,6 +186,10 @@ class CachedTrainingTeacher:
             + ("" if given_ids != cached_ids else " (the same ids, but other names, sizes or boxes)")
             + ". Use the annotation file that was cached, or cache the teacher on this one."
         )
+
+    def _known_ids(self) -> set[int]:
+        """Ids of the images that the cache holds, and of those that were left out of it."""
+        return {*self.cache.image_ids.tolist(), *(int(image["image_id"]) for image in self.cache.skipped)}
 
     def _image_ids(self, data: DetectionData, begun: Mapping[str, Any], console: Console) -> list[int] | None:
         """Ids of the images of a cache, of which some may be missing still; None where all are there.
@@ -195,8 +199,7 @@ class CachedTrainingTeacher:
         cache = self.cache
         begun_ids: list[int] | None = begun.get("images")
         if begun_ids is not None:
-            cached_ids = {*cache.image_ids.tolist(), *(image["image_id"] for image in cache.skipped)}
-            if missing := len(set(begun_ids) - cached_ids):
+            if missing := len(set(begun_ids) - self._known_ids()):
                 raise KdpipeError(
                     f"The cache {cache.location} lacks {missing} of the {len(begun_ids)} images that the training "
                     "began with. Make them again with cache-teacher, or begin anew in another --work-dir."
