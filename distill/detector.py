@@ -177,10 +177,10 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         batch = targets[0].batch(targets, self.frozen_teacher)
         for stage in forward.stages:
             pairs = replace(batch.pair_with(stage), samples=data_samples)
+            is_first = stage.index == 0
             for name, value, logged in self._distill(pairs):
-                losses[name] = losses[name] + value if stage.index else value
-                losses |= {} if stage.index else logged
-            if stage.index == 0:
+                losses |= {name: value, **logged} if is_first else {name: losses[name] + value}
+            if is_first:
                 losses |= self._counts(pairs, targets)
         if self.share_interval and self._steps % self.share_interval == 0:
             losses |= gradient_shares(losses, forward.pyramid)
