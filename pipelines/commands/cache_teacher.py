@@ -1,7 +1,7 @@
 """`kdpipe cache-teacher`: one pass of the teacher over a data set, kept on disk."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def prepare_parts(
     device: torch.device,
     console: Console,
     config: str | None,
-    check_images: bool = True,
+    is_prepared: bool = False,
 ) -> PartMaker:
     """Load and check all that a part is made from; root and head of the cache are there afterwards.
 
@@ -124,7 +124,7 @@ def prepare_parts(
         device: Where the teacher runs.
         console: Told what of the data is left out.
         config: The name or file that `cfg` came from, to be recorded; None where that is the checkpoint.
-        check_images: Look at all images first; without it, another process has done so.
+        is_prepared: Another process has done this: images, missing parts and free disk are not looked at again.
     """
     teacher, spec = prepare_teacher(checkpoint, cfg, options, device)
     identity: dict[str, Any] = {
@@ -137,7 +137,7 @@ def prepare_parts(
     check_resumable(out, spec, identity, options.part_size)
     spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
     report_data(data, console, trained=True, strict=options.strict_data)
-    if check_images and (options.strict_data or not options.skip_bad_images):  # else they are found when read
+    if not is_prepared and (options.strict_data or not options.skip_bad_images):  # else they are found when read
         usable_images(data, console, scale=spec.scale, decoding=teacher.pixels.decoding)
     identity["data"] = data.digest()
     metadata = {
@@ -150,8 +150,9 @@ def prepare_parts(
     if fresh:
         check_space(teacher, data, data.images, spec, out)
     writer = CacheWriter(out, spec, data.images, options.part_size, identity, metadata)
-    missing = range(len(writer.parts)) if fresh else writer.pending()
+    missing: Sequence[int] = range(len(writer.parts))
     if not fresh:
+        missing = () if is_prepared else writer.pending()
         check_space(teacher, data, [data.images[i] for index in missing for i in writer.parts[index]], spec, out)
     writer.write_head(teacher.head_state())
     return PartMaker(teacher, data, writer, missing, options.skip_bad_images)

@@ -147,5 +147,5 @@ def _part_maker(text: str) -> "PartMaker":
         device=torch_device(job.device),
         console=Console(quiet=True),
         config=job.config,
-        check_images=False,
+        is_prepared=True,
     )

@@ -28,7 +28,7 @@ class PartMaker:
         teacher: Runs on its device.
         data: Images and annotations, in the teacher's labels.
         writer: Of the cache.
-        missing: Parts that were not committed when it was made.
+        missing: Parts that were not committed when it was made; empty where another process knows them.
         skip_bad_images: Go on past unreadable images, and record them.
     """
 

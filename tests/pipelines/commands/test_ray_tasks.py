@@ -10,6 +10,7 @@ import pytest
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.store.location import open_location
+from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.pipelines.commands.cache_on_ray import part_job
 from kdpipe.pipelines.commands.ray_tasks import PartJob, make_part, node_faults, own_versions
 from kdpipe.pipelines.data.find import DataSource
@@ -50,6 +51,21 @@ def test_the_tasks_of_a_worker(kit: "Kit", work: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(work)
     kit.run(*command, "one.zarr")
     assert kit.tree(work / "x.zarr") == kit.tree(work / "one.zarr")
+
+
+def test_a_worker_looks_at_its_own_parts_only(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.run(*many(kit, work), "x.zarr", "--shard", "7/8")
+    asked: list[Any] = []
+    pending = CacheWriter.pending
+
+    def asked_of(writer: CacheWriter, among: Any = None) -> list[int]:
+        asked.append(among)
+        return pending(writer, among)
+
+    monkeypatch.setattr(CacheWriter, "pending", asked_of)
+    job = job_of(kit, "x.zarr").to_json()
+    assert [make_part(job, index)["images"] for index in (2, 7)] == [1, 0]
+    assert asked == [[2], [7]]
 
 
 def test_what_a_node_lacks(kit: "Kit", work: Path) -> None:
