@@ -28,7 +28,7 @@ from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.parts import PartMaker
 from kdpipe.pipelines.teacher.setup import digest_model, prepare_teacher, with_classes
 
-__all__ = ["CachingResult", "cache_teacher", "caching_result", "prepare_parts"]
+__all__ = ["CachingResult", "cache_teacher", "prepare_parts"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def cache_teacher(
     start = time.perf_counter()
     with MissingParts(maker.writer, maker.missing) as missing:
         new_images = _fill(maker, missing, shard or Rank(), console) if deal is None else deal(maker)
-        return caching_result(maker, missing, new_images, time.perf_counter() - start)
+        return _result(maker, missing, new_images, time.perf_counter() - start)
 
 
 def prepare_parts(
@@ -158,15 +158,8 @@ def prepare_parts(
     return PartMaker(teacher, data, writer, missing, options.skip_bad_images)
 
 
-def caching_result(maker: PartMaker, missing: MissingParts, new_images: int, seconds: float) -> CachingResult:
-    """What is there now.
-
-    Args:
-        maker: That filled the cache.
-        missing: Its parts that are missing.
-        new_images: Images that this run added.
-        seconds: Duration of the run.
-    """
+def _result(maker: PartMaker, missing: MissingParts, new_images: int, seconds: float) -> CachingResult:
+    """What is there now."""
     out, left = maker.writer.location, missing.look()
     cache = open_cache(out, allow_partial=bool(left))
     with out.explained("Reading the cache"):
