@@ -263,11 +263,13 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
     for part in parts["missing"][:_SHOWN]:
         console.print(Text(f"missing  part {part['part']} of {part['images']} images"))
     if parts["missing"]:
-        command = values["command"]
-        made = "the program that made the cache makes them" if command is None else "this makes them"
-        stored = ", with the --store-option of before" if "://" in values["path"] else ""
-        console.print(Text(f"missing  {len(parts['missing'])} parts; {made}{stored}:"))
-        console.print(Text(plain(shlex.join(command or []))))
+        line, command = f"missing  {len(parts['missing'])} parts", values["command"]
+        if command is None:
+            console.print(Text(f"{line}; the program that made the cache makes them"))
+        else:
+            stored = ", with the --store-option of before" if "://" in values["path"] else ""
+            console.print(Text(f"{line}; this makes them{stored}:"))
+            console.print(Text(plain(shlex.join(command))))
 
 
 def _show_image(image: dict[str, Any], console: Console) -> None:

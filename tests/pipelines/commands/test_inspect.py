@@ -119,6 +119,7 @@ def test_an_incomplete_cache(kit: "Kit", partial: Path) -> None:
         assert text in ended.out
     assert "serves   pred, cls, reg, careg" in ended.out
     assert "--targets embeddings" in ended.out
+    assert ended.out.endswith("missing  1 parts; the program that made the cache makes them\n")
     values = json.loads(kit.run("inspect", partial, "--json").out)
     assert values["parts"]["missing"] == [{"part": 2, "images": 1}]
     assert not values["losses"]["sgfi"]["served"]
