@@ -15,19 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tests.pipelines.commands.conftest import Parts
     from tests.pipelines.conftest import Kit
-
-
-def many(kit: "Kit", work: Path, copies: int = 1) -> tuple[object, ...]:
-    """The command that caches each image in a part of its own; without the name of the cache."""
-    ann = kit.annotations(work / "many.json", copies=copies)
-    data = ("--ann-file", ann, "--img-dir", kit.img)
-    return "cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--part-size", "1KiB", "--out"
-
-
-def same_content(kit: "Kit", one: Path, other: Path) -> bool:
-    """All but the recorded config, which is laid out otherwise in this process."""
-    return all(kit.tree(one / folder) == kit.tree(other / folder) for folder in ("parts", "head", "plan"))
 
 
 def listening(pid: int) -> set[str]:
@@ -51,10 +40,6 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-def committed(cache: Path) -> int:
-    return len(list((cache / "parts").glob("0*[0-9]")))
-
-
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[str]:
     """A folder for what Ray leaves behind, with a name that is short enough for its sockets."""
@@ -62,9 +47,9 @@ def temporary() -> Iterator[str]:
         yield folder
 
 
-def test_a_cluster_of_this_run_alone(kit: "Kit", work: Path, temporary: str) -> None:
+def test_a_cluster_of_this_run_alone(kit: "Kit", parts: "Parts", work: Path, temporary: str) -> None:
     pytest.importorskip("ray")
-    command = many(kit, work, copies=2)
+    command = parts.command(copies=2)
     process = kit.start(*command, "x.zarr", "--ray", "local", "--ray-cpus", 2, cwd=work, TMPDIR=temporary)
     addresses = set()
     while process.poll() is None:
@@ -80,7 +65,7 @@ def test_a_cluster_of_this_run_alone(kit: "Kit", work: Path, temporary: str) -> 
     assert addresses
     assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     kit.run(*command, "one.zarr")
-    assert same_content(kit, work / "x.zarr", work / "one.zarr")
+    assert parts.same_content(work / "x.zarr", work / "one.zarr")
 
 
 class Nodes:
@@ -159,27 +144,27 @@ def nodes(temporary: str) -> Iterator[Nodes]:
     found.close()
 
 
-def wait_for_parts(cache: Path, count: int, process: "subprocess.Popen[str]") -> None:
-    while committed(cache) < count:
+def wait_for_parts(parts: "Parts", cache: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    while len(parts.committed(cache)) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
 @pytest.mark.slow
-def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", work: Path, nodes: Nodes) -> None:
-    command = many(kit, work, copies=20)
+def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", parts: "Parts", work: Path, nodes: Nodes) -> None:
+    command = parts.command(copies=20)
     process = nodes.start(*command, "x.zarr", cwd=work)
-    wait_for_parts(work / "x.zarr", 5, process)
+    wait_for_parts(parts, work / "x.zarr", 5, process)
     process.kill()  # the run itself
     process.communicate()
     time.sleep(1)
-    assert 5 <= committed(work / "x.zarr") < 100
+    assert 5 <= len(parts.committed(work / "x.zarr")) < 100
     process = nodes.start(*command, "x.zarr", cwd=work)
-    wait_for_parts(work / "x.zarr", committed(work / "x.zarr") + 5, process)
+    wait_for_parts(parts, work / "x.zarr", len(parts.committed(work / "x.zarr")) + 5, process)
     while not (workers := nodes.workers()):
         time.sleep(0.01)
     os.kill(workers[0], signal.SIGKILL)
-    wait_for_parts(work / "x.zarr", committed(work / "x.zarr") + 5, process)
+    wait_for_parts(parts, work / "x.zarr", len(parts.committed(work / "x.zarr")) + 5, process)
     nodes.ask(remove=1)
     nodes.ask(add=3)
     out, err = process.communicate(timeout=300)
@@ -188,12 +173,12 @@ def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", work: Path, no
     assert "A worker was lost while it made part" in out
     assert "160 images, 0 skipped" in out
     kit.run(*command, "one.zarr")
-    assert same_content(kit, work / "x.zarr", work / "one.zarr")
+    assert parts.same_content(work / "x.zarr", work / "one.zarr")
 
 
 @pytest.mark.slow
-def test_a_path_that_one_node_lacks(kit: "Kit", work: Path, nodes: Nodes) -> None:
-    command = [*many(kit, work), "x.zarr"]
+def test_a_path_that_one_node_lacks(kit: "Kit", parts: "Parts", work: Path, nodes: Nodes) -> None:
+    command = [*parts.command(), "x.zarr"]
     shutil.copytree(kit.img, work / "data" / "images")
     command[command.index(kit.img)] = work / "data" / "images"
     nodes.ask(add=4, hide=str(work / "data"))
@@ -205,4 +190,4 @@ def test_a_path_that_one_node_lacks(kit: "Kit", work: Path, nodes: Nodes) -> Non
     assert process.returncode == 1
     assert "1 of 3 nodes of the cluster cannot make parts:" in err
     assert f"{work / 'data' / 'images'} is not there" in err
-    assert committed(work / "x.zarr") == 0
+    assert len(parts.committed(work / "x.zarr")) == 0

@@ -18,6 +18,7 @@ from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 if TYPE_CHECKING:
+    from tests.pipelines.commands.conftest import Parts
     from tests.pipelines.conftest import Kit
 
 
@@ -29,15 +30,8 @@ def job_of(kit: "Kit", out: str, **changes: Any) -> PartJob:
     return part_job(source, open_location(out), options, ckpt=kit.teacher, **rest)
 
 
-def many(kit: "Kit", work: Path, copies: int = 1) -> tuple[object, ...]:
-    """The command that caches each image in a part of its own; without the name of the cache."""
-    ann = kit.annotations(work / "many.json", copies=copies)
-    data = ("--ann-file", ann, "--img-dir", kit.img)
-    return "cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--part-size", "1KiB", "--out"
-
-
-def test_the_tasks_of_a_worker(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = many(kit, work)
+def test_the_tasks_of_a_worker(kit: "Kit", parts: "Parts", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = parts.command()
     kit.run(*command, "x.zarr", "--shard", "7/8")
     job = job_of(kit, "x.zarr")
     assert PartJob.from_json(job.to_json()) == job
@@ -53,8 +47,10 @@ def test_the_tasks_of_a_worker(kit: "Kit", work: Path, monkeypatch: pytest.Monke
     assert kit.tree(work / "x.zarr") == kit.tree(work / "one.zarr")
 
 
-def test_a_worker_looks_at_its_own_parts_only(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kit.run(*many(kit, work), "x.zarr", "--shard", "7/8")
+def test_a_worker_looks_at_its_own_parts_only(
+    kit: "Kit", parts: "Parts", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.run(*parts.command(), "x.zarr", "--shard", "7/8")
     asked: list[Any] = []
     pending = CacheWriter.pending
 
@@ -68,8 +64,8 @@ def test_a_worker_looks_at_its_own_parts_only(kit: "Kit", work: Path, monkeypatc
     assert asked == [[2], [7]]
 
 
-def test_what_a_node_lacks(kit: "Kit", work: Path) -> None:
-    many(kit, work)
+def test_what_a_node_lacks(kit: "Kit", parts: "Parts", work: Path) -> None:
+    parts.command()
     job = job_of(kit, "x.zarr", img_dir=Path("images"))
     faults = node_faults(job.to_json(), {"kdpipe": "7", "torch": own_versions()["torch"]})
     assert faults == [
@@ -82,8 +78,8 @@ def test_what_a_node_lacks(kit: "Kit", work: Path) -> None:
     assert "images" in error
 
 
-def test_a_bad_image_ends_a_task(kit: "Kit", work: Path) -> None:
-    command = [*many(kit, work), "x.zarr"]
+def test_a_bad_image_ends_a_task(kit: "Kit", parts: "Parts", work: Path) -> None:
+    command = [*parts.command(), "x.zarr"]
     shutil.copytree(kit.img, work / "images")
     command[command.index(kit.img)] = work / "images"
     kit.run(*command, "--shard", "7/8")
@@ -95,7 +91,9 @@ def test_a_bad_image_ends_a_task(kit: "Kit", work: Path) -> None:
     assert len(open_cache("x.zarr", allow_partial=True)) == 7
 
 
-def test_options_that_do_not_go_together(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_do_not_go_together(
+    kit: "Kit", parts: "Parts", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "--ray-cpus and --ray-gpus are for --ray" in kit.refused(
         "cache-teacher", *kit.source, "--ray-gpus", 1, code=2
     )
@@ -104,5 +102,5 @@ def test_options_that_do_not_go_together(kit: "Kit", work: Path, monkeypatch: py
     message = kit.refused("cache-teacher", *kit.source, "--ray", "auto", "--shard", "0/2", code=2)
     assert "leave --shard out" in message
     monkeypatch.setitem(sys.modules, "ray", None)
-    message = kit.refused(*many(kit, work), "x.zarr", "--ray", "auto")
+    message = kit.refused(*parts.command(), "x.zarr", "--ray", "auto")
     assert "pip install 'kdpipe[ray]'" in message

@@ -18,6 +18,7 @@ from kdpipe.cache.read.reader import open_cache
 
 if TYPE_CHECKING:
     from tests.conftest import Forked, Forks
+    from tests.pipelines.commands.conftest import Parts
     from tests.pipelines.conftest import Kit
 
 # The layout of the recorded config as in this process, see `kit`; a slow process takes its time with an image.
@@ -39,30 +40,19 @@ main(sys.argv[2:])
 """
 
 
-def many(kit: "Kit", work: Path, copies: int = 3) -> tuple[object, ...]:
-    """The command that caches 24 images in as many parts; without the name of the cache."""
-    ann = kit.annotations(work / "many.json", copies=copies)
-    data = ("--ann-file", ann, "--img-dir", kit.img)
-    return "cache-teacher", "--ckpt", kit.teacher, *data, *kit.VIEW, "--part-size", "1KiB", "--out"
-
-
-def committed(cache: Path) -> list[int]:
-    return sorted(int(entry.name) for entry in (cache / "parts").glob("0*[0-9]"))
-
-
-def wait_for_parts(cache: Path, count: int, *processes: "Forked") -> None:
-    while len(committed(cache)) < count:
+def wait_for_parts(parts: "Parts", cache: Path, count: int, *processes: "Forked") -> None:
+    while len(parts.committed(cache)) < count:
         assert not any(process.poll() for process in processes), [process.err for process in processes]
         time.sleep(0.01)
 
 
-def test_shards_by_hand(kit: "Kit", work: Path) -> None:
-    command = many(kit, work)
+def test_shards_by_hand(kit: "Kit", parts: "Parts", work: Path) -> None:
+    command = parts.command(copies=3)
     out = kit.run(*command, "x.zarr", "--shard", "1/3").out
     assert out.startswith("Shard 1/3, by --shard.\n")
     assert "Shard 1/3 is done: 8 new images" in out
     assert "Other shards still have to make 16 of 24 parts" in out
-    assert committed(work / "x.zarr") == list(range(1, 24, 3))
+    assert parts.committed(work / "x.zarr") == list(range(1, 24, 3))
     assert "24 images" not in out
 
     printed = kit.run("inspect", "x.zarr").out.splitlines()
@@ -99,30 +89,30 @@ def test_what_is_no_shard(kit: "Kit", work: Path, shard: str) -> None:
     assert "is no shard; expected I/N" in kit.refused("cache-teacher", *kit.source, "--shard", shard, code=2)
 
 
-def test_an_indexed_job_of_kubernetes(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_indexed_job_of_kubernetes(kit: "Kit", parts: "Parts", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
-    out = kit.run(*many(kit, work, copies=1), "x.zarr", "--shard", "/4").out
+    out = kit.run(*parts.command(), "x.zarr", "--shard", "/4").out
     assert out.startswith("Shard 2/4, by JOB_COMPLETION_INDEX.\n")
-    assert committed(work / "x.zarr") == [2, 6]
-    out = kit.run(*many(kit, work, copies=1), "x.zarr").out
+    assert parts.committed(work / "x.zarr") == [2, 6]
+    out = kit.run(*parts.command(), "x.zarr").out
     assert out.startswith("Warning: JOB_COMPLETION_INDEX is set: without --shard")
     assert len(open_cache("x.zarr")) == 8
 
 
-def test_a_killed_shard_changes_nothing_for_the_others(kit: "Kit", work: Path, forks: "Forks") -> None:
+def test_a_killed_shard_changes_nothing_for_the_others(kit: "Kit", parts: "Parts", work: Path, forks: "Forks") -> None:
     """As under Slurm; all begin at once, where there is no cache yet."""
-    command = many(kit, work)
+    command = parts.command(copies=3)
     step = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_NTASKS": 3}
     processes = [
         forks.start(COMMAND, seconds, *command, "x.zarr", cwd=work, **step, SLURM_PROCID=rank)
         for rank, seconds in enumerate((0.01, 0.5, 0.3))
     ]
-    wait_for_parts(work / "x.zarr", 4, *processes)
+    wait_for_parts(parts, work / "x.zarr", 4, *processes)
     processes[1].kill()
     assert [process.wait(60) for process in processes] == [0, -signal.SIGKILL, 0], [each.err for each in processes]
     for rank in (0, 2):
         assert processes[rank].out.startswith(f"Shard {rank}/3, by SLURM_PROCID and SLURM_NTASKS.\n")
-        assert set(range(rank, 24, 3)) <= set(committed(work / "x.zarr"))
+        assert set(range(rank, 24, 3)) <= set(parts.committed(work / "x.zarr"))
         assert "Other shards still have to make" in processes[rank].out
     lines = re.findall(r"^cache teacher: (\d+)/8, .*, all shards (\d+)/24, .* left$", processes[2].out, re.MULTILINE)
     assert lines, processes[2].out
@@ -133,12 +123,12 @@ def test_a_killed_shard_changes_nothing_for_the_others(kit: "Kit", work: Path, f
     assert kit.tree(work / "x.zarr") == kit.tree(work / "one.zarr")
 
 
-def test_shards_that_overlap_do_no_harm(kit: "Kit", work: Path, forks: "Forks") -> None:
+def test_shards_that_overlap_do_no_harm(kit: "Kit", parts: "Parts", work: Path, forks: "Forks") -> None:
     """One of two, the same once more, and one that makes all, of which the first is asked to end."""
-    command = many(kit, work)
+    command = parts.command(copies=3)
     shards = ("0/2", "0/2", "0/1")
     processes = [forks.start(COMMAND, 0.05, *command, "x.zarr", "--shard", shard, cwd=work) for shard in shards]
-    wait_for_parts(work / "x.zarr", 2, *processes)
+    wait_for_parts(parts, work / "x.zarr", 2, *processes)
     processes[0].send(signal.SIGTERM)
     assert [process.wait() for process in processes] == [130, 0, 0], [each.err for each in processes]
     assert "the same command goes on from there" in processes[0].out
@@ -180,8 +170,8 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again(kit: "Kit", work: Path) -> None:
-    command = many(kit, work, copies=20)
+def test_torchrun_starts_a_killed_process_again(kit: "Kit", parts: "Parts", work: Path) -> None:
+    command = parts.command(copies=20)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     process = subprocess.Popen(
         [*run, "--no-python", Path(sys.executable).with_name("kdpipe"), *map(str, command), "x.zarr"],
@@ -193,7 +183,7 @@ def test_torchrun_starts_a_killed_process_again(kit: "Kit", work: Path) -> None:
         start_new_session=True,
     )
     try:
-        while len(committed(work / "x.zarr")) < 10:
+        while len(parts.committed(work / "x.zarr")) < 10:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         os.kill(workers_of(process.pid)[1], signal.SIGKILL)

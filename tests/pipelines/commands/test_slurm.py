@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.pipelines.commands.conftest import Parts
     from tests.pipelines.conftest import Kit
 
 pytestmark = pytest.mark.slow
@@ -86,35 +87,28 @@ def slurm() -> Iterator[Slurm]:
     found.close()
 
 
-def many(kit: "Kit", work: Path, copies: int) -> str:
-    """The command that caches each image in a part of its own, in a folder below `work`."""
-    ann = kit.annotations(work / "many.json", copies=copies)
-    data = ("--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--part-size", "1KiB", "--out", "x.zarr")
-    return " ".join(map(str, (KDPIPE, "cache-teacher", "--ckpt", kit.teacher, *data)))
+def script_command(parts: "Parts", copies: int) -> str:
+    """The command that makes `x.zarr`, as a script has it."""
+    return " ".join(map(str, (KDPIPE, *parts.command(copies), "x.zarr")))
 
 
-def same_content(kit: "Kit", work: Path, command: str) -> bool:
-    """Whether the cache is that of one process; the recorded config is laid out otherwise in this one."""
+def is_that_of_one_process(kit: "Kit", parts: "Parts", work: Path, command: str) -> bool:
+    """Whether `x.zarr` is the cache that one process makes."""
     kit.run(*command.split()[3:-1], work / "one.zarr")
-    made, one = work / "x.zarr", work / "one.zarr"
-    return all(kit.tree(made / name) == kit.tree(one / name) for name in ("parts", "head", "plan"))
+    return parts.same_content(work / "x.zarr", work / "one.zarr")
 
 
-def committed(cache: Path) -> int:
-    return len(list((cache / "parts").glob("0*[0-9]")))
-
-
-def test_an_array_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) -> None:
-    command = many(kit, work, copies=20)
+def test_an_array_of_which_a_node_dies(kit: "Kit", parts: "Parts", work: Path, slurm: Slurm) -> None:
+    command = script_command(parts, copies=20)
     job = slurm.submit(
         f"echo begins ${{SLURM_RESTART_COUNT:-0}}\n{command}", "--array=0-3", "--output=%a.log", cwd=work
     )
     until = time.monotonic() + 120
-    while committed(work / "x.zarr") < 10:
+    while len(parts.committed(work / "x.zarr")) < 10:
         assert time.monotonic() < until, [log.read_text() for log in work.glob("*.log")]
         time.sleep(0.02)
     slurm.lose_and_revive(1)
-    assert committed(work / "x.zarr") < 160
+    assert len(parts.committed(work / "x.zarr")) < 160
     slurm.wait(job, work)
     logs = [(work / f"{task}.log").read_text() for task in range(4)]
     for task, log in enumerate(logs):
@@ -122,18 +116,18 @@ def test_an_array_of_which_a_node_dies(kit: "Kit", work: Path, slurm: Slurm) -> 
         assert f"Shard {task}/4 is done" in log
     assert any("begins 1" in log for log in logs), logs  # the task that was lost
     assert any("the cache is complete" in log for log in logs), logs
-    assert same_content(kit, work, command)
+    assert is_that_of_one_process(kit, parts, work, command)
 
 
-def test_tasks_of_one_step(kit: "Kit", work: Path, slurm: Slurm) -> None:
-    command = many(kit, work, copies=3)
+def test_tasks_of_one_step(kit: "Kit", parts: "Parts", work: Path, slurm: Slurm) -> None:
+    command = script_command(parts, copies=3)
     out = slurm.run("srun", "-n2", "-l", *command.split(), cwd=work)
     for task in range(2):
         assert f"{task}: Shard {task}/2, by SLURM_PROCID and SLURM_STEP_NUM_TASKS." in out
         assert f"{task}: Shard {task}/2 is done" in out
     assert "the cache is complete" in out
     assert "24 images, 0 skipped" in out
-    assert same_content(kit, work, command)
+    assert is_that_of_one_process(kit, parts, work, command)
     script = slurm.submit(command, "-n2", "--output=script.log", cwd=work)  # without srun, in the script itself
     slurm.wait(script, work)
     log = (work / "script.log").read_text()
