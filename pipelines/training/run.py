@@ -32,7 +32,7 @@ from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, Sam
 from kdpipe.pipelines.training.progress import ProgressHook
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import FormattedConfig, QuietRunner
-from kdpipe.pipelines.training.schedule import cosine_schedule
+from kdpipe.pipelines.training.schedule import cosine_schedule, doubt_of_warmup
 from kdpipe.pipelines.training.student_check import build_detector
 from kdpipe.pipelines.training.training_record import check_resumed, check_saving, training_record
 from kdpipe.pipelines.training.voc_metric import with_voc_metric
@@ -217,6 +217,8 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
         runner.build_loops()
     if cfg.get("param_scheduler") is None:
         cfg.param_scheduler = cosine_schedule(runner.max_iters)
+    elif doubt := doubt_of_warmup(cfg.param_scheduler, runner.max_iters):
+        console.print(f"Warning: {doubt}")
     runner.set_schedule(cfg.param_scheduler)
     recorded.param_scheduler = cfg.param_scheduler
     recorded = FormattedConfig(recorded)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["cosine_schedule", "schedule_shape", "wind_forward"]
+__all__ = ["cosine_schedule", "doubt_of_warmup", "schedule_shape", "wind_forward"]
 
 WARMUP_STEPS = 500
 # What a scheduler counts; all else of it is the shape of its schedule.
@@ -24,6 +24,24 @@ def cosine_schedule(total: int) -> list[dict[str, Any]]:
     if not warmup:
         return [cosine]
     return [{"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup}, cosine]
+
+
+def doubt_of_warmup(schedule: Any, total: int) -> str | None:
+    """What a user has to know of a schedule that warms up for longer than the training lasts; None of another.
+
+    Args:
+        schedule: mmengine's `param_scheduler` of a config.
+        total: Steps of the whole training.
+    """
+    for each in _flat(schedule):
+        by_steps, is_rising = not each.get("by_epoch", True), each.get("start_factor", 1) < each.get("end_factor", 1)
+        if by_steps and is_rising and each.get("end", 0) > total:
+            return (
+                f"The warm-up of the config takes {each['end']} steps, and the whole training has {total}: the rate "
+                "never gets to its peak. Train longer, change param_scheduler of the config, or take a schedule that "
+                "fits (--recipe paper)."
+            )
+    return None
 
 
 def schedule_shape(schedulers: Any) -> list[dict[str, Any]]:

@@ -307,6 +307,7 @@ def test_the_recipe_of_a_file_of_the_users_is_kept_whole(kit: "Kit", work: Path)
     start = ("train-student", "--cache", kit.cache, "--student", kit.student, "--methods", "none", "--workers", 0)
     printed = kit.run(*start, "--batch-size", 4, "--work-dir", work / "w", *changes).out.replace("\n", " ")
     assert "Not used" not in printed
+    assert "Warning" not in printed
     assert "Recipe: the config's: SGD, peak rate 0.02, 2 epochs with its schedule. --recipe paper takes" in printed
     log = next((work / "w").glob("*/*.log")).read_text()
     assert re.findall(r"Epoch\(train\).* lr: ([\d.e+-]+)", log) == ["2.0000e-02"] * 2 + ["2.0000e-03"] * 2

@@ -9,7 +9,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
-from kdpipe.pipelines.training.schedule import cosine_schedule, schedule_shape, wind_forward
+from kdpipe.pipelines.training.schedule import cosine_schedule, doubt_of_warmup, schedule_shape, wind_forward
 
 PEAK = 0.02
 
@@ -82,3 +82,16 @@ def test_a_schedule_is_the_same_wherever_it_stands() -> None:
     assert schedule_shape({"a": schedulers}) == shape
     for other in (begin(cosine_schedule(80)), begin(cosine_schedule(40), 2 * PEAK), begin(cosine_schedule(4))):
         assert schedule_shape(other[1]) != shape
+
+
+def test_a_warmup_that_outlasts_the_training_is_told() -> None:
+    ramp = {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 500}
+    decay = {"type": "MultiStepLR", "by_epoch": True, "end": 12, "milestones": [8, 11]}
+    assert max(train(*begin([ramp]), 499)) < PEAK  # so that the rate is what the warning says
+    said = doubt_of_warmup([ramp, decay], 499)
+    assert said is not None
+    assert "takes 500 steps, and the whole training has 499" in said
+    assert doubt_of_warmup({"generator": [decay, ramp]}, 6) is not None
+    for schedule, total in (([ramp, decay], 500), ([decay], 6), ([{**ramp, "by_epoch": True}], 6), ([], 6)):
+        assert doubt_of_warmup(schedule, total) is None
+    assert doubt_of_warmup(cosine_schedule(6), 6) is None
