@@ -64,6 +64,7 @@ def check(folder: Path) -> None:
     assert json.loads((work_dir / "result.json").read_text())["ap"] is not None
 
 
+@pytest.mark.slow
 def test_with_little_else_on_the_line(kit: "Kit", folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with small images, and one epoch instead of the schedule's twelve."""
     monkeypatch.setitem(SCHEDULES, "1x", 1)

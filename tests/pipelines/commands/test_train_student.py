@@ -295,14 +295,8 @@ def members(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGKILL,
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_process_is_left_behind(kit: "Kit", work: Path, forks: "Forks", number: signal.Signals) -> None:
     """Killed, interrupted by Ctrl-C (which reaches every process of the terminal), or asked to end."""
     command = ("train-student", "--cache", kit.cache, "--student", kit.student, "--methods", "cls", "--work-dir", "w")

@@ -71,10 +71,10 @@ def test_a_batch_is_one_piece_of_memory() -> None:
 
 
 def test_errors_of_a_worker_arrive() -> None:
-    loader = DataLoader(Samples(), batch_size=2, num_workers=1, collate_fn=pack_batch, multiprocessing_context="fork")
+    workers: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork", "persistent_workers": True}
+    loader = DataLoader(Samples(), batch_size=2, collate_fn=pack_batch, **workers)
     batches = iter(loader)
     assert next(batches)["inputs"][1].unique().tolist() == [1]
     with pytest.raises(ValueError, match="bad image 3"):
         next(batches)
-    del batches
-    end_workers(())
+    end_workers([loader])  # which the error, that pytest keeps, would keep alive
