@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
@@ -30,6 +31,11 @@ settings.load_profile("kdpipe")
 def pytest_configure(config: pytest.Config) -> None:
     # mmcv 2.1 warns about an import that mmdet 3.3 itself does
     config.addinivalue_line("filterwarnings", "ignore:``MultiScaleDeformableAttention`` has been moved:ImportWarning")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.mmcv_ops.roi import _in_windows
 
 Array = npt.NDArray[Any]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +152,7 @@ def test_roi_align_of_boxes_that_are_not_finite_is_refused(value: float) -> None
         mmcv_ops.roi_align(random(1, 2, 6, 6), rois, 2, 0.25, 0, "avg", True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_roi_align_is_deterministic_on_cuda_when_asked_to_be() -> None:
     x, rois = random(2, 8, 20, 24).float().cuda(), some_rois().float().cuda()
     gradients: list[Tensor] = []
