@@ -17,7 +17,7 @@ pip=("$python" -m pip install --quiet --disable-pip-version-check --no-index --n
     { cat "$out/install.log"; exit 1; }
 status=0
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.cuda' tests)
-"$python" -m pytest -q -m cuda -n 4 --dist loadfile -rs --durations=15 -p no:cacheprovider "${files[@]}" 2>&1 |
+"$python" -m pytest -q -m cuda -n 4 --dist loadfile -rs --durations=15 -W default -p no:cacheprovider "${files[@]}" 2>&1 |
     tee "$out/tests.log" || status=1
 "$python" tests/benchmarks/gpu.py --out "$out" "$@" 2>&1 | tee "$out/benchmark.log" || status=1
 exit "$status"
