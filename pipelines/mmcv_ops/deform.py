@@ -4,6 +4,7 @@ import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
+from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.pipelines.mmcv_ops.precision import computing
 
 __all__ = [
@@ -141,7 +142,8 @@ def _deform_conv(
     geometry: tuple[int, ...],
 ) -> Tensor:
     tensors, modulated = _deform_arguments(input, weight, offset, mask, bias)
-    result: Tensor = torch.ops.torchvision.deform_conv2d(*tensors, *geometry, modulated)
+    with no_autocast(input):
+        result: Tensor = torch.ops.torchvision.deform_conv2d(*tensors, *geometry, modulated)
     return result
 
 
@@ -157,5 +159,6 @@ def _deform_conv_backward(
     """Gradients by (input, weight, offset, mask, bias)."""
     tensors, modulated = _deform_arguments(input, weight, offset, mask, bias)
     grad = grad_output.to(tensors[0].dtype)
-    grads: tuple[Tensor, ...] = torch.ops.torchvision._deform_conv2d_backward(grad, *tensors, *geometry, modulated)
+    with no_autocast(input):  # which would round the matrix products inside
+        grads: tuple[Tensor, ...] = torch.ops.torchvision._deform_conv2d_backward(grad, *tensors, *geometry, modulated)
     return grads
