@@ -16,6 +16,7 @@ from kdpipe.distill.losses.prediction import (
     dense_classification_kd_loss,
     regression_kd_loss,
 )
+from kdpipe.distill.losses.roifi import RoIFI
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.pairs import TEACHER_FIELDS
 from kdpipe.distill.students.protocol import Student
@@ -106,6 +107,7 @@ LOSSES: dict[str, Loss] = {
     "cls": Loss("loss_kd_cls", classification_kd_loss, dense_classification_kd_loss),
     "reg": Loss("loss_kd_reg", regression_kd_loss),
     "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
+    "roifi": Loss("loss_roifi", RoIFI, RoIFI),
 }
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
@@ -145,7 +147,7 @@ def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ..
     if dense and (unfit := [name for name in methods if name in two_stage_only]):
         raise ContractError(
             f"--methods {','.join(unfit)} needs the box head of a two-stage student, and this one predicts boxes "
-            "densely. Such a student learns sgfi, ckd and pred (which is cls)."
+            f"densely. Such a student learns {', '.join(x for x in METHODS if x not in two_stage_only)} (pred is cls)."
         )
     of_pred = ("cls",) if dense else ("cls", "careg")
     losses = [loss for name in methods for loss in (of_pred if name == "pred" else (name,))]

@@ -12,7 +12,7 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.prediction import recode_deltas
 from kdpipe.distill.outputs import BatchRois, StudentOutputs, TeacherOutputs
-from kdpipe.distill.rois.align import roi_align_levels
+from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
 from kdpipe.distill.rois.frames import ImageFrames
 from kdpipe.distill.students.protocol import StudentStage
 
@@ -87,6 +87,19 @@ class RoiPairs:
         """Tensor[P, L, C of the student, size, size], of the positives, on each level of the student's pyramid."""
         rois, stage = self.rois.rois[self.rois.positive], self.stage
         return roi_align_levels(stage.pyramid, stage.strides, rois, self.spec.roi_size)
+
+    @property
+    def student_assigned_roi_features(self) -> Tensor:
+        """Tensor[P, C of the student, size, size], of the positives, each from one level of the student's pyramid.
+
+        That is the level with the stride of the one that the teacher's extractor would read for a box of this size in
+        the student's view; or the nearest that the student has, such as P3 of RetinaNet for boxes of P2.
+        """
+        spec, stage, rois = self.spec, self.stage, self.rois.rois[self.rois.positive]
+        count = max(1, sum(stride <= spec.strides[spec.roi_levels - 1] for stride in stage.strides))
+        finest = spec.finest_scale * stage.strides[0] / spec.strides[0]
+        settings = spec.roi_size, spec.roi_sampling_ratio, spec.roi_aligned
+        return roi_align_assigned(stage.pyramid[:count], stage.strides[:count], rois, finest, *settings)
 
     @property
     def teacher_keys(self) -> TeacherKeys:

@@ -6,6 +6,7 @@ from torch import Tensor
 from kdpipe.cache.errors import KdpipeError
 
 _SHORTEST = 1e-4  # length of a row that still has a direction
+_LEAST_VARIANCE = 1e-6  # beside which that of a channel without information vanishes
 
 
 class LossInputError(KdpipeError):
@@ -33,6 +34,29 @@ def unit_rows(vectors: Tensor) -> Tensor:
     scaled = vectors / scale  # as long as from 1 to sqrt(d), unless it is a short one
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     return scaled / torch.where(length < 1, 1.0, length)  # not `clamp`, whose gradient at exactly 1 is 0
+
+
+def standardize(values: Tensor, channel: int, mask: Tensor | None = None) -> Tensor:
+    """Zero mean and unit variance of each channel, over all other dimensions.
+
+    (x - mean) / sqrt(variance + 1e-6), so that a channel that is the same everywhere becomes 0.
+
+    Args:
+        values: Tensor[..., C, ...].
+        channel: Which dimension is that of the channels.
+        mask: 0 or 1, of a shape that `values` has where the channels have 1; all by default.
+
+    Returns:
+        Of the shape of `values`; 0 where the mask is.
+    """
+    others = [dim for dim in range(values.dim()) if dim != channel % values.dim()]
+    if mask is None:
+        mask = values.new_ones([size if dim in others else 1 for dim, size in enumerate(values.shape)])
+    count = mask.sum().clamp(min=1)
+    mean = (values * mask).sum(others, keepdim=True) / count
+    centred = (values - mean) * mask
+    variance = centred.square().sum(others, keepdim=True) / count
+    return centred * (variance + _LEAST_VARIANCE).rsqrt()
 
 
 def mean_or_zero(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kdpipe.distill.losses.numeric import (
     full_precision,
     mean_or_zero,
     no_autocast,
+    standardize,
 )
 
 
@@ -80,17 +81,23 @@ class SGFI(nn.Module):
         student_channels: channels of the student's pyramid.
         teacher_channels: channels C of the teacher's pyramid.
         kernel_size: of the convolution f_adapt, odd; it is padded so that RoI features keep their size.
+        normalize: compare features of zero mean and unit variance per channel: the teacher's over the RoIs of the step,
+            the adapted ones of the student over RoIs and levels. The loss and its temperature then do not depend on the
+            scale of the teacher's features. Not in the paper; every level is adapted, which takes more memory.
 
     Raises:
         LossInputError: `kernel_size` is not odd and positive.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, kernel_size: int = 1) -> None:
+    def __init__(
+        self, student_channels: int, teacher_channels: int, kernel_size: int = 1, normalize: bool = False
+    ) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise LossInputError(f"The kernel size of f_adapt must be odd and positive, found {kernel_size}.")
         widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
         self._padding = kernel_size // 2
+        self.normalize = normalize
         self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
         self.embed = nn.Sequential(
             nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
@@ -133,14 +140,25 @@ class SGFI(nn.Module):
         with no_autocast(student_roi_features):
             features = student_roi_features, teacher_roi_features.detach()
             student, teacher = (x.to(self.adapt.weight.dtype) for x in features)
-            adapted_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, (num_rois, num_levels))
-            similarity = torch.einsum("rlk,rk->rl", adapted_keys, self.embed(teacher))
-            alpha = (similarity / self.temperature).softmax(dim=1)  # [R, L]
-            channels_last = student.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
-            mixture = torch.einsum("rl,rlhwc->rhwc", alpha, channels_last).permute(0, 3, 1, 2)
-            loss = mean_or_zero((self.adapt(mixture) - teacher).square().flatten(1).mean(dim=1))
+            mixed_by = self._normalized if self.normalize else self._mixed
+            loss, alpha = mixed_by(student, teacher)
         level = alpha.detach().sum(dim=0) / max(1, num_rois)
         return SGFIResult(loss, self.temperature.detach(), level)
+
+    def _normalized(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and level weights Tensor[R, L], of standardised features."""
+        adapted = self.adapt(student.flatten(0, 1)).unflatten(0, student.shape[:2])
+        return sgfi_loss(standardize(adapted, 2), standardize(teacher, 1), self.embed, self.temperature)
+
+    def _mixed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and level weights Tensor[R, L]; the mixture is adapted in place of every level."""
+        adapted_keys = self._adapted_keys(student.flatten(0, 1)).unflatten(0, student.shape[:2])
+        similarity = torch.einsum("rlk,rk->rl", adapted_keys, self.embed(teacher))
+        alpha = (similarity / self.temperature).softmax(dim=1)  # [R, L]
+        channels_last = student.permute(0, 1, 3, 4, 2)  # as `roi_align_levels` gives them: no copy
+        mixture = torch.einsum("rl,rlhwc->rhwc", alpha, channels_last).permute(0, 3, 1, 2)
+        loss = mean_or_zero((self.adapt(mixture) - teacher).square().flatten(1).mean(dim=1))
+        return loss, alpha
 
     def _adapted_keys(self, roi_features: Tensor) -> Tensor:
         """Keys Tensor[N, key] of adapted features, out of those of the student, Tensor[N, student channels, 7, 7].

@@ -54,6 +54,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rois.num": _whole(1, 2**16),
     "rois.positive_fraction": _SHARE,
     "sgfi.kernel_size": ("an odd whole number from 1 to 31", lambda value: _whole(1, 31)[1](value) and value % 2 == 1),
+    "sgfi.normalize": _YES_OR_NO,
     "ckd.dim": _whole(1, 2**16),
     "ckd.queue_size": (
         f"{_whole(1, 2**24)[0]}, or None",

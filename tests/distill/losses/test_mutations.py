@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.autograd.gradcheck import GradcheckError
 
-from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, prediction, sgfi
+from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, prediction, roifi, sgfi
 
 HERE = Path(__file__).parent
 EQUATION = "test_it_is_the_equation"
@@ -61,10 +61,39 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
             "no temperature": ("(similarity / self.temperature)", "(similarity)"),
             "softmax over the RoIs": ("self.temperature).softmax(dim=1)", "self.temperature).softmax(dim=0)"),
             "a sum over channels and cells": (
-                "- teacher).square().flatten(1).mean(dim=1))\n        level",
-                "- teacher).square().flatten(1).sum(dim=1))\n        level",
+                "- teacher).square().flatten(1).mean(dim=1))\n        return",
+                "- teacher).square().flatten(1).sum(dim=1))\n        return",
             ),
         },
+    ),
+    (
+        sgfi,
+        "test_normalized_it_is_the_loss_at_features_of_zero_mean_and_unit_variance",
+        {},
+        {
+            "statistics of each level": (
+                "standardize(adapted, 2)",
+                "standardize(adapted.flatten(1, 2), 1).view_as(adapted)",
+            ),
+            "the teacher is left as it is": ("standardize(teacher, 1)", "teacher"),
+            "the student is left as it is": ("standardize(adapted, 2)", "adapted"),
+        },
+    ),
+    (
+        roifi,
+        EQUATION,
+        {},
+        {
+            "a sum over channels and cells": (".flatten(1).mean(dim=1)", ".flatten(1).sum(dim=1)"),
+            "absolute in place of squared": (".square()", ".abs()"),
+            "features of another RoI": ("(student - teacher)", "(student - teacher.roll(1, 0))"),
+        },
+    ),
+    (
+        roifi,
+        "test_gradients",
+        {},
+        {"the teacher learns": ("teacher_roi_features.detach()", "teacher_roi_features")},
     ),
     (
         ckd,

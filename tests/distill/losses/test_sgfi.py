@@ -163,6 +163,45 @@ def test_the_module_has_the_gradients_of_the_loss_at_adapted_features(kernel: in
     torch.testing.assert_close(torch.autograd.grad(result.loss, inputs), torch.autograd.grad(expected, inputs))
 
 
+def test_normalized_it_is_the_loss_at_features_of_zero_mean_and_unit_variance() -> None:
+    torch.manual_seed(0)
+    module = SGFI(student_channels=6, teacher_channels=8, normalize=True).double()
+    student, teacher = torch.randn(R, L, 6, 7, 7).double(), 3 + 2 * torch.randn(R, 8, 7, 7).double()
+    result = module(student, teacher)
+    adapted = module.adapt(student.flatten(0, 1)).unflatten(0, (R, L)).detach()
+    for c in range(8):
+        for features in (adapted[:, :, c], teacher[:, c]):
+            features.copy_((features - features.mean()) / (features.var(correction=0) + 1e-6).sqrt())
+    expected, weights = sgfi_loss(adapted, teacher, module.embed, module.temperature)
+    assert result.loss.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(result.level, weights.mean(dim=0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 10.0])
+def test_normalized_it_does_not_depend_on_the_scale_of_the_teacher(scale: float) -> None:
+    torch.manual_seed(0)
+    module, plain = SGFI(6, 8, normalize=True).double(), SGFI(6, 8).double()
+    student, teacher = torch.randn(R, L, 6, 7, 7).double(), torch.randn(R, 8, 7, 7).double()
+    for one, alike in ((module, True), (plain, False)):
+        first, second = one(student, teacher), one(student, scale * teacher - 5)
+        assert (first.loss.item() == pytest.approx(second.loss.item(), rel=1e-4)) is alike
+        assert torch.allclose(first.level, second.level, rtol=1e-4) is alike
+    assert 0 < module(student, teacher).loss.item() < 4
+
+
+def test_normalized_all_parameters_learn_and_constant_features_stay_finite() -> None:
+    torch.manual_seed(0)
+    module = SGFI(3, 16, normalize=True)
+    student = torch.randn(R, L, 3, 7, 7, requires_grad=True)
+    for teacher in (torch.ones(R, 16, 7, 7), torch.randn(R, 16, 7, 7)):
+        module.zero_grad()
+        module(student, teacher).loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+    assert all(p.grad is not None and p.grad.any() for name, p in module.named_parameters() if name != "adapt.bias")
+    none = module(torch.zeros(0, L, 3, 7, 7), torch.zeros(0, 16, 7, 7))
+    assert none.loss.item() == 0
+
+
 def test_all_parameters_learn_and_the_temperature_stays_positive() -> None:
     torch.manual_seed(0)
     module = SGFI(3, 4)

@@ -21,6 +21,7 @@ VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "rois.positive_fraction": ((0, 0.25, 1), (-0.1, 1.01)),
     "weights.sgfi": ((0, 0.5, 3, 1e38), (-1, -1e-9)),
     "sgfi.kernel_size": ((1, 3), (0, 2, -1, 1.0, 33)),
+    "sgfi.normalize": ((True, False), (1, "yes")),
     "ckd.dim": ((1, 128), (0, -1, 12.8)),
     "ckd.queue_size": ((1, 81920, None), (0, -1, 10**10)),
     "ckd.temperature": ((0.07, 1), (0, -0.07)),
