@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from torch import Tensor
+from torch.nn import functional
 from torchvision.ops import clip_boxes_to_image
 
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.rois.pairing import pair_boxes
+from kdpipe.distill.rois.proposals import propose
 from kdpipe.distill.rois.sampling import DEFAULT_SAMPLING, RoiSampling, sample_rois
 from kdpipe.distill.students.protocol import BoxCoder
 from kdpipe.distill.students.structure import dense_problem
@@ -92,13 +95,20 @@ class DenseStudent:
                 hook.remove()
 
     @torch.no_grad()
-    def boxes(self, regression: Sequence[Tensor], image: int, size: tuple[int, int]) -> Tensor:
-        """All boxes that the head predicts in one image of the batch.
+    def boxes(
+        self,
+        regression: Sequence[Tensor],
+        image: int,
+        size: tuple[int, int],
+        rows: Sequence[Tensor | slice] | None = None,
+    ) -> Tensor:
+        """The boxes that the head predicts in one image of the batch, or some of them.
 
         Args:
             regression: Per level Tensor[B, A * E, h_l, w_l] as the head's forward gives it in training.
             image: Which image of the batch.
             size: `(h, w)` of that image without padding; boxes are clipped to it.
+            rows: Of each level, which of its predictions in the order row, column, anchor; None for all.
 
         Returns:
             Tensor[N, 4] float32 (x1, y1, x2, y2), N = A * sum of h_l * w_l: level, row, column, anchor.
@@ -107,17 +117,37 @@ class DenseStudent:
         shapes = [level.shape[-2:] for level in regression]
         with no_autocast(regression[0]):
             levels = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=regression[0].device)
-            for level, priors, stride in zip(regression, levels, self.strides, strict=True):
-                encoded = level[image].float().permute(1, 2, 0)  # [h_l, w_l, A * E]
+            every = [slice(None)] * len(levels)
+            for level, priors, stride, of in zip(regression, levels, self.strides, rows or every, strict=True):
+                encoded = level[image].permute(1, 2, 0)  # [h_l, w_l, A * E]
+                encoded = encoded.reshape(-1, encoded.shape[2] // self.num_anchors)[of].float()  # [n, E]
+                priors = priors[of]
                 if hasattr(head, "integral"):
                     encoded = head.integral(encoded) * stride
                 elif getattr(head, "norm_on_bbox", False) and head.training:
                     encoded = encoded * stride
                 if isinstance(head.bbox_coder, DistancePointBBoxCoder) and priors.shape[1] == 4:
                     priors = (priors[:, :2] + priors[:, 2:]) / 2
-                parts.append(head.bbox_coder.decode(priors, encoded.reshape(-1, 4)))
+                parts.append(head.bbox_coder.decode(priors, encoded))
         boxes: Tensor = clip_boxes_to_image(torch.cat(parts), size)
         return boxes
+
+    @torch.no_grad()
+    def objectness(self, scores: Tensor) -> Tensor:
+        """How likely an object of whatever class is, to each prediction of a level of one image.
+
+        Args:
+            scores: Tensor[A * K, h_l, w_l], or [A * (K + 1), h_l, w_l] of a softmax head.
+
+        Returns:
+            Tensor[h_l * w_l * A] float32 in [0, 1]: row, column, anchor. The largest of the class probabilities.
+        """
+        of_class = scores.flatten(1).unflatten(0, (self.num_anchors, -1))  # [A, K, h_l * w_l]
+        if self.head.use_sigmoid_cls:
+            best: Tensor = of_class.amax(dim=1).float().sigmoid()
+        else:
+            best = of_class.float().softmax(dim=1)[:, :-1].amax(dim=1)
+        return best.T.flatten()
 
     def logits(self, scores: Tensor) -> Tensor:
         """Tensor[R, K] of a sigmoid head, or [R, K + 1], as [R, K + 1] with background last."""
@@ -178,34 +208,40 @@ class DenseForward:
         self.classification.clear()
         self.localization.clear()
 
-    def sampled(self) -> tuple[BatchRois, StudentOutputs]:
-        """A sample of the predicted boxes (G-DetKD, section 4.3.2), and what the student says there.
+    def sampled(self) -> tuple[BatchRois, Tensor, StudentOutputs]:
+        """RoIs drawn among what the student proposes and the ground truth, and what it says of them.
 
-        Boxes are matched with the ground truth. Positive is an IoU of at least 0.5, as for other RoIs here (the paper:
-        above). Boxes that clipping left empty are none. The outputs are part of the graph of the student's own loss.
+        Its predictions become proposals as those of an RPN do (G-DetKD, section 4.3.2, which leaves the rest open):
+        `propose`. With the boxes of the ground truth, they are matched with the latter and sampled as in a two-stage
+        student. Positive is an IoU of at least 0.5, as for other RoIs here (the paper: above). Of a box of the ground
+        truth the student says what it says of the prediction that overlaps it most, if that is enough for a pair. The
+        outputs are part of the graph of the student's own loss.
         """
         student = self._student
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # follows the seed of the step, and takes no number from it
-        rois, labels, positive, predictions = [], [], [], []
+        rois, labels, positive, has_partner, predictions = [], [], [], [], []
         for image, truth in enumerate(self.ground_truth):
-            boxes = self._boxes(image)
-            whole = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
+            objectness = [student.objectness(level[image].detach()) for level in self.scores]
+            boxes, of = propose(objectness, partial(self._boxes, image))
+            gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
+            is_predicted, partner = pair_boxes(gt_boxes, self._boxes(image), student.pair_iou)
             sample = sample_rois(
-                boxes[whole],
-                len(whole),
-                getattr(truth.bboxes, "tensor", truth.bboxes),
+                torch.cat([boxes, gt_boxes]),
+                len(boxes),
+                gt_boxes,
                 truth.labels,
                 sampling=student.sampling,
                 num_classes=student.num_classes,
                 generator=generator,
             )
-            rois.append(torch.cat([sample.boxes.new_full((len(sample.rows), 1), image), sample.boxes], dim=1))
+            rois.append(functional.pad(sample.boxes, (1, 0), value=image))
             labels.append(sample.labels)
             positive.append(sample.positive)
-            predictions.append(whole[sample.rows])
-        chosen = BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive))
-        return chosen, self._at(chosen.image_index, torch.cat(predictions))
+            has_partner.append(torch.cat([torch.ones_like(of, dtype=torch.bool), is_predicted])[sample.rows])
+            predictions.append(torch.cat([of, partner])[sample.rows])
+        chosen, paired = BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(has_partner)
+        return chosen, paired, self._at(chosen.image_index[paired], torch.cat(predictions)[paired])
 
     def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
@@ -227,8 +263,8 @@ class DenseForward:
             )
         return has_partner, self._at(images[has_partner], predictions[has_partner])
 
-    def _boxes(self, image: int) -> Tensor:
-        return self._student.boxes(self.regression, image, self.metas[image]["img_shape"][:2])
+    def _boxes(self, image: int, rows: Sequence[Tensor] | None = None) -> Tensor:
+        return self._student.boxes(self.regression, image, self.metas[image]["img_shape"][:2], rows)
 
     def _at(self, images: Tensor, predictions: Tensor) -> StudentOutputs:
         """The outputs of predictions Tensor[R] of images Tensor[R]; every level stays part of the graph."""

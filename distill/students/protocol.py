@@ -28,8 +28,8 @@ class StudentStage(Protocol):
     strides: tuple[int, ...]
     box_coder: BoxCoder
 
-    def sampled(self) -> tuple[BatchRois, StudentOutputs]:
-        """The RoIs that the student's own sampler chose, and what the student says of them.
+    def sampled(self) -> tuple[BatchRois, Rows, StudentOutputs]:
+        """The RoIs that the student's own sampler chose, which of them it has something to say of, N, and what.
 
         Raises:
             StudentError: Its own loss did not show them.

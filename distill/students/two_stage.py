@@ -122,8 +122,8 @@ class TwoStageStage:
         self.box_coder: BoxCoder = self.head.bbox_coder.means, self.head.bbox_coder.stds
         self._sampled: tuple[BatchRois, StudentOutputs] | None = None
 
-    def sampled(self) -> tuple[BatchRois, StudentOutputs]:
-        """The RoIs of the student's own sampler, and what its box head says of them, part of the graph of its own loss.
+    def sampled(self) -> tuple[BatchRois, slice, StudentOutputs]:
+        """The RoIs of the student's own sampler, and what its box head says of all of them, in the graph of its loss.
 
         None where mmdet left a cascade before this stage, because no box was left.
 
@@ -131,15 +131,16 @@ class TwoStageStage:
             StudentError: The student's own loss did not show them.
         """
         if self._sampled is not None:
-            return self._sampled
+            rois, outputs = self._sampled
+            return rois, slice(None), outputs
         if self.index == 0:
             raise StudentError(
                 "The student's own loss did not show which RoIs it sampled: its RoI head computes the loss in a way of "
                 "its own. Use --rois teacher."
             )
-        rois = self.pyramid[0].new_zeros(0, 5, dtype=torch.float32)
-        labels = torch.zeros(0, dtype=torch.int64, device=rois.device)
-        return BatchRois(rois, labels, labels > 0), self.outputs_at(rois)[1]
+        none = self.pyramid[0].new_zeros(0, 5, dtype=torch.float32)
+        labels = torch.zeros(0, dtype=torch.int64, device=none.device)
+        return BatchRois(none, labels, labels > 0), *self.outputs_at(none)
 
     def outputs_at(self, rois: Tensor) -> tuple[slice, StudentOutputs]:
         """Run the student's RoI extractor and box head.

@@ -137,9 +137,11 @@ class TeacherViewBatch:
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at the RoIs of the student's own sampler; those of skipped images are left out."""
         teacher = self._teacher
-        rois, outputs = stage.sampled()
-        is_kept = torch.tensor([view.view != "skipped" for view in self._views], device=rois.rois.device)
-        rows = is_kept[rois.image_index]  # [R]
-        rois, outputs = rois.select(rows), outputs.select(rows)
+        rois, rows, outputs = stage.sampled()
+        if any(view.view == "skipped" for view in self._views):
+            is_kept = torch.tensor([view.view != "skipped" for view in self._views], device=rois.rois.device)
+            kept = is_kept[rois.image_index]  # [R]
+            outputs = outputs.select(kept[rows])
+            rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
-        return RoiPairs(stage, teacher.spec, rois, rois, outputs, answers)
+        return RoiPairs(stage, teacher.spec, rois, rois.select(rows), outputs, answers.select_outputs(rows))

@@ -54,7 +54,7 @@ def measure(name: str, what: str, rounds: int) -> None:
     def step() -> int:
         if what == "pair":
             return int(forward.outputs_at(rois)[0].sum())
-        return len(forward.sampled()[1].logits)
+        return len(forward.sampled()[0])
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = step()

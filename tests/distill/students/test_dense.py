@@ -145,8 +145,8 @@ def test_every_family_trains_all_of_its_parameters(pair: "type[Pair]", family: s
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
     assert {"loss_sgfi", "loss_ckd", "loss_kd_cls"} <= losses.keys()
     assert losses["kd_positive"] > 0
-    assert losses["kd_positive"] + losses["kd_negative"] == 64
-    assert losses["kd_unpaired"] == 0
+    assert 30 < losses["kd_positive"] + losses["kd_negative"] <= 64
+    assert losses["kd_unpaired"] <= 6  # annotations that no predicted box meets
     total, _ = model.parse_losses(losses)
     total.backward()
     assert torch.isfinite(total)
@@ -234,8 +234,9 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
                 for conv in convs:
                     x = conv(x)
                 features[name].append(x)
-    sampled, outputs = forward.sampled()
+    every, paired, outputs = forward.sampled()
     assert outputs.anchors is not None
+    sampled = every.select(paired)
     anchors = DenseStudent(model.student).num_anchors
     names = {"classification": ("cls",), "localization": ("reg",), "combined": ("cls", "reg")}[branch]
     boxes = [DenseStudent(model.student).boxes(forward.regression, image, (64, 64)) for image in range(2)]
@@ -243,7 +244,7 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
     for row in range(len(sampled.rois)):
         image, place = int(sampled.rois[row, 0]), sampled.rois[row, 1:]
         same = (boxes[image] == place).all(dim=1).nonzero().squeeze(1).tolist()
-        if len(same) > 1:  # clipped to the same box
+        if len(same) != 1:  # clipped to the same box, or an annotation
             continue
         compared += 1
         # the prediction that is this box, walked to by loops: level, row, column, anchor
@@ -259,6 +260,65 @@ def test_outputs_are_those_of_the_location_that_predicted_the_box(pair: "type[Pa
         scores = forward.scores[depth][image, anchor * 3 : anchor * 3 + 3, y, x_]
         torch.testing.assert_close(outputs.logits[row], torch.cat([scores, torch.zeros(1)]))
     assert compared > 20
+
+
+def naive_proposals(model: DistilledDetector, forward: DenseForward, image: int) -> list[int]:
+    """Which predictions of an image are proposals, as loops say: the best of each level that no better one overlaps."""
+    student = DenseStudent(model.student)
+    boxes = student.boxes(forward.regression, image, forward.metas[image]["img_shape"]).tolist()
+    start, proposals = 0, []
+    for level in forward.scores:
+        classes = level[image].shape[0] // student.num_anchors
+        scores = level[image].unflatten(0, (student.num_anchors, classes)).permute(2, 3, 0, 1).reshape(-1, classes)
+        best = [max(row) for row in scores.sigmoid().tolist()]
+        kept: list[int] = []
+        for index in sorted(range(len(best)), key=lambda i: -best[i])[:2000]:
+            box = boxes[start + index]
+            if box[2] <= box[0] or box[3] <= box[1]:
+                continue
+            if all(naive_iou(box, boxes[start + other]) <= 0.7 for other in kept):
+                kept.append(index)
+        proposals += [(best[index], start + index) for index in kept]
+        start += len(best)
+    return [index for _, index in sorted(proposals, reverse=True)[:1000]]
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_proposals_are_those_of_an_rpn_and_the_ground_truth(pair: "type[Pair]", family: str) -> None:
+    model = detector(pair, family, *METHODS)
+    forward = watched(pair, model)
+    forward._student.sampling = RoiSampling(num=10**6, positive_fraction=1.0)
+    forward.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
+    sampled, paired, outputs = forward.sampled()
+    assert len(outputs.logits) == int(paired.sum())
+    for image, truth in enumerate(forward.ground_truth):
+        of_image = sampled.image_index == image
+        boxes = DenseStudent(model.student).boxes(forward.regression, image, forward.metas[image]["img_shape"])
+        expected = [boxes[index].tolist() for index in naive_proposals(model, forward, image)]
+        expected += truth.bboxes.tolist()
+        assert len(expected) > 30
+        assert sorted(sampled.boxes[of_image].tolist()) == sorted(expected)
+        by_location = [level[image].flatten(1).T for level in forward.scores]  # [h_l * w_l, A * K]
+        logits = torch.cat([level.reshape(-1, 3) for level in by_location])
+        for box, label in zip(truth.bboxes.tolist(), truth.labels.tolist(), strict=True):
+            row = sampled.boxes[of_image].tolist().index(box)
+            overlaps = [naive_iou(box, other) for other in boxes.tolist()]
+            assert sampled.labels[of_image][row] == label
+            assert bool(paired[of_image][row]) == (max(overlaps) >= 0.5)
+            if max(overlaps) >= 0.5:
+                place = int(paired[: int(of_image.nonzero()[row]) + 1].sum()) - 1
+                torch.testing.assert_close(outputs.logits[place, :3], logits[overlaps.index(max(overlaps))])
+
+
+def test_a_softmax_head_proposes_by_its_object_classes() -> None:
+    model = config("retinanet")
+    model.bbox_head.loss_cls = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    student = DenseStudent(MODELS.build(model))
+    scores = torch.randn(9 * 4, 2, 3)
+    objectness = student.objectness(scores)
+    for row, column, anchor in ((0, 0, 0), (1, 2, 5), (0, 1, 8)):
+        expected = scores[4 * anchor : 4 * anchor + 4, row, column].softmax(dim=0)[:3].max()
+        torch.testing.assert_close(objectness[(row * 3 + column) * 9 + anchor], expected)
 
 
 def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
@@ -308,7 +368,8 @@ def test_losses_are_those_of_the_parts(pair: "type[Pair]") -> None:
     model = detector(pair, "retinanet", *METHODS)
     forward = watched(pair, model)
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
-    sampled, outputs = forward.sampled()
+    sampled, paired, outputs = forward.sampled()
+    sampled = sampled.select(paired)
     head = pair.head()
     features = teacher_features(pair.spec, [view(pair, 1), view(pair, 2)], sampled.rois)
     recorded: list[Tensor] = []

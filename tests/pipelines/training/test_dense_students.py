@@ -49,7 +49,7 @@ def test_trains_from_the_cache_of_a_two_stage_teacher(kit: "Kit", work: Path, fa
     for row in log(work / "w"):
         assert {"loss_sgfi", "loss_ckd", "loss_kd_cls", "sgfi_level4", "kd_unpaired", "share_ckd"} <= row.keys()
         assert 0 < row["kd_positive"] + row["kd_negative"] <= 4 * 64
-        assert (row["kd_unpaired"] == 0) == (rois == "student")
+        assert row["kd_unpaired"] > 0 if rois == "teacher" else row["kd_unpaired"] <= row["kd_positive"]
     saved = torch.load(work / "w" / "student.pth", weights_only=True)
     model = MODELS.build(Config.fromstring(saved["meta"]["cfg"], ".py").model)
     model.load_state_dict(saved["state_dict"], strict=True)
@@ -62,15 +62,16 @@ def test_mixed_precision(kit: "Kit", work: Path, rois: str) -> None:
 
 
 def test_boxes_that_meet_no_object_yet_do_not_end_a_training(kit: "Kit", work: Path) -> None:
-    """FCOS begins with boxes of two pixels."""
+    """FCOS begins with boxes of two pixels: the annotations are all that is positive, and they are for sgfi."""
     path = student(kit, work, "fcos")
     config = Config.fromfile(path)
     del config.model.bbox_head.init_cfg
     path.write_text(config.pretty_text)
     kit.run(*kit.student_command(work / "w", *QUEUE, "--student", path, "--methods", "sgfi,ckd"))
-    assert all(row["kd_positive"] == 0 and row["loss_ckd"] > 0 for row in log(work / "w"))
-    (text,) = (work / "w").glob("*/*.log")
-    assert "loss_sgfi was 0 in every step so far" in text.read_text()
+    for row in log(work / "w"):
+        assert row["kd_positive"] == row["kd_unpaired"] > 0
+        assert row["loss_ckd"] > 0
+        assert row["loss_sgfi"] > 0
 
 
 def test_a_config_of_the_zoo_by_name(kit: "Kit", work: Path) -> None:
