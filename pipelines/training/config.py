@@ -54,7 +54,7 @@ _FIXED = {
 
 def world_size() -> int:
     """Number of training processes, as torchrun and Slurm announce it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def own_config(config: Config, options: TrainingOptions) -> Config:
