@@ -9,6 +9,7 @@ from torch import Tensor
 from kdpipe.distill.losses.numeric import no_autocast
 
 SHARE_INTERVAL = 50  # steps from one look to the next
+_SCALE = 1024.0  # of gradients, which float16 would round to zero
 
 
 def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dic
         total = torch.stack(list(value)).sum() if isinstance(value, list | tuple) else value
         if "loss" in name and levels and total.requires_grad:
             with no_autocast(total):  # a backward pass takes its types from the forward pass
-                gradients = torch.autograd.grad(total, levels, retain_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(total.float() * _SCALE, levels, retain_graph=True, allow_unused=True)
             squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
             norms[name] = torch.stack(squares).sum().sqrt() if squares else total.detach().new_zeros(())
     if not norms:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
+from kdpipe.pipelines.training.options import AMP_TYPES
 
 __all__ = [
     "BATCH",
@@ -231,7 +232,13 @@ training_options = _options(
     click.option("--scale", type=Scale(), help="Network input, ratio kept."),
     click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
-    click.option("--amp", is_flag=True, help="Mixed precision: float16 on a GPU, bfloat16 on the CPU."),
+    click.option(
+        "--amp",
+        type=click.Choice(AMP_TYPES),
+        is_flag=False,
+        flag_value="auto",
+        help="Mixed precision. Without a type: bfloat16, or float16 on a GPU that has no bfloat16.",
+    ),
     click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4."),
     click.option("-o", "--cfg-options", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the config."),
 )

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-__all__ = ["SCHEDULES", "TrainingOptions"]
+__all__ = ["AMP_TYPES", "SCHEDULES", "TrainingOptions"]
 
+AMP_TYPES = ("auto", "bfloat16", "float16")
 SCHEDULES = {"1x": 12, "2x-ms": 24}  # epochs
 
 
@@ -20,7 +21,8 @@ class TrainingOptions:
         lr: Peak learning rate.
         seed: Seed of everything random.
         scale: `(w, h)` of mmdet's Resize.
-        amp: Mixed precision.
+        amp: Mixed precision: one of `AMP_TYPES`, of which `auto` is bfloat16, or float16 on a GPU without it; None is
+            full precision.
         workers: Loader workers.
         overrides: `KEY=VALUE` of the config, applied last.
         strict_data: Refuse data of which some would be left out.
@@ -34,7 +36,7 @@ class TrainingOptions:
     lr: float | None = None
     seed: int | None = None
     scale: tuple[int, int] | None = None
-    amp: bool = False
+    amp: str | None = None
     workers: int | None = None
     overrides: tuple[str, ...] = ()
     strict_data: bool = False

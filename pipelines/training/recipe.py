@@ -17,6 +17,7 @@ __all__ = ["optim_wrapper", "set_recipe"]
 BASE_LR = 0.03  # at BASE_BATCH images per step (G-DetKD, section 5)
 BASE_BATCH = 16
 _AMP_WRAPPERS = ("AmpOptimWrapper", "Bfloat16OptimWrapper")
+_OF_AMP = ("type", "dtype", "loss_scale", "use_fsdp")  # options of these that others do not have
 _VALIDATION = ("val_begin", "val_interval", "dynamic_intervals")
 
 
@@ -30,7 +31,8 @@ def set_recipe(cfg: Config, config: Config, options: TrainingOptions, images: in
         images: Per step, of all processes.
 
     Raises:
-        KdpipeError: The recipe is the config's, and it counts steps, or has no optimiser for `--lr`.
+        KdpipeError: The recipe is the config's, and it counts steps, or has no optimiser for `--lr`; or there is no GPU
+            for float16.
     """
     is_own = options.recipe == "config"
     epochs = options.epochs or SCHEDULES.get(options.schedule or "") or (_own_epochs(config) if is_own else None)
@@ -77,12 +79,15 @@ def _own_optim_wrapper(config: Config, options: TrainingOptions) -> dict[str, An
                 "--lr out, change the rates with -o, or take the paper's optimiser and schedule (--recipe paper)."
             )
         wrapper["optimizer"]["lr"] = options.lr
-    if options.amp and not type_name(wrapper.get("type", "")).endswith(_AMP_WRAPPERS):
-        wrapper["type"] = _amp_wrapper()
-    return wrapper
+    is_mixed = type_name(wrapper.get("type", "")).endswith(_AMP_WRAPPERS)
+    if options.amp is None or (is_mixed and options.amp == "auto"):
+        return wrapper
+    mixed = _amp_wrapper(options.amp)
+    kept = ("loss_scale",) if mixed["type"] == wrapper.get("type") else ()
+    return {key: value for key, value in wrapper.items() if key in kept or key not in _OF_AMP} | mixed
 
 
-def optim_wrapper(config: Config, lr: float | None, images: int, amp: bool) -> dict[str, Any]:
+def optim_wrapper(config: Config, lr: float | None, images: int, amp: str | None) -> dict[str, Any]:
     """mmengine's `optim_wrapper`: the paper's where the config names SGD or nothing, else the config's.
 
     Args:
@@ -90,18 +95,21 @@ def optim_wrapper(config: Config, lr: float | None, images: int, amp: bool) -> d
         lr: Peak rate; None takes 0.03 per 16 images for the paper's SGD. For another optimiser it is that of the
             config, scaled with the batch where the config names a batch that it is for (`auto_scale_lr`).
         images: Per step, of all processes.
-        amp: Mixed precision.
+        amp: Mixed precision, as `TrainingOptions` has it.
+
+    Raises:
+        KdpipeError: There is no GPU for float16.
     """
     wrapper = copy.deepcopy(dict(config.get("optim_wrapper") or {}))
     if not _is_other(wrapper.get("optimizer")):
         rate = lr if lr is not None else BASE_LR * images / BASE_BATCH
         return {
-            "type": _amp_wrapper() if amp else "OptimWrapper",
+            **(_amp_wrapper(amp) if amp else {"type": "OptimWrapper"}),
             "optimizer": {"type": "SGD", "lr": rate, "momentum": 0.9, "weight_decay": 1e-4},
             "clip_grad": {"max_norm": 10, "norm_type": 2},
         }
     if amp:
-        wrapper["type"] = _amp_wrapper()
+        wrapper = {key: value for key, value in wrapper.items() if key not in _OF_AMP} | _amp_wrapper(amp)
     wrapper.setdefault("type", "OptimWrapper")
     base = (config.get("auto_scale_lr") or {}).get("base_batch_size")
     if lr is not None:
@@ -118,5 +126,17 @@ def _is_other(optimizer: Any) -> bool:
     return resolve_type(optimizer["type"], OPTIMIZERS) is not torch.optim.SGD
 
 
-def _amp_wrapper() -> str:
-    return "AmpOptimWrapper" if torch.cuda.is_available() else "Bfloat16OptimWrapper"
+def _amp_wrapper(amp: str) -> dict[str, Any]:
+    """Type and options of mmengine's `optim_wrapper` for `--amp`.
+
+    bfloat16 is the choice where there is one: it has the range of float32, so that nothing overflows and no loss has to
+    be scaled.
+    """
+    if amp == "auto":
+        on_old_gpu = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "float16" if on_old_gpu else "bfloat16"
+    if amp == "bfloat16":
+        return {"type": "Bfloat16OptimWrapper"}
+    if not torch.cuda.is_available():
+        raise KdpipeError("--amp float16 needs a GPU, and torch finds none here. Use --amp bfloat16.")
+    return {"type": "AmpOptimWrapper", "dtype": amp}

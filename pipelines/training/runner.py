@@ -109,6 +109,16 @@ class QuietRunner(Runner):  # type: ignore[misc]
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
 
+    def _init_model_weights(self) -> None:
+        """As mmengine's, with random numbers of the CPU: a seed gives the same weights whatever the device."""
+        parameters = list(self.model.parameters())
+        on_device = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.cpu()
+        super()._init_model_weights()
+        for parameter, data in zip(parameters, on_device, strict=True):
+            parameter.data = data.copy_(parameter.data)
+
     def set_schedule(self, schedule: Any) -> None:
         """Set the configs of the schedulers, once the number of steps is known."""
         self._schedule, self.param_schedulers = schedule, copy.deepcopy(schedule)
@@ -206,7 +216,7 @@ def _peaks(optimizer: OptimWrapper) -> list[dict[str, Any]]:
 
 @OPTIM_WRAPPERS.register_module()
 class Bfloat16OptimWrapper(OptimWrapper):  # type: ignore[misc]
-    """Mixed precision on devices without float16 arithmetic (the CPU): autocast to bfloat16, no loss scaling."""
+    """Mixed precision on a GPU or the CPU: autocast to bfloat16, which has the range of float32: no loss scaling."""
 
     @contextmanager
     def optim_context(self, model: torch.nn.Module) -> Iterator[None]:

@@ -37,3 +37,10 @@ def test_losses_that_do_not_reach_the_pyramid_have_no_share() -> None:
 def test_a_frozen_pyramid_has_no_shares() -> None:
     head = torch.randn(3, requires_grad=True)
     assert gradient_shares({"loss_a": (torch.ones(3) * head).sum()}, [torch.ones(3)]) == {}
+
+
+def test_small_gradients_of_a_half_precision_pyramid_count() -> None:
+    level = torch.ones(8, dtype=torch.float16, requires_grad=True)
+    losses = {"loss_a": (level.float() * 2e-8).sum(), "loss_b": (level.float() * 6e-8).sum()}
+    shares = gradient_shares(losses, [level])
+    assert shares["share_a"].item() == pytest.approx(0.25, rel=0.01)

@@ -51,7 +51,7 @@ def test_optimisers(optimizer: Any, base: int | None, lr: float | None, expected
     if base is not None:
         config.auto_scale_lr = {"base_batch_size": base, "enable": True}
     before = config.to_dict()
-    wrapper = optim_wrapper(config, lr, images=4, amp=False)
+    wrapper = optim_wrapper(config, lr, images=4, amp=None)
     assert wrapper["optimizer"] == expected
     assert wrapper.get("paramwise_cfg") == (None if expected["type"] == "SGD" else DECAY)
     assert wrapper.get("clip_grad") == ({"max_norm": 10, "norm_type": 2} if expected["type"] == "SGD" else None)
@@ -156,10 +156,47 @@ def test_configs_that_cannot_be_followed(changes: dict[str, Any], options: dict[
 
 def test_mixed_precision_of_a_config_stays() -> None:
     config = Config({**OWN, "optim_wrapper": {"type": "AmpOptimWrapper", "optimizer": SGD, "loss_scale": 512.0}})
-    for amp in (False, True):
+    for amp in (None, "auto"):
         cfg = Config({})
         set_recipe(cfg, config, TrainingOptions(recipe="config", amp=amp), images=4)
         assert cfg.optim_wrapper == config.optim_wrapper
+
+
+@pytest.mark.parametrize(
+    ("devices", "amp", "expected"),
+    [
+        ("cpu", "auto", {"type": "Bfloat16OptimWrapper"}),
+        ("old GPU", "auto", {"type": "AmpOptimWrapper", "dtype": "float16"}),
+        ("GPU", "auto", {"type": "Bfloat16OptimWrapper"}),
+        ("GPU", "float16", {"type": "AmpOptimWrapper", "dtype": "float16"}),
+        ("cpu", "bfloat16", {"type": "Bfloat16OptimWrapper"}),
+    ],
+)
+def test_types_of_mixed_precision(
+    monkeypatch: pytest.MonkeyPatch, devices: str, amp: str, expected: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices != "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: devices == "GPU")
+    for config in ({}, OWN, {**OWN, "optim_wrapper": {"type": "OptimWrapper", "optimizer": {"type": "AdamW"}}}):
+        for recipe in ("paper", "config"):
+            cfg = Config({})
+            set_recipe(cfg, Config(config), TrainingOptions(recipe=recipe, amp=amp), images=4)
+            assert {key: cfg.optim_wrapper.get(key) for key in ("type", "dtype")} == {"dtype": None, **expected}
+
+
+@pytest.mark.parametrize("recipe", ["paper", "config"])
+def test_a_named_type_replaces_that_of_a_config(recipe: str) -> None:
+    adam = {"type": "AdamW", "betas": (0.9, 0.99)}
+    own = {"type": "AmpOptimWrapper", "optimizer": adam, "loss_scale": 512.0, "dtype": "float16"}
+    cfg = Config({})
+    set_recipe(cfg, Config({"optim_wrapper": own}), TrainingOptions(recipe=recipe, amp="bfloat16"), images=4)
+    assert cfg.optim_wrapper == {"type": "Bfloat16OptimWrapper", "optimizer": adam}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_float16_needs_a_gpu() -> None:
+    with pytest.raises(KdpipeError, match=r"--amp float16 needs a GPU.*--amp bfloat16"):
+        set_recipe(Config({}), Config({}), TrainingOptions(amp="float16"), images=4)
 
 
 @pytest.mark.parametrize(

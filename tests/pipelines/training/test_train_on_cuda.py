@@ -27,6 +27,7 @@ pytestmark = [
 
 FAMILIES = ("faster", "cascade", "retinanet", "fcos")
 ROIS = ("student", "teacher")
+INITIAL = ("--methods", "sgfi,ckd", "-o", "load_from=None", "--lr", 1e-12)  # weights stay as they were drawn
 # Every command of a list, in a process in which there is no GPU; the layout of config text costs more than a step.
 _COMMANDS = """
 import json, sys
@@ -113,6 +114,7 @@ def trainings(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Trainings
 def cpu_process(trainings: Trainings) -> Iterator["subprocess.Popen[bytes]"]:
     """The trainings without a GPU, which run beside those with one."""
     commands = [trainings.command(f"cpu_{f}_{rois}", f, "--rois", rois) for f in FAMILIES for rois in ROIS]
+    commands.append(trainings.command("cpu_initial", "faster", *INITIAL))
     process = trainings.start_without_gpu(commands)
     yield process
     process.kill()
@@ -139,10 +141,25 @@ def test_the_first_step_has_the_losses_of_the_cpu(
     assert {name: on_gpu[name] for name in names} == pytest.approx({name: on_cpu[name] for name in names}, rel=1e-3)
 
 
+def test_a_seed_gives_the_initial_weights_of_the_cpu(
+    trainings: Trainings, cpu_process: "subprocess.Popen[bytes]"
+) -> None:
+    trainings.run("gpu_initial", "faster", *INITIAL)
+    trainings.wait(cpu_process)
+    on_gpu, on_cpu = trainings.weights("gpu_initial"), trainings.weights("cpu_initial")
+    for name, weight in on_cpu.items():
+        if name.endswith((".weight", ".bias")):
+            torch.testing.assert_close(on_gpu[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["faster", "retinanet"])
-def test_mixed_precision_has_nearly_the_losses_of_full_precision(trainings: Trainings, family: str) -> None:
-    full = trainings.run(f"full_{family}", family, "--rois", "teacher")
-    half = trainings.run(f"half_{family}", family, "--rois", "teacher", "--amp")
+def test_mixed_precision_has_nearly_the_losses_of_full_precision(
+    trainings: Trainings, cpu_process: "subprocess.Popen[bytes]", family: str, amp: str
+) -> None:
+    half = trainings.run(f"{amp}_{family}", family, "--rois", "teacher", "--amp", amp)
+    trainings.wait(cpu_process)
+    full = trainings.first_step(f"cpu_{family}_teacher")
     # the student's own sampler draws among proposals, whose order follows the precision
     of_own_rois = ("loss", "loss_cls", "loss_bbox", "acc") if family == "faster" else ("loss",)
     assert all(math.isfinite(value) for value in half.values())

@@ -138,7 +138,7 @@ def test_what_else_the_users_config_says_stays(kit: "Kit", data: DetectionData) 
         ({"schedule": "2x-ms"}, "train_cfg.max_epochs", 24),
         ({"schedule": "2x-ms", "epochs": 8}, "train_cfg.max_epochs", 8),
         ({"schedule": "1x"}, "param_scheduler", None),
-        ({"amp": True}, "optim_wrapper.type", "AmpOptimWrapper" if CUDA else "Bfloat16OptimWrapper"),
+        ({"amp": "bfloat16"}, "optim_wrapper.type", "Bfloat16OptimWrapper"),
         ({"scale": (80, 48)}, "val_dataloader.dataset.pipeline.1.scale", (80, 48)),
     ],
 )
