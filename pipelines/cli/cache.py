@@ -21,6 +21,7 @@ from kdpipe.pipelines.cli.options import (
     FiniteRange,
     Scale,
     Shard,
+    chosen_device,
     data_options,
     grouped,
     store_option,
@@ -30,6 +31,7 @@ from kdpipe.pipelines.commands.options import RayOptions, TeacherCheckOptions
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console
 from kdpipe.pipelines.runtime.launch import Rank, doubts, find_shard
+from kdpipe.pipelines.runtime.memory import LESS_FOR_A_CACHE, memory_advice
 from kdpipe.pipelines.teacher.options import CacheOptions, tier_defaults
 
 __all__ = ["cache_teacher_command", "inspect_command", "verify_command"]
@@ -81,6 +83,7 @@ _PYRAMID, _OBJECTS = tier_defaults("pyramid"), tier_defaults("objects")
 @trust_option
 @grouped("options", CacheOptions)
 @grouped("ray", RayOptions)
+@memory_advice(LESS_FOR_A_CACHE)
 def cache_teacher_command(
     ckpt: Path,
     config: str | None,
@@ -103,13 +106,14 @@ def cache_teacher_command(
     from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.commands.cache_teacher import cache_teacher
     from kdpipe.pipelines.commands.dry_run import estimate, print_estimate
-    from kdpipe.pipelines.data.find import find_data, torch_device
+    from kdpipe.pipelines.data.find import find_data
     from kdpipe.pipelines.data.report import report_data
     from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
     from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
     from kdpipe.pipelines.teacher.teacher import teacher_config
 
     shard = _shard(given_shard, ray)
+    run_on = chosen_device("cpu" if ray.address and not dry_run else device)  # a cluster has its own
     console = command_console(shared=False, live=shard.count == 1)
     if shard.variables:
         console.print(f"Shard {shard}, by {shard.source}.")
@@ -123,7 +127,7 @@ def cache_teacher_command(
         source = find_data(cfg, data, limit)
         location = location or open_location(source.cache_path(), store_options)
         if dry_run:
-            teacher, spec = prepare_teacher(checkpoint, cfg, options, torch_device(device))
+            teacher, spec = prepare_teacher(checkpoint, cfg, options, run_on)
             spec, images = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {ckpt.name}")
             report_data(images, console, trained=True, strict=options.strict_data)
             costs = estimate(teacher, images, images.images, spec)
@@ -132,14 +136,15 @@ def cache_teacher_command(
         config_text = str(Path(config).resolve()) if config and Path(config).exists() else config
         how: dict[str, Any]
         if ray.address is None:
-            how = {"device": torch_device(device), "shard": shard}
+            how = {"shard": shard}
         else:
             from kdpipe.pipelines.commands.cache_on_ray import deal_parts, part_job
 
             given: dict[str, Any] = {"ckpt": ckpt, "config": config_text, "trust": trust, "device": device}
             job = part_job(source, location, options, store_options=store_options, **given)
-            how = {"device": torch_device("cpu"), "deal": partial(deal_parts, job=job, options=ray, console=console)}
-        result = cache_teacher(checkpoint, cfg, source, location, options, console=console, config=config_text, **how)
+            how = {"deal": partial(deal_parts, job=job, options=ray, console=console)}
+        how |= {"device": run_on, "console": console, "config": config_text}
+        result = cache_teacher(checkpoint, cfg, source, location, options, **how)
     except KeyboardInterrupt:
         console.print("Stopped. What is cached is valid; the same command goes on from there.")
         raise
@@ -185,6 +190,7 @@ def _shard(given: tuple[int | None, int] | None, ray: RayOptions) -> Rank:
 @data_options
 @trust_option
 @grouped("options", TeacherCheckOptions)
+@memory_advice("Let the teacher run where there is more (--device, such as cpu).")
 def verify_command(cache: str, store_options: dict[str, str], repair: bool, options: TeacherCheckOptions) -> None:
     """Check every byte of a cache: complete, as it was written, finite. Exit code 1 where it is not.
 
@@ -196,8 +202,10 @@ def verify_command(cache: str, store_options: dict[str, str], repair: bool, opti
 
     console = command_console(shared=False)
     location = open_location(cache, store_options)
+    if options.ckpt is not None or options.device is not None:
+        chosen_device(options.device)  # refused before the cache is read
     if options.ckpt is not None:
-        check_ckpt(options.ckpt, options.config, options.device, trust=options.trust)
+        check_ckpt(options.ckpt, options.config, trust=options.trust)
     good = verify_files(location, repair=repair, console=console)
     if good:
         good = verify_pictures(location, img_dir=options.data.img_dir, voc=options.data.voc, console=console)

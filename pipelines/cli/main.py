@@ -16,6 +16,7 @@ from kdpipe.pipelines.cli.options import PATH
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
 from kdpipe.pipelines.runtime.launch import find_rank, is_first
+from kdpipe.pipelines.runtime.memory import memory_shortage
 
 __all__ = ["main"]
 
@@ -123,10 +124,9 @@ def _user_message(error: Exception) -> str | None:
             f"A path or name cannot be written as UTF-8: {ascii(error.object)[1:-1][:200]}. Give it a name in UTF-8, "
             "or where it is one, set PYTHONUTF8=1."
         )
-    text = (error_text(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if (shortage := memory_shortage(error)) is not None:
         return (
-            f"There is too little memory ({text or 'of this machine'}). Use a smaller --scale or --batch-size, fewer "
-            "--workers, or a machine or device (--device) with more of it."
+            f"There is too little memory: {shortage}\nUse a smaller --scale or --batch-size, fewer --workers, or a "
+            "machine or device with more of it."
         )
     return None

@@ -28,6 +28,7 @@ __all__ = [
     "Scale",
     "Shard",
     "WholeRange",
+    "chosen_device",
     "data_options",
     "grouped",
     "skip_option",
@@ -168,6 +169,20 @@ SEED = WholeRange(0, (1 << 32) - 1)  # numpy's
 WORKERS = WholeRange(0, 1_000)
 _SIDES = range(16, 20_001)  # of a network input, pixels
 _LARGEST = 1 << 50  # of sizes, bytes
+
+
+def chosen_device(name: str | None) -> Any:
+    """The `torch.device` of `--device`.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    from kdpipe.pipelines.runtime.devices import DeviceError, torch_device
+
+    try:
+        return torch_device(name)
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

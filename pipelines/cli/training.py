@@ -27,6 +27,7 @@ from kdpipe.pipelines.cli.options import (
 from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
+from kdpipe.pipelines.runtime.memory import memory_advice
 from kdpipe.pipelines.training.options import SCHEDULES, TrainingOptions
 from kdpipe.pipelines.training.process_group import trained_together
 
@@ -195,6 +196,7 @@ def train_teacher_command(
 @skip_option
 @trust_option
 @grouped("options", EvaluateOptions)
+@memory_advice("Use a smaller --batch-size or --scale.")
 def evaluate_command(options: EvaluateOptions) -> None:
     """Print the COCO AP of a checkpoint; of images of a Pascal VOC folder, Pascal VOC's, too."""
     from kdpipe.pipelines.commands.evaluate import evaluate, metrics_tables

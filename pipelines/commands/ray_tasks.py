@@ -15,6 +15,7 @@ import msgspec
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.store.location import open_location
 from kdpipe.pipelines.data.options import DataOptions
+from kdpipe.pipelines.runtime.memory import LESS_FOR_A_CACHE, memory_advice
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 if TYPE_CHECKING:
@@ -115,12 +116,14 @@ def make_part(text: str, index: int) -> dict[str, Any]:
         images, size = images + new, size + raw
 
     try:
-        maker = _part_maker(text)
+        with memory_advice(LESS_FOR_A_CACHE):
+            maker = _part_maker(text)
     except (KdpipeError, OSError) as error:
         return {"error": f"On the node {socket.gethostname()}: {error_text(error)}"}
     try:
         if maker.writer.pending([index]):
-            maker.fill(index, lines.append, show).close()
+            with memory_advice(LESS_FOR_A_CACHE):
+                maker.fill(index, lines.append, show).close()
     except (KdpipeError, OSError) as error:
         return {"error": error_text(error)}
     return {"images": images, "bytes": size, "lines": lines}
@@ -132,8 +135,9 @@ def _part_maker(text: str) -> "PartMaker":
     from rich.console import Console
 
     from kdpipe.pipelines.commands.cache_teacher import prepare_parts
-    from kdpipe.pipelines.data.find import DataSource, torch_device
+    from kdpipe.pipelines.data.find import DataSource
     from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
+    from kdpipe.pipelines.runtime.devices import torch_device
     from kdpipe.pipelines.teacher.teacher import teacher_config
 
     job = PartJob.from_json(text)

@@ -118,24 +118,21 @@ def _advise(
     )
 
 
-def check_ckpt(ckpt: Path, config: str | None, device: str | None, *, trust: bool) -> None:
+def check_ckpt(ckpt: Path, config: str | None, *, trust: bool) -> None:
     """Refuse what cannot be read of a teacher before all of a cache is read; `verify_teacher` compares the two.
 
     Args:
         ckpt: The teacher's checkpoint.
         config: Its config, if one is named.
-        device: Where it is to run.
         trust: Unpickle the checkpoint even where it holds more than weights.
 
     Raises:
         KdpipeError: One of these is not there, or cannot be read.
     """
-    from kdpipe.pipelines.data.find import torch_device
     from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
     from kdpipe.pipelines.detectors.configs import find_config
 
     load_checkpoint(ckpt, trust=trust)
-    torch_device(device)
     if config is not None:
         find_config(config)
 
@@ -155,9 +152,9 @@ def verify_teacher(location: Location, options: TeacherCheckOptions, console: Co
         KdpipeError: another teacher or data set than those of the cache, or they cannot be read.
     """
     from kdpipe.pipelines.commands.evaluate import metrics_tables
-    from kdpipe.pipelines.data.find import torch_device
     from kdpipe.pipelines.data.provenance import recorded_config, recorded_data
     from kdpipe.pipelines.data.report import report_data
+    from kdpipe.pipelines.runtime.devices import torch_device
     from kdpipe.pipelines.teacher.compare import compare_with_teacher, errors_table, load_recorded_teacher, unexplained
     from kdpipe.pipelines.teacher.decode import cached_ap
 

@@ -1,12 +1,10 @@
 """Which images and annotations a command works on, when its options say so and when they do not."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError, present
@@ -15,7 +13,7 @@ from kdpipe.pipelines.data.datasets import DetectionData, load_bdd, load_coco, l
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
 
-__all__ = ["DataSource", "cached_source", "find_data", "torch_device", "training_data"]
+__all__ = ["DataSource", "cached_source", "find_data", "training_data"]
 
 
 DEFAULT_SPLIT = "train"
@@ -195,24 +193,3 @@ def _val_source(source: DataSource, val_options: ValOptions) -> DataSource | Non
     val_data = DataOptions(val_options.val_ann_file, img_dir, voc, val_options.val_split, val_options.val_bdd)
     _check_named(val_data, "--val-")
     return DataSource(val_data)
-
-
-def torch_device(name: str | None) -> torch.device:
-    """The device of `--device`; by default the GPU with this process's number on its machine, or the CPU.
-
-    Raises:
-        KdpipeError: There is no such device.
-    """
-    if name is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device(
-            "cuda",
-            int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") % torch.cuda.device_count(),
-        )
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise KdpipeError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device

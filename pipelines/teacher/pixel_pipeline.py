@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mmcv
@@ -22,7 +22,7 @@ from kdpipe.pipelines.teacher.family_checks import TeacherError
 from kdpipe.pipelines.training.reading import RESIZE_DEFAULTS, decoding_of
 from kdpipe.pipelines.training.transform_types import RESIZES, step_name, transform_class
 
-__all__ = ["PixelPipeline", "teacher_pixels"]
+__all__ = ["NetworkInput", "PixelPipeline", "teacher_pixels"]
 
 _WHOSE = "The teacher's test pipeline"
 _PADS = (mmdet_transforms.Pad, mmcv_transforms.Pad)
@@ -40,6 +40,32 @@ _WITH_STRENGTH = (
 _VALUES = (*_WITHOUT_STRENGTH, *_WITH_STRENGTH, mmcv_transforms.RandomGrayscale, mmcv_transforms.Normalize)
 _NO_PIXELS = (mmdet_transforms.LoadAnnotations, mmdet_transforms.PackDetInputs)
 Image = npt.NDArray[Any]  # [h, w, 3], BGR unless a step says otherwise
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """What a detector's preprocessor is given of an image, on the host.
+
+    Attributes:
+        pixels: Tensor[h, w, 3], BGR; page-locked where it goes to a GPU.
+        size: `(h, w)` of the resized image in its upper left corner; the rest is padding.
+        original: `(h, w)` of the image before.
+        flip: Whether it is mirrored.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    original: tuple[int, int]
+    flip: bool
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """What mmdet's heads want to know of it."""
+        return {"img_shape": self.size, "ori_shape": self.original, "flip": self.flip}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The pixels on a device, Tensor[3, h, w]; a GPU copies them while the host goes on."""
+        return self.pixels.to(device, non_blocking=True).permute(2, 0, 1).contiguous()
 
 
 class PixelPipeline:
@@ -120,6 +146,19 @@ class PixelPipeline:
         if flip:
             image = mmcv.imflip(image, "horizontal")
         return self._run_after(image), (height, width)
+
+    def network_input(self, image: Image, scale: tuple[int, int], flip: bool, *, pin: bool) -> NetworkInput:
+        """As `view`; several threads may do so at once.
+
+        Args:
+            image: As `view` takes it.
+            scale: The same.
+            flip: The same.
+            pin: Page-lock the pixels, for a GPU.
+        """
+        pixels, size = self.view(image, scale, flip)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+        return NetworkInput(tensor.pin_memory() if pin else tensor, size, (image.shape[0], image.shape[1]), flip)
 
     def check_scale(self, scale: tuple[int, int]) -> None:
         """Make sure that images of a scale fit into what they are padded to.

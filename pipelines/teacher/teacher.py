@@ -20,10 +20,11 @@ from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, load_strict
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
+from kdpipe.pipelines.teacher.arithmetic import in_full_precision
 from kdpipe.pipelines.teacher.families import box_outputs, is_cascade, roi_size, semantic_branch, shared_style, stages
 from kdpipe.pipelines.teacher.family_checks import TeacherError, check_classes_of_config, check_family
 from kdpipe.pipelines.teacher.jitter import jittered_boxes
-from kdpipe.pipelines.teacher.pixel_pipeline import PixelPipeline, teacher_pixels
+from kdpipe.pipelines.teacher.pixel_pipeline import NetworkInput, PixelPipeline, teacher_pixels
 
 __all__ = ["Teacher", "load_teacher", "teacher_config"]
 
@@ -68,8 +69,7 @@ def load_teacher(checkpoint: Checkpoint, config: Config, *, proposals: int, devi
     for branch in _MASK_BRANCHES:
         model_config.get("roi_head", {}).pop(branch, None)
     model_config.pop("init_cfg", None)
-    if "backbone" in model_config:
-        model_config.backbone.pop("init_cfg", None)
+    model_config.get("backbone", {}).pop("init_cfg", None)
     with building("The teacher"):
         model = MODELS.build(model_config)
         check_family(model)
@@ -111,11 +111,8 @@ class Teacher:
 
     def head_state(self) -> dict[str, Tensor]:
         """Weights and buffers of the RPN and of the RoI head, by their names in the detector's state dict."""
-        return {
-            name: value
-            for name, value in self.model.state_dict().items()
-            if name.startswith(("rpn_head.", "roi_head."))
-        }
+        heads = ("rpn_head.", "roi_head.")
+        return {name: value for name, value in self.model.state_dict().items() if name.startswith(heads)}
 
     def spec(
         self,
@@ -147,7 +144,6 @@ class Teacher:
         least_score = float((roi_head.test_cfg or {}).get("score_thr", 0.0))  # of what it calls a detection
         extractor, head = stages(roi_head)[0]
         align = extractor.roi_layers[0]
-        generator = self.model.rpn_head.prior_generator
         return CacheSpec(
             tier=tier,
             dtype=dtype,
@@ -155,7 +151,7 @@ class Teacher:
             class_names=tuple(class_names),
             category_ids=tuple(category_ids),
             channels=extractor.out_channels,
-            strides=tuple(int(stride[0]) for stride in generator.strides),
+            strides=tuple(int(stride[0]) for stride in self.model.rpn_head.prior_generator.strides),
             roi_levels=extractor.num_inputs,
             finest_scale=int(extractor.finest_scale),
             roi_size=roi_size(roi_head),
@@ -178,7 +174,7 @@ class Teacher:
     @torch.inference_mode()
     def record(
         self,
-        image: npt.NDArray[np.uint8],
+        image: npt.NDArray[np.uint8] | NetworkInput,
         gt_boxes: npt.NDArray[np.float32],
         gt_labels: npt.NDArray[np.int64] | None = None,
         *,
@@ -191,7 +187,7 @@ class Teacher:
         """Everything the teacher says of one image in one view.
 
         Args:
-            image: `[h, w, 3]` uint8, BGR, as `read_image` gives it with the teacher's `pixels.decoding`.
+            image: `[h, w, 3]` uint8, BGR, as `read_image` decodes it, or what `network_input` made of it.
             gt_boxes: `[G, 4]` (x1, y1, x2, y2) in original pixels.
             gt_labels: `[G]` of these; None where the record is not for a cache.
             spec: Whose view is asked for.
@@ -200,21 +196,21 @@ class Teacher:
             view: One of `spec.views`.
             file_digest: Of the image file, as `load_picture` gives it; 0 where it is not known.
         """
-        original = (image.shape[0], image.shape[1])
-        pyramid, sample = self.pyramid(image, spec.scale, view == "hflip")
-        size = sample.img_shape
-        matrix = view_matrix(original, size, view == "hflip")
+        if not isinstance(image, NetworkInput):
+            image = self.network_input(image, spec.scale, view == "hflip")
+        pyramid, sample = self.pyramid_of_input(image.on(self.device), **image.metainfo)
+        matrix = view_matrix(image.original, image.size, image.flip)
         proposals = self.proposals(pyramid, sample)
         truth = torch.from_numpy(gt_boxes).reshape(-1, 4)
-        near = jittered_boxes(truth, original, spec.jittered, seed=(2 * image_id + VIEWS.index(view)) % 2**63)
+        near = jittered_boxes(truth, image.original, spec.jittered, seed=(2 * image_id + VIEWS.index(view)) % 2**63)
         boxes = torch.cat([proposals, *(map_boxes(x, matrix).to(proposals) for x in (near, truth))])  # [R, 4]
         outputs, roi_features = self.box_outputs(pyramid, boxes, sample)
         return TeacherRecord(
             image_id=image_id,
             view=view,
             file_name=file_name,
-            original_size=original,
-            input_size=size,
+            original_size=image.original,
+            input_size=image.size,
             num_proposals=len(proposals),
             num_jittered=len(near),
             boxes=map_boxes(boxes.double(), np.linalg.inv(matrix)).float(),
@@ -235,11 +231,13 @@ class Teacher:
             rpn.nms_pre = max(self._candidates, count)
         return before
 
+    @in_full_precision
     def proposals(self, pyramid: tuple[Tensor, ...], sample: DetDataSample) -> Tensor:
         """The best proposals on a pyramid, Tensor[P, 4] (x1, y1, x2, y2), pixels of the network input."""
         boxes: Tensor = self.model.rpn_head.predict(pyramid, [sample], rescale=False)[0].bboxes
         return boxes
 
+    @in_full_precision
     def box_outputs(
         self, pyramid: tuple[Tensor, ...], boxes: Tensor, sample: DetDataSample
     ) -> tuple[HeadOutputs, Tensor]:
@@ -263,13 +261,16 @@ class Teacher:
             flip: Mirror the resized image.
 
         Returns:
-            Levels `[1, C, h_l, w_l]`, and the sample that mmdet's heads want beside them; boxes are kept in the resized
-            image, outside of which is padding.
+            As `pyramid_of_input`; boxes are kept in the resized image, outside of which is padding.
         """
-        pixels, size = self.pixels.view(image, scale, flip)
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return self.pyramid_of_input(tensor, img_shape=size, ori_shape=image.shape[:2], flip=flip)
+        seen = self.network_input(image, scale, flip)
+        return self.pyramid_of_input(seen.on(self.device), **seen.metainfo)
 
+    def network_input(self, image: npt.NDArray[np.uint8], scale: tuple[int, int], flip: bool) -> NetworkInput:
+        """What of `pyramid` may be done ahead, on any thread; arguments are the same."""
+        return self.pixels.network_input(image, scale, flip, pin=self.device.type == "cuda")
+
+    @in_full_precision
     def pyramid_of_input(self, pixels: Tensor, **metainfo: Any) -> tuple[tuple[Tensor, ...], DetDataSample]:
         """FPN features of one network input, normalised and padded as the teacher's preprocessor does it.
 

@@ -14,6 +14,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.detectors.start_weights import pretrained_options
 from kdpipe.pipelines.runtime.console import bytes_text, nobody_reads
 from kdpipe.pipelines.runtime.machine import shared_memory
+from kdpipe.pipelines.runtime.memory import memory_shortage
 from kdpipe.pipelines.training.process_group import lost_others
 
 __all__ = ["training_faults"]
@@ -27,7 +28,10 @@ _DEAD_WORKER = (
 _SHARED_MEMORY = re.compile(
     r"Bus error|shared memory|unable to (?:write to|open|resize|mmap \d+ bytes from) file </torch_"
 )
-_NO_MEMORY = "can't allocate memory"
+_SMALLER_STEPS = (
+    "Make steps smaller: --batch-size, --scale, --amp, or fewer RoIs (-o model.train_cfg.rcnn.sampler.num=256 of a "
+    "two-stage detector, -o distill.rois.num=256 of others and with --rois teacher)."
+)
 
 
 @contextmanager
@@ -70,11 +74,8 @@ def training_faults(runner: Any, work_dir: Path) -> Iterator[None]:
 def _machine_fault(error: RuntimeError) -> str:
     """What to say of an error for which the machine is too small; empty for any other."""
     text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in text:
-        return (
-            f"The device has too little memory: {text.splitlines()[0]}\n"
-            "Make steps smaller (--batch-size, --scale, --amp), and go on with --resume where an epoch was finished."
-        )
+    if (shortage := memory_shortage(error)) is not None:
+        return f"There is too little memory: {shortage}\n{_SMALLER_STEPS} {_GO_ON}"
     if _SHARED_MEMORY.search(text):
         size = shared_memory()
         state = "there is no /dev/shm" if size is None else f"/dev/shm has {bytes_text(size)}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.device import get_device
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
@@ -22,6 +23,7 @@ from kdpipe.pipelines.detectors.checkpoints import register_safe_types
 from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale, test_steps
 from kdpipe.pipelines.detectors.start_weights import StartWeightsHook, check_start_weights
 from kdpipe.pipelines.runtime.console import silent_stdout
+from kdpipe.pipelines.runtime.devices import describe_device
 from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.training.config import own_config, training_config, world_size
 from kdpipe.pipelines.training.data import left_out_by, pipeline_of
@@ -223,6 +225,7 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
     recorded.param_scheduler = cfg.param_scheduler
     recorded = FormattedConfig(recorded)
     runner.cfg = recorded
+    console.print(f"Training on {describe_device(get_device())}.")
     progress = ProgressHook(console, name)
     for hook in (
         progress,

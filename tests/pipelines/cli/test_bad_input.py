@@ -15,6 +15,7 @@ from PIL import Image
 from kdpipe.cache.read.reader import open_cache
 
 if TYPE_CHECKING:
+    from tests.conftest import Forks
     from tests.pipelines.conftest import Kit
 
 
@@ -321,10 +322,21 @@ def test_students_that_cannot_learn(kit: "Kit", work: Path) -> None:
     assert "MinIoURandomCrop" in kit.refused(*command, "student.py")
 
 
-def test_devices_that_are_not_there(kit: "Kit", work: Path) -> None:
-    for name in ("cuda:77", "toaster"):
-        assert name in kit.refused("cache-teacher", *kit.source, *kit.VIEW, "--device", name)
+@pytest.mark.parametrize("name", ["cuda:77", "cuda:-1", "cuda:x", "cpu:3", "mps", "meta", "xla", "toaster", ""])
+def test_devices_that_are_not_there(kit: "Kit", work: Path, name: str) -> None:
+    for command in (("cache-teacher", *kit.source, *kit.VIEW), ("verify", kit.cache, "--ckpt", kit.teacher)):
+        message = kit.refused(*command, "--device", name, code=2)
+        assert f"--device {name}: kdpipe runs on cpu, cuda and cuda:N" in message
+        assert "cpu" in message.partition("Here ")[2]
     assert not list(work.iterdir())
+
+
+def test_gpus_that_are_hidden(kit: "Kit", work: Path, forks: "Forks") -> None:
+    """CUDA_VISIBLE_DEVICES without a GPU leaves the CPU."""
+    command = ("cache-teacher", *kit.source, *kit.VIEW, "--device", "cuda")
+    process = forks.start(kit.COMMAND, *command, cwd=work, CUDA_VISIBLE_DEVICES="")
+    assert process.wait() == 2
+    assert "Here is the cpu alone, as CUDA_VISIBLE_DEVICES= has it" in process.err
 
 
 def test_pretrained_weights_that_are_not_there(kit: "Kit", work: Path) -> None:
