@@ -82,7 +82,10 @@ def test_a_folder_that_was_deleted(kit: "Kit", work: Path, monkeypatch: pytest.M
     ("error", "message"),
     [
         (MemoryError(), "There is too little memory: the machine's memory ran out\n"),
-        (torch.OutOfMemoryError("CUDA out of memory. 2 MiB is free. Of the"), "memory: CUDA out of memory. 2 MiB is free.\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. 2 MiB is free. Of the"),
+            "memory: CUDA out of memory. 2 MiB is free.\n",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "too little memory"),
         (PermissionError(13, "Permission denied", "a.jpg"), "Permission denied: 'a.jpg'"),
         (UnicodeEncodeError("utf-8", "a\udcff.jpg", 1, 2, "surrogates not allowed"), r"a\udcff.jpg"),
