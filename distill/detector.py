@@ -22,10 +22,12 @@ from kdpipe.distill.methods import (
     expand_methods,
     loss_and_log,
     needed_fields,
+    reads_student,
     stage_sizes,
 )
 from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
+from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.students.build import is_dense, student_of
 from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
@@ -57,6 +59,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             `pair_iou`, the least IoU of a cached box with the predicted one that it is paired with (for `cls`, too).
         roi_sampling: Options of `RoiSampling`, for the RoIs that a dense student chooses.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
+        roi_mix: One of `ROI_MIXES`: whose RoIs are looked at where the student chooses them.
 
     Raises:
         ContractError: Student, cache and methods do not fit together.
@@ -74,6 +77,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         ckd: Mapping[str, Any] | None = None,
         roi_sampling: Mapping[str, Any] | None = None,
         share_interval: int = SHARE_INTERVAL,
+        roi_mix: str = ROI_MIXES[0],
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
         source: TargetSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
@@ -97,7 +101,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             )
         if wrong := {name: weight for name, weight in self.weights.items() if not 0 <= weight < math.inf}:
             raise ContractError(f"Weights of losses are finite and at least 0; found {wrong}.")
-        self.frozen_teacher = FrozenTeacher(self.spec, needed_fields(self.losses, self.dense), source.head_state)
+        needs = needed_fields(self.losses, self.dense)
+        asks_student = reads_student(self.losses, self.dense)
+        self.frozen_teacher = FrozenTeacher(self.spec, needs, source.head_state, asks_student, roi_mix)
         self.share_interval = share_interval
         self._steps = 0
         self._transfer: HeadTransfer | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd import CKD
+from kdpipe.distill.losses.hard import hard_label_loss
 from kdpipe.distill.losses.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -18,7 +19,7 @@ from kdpipe.distill.losses.prediction import (
 )
 from kdpipe.distill.losses.roifi import RoIFI
 from kdpipe.distill.losses.sgfi import SGFI
-from kdpipe.distill.pairs import TEACHER_FIELDS
+from kdpipe.distill.pairs import OF_STUDENT, TEACHER_FIELDS
 from kdpipe.distill.students.protocol import Student
 
 LossFunction = Callable[..., Any]  # or a class of Modules, of which `build` makes one
@@ -108,6 +109,7 @@ LOSSES: dict[str, Loss] = {
     "reg": Loss("loss_kd_reg", regression_kd_loss),
     "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
     "roifi": Loss("loss_roifi", RoIFI, RoIFI),
+    "hard": Loss("loss_hard", hard_label_loss),
 }
 
 HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
@@ -170,6 +172,16 @@ def needed_fields(losses: Sequence[str], dense: bool = False) -> frozenset[str]:
     """
     inputs = {name for loss in losses for name in LOSSES[loss].inputs(dense)}
     return frozenset(field for name, field in TEACHER_FIELDS.items() if name in inputs)
+
+
+def reads_student(losses: Sequence[str], dense: bool = False) -> bool:
+    """Whether a loss reads what the student says of the RoIs.
+
+    Args:
+        losses: As `expand_methods` gives them.
+        dense: For a student that predicts boxes densely.
+    """
+    return any(OF_STUDENT & set(LOSSES[loss].inputs(dense)) for loss in losses)
 
 
 def loss_and_log(name: str, result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:

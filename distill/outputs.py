@@ -1,7 +1,9 @@
 """RoIs of a batch, and what the box heads of student and teacher say of them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 Rows = Tensor | slice  # a mask, row numbers, or a slice
@@ -9,7 +11,7 @@ Rows = Tensor | slice  # a mask, row numbers, or a slice
 
 @dataclass(frozen=True)
 class BatchRois:
-    """R RoIs of a batch; those of an image lie together, its positives first.
+    """R RoIs of a batch; those of an image that were drawn together lie together, the positives first.
 
     Attributes:
         rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.
@@ -37,6 +39,11 @@ class BatchRois:
     def select(self, rows: Rows) -> "BatchRois":
         """Some of them."""
         return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
+
+    @staticmethod
+    def join(parts: "Sequence[BatchRois]") -> "BatchRois":
+        """One part after the other."""
+        return BatchRois(*(torch.cat([getattr(x, field.name) for x in parts]) for field in fields(BatchRois)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,12 @@ class StudentOutputs:
         """Those of some rows."""
         return StudentOutputs(self.embeddings[rows], self.logits[rows], _at(self.deltas, rows), _at(self.anchors, rows))
 
+    @staticmethod
+    def join(parts: "Sequence[StudentOutputs]") -> "StudentOutputs":
+        """Those of one part of the RoIs after the other."""
+        values = ([getattr(part, field.name) for part in parts] for field in fields(StudentOutputs))
+        return StudentOutputs(*(None if x[0] is None else torch.cat(x) for x in values))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class TeacherOutputs:
@@ -92,11 +105,6 @@ class TeacherOutputs:
     embeddings: Tensor | None = None
     logits: Tensor | None = None
     deltas: Tensor | None = None
-
-    def select_outputs(self, rows: Rows) -> "TeacherOutputs":
-        """What the box head says of some of the RoIs, beside the features of all positives."""
-        of_head = (_at(value, rows) for value in (self.embeddings, self.logits, self.deltas))
-        return TeacherOutputs(self.roi_features, *of_head)
 
 
 def _at(values: Tensor | None, rows: Rows) -> Tensor | None:

@@ -5,17 +5,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import present
+from kdpipe.cache.records import encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.prediction import recode_deltas
-from kdpipe.distill.outputs import BatchRois, StudentOutputs, TeacherOutputs
+from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
 from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
 from kdpipe.distill.rois.frames import ImageFrames
+from kdpipe.distill.rois.sampling import best_overlap
 from kdpipe.distill.students.protocol import StudentStage
 
+# What a loss can be given of what the student says of the RoIs.
+OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "anchors"})
 # What a loss can be given of the teacher, and the field of `TeacherOutputs` that it is made of.
 TEACHER_FIELDS = {
     "teacher_roi_features": "roi_features",
@@ -35,19 +40,28 @@ class RoiPairs:
         stage: Of the student.
         spec: What the teacher is.
         rois: All RoIs of the step, R.
-        paired: Those that both box heads speak of, N: all but those without a partner among a dense student's boxes.
-        student: At `paired`; None where no loss reads it.
-        teacher: At `paired`, and the RoI features of the P positives among `rois`.
+        rows: Which of them the student has something to say of, N: all but those without a partner among a dense
+            student's boxes.
+        student: At these; None where no loss reads it.
+        teacher: At all of them.
         samples: mmdet's `DetDataSample` of each image of the batch.
     """
 
     stage: StudentStage
     spec: CacheSpec
     rois: BatchRois
-    paired: BatchRois
+    rows: Rows
     student: StudentOutputs | None
     teacher: TeacherOutputs
     samples: Sequence[Any] = ()
+
+    @cached_property
+    def paired(self) -> BatchRois:
+        """The N RoIs that both speak of."""
+        return self.rois.select(self.rows)
+
+    def _of_teacher(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[self.rows]
 
     @property
     def num_classes(self) -> int:
@@ -83,6 +97,22 @@ class RoiPairs:
         return recode_deltas(self.student.deltas, means, stds, spec.box_means, spec.box_stds)
 
     @property
+    def true_deltas(self) -> Tensor:
+        """Tensor[N, 4], from each RoI to the annotation that it overlaps most, in the units of the teacher's box coder.
+
+        Zeros in images without annotations.
+        """
+        rois = self.paired
+        boxes = rois.boxes.float()
+        for image, sample in enumerate(self.samples):
+            truth = sample.gt_instances.bboxes
+            truth = getattr(truth, "tensor", truth).to(boxes)
+            if len(truth):
+                nearest = truth[best_overlap(rois.boxes, truth)[1]]
+                boxes = torch.where((rois.image_index == image)[:, None], nearest, boxes)
+        return encode_boxes(rois.boxes, boxes[:, None], self.spec.box_means, self.spec.box_stds)[:, 0]
+
+    @property
     def student_roi_features(self) -> Tensor:
         """Tensor[P, L, C of the student, size, size], of the positives, on each level of the student's pyramid."""
         rois, stage = self.rois.rois[self.rois.positive], self.stage
@@ -104,7 +134,7 @@ class RoiPairs:
     @property
     def teacher_keys(self) -> TeacherKeys:
         """The teacher's embeddings, and of which boxes of which images they are."""
-        embeddings = present(self.teacher.embeddings, "the teacher's embeddings")
+        embeddings = present(self.teacher.embeddings, "the teacher's embeddings")[self.rows]
         frames = ImageFrames.of(self.samples, embeddings.device)
         boxes, image_ids = frames.original_boxes(self.paired.rois), frames.image_ids[self.paired.image_index]
         return TeacherKeys(embeddings.float(), boxes, image_ids, self.labels)
@@ -112,12 +142,12 @@ class RoiPairs:
     @property
     def teacher_logits(self) -> Tensor | None:
         """Tensor[N, K + 1], background last."""
-        return self.teacher.logits
+        return self._of_teacher(self.teacher.logits)
 
     @property
     def teacher_deltas(self) -> Tensor | None:
         """Tensor[N, K or 1, 4], normalised by the teacher's box coder."""
-        return self.teacher.deltas
+        return self._of_teacher(self.teacher.deltas)
 
     @property
     def teacher_roi_features(self) -> Tensor | None:

@@ -1,20 +1,22 @@
 """The teacher's pyramid of an image, which can be head_rois about any box of the student's view of that image."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kdpipe.cache.errors import present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
 from kdpipe.distill.losses.numeric import no_autocast
-from kdpipe.distill.outputs import BatchRois, TeacherOutputs
+from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
 from kdpipe.distill.pairs import RoiPairs
+from kdpipe.distill.rois.mixing import whose_rois
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.cached_boxes import cached_view
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
@@ -32,6 +34,10 @@ class TeacherView:
         pyramid: Per level that the teacher's RoI head reads, Tensor[C, h_l, w_l] in storage type.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
         size: (height, width) of the teacher's network input without padding, pixels; a cascade keeps boxes inside.
+        boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), a sample of the cached boxes, pixels of the student's network
+            input; none where only the student's RoIs are looked at.
+        labels: Tensor[S] int64 of these, number of classes = background.
+        positive: Tensor[S] bool of these.
     """
 
     view: str
@@ -39,6 +45,9 @@ class TeacherView:
     pyramid: tuple[Tensor, ...] = ()
     scale: Tensor | None = None
     size: tuple[int, int] = (0, 0)
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    positive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "TeacherView":
         """The same on another device; stored types stay as they are, int8 included."""
@@ -137,11 +146,30 @@ class TeacherViewBatch:
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at the RoIs of the student's own sampler; those of skipped images are left out."""
         teacher = self._teacher
-        rois, rows, outputs = stage.sampled()
+        rois, rows, outputs = self._rois_of(stage)
         if any(view.view == "skipped" for view in self._views):
             is_kept = torch.tensor([view.view != "skipped" for view in self._views], device=rois.rois.device)
             kept = is_kept[rois.image_index]  # [R]
             outputs = outputs.select(kept[rows])
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
-        return RoiPairs(stage, teacher.spec, rois, rois.select(rows), outputs, answers.select_outputs(rows))
+        return RoiPairs(stage, teacher.spec, rois, rows, outputs, answers)
+
+    def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:
+        """The RoIs of this step, which of them the student has something to say of, and what."""
+        of_student, of_teacher = whose_rois(self._teacher.roi_mix)
+        parts = [stage.sampled()] if of_student else []
+        if of_teacher:
+            rois = self._cached_rois()
+            parts.append((rois, *stage.outputs_at(rois.rois)))
+        if len(parts) == 1:
+            return parts[0]
+        every, rows, outputs = zip(*parts, strict=True)
+        masks = [x for x in rows if isinstance(x, Tensor)]  # of a dense student; another speaks of all RoIs
+        return BatchRois.join(every), torch.cat(masks) if masks else slice(None), StudentOutputs.join(outputs)
+
+    def _cached_rois(self) -> BatchRois:
+        """The sampled boxes of the cache, of all images."""
+        boxes = [functional.pad(view.boxes, (1, 0), value=image) for image, view in enumerate(self._views)]
+        labels, positive = ([getattr(view, name) for view in self._views] for name in ("labels", "positive"))
+        return BatchRois(torch.cat(boxes), torch.cat(labels), torch.cat(positive))

@@ -157,14 +157,13 @@ class RoiTargetsBatch:
 
     def __init__(self, targets: Sequence[RoiTargets], teacher: FrozenTeacher) -> None:
         self._spec = teacher.spec
-        self._asks_student = bool(teacher.needs - {"roi_features"})
+        self._asks_student = teacher.asks_student
         self._rois, self._outputs = join_targets(targets, teacher.spec, teacher.needs)
 
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at these RoIs; those of which the student has nothing to say are left to RoI features."""
         rois, outputs = self._rois, self._outputs
         if not self._asks_student:
-            return RoiPairs(stage, self._spec, rois, rois, None, outputs)
+            return RoiPairs(stage, self._spec, rois, slice(None), None, outputs)
         rows, student = stage.outputs_at(rois.rois)
-        paired, teacher = rois.select(rows), outputs.select_outputs(rows)
-        return RoiPairs(stage, self._spec, rois, paired, student, teacher)
+        return RoiPairs(stage, self._spec, rois, rows, student, outputs)

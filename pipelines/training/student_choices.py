@@ -7,6 +7,7 @@ from rich.console import Console
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
+from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
@@ -72,8 +73,14 @@ def choose_roi_source(
         if asked:
             raise ContractError(f"{teacher.name} cannot serve --rois student: {reason}. Use --rois teacher.")
         roi_source, why = "teacher", f"{teacher.name} cannot be asked about those of the student: {reason}"
+    if distill.roi_mix != ROI_MIXES[0] and (roi_source == "teacher" or teacher.cache is None):
+        raise ContractError(
+            f"distill.roi_mix={distill.roi_mix} puts cached boxes beside those that the student chooses: it needs a "
+            f"cache that can be asked about any box, and --rois student. Here, {teacher.name} is asked about the RoIs "
+            f"of the {roi_source}. Leave it out."
+        )
     for name, value in distill.rois.items():
-        if roi_source == "student" and not dense and value != ROI_SAMPLING[name]:
+        if roi_source == "student" and distill.roi_mix == ROI_MIXES[0] and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
                 "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from mmdet.registry import TRANSFORMS
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.methods import expand_methods, needed_fields
+from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
-from kdpipe.distill.teacher.cached_boxes import read_roi_targets
+from kdpipe.distill.teacher.cached_boxes import cached_view, read_roi_targets, sample_cached
 from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
@@ -68,6 +70,7 @@ class AddTeacherTargets:
         methods: Those of the `DistilledDetector`, or its losses: they say what is read.
         roi_source: `teacher` or `student`: who chooses the RoIs.
         roi_sampling: Options of `RoiSampling`, for RoIs of the teacher.
+        roi_mix: One of `ROI_MIXES`: whether the teacher's RoIs are looked at beside those of the student.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
         allow_partial: Also read a cache some of whose parts are still missing.
     """
@@ -80,6 +83,7 @@ class AddTeacherTargets:
         roi_sampling: Mapping[str, Any] | None = None,
         missing_view: str = "mirror",
         allow_partial: bool = False,
+        roi_mix: str = "none",
     ) -> None:
         if missing_view not in MISSING_VIEWS:
             raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
@@ -87,6 +91,9 @@ class AddTeacherTargets:
         if roi_source not in ROI_SOURCES:
             raise KdpipeError(f"roi_source is {roi_source!r}; expected one of {', '.join(ROI_SOURCES)}.")
         self.needs, self.roi_source = needed_fields(expand_methods(methods)), roi_source
+        if roi_mix not in ROI_MIXES:
+            raise KdpipeError(f"roi_mix is {roi_mix!r}; expected one of {', '.join(ROI_MIXES)}.")
+        self.roi_mix = roi_mix
         self.roi_sampling, self.missing_view = RoiSampling(**(roi_sampling or {})), missing_view
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +115,21 @@ class AddTeacherTargets:
         return results
 
     def _read_view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
-        return read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
+        view = read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
+        if self.roi_mix == "none" or view.view == "skipped":
+            return view
+        spec, truth = self.cache.spec, sample.gt_instances
+        chosen, _ = sample_cached(
+            self.cache.targets(sample.img_id, cached_view(spec, matrix)[0], fields=("boxes",)),
+            matrix,
+            sample.img_shape,
+            getattr(truth.bboxes, "tensor", truth.bboxes),
+            truth.labels,
+            self.roi_sampling,
+            spec.num_classes,
+            torch.default_generator,
+        )
+        return replace(view, boxes=chosen.boxes, labels=chosen.labels, positive=chosen.positive)
 
     def _read_rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
         truth = sample.gt_instances

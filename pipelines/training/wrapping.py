@@ -49,7 +49,7 @@ def with_distillation(
     cfg = copy.deepcopy(cfg)
     check_named(distill.transforms, training_pipelines(cfg))
     if roi_source is not None:
-        sampling = {"roi_source": roi_source, "roi_sampling": distill.rois}
+        sampling = {"roi_source": roi_source, "roi_sampling": distill.rois, "roi_mix": distill.roi_mix}
         teacher.prepare_pipelines(cfg, {"methods": list(losses), **sampling, "missing_view": missing_view}, distill)
     size = distill.ckd.queue_size or ckd_queue_size(cfg, roi_source, distill.rois.num)
     cfg.model = {
@@ -63,6 +63,7 @@ def with_distillation(
         "ckd": {**distill.ckd, "queue_size": size},
         "roi_sampling": distill.rois,
         "share_interval": distill.share_interval,
+        "roi_mix": distill.roi_mix,
     }
     return cfg
 

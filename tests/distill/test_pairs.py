@@ -28,7 +28,7 @@ def pairs(pair: "type[Pair]", strides: tuple[int, ...]) -> tuple[RoiPairs, list[
     pyramid = [torch.randn(2, 8, 448 // stride, 448 // stride, generator=g) for stride in strides]
     stage: Any = SimpleNamespace(pyramid=pyramid, strides=strides)
     chosen = rois()
-    return RoiPairs(stage, pair.spec, chosen, chosen, None, TeacherOutputs()), pyramid
+    return RoiPairs(stage, pair.spec, chosen, slice(None), None, TeacherOutputs()), pyramid
 
 
 @pytest.mark.parametrize(

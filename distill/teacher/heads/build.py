@@ -45,11 +45,15 @@ class FrozenTeacher:
         spec: What it is.
         needs: What the losses read of it: some of `logits`, `deltas`, `embeddings`, `roi_features`.
         head_state: Gives the weights of its heads; called when the box head is asked for the first time.
+        asks_student: Whether a loss reads what the student says of the RoIs.
+        roi_mix: Whose RoIs are looked at where the student chooses them: one of `ROI_MIXES`.
     """
 
     spec: CacheSpec
     needs: frozenset[str]
     head_state: Callable[[], Mapping[str, Tensor]]
+    asks_student: bool = True
+    roi_mix: str = "none"
 
     @cached_property
     def head(self) -> BoxHead:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.autograd.gradcheck import GradcheckError
 
-from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, prediction, roifi, sgfi
+from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, hard, prediction, roifi, sgfi
 
 HERE = Path(__file__).parent
 EQUATION = "test_it_is_the_equation"
@@ -230,6 +230,16 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
             ),
             "box of another class": ("of_class if student.shape[1] > 1 else 0", "0"),
             "a mean over all RoIs": ("student).abs().sum(dim=1))", "student).abs().sum(dim=1)) * len(rows) / num_rois"),
+        },
+    ),
+    (
+        hard,
+        EQUATION,
+        {"classes": 3},
+        {
+            "background is regressed": ("labels < num_classes", "labels <= num_classes"),
+            "box of another class": ("labels.clamp(max=deltas.shape[1] - 1)", "labels.clamp(max=0)"),
+            "a mean over the coordinates": ("(moved - true).abs().sum(dim=1)", "(moved - true).abs().mean(dim=1)"),
         },
     ),
     (

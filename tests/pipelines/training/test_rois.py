@@ -98,5 +98,27 @@ def test_options_for_the_teachers_rois_are_refused_with_those_of_the_student(kit
     assert "--rois teacher" in message
 
 
+def test_rois_of_both(kit: "Kit", work: Path, reads: list[Any]) -> None:
+    few = ("-o", "distill.rois.num=16", "--rois", "student")
+    kit.train_student(work / "both", *few, "-o", "distill.roi_mix=union")
+    assert {fields for fields, _ in reads[2:]} == {("features",), ("boxes",)}
+    rows = log(work / "both")
+    assert all(4 * 32 < row["kd_positive"] + row["kd_negative"] <= 4 * (32 + 16) for row in rows)
+    kit.train_student(work / "first", *few, "-o", "distill.roi_mix=first", "--epochs", 3)
+    counts = [row["kd_positive"] + row["kd_negative"] for row in log(work / "first")]
+    assert counts[0] <= 4 * 16 < min(counts[1:])
+    for options in (("--rois", "teacher"), ("--teacher-ckpt", kit.teacher)):
+        command = kit.student_command(work / "w", *options, "-o", "distill.roi_mix=union")
+        if options[0] == "--teacher-ckpt":
+            command = kit.online_command(work / "w", "-o", "distill.roi_mix=union")
+        assert "needs a cache that can be asked about any box" in kit.refused(*command)
+
+
+def test_the_control_without_a_teacher(kit: "Kit", work: Path) -> None:
+    for rois in ("teacher", "student"):
+        kit.train_student(work / rois, "--methods", "hard", "--rois", rois)
+        assert all(row["loss_hard"] > 0 for row in log(work / rois))
+
+
 def test_no_rois_without_losses(kit: "Kit", work: Path) -> None:
     assert "RoIs" not in kit.train_student(work / "w", "--methods", "none").out
