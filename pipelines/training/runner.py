@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import multiprocessing
+import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,12 @@ class QuietRunner(Runner):  # type: ignore[misc]
             join_process_group(env_cfg.get("dist_cfg", {}))
         processes = {"mp_start_method": multiprocessing.get_start_method(), "opencv_num_threads": 0}
         super().setup_env({**env_cfg, "mp_cfg": processes})
+
+    def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """As mmengine's; for a deterministic training on a GPU, torch wants cuBLAS to be told before it is used."""
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        super().set_randomness(seed, diff_rank_seed, deterministic)
 
     def dump_config(self) -> None:
         """Not under the name of the user's config, which may lie in the work directory: `vis_data` has it, too."""

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.distill.teacher.source import check_serves_student_rois
+from kdpipe.distill.teacher.source import CachedTargets, check_serves_student_rois
+from kdpipe.distill.teacher.targets import map_tensors
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -122,3 +125,44 @@ def test_the_control_without_a_teacher(kit: "Kit", work: Path) -> None:
 
 def test_no_rois_without_losses(kit: "Kit", work: Path) -> None:
     assert "RoIs" not in kit.train_student(work / "w", "--methods", "none").out
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("int8", torch.int8), ("int4", torch.uint8)])
+@pytest.mark.parametrize("roi_source", ["student", "teacher"])
+def test_all_of_a_target_is_pinned_as_it_is_stored(
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, roi_source: str, dtype: str, stored: torch.dtype
+) -> None:
+    cache, batches = work / "x.zarr", []
+    kit.run("cache-teacher", *kit.source, *kit.VIEW, "--dtype", dtype, "--out", cache)
+    give = CachedTargets.targets
+
+    def watched(self: CachedTargets, data: Any, device: torch.device) -> Any:
+        batches.append(data["targets"])
+        return give(self, data, device)
+
+    monkeypatch.setattr(CachedTargets, "targets", watched)
+    kit.train_student(work / "w", "--rois", roi_source, cache=cache)
+    pinned: list[Tensor] = []
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    for target in pin_memory(batches[0]):  # as torch's loaders call it
+        found = tensors(target)
+        assert {id(tensor) for tensor in found} <= {id(tensor) for tensor in pinned}
+        assert any(tensor.dtype == stored and tensor.dim() == 3 for tensor in found)  # a level of a pyramid
+
+
+def tensors(target: Any) -> list[Tensor]:
+    """All tensors of a target."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(target, keep)
+    assert found
+    return found
