@@ -68,7 +68,7 @@ class Trainings:
         model = MODELS.build(config.model)
         model.init_weights()
         for parameter, weight in model.named_parameters():
-            if parameter.endswith("rpn_cls.weight"):
+            if parameter.endswith(("rpn_cls.weight", "retina_cls.weight", "conv_cls.weight")):
                 torch.nn.init.normal_(weight, std=0.5)
         path = self._folder / f"{name}.pth"
         torch.save({"state_dict": model.state_dict()}, path)
