@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.shares import SHARE_INTERVAL, gradient_shares
 from kdpipe.distill.methods import (
+    HEAD_METHODS,
     HEAD_TRANSFER,
     LOSSES,
     ContractError,
@@ -107,8 +108,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self.share_interval = share_interval
         self._steps = 0
         self._transfer: HeadTransfer | None = None
-        if HEAD_TRANSFER in methods:
-            self._transfer = HeadTransfer(detector, source.head_state())
+        if transfer := set(methods) & set(HEAD_METHODS):
+            self._transfer = HeadTransfer(detector, source.head_state(), frozen=HEAD_TRANSFER in transfer)
             self._transfer.copy()
 
     def _watched_student(self) -> Student:
@@ -151,7 +152,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self._transfer.copy()
 
     def train(self, mode: bool = True) -> "DistilledDetector":
-        """As torch's, but transferred heads do not train."""
+        """As torch's, but transferred heads that are frozen do not train."""
         super().train(mode)
         if self._transfer is not None:
             self._transfer.keep()

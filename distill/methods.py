@@ -17,6 +17,7 @@ from kdpipe.distill.losses.prediction import (
     dense_classification_kd_loss,
     regression_kd_loss,
 )
+from kdpipe.distill.losses.relations import relation_kd_loss
 from kdpipe.distill.losses.roifi import RoIFI
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.pairs import OF_STUDENT, TEACHER_FIELDS
@@ -109,13 +110,15 @@ LOSSES: dict[str, Loss] = {
     "reg": Loss("loss_kd_reg", regression_kd_loss),
     "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
     "roifi": Loss("loss_roifi", RoIFI, RoIFI),
+    "dist": Loss("loss_dist", relation_kd_loss, relation_kd_loss),
     "hard": Loss("loss_hard", hard_label_loss),
 }
 
-HEAD_TRANSFER = "ht"  # no loss: the student begins, and stays, with the teacher's heads
+# No losses: the student begins with the teacher's heads, and keeps them, or lets them learn on.
+HEAD_TRANSFER, INHERITANCE = HEAD_METHODS = "ht", "inherit"
 DEFAULT_METHODS = ("sgfi", "ckd", "pred")
 CLASS_AGNOSTIC_METHODS = ("sgfi", "ckd", "cls", "reg")  # where there is one box for all classes
-METHODS = (*DEFAULT_METHODS, *(name for name in LOSSES if name not in DEFAULT_METHODS), HEAD_TRANSFER)
+METHODS = (*DEFAULT_METHODS, *(name for name in LOSSES if name not in DEFAULT_METHODS), *HEAD_METHODS)
 
 _TIER_FOR = {
     "roi_features": "pyramid or objects",
@@ -130,7 +133,7 @@ class ContractError(KdpipeError):
 
 
 def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ...]:
-    """The single losses of a choice of methods: `pred` is `cls` and `careg`, and `ht` is none.
+    """The single losses of a choice of methods: `pred` is `cls` and `careg`; `ht` and `inherit` are none.
 
     Args:
         methods: Some of `METHODS`.
@@ -145,7 +148,7 @@ def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ..
             f"Unknown method {', '.join(map(repr, unknown))}. Choose from {', '.join(METHODS)}, separated by commas, "
             "or none."
         )
-    two_stage_only = {HEAD_TRANSFER, *(name for name, loss in LOSSES.items() if loss.dense is None)}
+    two_stage_only = {*HEAD_METHODS, *(name for name, loss in LOSSES.items() if loss.dense is None)}
     if dense and (unfit := [name for name in methods if name in two_stage_only]):
         raise ContractError(
             f"--methods {','.join(unfit)} needs the box head of a two-stage student, and this one predicts boxes "
@@ -155,7 +158,9 @@ def expand_methods(methods: Sequence[str], dense: bool = False) -> tuple[str, ..
     losses = [loss for name in methods for loss in (of_pred if name == "pred" else (name,))]
     if len(set(losses)) < len(losses):
         raise ContractError(f"--methods {','.join(methods)} names a loss twice (pred is {' and '.join(of_pred)}).")
-    return tuple(loss for loss in losses if loss != HEAD_TRANSFER)
+    if set(HEAD_METHODS) <= set(methods):
+        raise ContractError("The teacher's heads either stay as they are (ht) or learn on (inherit): leave one out.")
+    return tuple(loss for loss in losses if loss not in HEAD_METHODS)
 
 
 def loss_name(loss: str) -> str:

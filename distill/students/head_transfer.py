@@ -1,4 +1,4 @@
-"""Head transfer: the student gets the teacher's RPN and RoI head, and keeps them (G-DetKD, section 4.3.1)."""
+"""Head transfer: the student gets the teacher's RPN and RoI head, to keep (G-DetKD, section 4.3.1) or to begin with."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ class HeadTransferError(KdpipeError):
 
 
 class HeadTransfer:
-    """Copies the teacher's heads into a student and freezes them: no gradient, and statistics of norms that stay.
+    """Copies the teacher's heads into a student; frozen, they get no gradient, and the statistics of norms stay.
 
     A parameter without gradient is touched neither by weight decay nor by momentum. A mask branch of the student, which
     the teacher says nothing of, is trained as always.
@@ -24,12 +24,13 @@ class HeadTransfer:
     Args:
         detector: mmdet two-stage detector.
         state: Weights of the teacher's RPN and RoI head by their names in its state dict.
+        frozen: Whether the heads stay as they are, or learn on from there.
 
     Raises:
         HeadTransferError: What does not fit, with both shapes.
     """
 
-    def __init__(self, detector: Any, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, detector: Any, state: Mapping[str, Tensor], frozen: bool = True) -> None:
         self._parts: dict[str, nn.Module] = dict(_heads(detector))
         self._state = state
         of_student = {
@@ -43,14 +44,17 @@ class HeadTransfer:
         if wrong:
             more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
             raise HeadTransferError(
-                "Head transfer (ht) needs a student whose RPN and RoI head are built as the teacher's:\n  "
+                f"Head transfer ({'ht' if frozen else 'inherit'}) needs a student whose RPN and RoI head are built as "
+                "the teacher's:\n  "
                 + "\n  ".join(wrong[:_NAMED])
                 + more
                 + "\nGive the student the teacher's channels of the pyramid, anchors and width of the head, or leave "
-                "ht out of --methods."
+                "it out of --methods."
             )
-        for part in self._parts.values():
-            part.requires_grad_(False)
+        self._frozen = frozen
+        if frozen:
+            for part in self._parts.values():
+                part.requires_grad_(False)
 
     @torch.no_grad()
     def copy(self) -> None:
@@ -60,8 +64,8 @@ class HeadTransfer:
                 value.copy_(self._state[f"{name}.{key}"])
 
     def keep(self) -> None:
-        """Leave the training mode in the heads, so that statistics of norms do not change."""
-        for part in self._parts.values():
+        """Leave the training mode in frozen heads, so that statistics of norms do not change."""
+        for part in self._parts.values() if self._frozen else ():
             part.eval()
 
 

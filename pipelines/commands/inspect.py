@@ -21,7 +21,7 @@ from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, MAX_OBJECTS, CacheSpec
 from kdpipe.cache.store.location import Location, part_key
-from kdpipe.distill.methods import HEAD_TRANSFER, METHODS, ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.methods import HEAD_METHODS, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.pipelines.commands.cache_command import cache_command
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 
@@ -154,9 +154,11 @@ def _losses(spec: CacheSpec, head: str) -> dict[str, dict[str, Any]]:
             check_contract(spec, expanded)
         except ContractError as error:
             reason = str(error)
-        if method == HEAD_TRANSFER:
+        if method in HEAD_METHODS:
             needs = ["head"]
-            reason = None if head == "stored" else f"Head transfer (ht) needs the teacher's heads, which are {head}."
+            reason = (
+                None if head == "stored" else f"Head transfer ({method}) needs the teacher's heads, which are {head}."
+            )
         losses[method] = {"needs": needs, "served": reason is None, "reason": reason}
     return losses
 

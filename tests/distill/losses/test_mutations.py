@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.autograd.gradcheck import GradcheckError
 
-from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, hard, prediction, roifi, sgfi
+from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, hard, prediction, relations, roifi, sgfi
 
 HERE = Path(__file__).parent
 EQUATION = "test_it_is_the_equation"
@@ -230,6 +230,21 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
             ),
             "box of another class": ("of_class if student.shape[1] > 1 else 0", "0"),
             "a mean over all RoIs": ("student).abs().sum(dim=1))", "student).abs().sum(dim=1)) * len(rows) / num_rois"),
+        },
+    ),
+    (
+        relations,
+        EQUATION,
+        {},
+        {
+            "cosine in place of correlation": ("unit_rows(rows - rows.mean(dim=1, keepdim=True))", "unit_rows(rows)"),
+            "over classes only": (" + _uncorrelated(of_student.T, of_teacher.T)", ""),
+            "over RoIs only": ("_uncorrelated(of_student, of_teacher) + ", ""),
+            "of logits": ("student.softmax(dim=1), teacher.softmax(dim=1)", "student, teacher"),
+            "a sum over the rows": (
+                "mean_or_zero(1 - (one * other).sum(dim=1))",
+                "(1 - (one * other).sum(dim=1)).sum()",
+            ),
         },
     ),
     (

@@ -8,6 +8,7 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import ContractError
 from kdpipe.distill.students.head_transfer import HeadTransferError
 from kdpipe.pipelines.detectors.configs import find_config
 
@@ -69,6 +70,22 @@ def test_heads_are_the_teachers_from_first_to_last_step(pair: "type[Pair]", norm
     assert all(parameters[name].grad is None and parameters[name] not in optimizer.state for name in frozen)
 
 
+@pytest.mark.parametrize("norms", [False, True])
+def test_inherited_heads_begin_as_the_teachers_and_learn(pair: "type[Pair]", norms: bool) -> None:
+    config = with_norms(pair.student()) if norms else pair.student()
+    heads = heads_of(config)
+    model = DistilledDetector(config, pair.spec.to_json(), ("inherit",), pair.source(heads))
+    model.init_weights()
+    assert all(torch.equal(model.student.state_dict()[name], value) for name, value in heads.items())
+    train(pair, model)
+    after = model.student.state_dict()
+    unchanged = [name for name, value in heads.items() if torch.equal(after[name], value)]
+    assert unchanged == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ContractError, match=r"\(ht\) or learn on \(inherit\)"):
+        DistilledDetector(config, pair.spec.to_json(), ("ht", "inherit"), pair.source(heads))
+
+
 def test_a_mask_branch_is_trained_as_always(pair: "type[Pair]") -> None:
     pair.student()
     model = find_config("mask-rcnn_r50_fpn_1x_coco").model
@@ -92,7 +109,7 @@ def test_what_does_not_fit_is_named_with_both_shapes(pair: "type[Pair]") -> None
     assert "roi_head.bbox_head.fc_cls.weight: [4, 16] in the teacher, [4, 12] in the student" in message
     assert "and 2 more" in message
     assert "rpn_head" not in message
-    assert "leave ht out of --methods" in message
+    assert "leave it out of --methods" in message
 
 
 def test_layers_that_one_side_lacks_are_named(pair: "type[Pair]") -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdpipe.cache.read.reader import open_cache
+from kdpipe.distill.methods import METHODS
 from kdpipe.pipelines.detectors.checkpoints import register_safe_types
 
 if TYPE_CHECKING:
@@ -52,6 +53,22 @@ def test_the_teachers_heads_end_up_in_the_student(
     assert with_momentum == len(checkpoint["optimizer"]["param_groups"][0]["params"]) - len(head)
 
 
+def test_inherited_heads_learn_on_also_after_an_interruption(
+    kit: "Kit", work: Path, like_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--methods", "dist,inherit", "--student", like_teacher, "--epochs", 2)
+    with monkeypatch.context() as patch:
+        kit.interrupt_second_epoch(patch)
+        kit.run(*kit.student_command(work / "w", *options), code=130)
+    kit.train_student(work / "w", *options, "--resume")
+    kit.train_student(work / "straight", *options)
+    student, straight = (load(work / name / "student.pth")["state_dict"] for name in ("w", "straight"))
+    assert all(torch.equal(student[name], straight[name]) for name in student)
+    for name, value in open_cache(kit.cache).head().items():
+        moved = (student[name] - value).norm() / value.norm().clamp(min=1)
+        assert 0 < moved < 0.5, name
+
+
 def test_a_narrower_student_is_refused(kit: "Kit", work: Path) -> None:
     message = kit.refused(*kit.student_command(work / "w", "--methods", "cls,ht"))
     assert "roi_head.bbox_head.fc_cls.weight: [7, 32] in the teacher, [7, 24] in the student" in message
@@ -68,4 +85,4 @@ def test_beside_a_live_teacher(kit: "Kit", work: Path, like_teacher: Path) -> No
 
 
 def test_inspect_says_whether_the_heads_are_there(kit: "Kit") -> None:
-    assert "serves   sgfi, ckd, pred, cls, reg, careg, ht" in kit.run("inspect", kit.cache).out
+    assert f"serves   {', '.join(METHODS)}" in kit.run("inspect", kit.cache).out
