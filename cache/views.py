@@ -151,11 +151,12 @@ def map_boxes(boxes: Tensor, matrix: npt.ArrayLike) -> Tensor:
     if boxes.shape[-1:] != (4,) or not boxes.is_floating_point():
         raise ViewError(f"Boxes must be floating point [..., 4], found {boxes.dtype} {list(boxes.shape)}.")
     m = np.asarray(matrix, dtype=np.float64)
-    scale = torch.tensor([m[0, 0], m[1, 1]] * 2, dtype=torch.float64, device=boxes.device)
-    shift = torch.tensor([m[0, 2], m[1, 2]] * 2, dtype=torch.float64, device=boxes.device)
+    table = torch.tensor([[m[0, 0], m[1, 1]] * 2, [m[0, 2], m[1, 2]] * 2], dtype=torch.float64)
+    scale, shift = table.to(boxes.device, non_blocking=True).unbind()  # without waiting for a GPU
     mapped = boxes.double() * scale + shift
     if m[0, 0] < 0:
-        mapped = mapped[..., [2, 1, 0, 3]]
+        x1, y1, x2, y2 = mapped.unbind(-1)
+        mapped = torch.stack([x2, y1, x1, y2], dim=-1)
     return mapped.to(boxes.dtype)
 
 
@@ -190,7 +191,8 @@ def mirror_deltas(deltas: Tensor) -> Tensor:
     """
     if deltas.shape[-1:] != (4,):
         raise ViewError(f"Deltas must be [..., 4], found {list(deltas.shape)}.")
-    return deltas * deltas.new_tensor([-1, 1, 1, 1])
+    dx, others = deltas.split([1, 3], dim=-1)
+    return torch.cat([-dx, others], dim=-1)
 
 
 def visible_boxes(boxes: Tensor, size: Size, min_visible: float = 0.5) -> Tensor:

@@ -205,8 +205,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
     def _counts(self, pairs: RoiPairs, targets: Sequence[ImageTargets]) -> dict[str, Tensor]:
         """How many images and RoIs of which kind there are."""
         counts = {name: sum(x.view == name for x in targets) for name in ("exact", "mirrored", "skipped")}
-        counts["positive"] = int(pairs.rois.positive.sum())
+        counts["positive"] = len(pairs.rois.positive_rows)
         counts["negative"] = len(pairs.rois) - counts["positive"]
         if self.dense:
             counts["unpaired"] = len(pairs.rois) - len(pairs.paired)
-        return {f"kd_{name}": pairs.rois.rois.new_tensor(float(value)) for name, value in counts.items()}
+        return {f"kd_{name}": pairs.rois.rois.new_full((), float(value)) for name, value in counts.items()}

@@ -1,7 +1,8 @@
 """RoIs of a batch, and what the box heads of student and teacher say of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,14 +18,23 @@ class BatchRois:
         rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.
         labels: Tensor[R] int64, number of classes = background.
         positive: Tensor[R] bool.
+        num_positive: P, where it is known without asking the device.
     """
 
     rois: Tensor
     labels: Tensor
     positive: Tensor
+    num_positive: int | None = None
 
     def __len__(self) -> int:
         return len(self.rois)
+
+    @cached_property
+    def positive_rows(self) -> Tensor:
+        """Tensor[P] int64, ascending row numbers of the positives."""
+        if self.num_positive is None:
+            return self.positive.nonzero().squeeze(1)
+        return self.positive.byte().argsort(descending=True, stable=True)[: self.num_positive]
 
     @property
     def image_index(self) -> Tensor:
@@ -38,12 +48,16 @@ class BatchRois:
 
     def select(self, rows: Rows) -> "BatchRois":
         """Some of them."""
+        if isinstance(rows, slice) and rows == slice(None):
+            return self
         return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
 
     @staticmethod
     def join(parts: "Sequence[BatchRois]") -> "BatchRois":
         """One part after the other."""
-        return BatchRois(*(torch.cat([getattr(x, field.name) for x in parts]) for field in fields(BatchRois)))
+        tensors = (torch.cat([getattr(x, name) for x in parts]) for name in ("rois", "labels", "positive"))
+        counts = [x.num_positive for x in parts if x.num_positive is not None]
+        return BatchRois(*tensors, sum(counts) if len(counts) == len(parts) else None)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class RoiPairs:
     @property
     def student_roi_features(self) -> Tensor:
         """Tensor[P, L, C of the student, size, size], of the positives, on each level of the student's pyramid."""
-        rois, stage = self.rois.rois[self.rois.positive], self.stage
+        rois, stage = self.rois.rois[self.rois.positive_rows], self.stage
         return roi_align_levels(stage.pyramid, stage.strides, rois, self.spec.roi_size)
 
     @property

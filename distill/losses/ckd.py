@@ -18,6 +18,7 @@ from kdpipe.distill.losses.numeric import (
     no_autocast,
     unit_rows,
 )
+from kdpipe.distill.rows import in_order, rows_of_each
 
 PROJECTIONS = ("linear", "nonlinear")
 TEACHER_GRADIENTS = ("all", "batch", "none")
@@ -236,9 +237,9 @@ class CKD(nn.Module):
                 f"[{len(embeddings)}], found {None if anchors is None else list(anchors.shape)}."
             )
         weight, bias = (getattr(self.lift, name).unflatten(0, (self.anchors, -1)) for name in ("weight", "bias"))
-        rows = [(anchors == anchor).nonzero().squeeze(1) for anchor in range(self.anchors)]
+        rows = rows_of_each(anchors, self.anchors)
         parts = [functional.linear(embeddings[of], w, b) for of, w, b in zip(rows, weight, bias, strict=True)]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        return in_order(parts, rows)
 
 
 def mean_cosine(unit: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Which of the teacher's representations are no negatives of a box: those of the same object."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ def same_object(boxes: Tensor, image_ids: Tensor, others: Tensor, other_ids: Ten
     if not 0 <= iou <= 1:
         raise LossInputError(f"Boxes are compared by an IoU from 0 to 1, found {iou}.")
     boxes, others = full_precision(boxes, others)
-    same = torch.zeros(len(boxes), len(others), dtype=torch.bool, device=boxes.device)
+    if boxes.device.type != "cpu":  # all with all: a loop over images would wait for the device in each of them
+        same = image_ids[:, None] == other_ids
+        return same.logical_and_(box_iou(boxes, others) > iou)
+    same = torch.zeros(len(boxes), len(others), dtype=torch.bool)
     for image in image_ids.unique().tolist():
         rows, columns = ((ids == image).nonzero().squeeze(1) for ids in (image_ids, other_ids))
         same[rows[:, None], columns] = box_iou(boxes[rows], others[columns]) > iou
@@ -56,9 +60,18 @@ class NoNegatives:
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Some rows, Tensor[n, M] bool."""
-        own, keys = self.own[rows], self.keys
-        same = same_object(own.boxes, own.image_ids, keys.boxes, keys.image_ids, self.iou)
+        own, keys, (columns, near) = self.own[rows], self.keys, self._near
+        same = torch.zeros(len(own.boxes), len(keys.boxes), dtype=torch.bool, device=own.boxes.device)
+        same[:, columns] = same_object(own.boxes, own.image_ids, near.boxes, near.image_ids, self.iou)
         if self.background is not None:
             is_object = own.labels != self.background
             same |= (own.labels[:, None] == keys.labels) & is_object[:, None]
         return same
+
+    @cached_property
+    def _near(self) -> tuple[Tensor, TeacherKeys]:
+        """The keys of the images that boxes are of: which they are, Tensor[m] int64, and they."""
+        images = self.own.image_ids.sort().values
+        place = torch.searchsorted(images, self.keys.image_ids).clamp(max=len(images) - 1)
+        columns = (images[place] == self.keys.image_ids).nonzero().squeeze(1)
+        return columns, self.keys[columns]

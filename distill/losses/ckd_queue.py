@@ -72,6 +72,7 @@ class TeacherQueue(nn.Module):
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64))
         for name in ("count", "cursor", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self._held: int | None = 0  # `count`, for which no device is waited for; None where it is not known
 
     @torch.no_grad()
     def push(self, new: TeacherKeys) -> None:
@@ -97,10 +98,13 @@ class TeacherQueue(nn.Module):
         self.cursor.copy_((self.cursor + count) % size)
         self.count.copy_((self.count + count).clamp(max=size))
         self.steps += 1
+        self._held = None if self._held is None else min(self._held + count, size)
 
     def keys(self) -> TeacherKeys:
         """What the queue holds, from 0 to its size, in no particular order. Shares its memory."""
-        return TeacherKeys(*(getattr(self, field.name) for field in fields(TeacherKeys)))[: int(self.count)]
+        if self._held is None:
+            self._held = int(self.count)
+        return TeacherKeys(*(getattr(self, field.name) for field in fields(TeacherKeys)))[: self._held]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if f"{prefix}reps" in state_dict:
@@ -115,6 +119,7 @@ class TeacherQueue(nn.Module):
         if stored is not None and len(stored) != len(self.embeddings):
             self._fit(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *others)
+        self._held = None
 
     def _fit(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace a queue of another size by its newest that fit into this one, oldest first."""
@@ -147,17 +152,17 @@ def of_all_ranks(own: TeacherKeys) -> tuple[TeacherKeys, TeacherKeys]:
         return own[:0], own
     with no_autocast(own.boxes):  # which has no way to join float64
         device = own.boxes.device
-        count = torch.tensor([len(own.boxes)], device=device)
+        count = torch.full((1,), len(own.boxes), device=device)
         counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
         dist.all_gather(counts, count)
-        lengths = torch.cat(counts).tolist()
+        lengths = torch.cat(counts).tolist()  # the one time that the device is waited for
         half = own.embeddings.clamp(-_LARGEST, _LARGEST).half()
         # a float64 holds pixels of float32 and whole numbers up to 2^53: one message for the three
         places = torch.cat([own.boxes.double(), own.image_ids[:, None].double(), own.labels[:, None].double()], dim=1)
         embeddings, places = _gather(half, lengths), _gather(places, lengths)
         every = TeacherKeys(embeddings, places[:, :4].float(), places[:, 4].long(), places[:, 5].long())
-        rank = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
-    return every[rank != dist.get_rank()], every
+    start = sum(lengths[: dist.get_rank()])
+    return TeacherKeys.join([every[:start], every[start + len(own.boxes) :]]), every
 
 
 def _gather(rows: Tensor, lengths: Sequence[int]) -> Tensor:

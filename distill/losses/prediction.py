@@ -97,18 +97,20 @@ def regression_kd_loss(
         expected = (num_rois, 1 if deltas.shape[1] == 1 else classes, 4)
         check_shape(name, deltas, expected, f"{num_rois} RoIs and {classes} classes")
     check_shape("labels", labels, (num_rois,), f"student_deltas {list(student_deltas.shape)}")
-    if num_rois and (int(labels.min()) < 0 or int(labels.max()) > classes):
+    # on a GPU the check would wait for it; labels are checked where they are made, too
+    if labels.device.type == "cpu" and num_rois and (int(labels.min()) < 0 or int(labels.max()) > classes):
         raise LossInputError(
             f"Labels must be in [0, {classes}], {classes} being background; found {int(labels.min())} to "
             f"{int(labels.max())}. Where both regressions are class-agnostic, give num_classes."
         )
     with no_autocast(student_deltas):
         student, teacher = full_precision(student_deltas, teacher_deltas.detach())
-        rows = (labels < classes).nonzero().squeeze(1)  # [F]
-        of_class = labels[rows]
-        student = student[rows, of_class if student.shape[1] > 1 else 0]  # [F, 4]
-        teacher = teacher[rows, of_class if teacher.shape[1] > 1 else 0]  # [F, 4]
-        return mean_or_zero((teacher - student).abs().sum(dim=1))
+        is_object, of_class = labels < classes, labels.clamp(max=classes - 1)  # [R]
+        rows = torch.arange(num_rois, device=labels.device)
+        student = student[rows, of_class if student.shape[1] > 1 else 0]  # [R, 4]
+        teacher = teacher[rows, of_class if teacher.shape[1] > 1 else 0]  # [R, 4]
+        distance = (teacher - student).abs().sum(dim=1)
+        return torch.where(is_object, distance, 0.0).sum() / is_object.sum().clamp(min=1)
 
 
 def class_aware_regression_kd_loss(student_deltas: Tensor, teacher_deltas: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -182,5 +184,6 @@ def recode_deltas(
     if not all(map(math.isfinite, (*from_means, *to_means))):
         raise LossInputError(f"Means of a box coder must be finite, found {tuple(from_means)} and {tuple(to_means)}.")
     (full,) = full_precision(deltas)
-    mean_in, std_in, mean_out, std_out = (full.new_tensor(constant) for constant in constants)
+    table = torch.tensor(constants, dtype=full.dtype).to(full.device, non_blocking=True)
+    mean_in, std_in, mean_out, std_out = table.unbind()
     return (full * std_in + (mean_in - mean_out)) / std_out

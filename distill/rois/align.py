@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torchvision.ops import roi_align
 
 from kdpipe.distill.losses.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 from kdpipe.distill.rois.align_cpu import are_ordinary, roi_align_channels_last
+from kdpipe.distill.rows import in_order, rows_of_each
 
 
 def assign_levels(boxes: Tensor, finest_scale: float, num_levels: int) -> Tensor:
@@ -32,6 +34,10 @@ def assign_levels(boxes: Tensor, finest_scale: float, num_levels: int) -> Tensor
             f"Boxes are assigned to levels by a scale above 0, found {finest_scale}, {num_levels} levels."
         )
     check_boxes(boxes)
+    return _levels_of(boxes, finest_scale, num_levels)
+
+
+def _levels_of(boxes: Tensor, finest_scale: float, num_levels: int) -> Tensor:
     (boxes,) = full_precision(boxes)
     scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     level = (scale / finest_scale + 1e-6).log2().floor()
@@ -63,9 +69,11 @@ def roi_align_levels(
         LossInputError: shapes that do not fit, no sample per cell, or a RoI that is none: not finite, with corners in
             another order, or of an image that is not in the batch.
     """
-    _check_pyramid(pyramid, strides, rois)
+    batch = _check_pyramid(pyramid, strides, rois)
     if sampling_ratio < 1:
         raise LossInputError(f"RoIAlign on every level needs a sampling_ratio of at least 1, found {sampling_ratio}.")
+    if not bool(_are_rois(rois, batch).all()):
+        _refuse(rois, batch)
     levels = [
         _roi_align(features, stride, rois, size, sampling_ratio, aligned).permute(0, 2, 3, 1)
         for features, stride in zip(pyramid, strides, strict=True)
@@ -102,23 +110,26 @@ def roi_align_assigned(
         LossInputError: shapes that do not fit, a RoI that is none (see `roi_align_levels`), or one that is assigned to
             a level which is None.
     """
-    _check_pyramid(pyramid, strides, rois)
-    level = assign_levels(rois[:, 1:], finest_scale, len(pyramid))  # [R]
-    parts, parts_rows = [], []
-    for index, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
-        rows = (level == index).nonzero().squeeze(1)
+    batch = _check_pyramid(pyramid, strides, rois)
+    level = _levels_of(rois[:, 1:], finest_scale, len(pyramid))
+    level = torch.where(_are_rois(rois, batch), level, len(pyramid))  # [R]
+    *rows_of_levels, wrong = rows_of_each(level, len(pyramid) + 1)
+    if len(wrong):
+        _refuse(rois, batch)
+    parts = []
+    for index, (features, stride, rows) in enumerate(zip(pyramid, strides, rows_of_levels, strict=True)):
         if features is not None:
             parts.append(_roi_align(features, stride, rois[rows], size, sampling_ratio, aligned))
-            parts_rows.append(rows)
-        elif rows.numel():
+        elif len(rows):
             raise LossInputError(
-                f"{rows.numel()} of {rois.shape[0]} RoIs are assigned to level {index} (stride {stride}) of the "
+                f"{len(rows)} of {rois.shape[0]} RoIs are assigned to level {index} (stride {stride}) of the "
                 "pyramid, which was not given. Read that level of the cache, too."
             )
-    return torch.cat(parts)[torch.cat(parts_rows).argsort()]
+    return in_order(parts, rows_of_levels)
 
 
-def _check_pyramid(pyramid: Sequence[Tensor | None], strides: Sequence[int], rois: Tensor) -> None:
+def _check_pyramid(pyramid: Sequence[Tensor | None], strides: Sequence[int], rois: Tensor) -> int:
+    """The number of images B, where the shapes fit."""
     check_shape("rois", rois, (rois.shape[0], 5), "RoIs (index in the batch, x1, y1, x2, y2)")
     given = [features for features in pyramid if features is not None]
     for features in given:
@@ -128,13 +139,26 @@ def _check_pyramid(pyramid: Sequence[Tensor | None], strides: Sequence[int], roi
             "A pyramid needs at least one level, one stride per level, and the same batch and channels on all levels; "
             f"found strides {list(strides)} and levels {[None if x is None else list(x.shape) for x in pyramid]}."
         )
-    check_boxes(rois[:, 1:])  # torchvision reads anywhere in memory for those of NaN
-    images, batch = rois[:, 0], given[0].shape[0]
-    if not bool(((images >= 0) & (images < batch)).all()):
-        raise LossInputError(
-            f"RoIs are of images {float(images.min()):g} to {float(images.max()):g}; expected 0 to {batch - 1}, as "
-            "the pyramid has."
-        )
+    return given[0].shape[0]
+
+
+def _are_rois(rois: Tensor, batch: int) -> Tensor:
+    """Tensor[R] bool; of what is none, torchvision reads anywhere in memory."""
+    return _are_boxes(rois[:, 1:]) & (rois[:, 0] >= 0) & (rois[:, 0] < batch)
+
+
+def _refuse(rois: Tensor, batch: int) -> NoReturn:
+    """Say which of RoIs are none."""
+    check_boxes(rois[:, 1:])
+    images = rois[:, 0]
+    raise LossInputError(
+        f"RoIs are of images {float(images.min()):g} to {float(images.max()):g}; expected 0 to {batch - 1}, as "
+        "the pyramid has."
+    )
+
+
+def _are_boxes(boxes: Tensor) -> Tensor:
+    return boxes.isfinite().all(dim=1) & (boxes[:, :2] <= boxes[:, 2:]).all(dim=1)  # [R]
 
 
 def check_boxes(boxes: Tensor) -> None:
@@ -143,7 +167,7 @@ def check_boxes(boxes: Tensor) -> None:
     Raises:
         LossInputError: naming the first box that is not.
     """
-    is_box = boxes.isfinite().all(dim=1) & (boxes[:, :2] <= boxes[:, 2:]).all(dim=1)  # [R]
+    is_box = _are_boxes(boxes)
     if not bool(is_box.all()):
         row = int(is_box.int().argmin())
         raise LossInputError(

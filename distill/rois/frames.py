@@ -40,7 +40,8 @@ class ImageFrames:
         """
         ids = [_image_id(sample) for sample in samples]
         back = np.stack([np.linalg.inv(_matrix(sample))[:2] for sample in samples])  # [B, 2, 3] float64
-        return cls(torch.tensor(ids, device=device), torch.from_numpy(back).float().to(device))
+        tensors = torch.tensor(ids), torch.from_numpy(back).float()
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def original_boxes(self, rois: Tensor) -> Tensor:
         """Boxes in the frames of their original images; upright ones around them where a view was rotated.

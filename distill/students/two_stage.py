@@ -194,4 +194,5 @@ def _sampled_rois(rois: Tensor, results: Sequence[Any], num_classes: int) -> Bat
         background = result.neg_priors.new_full((len(result.neg_priors),), num_classes, dtype=torch.int64)
         labels += [result.pos_gt_labels, background]
         positive += [torch.ones_like(result.pos_gt_labels, dtype=torch.bool), background < 0]
-    return BatchRois(rois.detach(), torch.cat(labels), torch.cat(positive))
+    num_positive = sum(len(result.pos_gt_labels) for result in results)
+    return BatchRois(rois.detach(), torch.cat(labels), torch.cat(positive), num_positive)

@@ -17,6 +17,7 @@ from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
 from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.rois.mixing import whose_rois
+from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.cached_boxes import cached_view
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
@@ -103,11 +104,11 @@ def apply_teacher_head(
         needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`; no more than these is computed.
     """
     of_head = [name for name in needs if name != "roi_features"]
-    head_rois = rois if of_head else rois.select(rois.positive)
+    head_rois = rois if of_head else rois.select(rois.positive_rows)
     with no_autocast(rois.rois):
         teacher_rois = _in_teachers_view(views, head_rois, spec)
-        is_mirrored = torch.tensor([view.view == "mirrored" for view in views], device=rois.rois.device)
-        is_mirrored = is_mirrored[head_rois.image_index]  # [R or P]
+        is_mirrored = torch.tensor([view.view == "mirrored" for view in views])
+        is_mirrored = is_mirrored.to(rois.rois.device, non_blocking=True)[head_rois.image_index]  # [R or P]
         outputs: dict[str, Tensor] = {}
         if of_head:
             answer = head(teacher_rois)
@@ -116,7 +117,8 @@ def apply_teacher_head(
             deltas = outputs["deltas"]
             outputs["deltas"] = torch.where(is_mirrored[:, None, None], mirror_deltas(deltas), deltas)
         if "roi_features" in needs:
-            features, is_mirrored = teacher_rois.features[head_rois.positive], is_mirrored[head_rois.positive]
+            rows = rois.positive_rows if of_head else slice(None)
+            features, is_mirrored = teacher_rois.features[rows], is_mirrored[rows]
             mirrored = mirror_features(features)
             outputs["roi_features"] = torch.where(is_mirrored[:, None, None, None], mirrored, features)
     return TeacherOutputs(**outputs)
@@ -127,9 +129,10 @@ def _in_teachers_view(views: Sequence[TeacherView], rois: BatchRois, spec: Cache
     image_index, boxes = rois.image_index, rois.boxes.float()
     for index, view in enumerate(views):
         boxes = torch.where((image_index == index)[:, None], map_boxes(boxes, view.matrix), boxes)
-    stored = {i: (view.pyramid, view.scale) for i, view in enumerate(views) if (image_index == i).any()}
-    sizes = boxes.new_tensor([view.size[::-1] for view in views])[image_index]  # [R, 2]
-    return TeacherRois(TeacherPyramids(stored, spec), image_index, boxes, sizes)
+    has_rois = (image_index == torch.arange(len(views), device=boxes.device)[:, None]).any(dim=1).tolist()
+    stored = {i: (view.pyramid, view.scale) for i, view in enumerate(views) if has_rois[i]}
+    sizes = torch.tensor([view.size[::-1] for view in views], dtype=boxes.dtype).to(boxes.device, non_blocking=True)
+    return TeacherRois(TeacherPyramids(stored, spec), image_index, boxes, sizes[image_index])
 
 
 class TeacherViewBatch:
@@ -153,7 +156,7 @@ class TeacherViewBatch:
             outputs = outputs.select(kept[rows])
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
-        return RoiPairs(stage, teacher.spec, rois, rows, outputs, answers)
+        return RoiPairs(stage, teacher.spec, rois, row_numbers(rows), outputs, answers)
 
     def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:
         """The RoIs of this step, which of them the student has something to say of, and what."""

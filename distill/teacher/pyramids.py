@@ -9,6 +9,7 @@ from torch import Tensor
 from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.rois.align import roi_align_assigned
+from kdpipe.distill.rows import in_order, rows_of_each
 
 # Of an image: per level Tensor[C, h_l, w_l] in storage type, or None where no RoI needs it; scale Tensor[L, C] of int8.
 StoredPyramid = tuple[Sequence[Tensor | None], Tensor | None]
@@ -33,6 +34,10 @@ class TeacherPyramids:
             (images, [_stack([stored[image] for image in images], level) for level in range(len(shapes))])
             for shapes, images in alike.items()
         ]
+        self._places = torch.zeros(max(stored, default=-1) + 1, 2, dtype=torch.int64)  # group and place of each image
+        for group, (images, _) in enumerate(self._groups):
+            for place, image in enumerate(images):
+                self._places[image] = torch.tensor([group, place])
 
     def levels(self) -> dict[int, list[Tensor]]:
         """What there is of each image's pyramid in float32, by number of the image: per level Tensor[C, h_l, w_l]."""
@@ -50,24 +55,23 @@ class TeacherPyramids:
         """
         spec = self._spec
         size = size or spec.roi_size
-        parts, parts_rows = [rois.new_zeros(0, spec.channels, size, size)], [rois.new_zeros(0, dtype=torch.int64)]
-        for images, levels in self._groups:
-            is_of_image = rois[:, :1] == torch.tensor(images, device=rois.device)  # [R, images]
-            rows = is_of_image.any(dim=1).nonzero().squeeze(1)
-            place = is_of_image[rows].int().argmax(dim=1, keepdim=True)
+        if not self._groups:
+            return rois.new_zeros(0, spec.channels, size, size)
+        group, place = self._places.to(rois.device, non_blocking=True)[rois[:, 0].long()].unbind(dim=1)  # [R] each
+        parts, parts_rows = [], rows_of_each(group, len(self._groups))
+        for (_, levels), rows in zip(self._groups, parts_rows, strict=True):
             parts.append(
                 roi_align_assigned(
                     levels,
                     spec.strides[: spec.roi_levels],
-                    torch.cat([place.to(rois), rois[rows, 1:]], dim=1),
+                    torch.cat([place[rows, None].to(rois), rois[rows, 1:]], dim=1),
                     spec.finest_scale,
                     size,
                     spec.roi_sampling_ratio,
                     spec.roi_aligned,
                 )
             )
-            parts_rows.append(rows)
-        return torch.cat(parts)[torch.cat(parts_rows).argsort()]
+        return in_order(parts, parts_rows)
 
 
 class TeacherRois:

@@ -15,6 +15,7 @@ from kdpipe.cache.views import mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, TeacherOutputs
 from kdpipe.distill.pairs import RoiPairs
+from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
@@ -101,19 +102,20 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
         Tensor[P, C, size, size] float32 on the targets' device.
     """
     stored: dict[int, StoredPyramid] = {}
-    rois = [targets[0].boxes.new_zeros(0, 5)]
+    rois: dict[int, Tensor] = {}
     for index, target in enumerate(targets):
         teacher, boxes = target.teacher, target.teacher_boxes
         if target.num_positive and boxes is not None and teacher is not None and teacher.features is not None:
             stored[index] = teacher.features, teacher.scale
-            rois.append(functional.pad(boxes, (1, 0), value=index))
-    pooled_rois = torch.cat(rois)
-    pooled = TeacherPyramids(stored, spec).roi_align(pooled_rois)
+            rois[index] = functional.pad(boxes, (1, 0), value=index)
+    none = targets[0].boxes.new_zeros(0, 5)
+    pooled = TeacherPyramids(stored, spec).roi_align(torch.cat([none, *rois.values()]))
+    of_image = dict(zip(rois, pooled.split([len(boxes) for boxes in rois.values()]), strict=True)) if rois else {}
     parts = []
     for index, target in enumerate(targets):
         features = target.roi_features
         if features is None:
-            features = pooled[pooled_rois[:, 0] == index]  # none where there is no pyramid
+            features = of_image.get(index, pooled[:0])  # none where there is no pyramid
         elif target.roi_scale is not None:
             features = dequantize(features, target.roi_scale)
         features = features.float()
@@ -133,7 +135,7 @@ def join_targets(
     """
     image = torch.cat([x.labels.new_full(x.labels.shape, i) for i, x in enumerate(targets)])  # [R]
     boxes = torch.cat([x.boxes for x in targets])  # [R, 4]
-    positive = torch.cat([torch.arange(x.boxes.shape[0]) < x.num_positive for x in targets]).to(boxes.device)
+    positive = torch.cat([torch.arange(len(x.boxes), device=boxes.device) < x.num_positive for x in targets])
     rois = torch.cat([image[:, None].to(boxes), boxes], dim=1)  # [R, 5]
     with no_autocast(boxes):  # float16 as it is stored: bfloat16 autocast on the CPU refuses that in `cat`
         outputs: dict[str, Tensor] = {
@@ -144,7 +146,8 @@ def join_targets(
             outputs["embeddings"] = torch.cat([dequantize_rows(values, scale) for values, scale in stored])
     if "roi_features" in needs:
         outputs["roi_features"] = teacher_roi_features(targets, spec)  # [P, C, size, size]
-    return BatchRois(rois, torch.cat([x.labels for x in targets]), positive), TeacherOutputs(**outputs)
+    labels, num_positive = torch.cat([x.labels for x in targets]), sum(x.num_positive for x in targets)
+    return BatchRois(rois, labels, positive, num_positive), TeacherOutputs(**outputs)
 
 
 class RoiTargetsBatch:
@@ -166,4 +169,4 @@ class RoiTargetsBatch:
         if not self._asks_student:
             return RoiPairs(stage, self._spec, rois, slice(None), None, outputs)
         rows, student = stage.outputs_at(rois.rois)
-        return RoiPairs(stage, self._spec, rois, rows, student, outputs)
+        return RoiPairs(stage, self._spec, rois, row_numbers(rows), student, outputs)

@@ -137,7 +137,7 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         "test_which_pairs_are_no_negatives",
         {},
         {
-            "overlap at the threshold": (") > iou", ") >= iou"),
+            "overlap at the threshold": ("columns]) > iou", "columns]) >= iou"),
             "of whatever image": ("(ids == image).nonzero()", "(ids == ids).nonzero()"),
         },
     ),
@@ -225,11 +225,11 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         SOME_BACKGROUND,
         {
             "background included": (
-                *("(labels < classes)", "(labels <= classes)"),
-                *("of_class = labels[rows]", "of_class = labels[rows].clamp(max=classes - 1)"),
+                "is_object, of_class = labels < classes",
+                "is_object, of_class = labels <= classes",
             ),
             "box of another class": ("of_class if student.shape[1] > 1 else 0", "0"),
-            "a mean over all RoIs": ("student).abs().sum(dim=1))", "student).abs().sum(dim=1)) * len(rows) / num_rois"),
+            "a mean over all RoIs": ("is_object.sum().clamp(min=1)", "num_rois"),
         },
     ),
     (
