@@ -125,7 +125,7 @@ class RoiPairs:
         That is the level with the stride of the one that the teacher's extractor would read for a box of this size in
         the student's view; or the nearest that the student has, such as P3 of RetinaNet for boxes of P2.
         """
-        spec, stage, rois = self.spec, self.stage, self.rois.rois[self.rois.positive]
+        spec, stage, rois = self.spec, self.stage, self.rois.rois[self.rois.positive_rows]
         count = max(1, sum(stride <= spec.strides[spec.roi_levels - 1] for stride in stage.strides))
         finest = spec.finest_scale * stage.strides[0] / spec.strides[0]
         settings = spec.roi_size, spec.roi_sampling_ratio, spec.roi_aligned

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether its values are at hand, so that looking at them costs nothing; and implementations for CPUs serve."""
+    return tensor.device.type == "cpu"
+
+
 def rows_of_each(numbers: Tensor, count: int) -> list[Tensor]:
     """Which rows belong to each of 0 to `count` - 1. Waits for the device once.
 

@@ -9,6 +9,7 @@ from torchvision.ops import box_iou
 
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.numeric import LossInputError, check_shape, full_precision
+from kdpipe.distill.rows import on_cpu
 
 
 def same_object(boxes: Tensor, image_ids: Tensor, others: Tensor, other_ids: Tensor, iou: float = 0.5) -> Tensor:
@@ -32,7 +33,7 @@ def same_object(boxes: Tensor, image_ids: Tensor, others: Tensor, other_ids: Ten
     if not 0 <= iou <= 1:
         raise LossInputError(f"Boxes are compared by an IoU from 0 to 1, found {iou}.")
     boxes, others = full_precision(boxes, others)
-    if boxes.device.type != "cpu":  # all with all: a loop over images would wait for the device in each of them
+    if not on_cpu(boxes):  # all with all: a loop over images would wait for the device in each of them
         same = image_ids[:, None] == other_ids
         return same.logical_and_(box_iou(boxes, others) > iou)
     same = torch.zeros(len(boxes), len(others), dtype=torch.bool)

@@ -18,6 +18,7 @@ from kdpipe.distill.losses.numeric import (
     mean_or_zero,
     no_autocast,
 )
+from kdpipe.distill.rows import on_cpu
 
 
 class ClassAgnosticError(LossInputError):
@@ -98,7 +99,7 @@ def regression_kd_loss(
         check_shape(name, deltas, expected, f"{num_rois} RoIs and {classes} classes")
     check_shape("labels", labels, (num_rois,), f"student_deltas {list(student_deltas.shape)}")
     # on a GPU the check would wait for it; labels are checked where they are made, too
-    if labels.device.type == "cpu" and num_rois and (int(labels.min()) < 0 or int(labels.max()) > classes):
+    if on_cpu(labels) and num_rois and (int(labels.min()) < 0 or int(labels.max()) > classes):
         raise LossInputError(
             f"Labels must be in [0, {classes}], {classes} being background; found {int(labels.min())} to "
             f"{int(labels.max())}. Where both regressions are class-agnostic, give num_classes."

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 
 from kdpipe.distill.losses.numeric import LossInputError, check_dims, check_shape, full_precision, no_autocast
 from kdpipe.distill.rois.align_cpu import are_ordinary, roi_align_channels_last
-from kdpipe.distill.rows import in_order, rows_of_each
+from kdpipe.distill.rows import in_order, on_cpu, rows_of_each
 
 
 def assign_levels(boxes: Tensor, finest_scale: float, num_levels: int) -> Tensor:
@@ -182,7 +182,7 @@ def _roi_align(features: Tensor, stride: int, rois: Tensor, size: int, sampling_
     with no_autocast(features):
         (full,) = full_precision(features)
         boxes, scale = rois.detach().to(full), 1.0 / stride
-        if not full.is_cuda and are_ordinary(boxes, scale):
+        if on_cpu(full) and are_ordinary(boxes, scale):
             return roi_align_channels_last(full, boxes, scale, (size, size), sampling_ratio, aligned).permute(
                 0, 3, 1, 2
             )

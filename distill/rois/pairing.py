@@ -6,6 +6,7 @@ from torch import Tensor
 from kdpipe.distill.losses.numeric import LossInputError
 from kdpipe.distill.rois.pairing_cpu import pair_near_boxes
 from kdpipe.distill.rois.sampling import best_overlap
+from kdpipe.distill.rows import on_cpu
 
 
 def pair_boxes(boxes: Tensor, others: Tensor, iou: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def pair_boxes(boxes: Tensor, others: Tensor, iou: float = 0.5) -> tuple[Tensor,
     """
     if not 0.5 <= iou <= 1:
         raise LossInputError(f"Boxes are paired by an IoU of at least 0.5 and at most 1, found {iou}.")
-    return pair_near_boxes(boxes, others, iou) if boxes.device.type == "cpu" else _pair(boxes, others, iou)
+    return pair_near_boxes(boxes, others, iou) if on_cpu(boxes) else _pair(boxes, others, iou)
 
 
 def _pair(boxes: Tensor, others: Tensor, iou: float) -> tuple[Tensor, Tensor]:

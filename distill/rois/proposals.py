@@ -1,6 +1,7 @@
 """Proposals out of dense predictions, as an RPN makes them: the best of each level, and NMS."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def propose(
     best = [scores.topk(min(PER_LEVEL, len(scores))) for scores in objectness]
     rows = [level.indices for level in best]
     boxes, scores = boxes_of(rows), torch.cat([level.values for level in best])
-    starts = torch.tensor([0, *map(len, objectness[:-1])]).cumsum(dim=0).tolist()
+    starts = [0, *accumulate(map(len, objectness[:-1]))]
     predictions = torch.cat([of + start for of, start in zip(rows, starts, strict=True)])
     levels = torch.cat([torch.full_like(of, level) for level, of in enumerate(rows)])
     whole = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero().squeeze(1)

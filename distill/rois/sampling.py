@@ -109,7 +109,8 @@ def sample_rois(
     positive = is_positive[rows]
     gt_index = torch.where(positive, best[rows], -1)
     labels = torch.full_like(rows, num_classes)
-    labels[positive] = gt_labels.to(labels)[gt_index[positive]]
+    if len(gt_labels):
+        labels = torch.where(positive, gt_labels.to(labels)[gt_index.clamp(min=0)], labels)
     return SampledRois(rows, labels, positive, gt_index, boxes[rows])
 
 
@@ -138,4 +139,4 @@ def _draw(mask: Tensor, num: int, generator: torch.Generator) -> Tensor:
     """Up to `num` rows where `mask` is True, uniformly without replacement, in ascending order."""
     rows = mask.nonzero().squeeze(1)
     order = torch.randperm(rows.numel(), generator=generator, device=generator.device)[:num]
-    return rows[order.to(rows.device)].sort().values
+    return rows[order.to(rows.device, non_blocking=True)].sort().values

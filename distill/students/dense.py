@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.rois.pairing import pair_boxes
 from kdpipe.distill.rois.proposals import propose
 from kdpipe.distill.rois.sampling import DEFAULT_SAMPLING, RoiSampling, sample_rois
+from kdpipe.distill.rows import rows_of_each
 from kdpipe.distill.students.protocol import BoxCoder
 from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
@@ -241,7 +243,8 @@ class DenseForward:
             has_partner.append(torch.cat([torch.ones_like(of, dtype=torch.bool), is_predicted])[sample.rows])
             predictions.append(torch.cat([of, partner])[sample.rows])
         chosen, paired = BatchRois(torch.cat(rois), torch.cat(labels), torch.cat(positive)), torch.cat(has_partner)
-        return chosen, paired, self._at(chosen.image_index[paired], torch.cat(predictions)[paired])
+        rows = paired.nonzero().squeeze(1)
+        return chosen, paired, self._at(chosen.image_index[rows], torch.cat(predictions)[rows])
 
     def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
@@ -256,28 +259,27 @@ class DenseForward:
         """
         images = rois[:, 0].long()
         has_partner, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
-        for image in range(len(self.ground_truth)):
-            rows = (images == image).nonzero().squeeze(1)
+        for image, rows in enumerate(rows_of_each(images, len(self.ground_truth))):
             has_partner[rows], predictions[rows] = pair_boxes(
                 rois[rows, 1:], self._boxes(image), self._student.pair_iou
             )
-        return has_partner, self._at(images[has_partner], predictions[has_partner])
+        rows = has_partner.nonzero().squeeze(1)
+        return has_partner, self._at(images[rows], predictions[rows])
 
     def _boxes(self, image: int, rows: Sequence[Tensor] | None = None) -> Tensor:
         return self._student.boxes(self.regression, image, self.metas[image]["img_shape"][:2], rows)
 
     def _at(self, images: Tensor, predictions: Tensor) -> StudentOutputs:
         """The outputs of predictions Tensor[R] of images Tensor[R]; every level stays part of the graph."""
-        anchors, start, parts, order = self._student.num_anchors, 0, [], []
-        for level, scores in enumerate(self.scores):
-            end = start + anchors * scores.shape[2] * scores.shape[3]
-            rows = ((predictions >= start) & (predictions < end)).nonzero().squeeze(1)
+        anchors, parts = self._student.num_anchors, []
+        ends = list(accumulate(anchors * scores.shape[2] * scores.shape[3] for scores in self.scores))
+        starts = torch.tensor(ends[:-1], dtype=torch.int64).to(predictions.device, non_blocking=True)
+        order = rows_of_each(torch.bucketize(predictions, starts, right=True), len(ends))
+        for level, (scores, start, rows) in enumerate(zip(self.scores, [0, *ends], order, strict=False)):
             image, local = images[rows], predictions[rows] - start
             cell, anchor = local // anchors, local % anchors
             of_class = scores.flatten(2).unflatten(1, (anchors, -1))[image, anchor, :, cell]  # [n, K]
             parts.append((self._embeddings(level, image, cell), of_class, anchor))
-            order.append(rows)
-            start = end
         embeddings, logits, anchor_index = (torch.cat(part) for part in zip(*parts, strict=True))
         outputs = StudentOutputs(embeddings.float(), self._student.logits(logits.float()), anchors=anchor_index)
         return outputs.select(torch.cat(order).argsort())

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.rois.align_cpu import are_ordinary, pool, roi_windows, unpool
+from kdpipe.distill.rows import on_cpu
 from kdpipe.pipelines.mmcv_ops.precision import computing
 
 __all__ = ["roi_align_backward", "roi_align_forward"]
@@ -53,7 +54,7 @@ def roi_align_forward(
             "RoIAlign with pool_mode='max' needs mmcv's compiled ops, and this mmcv has none. "
             "Set pool_mode='avg' (mmdet's default) in the config's roi_layer."
         )
-    if not rois.is_cuda and not bool(rois.isfinite().all()):
+    if on_cpu(rois) and not bool(rois.isfinite().all()):
         raise KdpipeError(
             "RoIAlign was given boxes that are not finite: the network that predicts them has diverged. In a training, "
             "use a lower rate (--lr)."
@@ -119,6 +120,6 @@ def roi_align_backward(
 
 def _in_windows(pixels: int, values: int, rois: Tensor, spatial_scale: float) -> bool:
     """Whether to pool window by window: on a CPU, enough pooled `values` for a map of so many `pixels`, sane boxes."""
-    if rois.is_cuda or values < _FEWEST_VALUES or pixels > _PIXELS_PER_VALUE * values:
+    if not on_cpu(rois) or values < _FEWEST_VALUES or pixels > _PIXELS_PER_VALUE * values:
         return False
     return are_ordinary(rois, spatial_scale)
