@@ -1,7 +1,9 @@
 """What tests of students beside a teacher share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -107,3 +109,30 @@ class Pair:
 @pytest.fixture(scope="session")
 def pair() -> type[Pair]:
     return Pair
+
+
+# Modules that know a shortcut for CPUs: by name, since a shortcut that is not switched off here is found by the tests
+SHORTCUTS = (
+    "distill.losses.ckd_negatives",
+    "distill.losses.prediction",
+    "distill.rois.align",
+    "distill.rois.pairing",
+    "pipelines.mmcv_ops.roi",
+)
+
+
+class OtherDevices:
+    """The ways that a GPU goes, on whatever device there is."""
+
+    @contextmanager
+    def ways(self) -> Iterator[None]:
+        """Take no shortcut that is for CPUs only."""
+        with ExitStack() as stack:
+            for name in SHORTCUTS:
+                stack.enter_context(patch(f"kdpipe.{name}.on_cpu", lambda tensor: False))
+            yield
+
+
+@pytest.fixture(scope="session")
+def other_devices() -> OtherDevices:
+    return OtherDevices()
