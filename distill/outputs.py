@@ -1,7 +1,7 @@
 """RoIs of a batch, and what the box heads of student and teacher say of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -55,9 +55,11 @@ class BatchRois:
     @staticmethod
     def join(parts: "Sequence[BatchRois]") -> "BatchRois":
         """One part after the other."""
-        tensors = (torch.cat([getattr(x, name) for x in parts]) for name in ("rois", "labels", "positive"))
+        rois, labels, positive = (
+            torch.cat([getattr(x, name) for x in parts]) for name in ("rois", "labels", "positive")
+        )
         counts = [x.num_positive for x in parts if x.num_positive is not None]
-        return BatchRois(*tensors, sum(counts) if len(counts) == len(parts) else None)
+        return BatchRois(rois, labels, positive, sum(counts) if len(counts) == len(parts) else None)
 
 
 @dataclass(frozen=True)

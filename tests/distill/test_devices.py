@@ -189,7 +189,7 @@ def teacher_head(made: Made, pair: "type[Pair]") -> Results:
     needs = ("logits", "deltas", "embeddings", "roi_features")
     outputs = apply_teacher_head(views, BatchRois(rois, labels, labels < 3), head, pair.spec, needs)
     only = apply_teacher_head(views, BatchRois(rois, labels, labels < 3), head, pair.spec, needs[3:])
-    return [*(x for x in vars(outputs).values()), only.roi_features]  # type: ignore[list-item]
+    return [*vars(outputs).values(), only.roi_features]
 
 
 def filled(module: nn.Module, made: Made) -> Any:
