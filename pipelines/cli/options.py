@@ -254,7 +254,7 @@ training_options = _options(
         flag_value="auto",
         help="Mixed precision. Without a type: bfloat16, or float16 on a GPU that has no bfloat16.",
     ),
-    click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4."),
+    click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4; 8 for a GPU."),
     click.option("-o", "--cfg-options", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the config."),
 )
 store_option = click.option(

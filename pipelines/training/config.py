@@ -27,6 +27,7 @@ from kdpipe.pipelines.training.recipe import set_recipe
 from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run_settings import set_run
 from kdpipe.pipelines.training.transforms import set_scale
+from kdpipe.pipelines.training.workers import default_workers
 
 __all__ = [
     "own_config",
@@ -96,7 +97,7 @@ def _detector_config(
     if not any(image.num_gt for image in train.images):
         raise DataError(f"{train.ann_file} has no image with an annotated object: there is nothing to train on.")
     cfg = copy.deepcopy(config)
-    workers = options.workers if options.workers is not None else max(1, min(4, (os.cpu_count() or 1) // 2))
+    workers = default_workers() if options.workers is None else options.workers
     loader = {
         "num_workers": workers,
         "persistent_workers": workers > 0,

@@ -10,18 +10,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import cv2
+import torch
 from mmengine.registry import FUNCTIONS
 
 from kdpipe.cache.errors import KdpipeError
 
-__all__ = ["end_workers", "init_worker", "preload_workers"]
+__all__ = ["default_workers", "end_workers", "init_worker", "preload_workers"]
 
 _JOIN_SECONDS = 10.0
+_MOST_WORKERS, _MOST_FOR_GPU = 4, 8
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
 # The name of a socket has at most 107 bytes, of which multiprocessing adds `/pymp-01234567/listener-01234567`.
 _MAX_FOLDER = 107 - 32
 # Imports mmdet's data sets and all that reads an image with its targets: three seconds, once and not per worker.
 _USED_BY_WORKERS = "kdpipe.pipelines.training.wrapping"
+
+
+def default_workers() -> int:
+    """How many loader workers a training process has: half the cores that are its own, at most 4, or 8 for a GPU.
+
+    A GPU takes images faster than a CPU does, and leaves the cores to those who read them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's, of this machine
+    cores //= max(int(processes), 1) if processes.isdecimal() else 1
+    return max(1, min(_MOST_FOR_GPU if torch.cuda.is_available() else _MOST_WORKERS, cores // 2))
 
 
 def preload_workers() -> None:

@@ -99,7 +99,8 @@ def test_a_deterministic_training_is_the_same_to_the_last_bit(
     kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, students: dict[str, Any], family: str
 ) -> None:
     options = ("-o", "randomness.deterministic=True", *students[family])
-    straight, resumed = straight_and_resumed(kit, work, monkeypatch, *options)
+    with torch.compiler.set_stance("force_eager"):  # torchvision compiles its deterministic RoIAlign, to save memory
+        straight, resumed = straight_and_resumed(kit, work, monkeypatch, *options)
     assert [losses(row) for row in straight] == [losses(row) for row in resumed]
     one, two = weights(work / "straight"), weights(work / "stopped")
     assert all(torch.equal(one[name], two[name]) for name in one)

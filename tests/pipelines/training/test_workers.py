@@ -1,7 +1,13 @@
 """Loader workers: what the fork server has imported for them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from kdpipe.pipelines.training.workers import default_workers
 
 if TYPE_CHECKING:
     from tests.conftest import Forks
@@ -32,3 +38,23 @@ def test_workers_import_nothing_for_themselves(tmp_path: Path, forks: "Forks") -
     """Three seconds each, otherwise."""
     training = forks.start(WORKER, cwd=tmp_path)
     assert training.wait() == 0, training.err
+
+
+@pytest.mark.parametrize(
+    ("cores", "on_gpu", "processes", "expected"),
+    [
+        (1, False, "", 1),
+        (4, False, "", 2),
+        (16, False, "", 4),
+        (16, True, "", 8),
+        (128, True, "8", 8),
+        (16, True, "4", 2),
+    ],
+)
+def test_default_workers(
+    monkeypatch: pytest.MonkeyPatch, cores: int, on_gpu: bool, processes: str, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert default_workers() == expected
