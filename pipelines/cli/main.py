@@ -12,6 +12,7 @@ import click
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli.cache import cache_teacher_command, inspect_command, verify_command
+from kdpipe.pipelines.cli.compare import compare_command
 from kdpipe.pipelines.cli.options import PATH
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
@@ -65,6 +66,7 @@ def demo_command(out: Path, fresh: bool) -> None:
 for command in (
     cache_teacher_command,
     train_student_command,
+    compare_command,
     train_teacher_command,
     evaluate_command,
     verify_command,

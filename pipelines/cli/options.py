@@ -29,8 +29,10 @@ __all__ = [
     "Shard",
     "WholeRange",
     "chosen_device",
+    "combined",
     "data_options",
     "grouped",
+    "recipe_options",
     "skip_option",
     "store_option",
     "training_options",
@@ -185,7 +187,7 @@ def chosen_device(name: str | None) -> Any:
         raise click.UsageError(str(error)) from error
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def combined(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several click options as one decorator."""
 
     def decorate(command: Any) -> Any:
@@ -217,7 +219,7 @@ def grouped(name: str, kind: type[Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-data_options = _options(
+data_options = combined(
     click.option("--ann-file", type=PATH, help="COCO JSON of the images."),
     click.option("--img-dir", type=PATH, help="Folder of the images."),
     click.option("--voc", type=PATH, help="Pascal VOC folder (Annotations, ImageSets, JPEGImages), in place of both."),
@@ -226,7 +228,7 @@ data_options = _options(
     click.option("--strict-data", is_flag=True, help="Refuse data of which annotations or images would be left out."),
     grouped("data", DataOptions),
 )
-val_options = _options(
+val_options = combined(
     click.option("--val-ann-file", type=PATH, help="COCO JSON to measure AP on."),
     click.option("--val-img-dir", type=PATH, help="Folder of its images. Default: --img-dir."),
     click.option("--val-voc", type=PATH, help="Pascal VOC folder, in place of both. Default, with --val-split: --voc."),
@@ -234,7 +236,7 @@ val_options = _options(
     click.option("--val-bdd", type=PATH, help="Detection labels of BDD100K to measure AP on, with --val-img-dir."),
     grouped("val", ValOptions),
 )
-training_options = _options(
+recipe_options = combined(
     click.option(
         "--recipe",
         type=click.Choice(["paper", "config"]),
@@ -245,8 +247,6 @@ training_options = _options(
     click.option("--lr", type=FiniteRange(0, 1000, min_open=True), help="Peak rate. Default: 0.03 per 16 images."),
     click.option("--seed", type=SEED, help="Of all random numbers. Default: the config's, or 0."),
     click.option("--scale", type=Scale(), help="Network input, ratio kept."),
-    click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
-    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
     click.option(
         "--amp",
         type=click.Choice(AMP_TYPES),
@@ -256,6 +256,11 @@ training_options = _options(
     ),
     click.option("--workers", type=WORKERS, help="Loader processes. Default: half the cores, at most 4; 8 for a GPU."),
     click.option("-o", "--cfg-options", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the config."),
+)
+training_options = combined(
+    recipe_options,
+    click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
+    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
 )
 store_option = click.option(
     "--store-option",

@@ -13,68 +13,40 @@ from kdpipe.pipelines.cli.options import (
     BATCH,
     EPOCHS,
     PATH,
-    PLACE,
-    Bytes,
     Scale,
     data_options,
     grouped,
     skip_option,
-    store_option,
     training_options,
     trust_option,
     val_options,
+)
+from kdpipe.pipelines.cli.student_options import (
+    DEFAULT_STUDENT,
+    METHODS_HELP,
+    distillation_options,
+    given_options,
+    teacher_options,
 )
 from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
 from kdpipe.pipelines.runtime.memory import memory_advice
-from kdpipe.pipelines.training.options import SCHEDULES, TrainingOptions
+from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.process_group import trained_together
 
 __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 
-DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
-
 
 @click.command("train-student")
-@click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ...")
-@store_option
-@click.option(
-    "--local-copy", type=PATH, help="Folder of a local disk to keep a part of the cache in, for later epochs."
-)
-@click.option("--local-bytes", type=Bytes(), help="That may take this much, such as 200GiB. Default: 90 % of the free.")
-@click.option("--teacher-ckpt", type=PATH, help="In place of a cache: the teacher, which runs in every step.")
-@click.option("--teacher-config", help="Its config: a name of mmdet's zoo, or a file. Default: the checkpoint's own.")
+@teacher_options
 @click.option("--student", default=DEFAULT_STUDENT, show_default=True, help="mmdet config: a zoo name, or a file.")
-@click.option(
-    "--methods",
-    help="Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
-    "teacher or student gives one box for all classes.",
-)
-@click.option("--epochs", type=EPOCHS, help="Passes over the images. Default: those of --schedule or --recipe.")
-@click.option(
-    "--schedule",
-    type=click.Choice(list(SCHEDULES)),
-    help="12 epochs, or 24 with multi-scale, and warm-up and cosine. Default: 1x, or that of --recipe config.",
-)
-@click.option(
-    "--rois",
-    "roi_source",
-    type=click.Choice(["teacher", "student"]),
-    help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
-)
-@click.option(
-    "--ckd-branch",
-    type=click.Choice(["classification", "localization", "combined"]),
-    help="Branch of a dense student's head that ckd compares. Default: classification.",
-)
-@click.option(
-    "--missing-view",
-    type=click.Choice(["mirror", "skip"]),
-    help="Flipped images of which that view is not cached: mirrored targets (default), or none.",
-)
-@click.option("--allow-partial", is_flag=True, help="Train on what is there of a cache that is still being made.")
+@click.option("--methods", help=METHODS_HELP)
+@distillation_options
 @training_options
+@click.option(
+    "--auto-resume", is_flag=True, help="As --resume where the work directory holds a training; else begin one."
+)
 @data_options
 @val_options
 @skip_option
@@ -96,6 +68,7 @@ def train_student_command(
     training: TrainingOptions,
     work_dir: Path | None,
     resume: bool,
+    auto_resume: bool,
     trust: bool,
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
@@ -113,6 +86,8 @@ def train_student_command(
     from kdpipe.pipelines.teacher.live import prepare_live_teacher
     from kdpipe.pipelines.training.student_choices import choose_methods
     from kdpipe.pipelines.training.teachers import CachedTrainingTeacher, LiveTrainingTeacher
+    from kdpipe.pipelines.training.training_record import config_digest
+    from kdpipe.pipelines.training.work_dir import WorkDir
 
     console = command_console()
     teacher: Any
@@ -133,7 +108,7 @@ def train_student_command(
         if idle:
             raise click.UsageError(f"{option} is for trainings with {of}. Leave it out.")
     config = find_config(student)
-    named_methods = _method_names(methods)
+    named_methods = method_names(methods)
     expand_methods(named_methods or [], "roi_head" not in config.model)  # before a teacher is loaded
     source: Any
     if cache is not None:
@@ -144,7 +119,9 @@ def train_student_command(
         info, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
         teacher = LiveTrainingTeacher(info)
     chosen_methods = choose_methods(named_methods, config, training.overrides, teacher.spec, console)
+    command = {"options": given_options(click.get_current_context()), "config": config_digest(config)}
     training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
+    work_dir = work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen_methods) or 'none'}"
     result = train_student(
         config,
         teacher,
@@ -152,9 +129,10 @@ def train_student_command(
         chosen_methods,
         training,
         student_options,
-        work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen_methods) or 'none'}",
-        resume=resume,
+        work_dir,
+        resume=resume or (auto_resume and WorkDir(work_dir).has_checkpoint),
         console=console,
+        command=command,
     )
     _report(console, result)
 
@@ -206,7 +184,7 @@ def evaluate_command(options: EvaluateOptions) -> None:
         console.print(table)
 
 
-def _method_names(methods: str | None) -> list[str] | None:
+def method_names(methods: str | None) -> list[str] | None:
     """What `--methods` names; None where it is not given."""
     if methods is None:
         return None

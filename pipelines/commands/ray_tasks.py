@@ -6,7 +6,6 @@ Nothing heavy is imported here: a node that cannot take part is to say why.
 import functools
 import socket
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,13 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.store.location import open_location
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.memory import LESS_FOR_A_CACHE, memory_advice
+from kdpipe.pipelines.runtime.ray_cluster import version_faults
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 if TYPE_CHECKING:
     from kdpipe.pipelines.teacher.parts import PartMaker
 
-__all__ = ["PartJob", "make_part", "node_faults", "own_versions"]
+__all__ = ["PartJob", "make_part", "node_faults"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,6 @@ class PartJob:
         return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 
-def own_versions() -> dict[str, str]:
-    """What has to be the same on all machines."""
-    versions_found = {}
-    for name in ("kdpipe", "torch"):
-        try:
-            versions_found[name] = version(name)
-        except PackageNotFoundError:
-            versions_found[name] = "none"
-    return versions_found
-
-
 def node_faults(text: str, versions: dict[str, str]) -> list[str]:
     """Why this machine cannot make parts; empty where it can.
 
@@ -81,7 +70,7 @@ def node_faults(text: str, versions: dict[str, str]) -> list[str]:
         versions: As `own_versions` gives them where the run was started.
     """
     job = PartJob.from_json(text)
-    faults = [f"{name} {own}, not {versions[name]}" for name, own in own_versions().items() if own != versions[name]]
+    faults = version_faults(versions)
     config = Path(job.config) if job.config is not None and Path(job.config).is_absolute() else None
     for path in (job.ckpt, config, job.data.ann_file, job.data.bdd, job.data.voc, job.data.img_dir):
         if path is not None and not path.exists():

@@ -1,10 +1,11 @@
 """`kdpipe train-student`: train a detector from a cache, or beside its teacher."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from rich.console import Console
@@ -41,6 +42,7 @@ def train_student(
     *,
     resume: bool,
     console: Console,
+    command: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a student.
 
@@ -55,6 +57,7 @@ def train_student(
         work_dir: Where logs and checkpoints go.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
+        command: What is recorded of the command that asks for it, as JSON values.
 
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
@@ -99,6 +102,7 @@ def train_student(
             "rois": {**distill.rois, "of": roi_source},
             "missing_view": missing_view,
         },
+        command=command,
     )
     running = cfg
     if methods:

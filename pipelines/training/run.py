@@ -38,7 +38,7 @@ from kdpipe.pipelines.training.schedule import cosine_schedule, doubt_of_warmup
 from kdpipe.pipelines.training.student_check import build_detector
 from kdpipe.pipelines.training.training_record import check_resumed, check_saving, training_record
 from kdpipe.pipelines.training.voc_metric import with_voc_metric
-from kdpipe.pipelines.training.work_dir import WorkDir
+from kdpipe.pipelines.training.work_dir import DETECTIONS, WorkDir
 from kdpipe.pipelines.training.work_dir_hook import WorkDirHook
 from kdpipe.pipelines.training.workers import end_workers, preload_workers
 from kdpipe.pipelines.training.wrapping import with_seeds
@@ -182,9 +182,17 @@ def run_training(
         if is_first():
             for each in data:
                 each.write_copy()
+        _keep_detections(cfg, work)
         for each in data[1:]:
             cfg.val_evaluator = with_voc_metric(cfg.get("val_evaluator"), each)
         return _train(cfg, recorded, work, record, console)
+
+
+def _keep_detections(cfg: Config, work: WorkDir) -> None:
+    """Let mmdet's COCO metric leave the detections that it measures, which it writes anyway, in the work directory."""
+    evaluator = cfg.get("val_evaluator")
+    if isinstance(evaluator, dict) and evaluator.get("type") == "CocoMetric":
+        evaluator.setdefault("outfile_prefix", str(work.folder / DETECTIONS.partition(".")[0]))
 
 
 def _choose_start(cfg: Config, work: WorkDir, record: Mapping[str, Any], resume: bool, console: Console) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.identity import difference
+from kdpipe.cache.identity import difference, digest_json
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.detectors.credentials import masked
 
-__all__ = ["check_resumed", "check_saving", "plain_values", "training_record"]
+__all__ = ["check_resumed", "check_saving", "config_digest", "plain_values", "recorded_values", "training_record"]
 
 # May be others when a training is resumed: its schedule is made anew for what is left.
 _SCHEDULE = ("epochs", "batch_size", "processes", "lr")
@@ -61,8 +61,18 @@ def training_record(
         "config": config | {"custom_hooks": plain_values(hooks)},
         **{key: plain_values(value) for key, value in more.items()},
     }
-    record: dict[str, Any] = json.loads(masked(json.dumps(values)))
-    return record
+    return recorded_values(values)
+
+
+def recorded_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values as a record has them: plain, and without credentials."""
+    recorded: dict[str, Any] = json.loads(masked(json.dumps(plain_values(values))))
+    return recorded
+
+
+def config_digest(config: Config) -> str:
+    """What a config says, as 64 hexadecimal digits."""
+    return digest_json(plain_values(config.to_dict()))
 
 
 def check_resumed(begun: Mapping[str, Any], resumed: Mapping[str, Any], place: str) -> list[str]:
@@ -79,7 +89,7 @@ def check_resumed(begun: Mapping[str, Any], resumed: Mapping[str, Any], place: s
     Raises:
         KdpipeError: Something else is different; old and new values are named.
     """
-    allowed = ("kdpipe", "saved", *_SCHEDULE, "validation")
+    allowed = ("kdpipe", "saved", "command", *_SCHEDULE, "validation")
     lines = difference(
         *({key: value for key, value in each.items() if key not in allowed} for each in (begun, resumed))
     )

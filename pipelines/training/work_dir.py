@@ -23,7 +23,9 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.runtime.launch import is_first
 
-__all__ = ["WorkDir"]
+__all__ = ["DETECTIONS", "WorkDir"]
+
+DETECTIONS = "detections.bbox.json"  # of the last validation, in the folder that is kdpipe's own
 
 _FOLDER, _RECORD, _LOCK = "kdpipe", "recipe.json", "lock"
 _OWN = (  # all that a training writes, but for logs in folders named after the second
@@ -50,6 +52,11 @@ class WorkDir:
         self.path, self.folder = path, path / _FOLDER
         self.begun = False
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume."""
+        return (self.path / "last_checkpoint").exists()
+
     def check(self, resume: bool) -> None:
         """Refuse to begin where there is something else or a training already, and to resume where there is none.
 
@@ -72,12 +79,11 @@ class WorkDir:
                 f"training of this version of kdpipe left there (by {_FOLDER}/{_RECORD}). Nothing of it is replaced: "
                 "choose another --work-dir, or move these away."
             )
-        has_checkpoint = (self.path / "last_checkpoint").exists()
         if resume:
-            if not has_checkpoint:
+            if not self.has_checkpoint:
                 raise KdpipeError(f"Nothing to resume: {self.path} has no checkpoint. Leave --resume away to start.")
             self.newest()
-        if has_checkpoint and not resume:
+        if self.has_checkpoint and not resume:
             raise KdpipeError(
                 f"{self.path} already holds a training. Add --resume to go on with it, or choose another --work-dir."
             )

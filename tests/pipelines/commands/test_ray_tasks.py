@@ -12,9 +12,10 @@ from kdpipe.cache.read.reader import open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.pipelines.commands.cache_on_ray import part_job
-from kdpipe.pipelines.commands.ray_tasks import PartJob, make_part, node_faults, own_versions
+from kdpipe.pipelines.commands.ray_tasks import PartJob, make_part, node_faults
 from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.options import DataOptions
+from kdpipe.pipelines.runtime.ray_cluster import own_versions
 from kdpipe.pipelines.teacher.options import CacheOptions
 
 if TYPE_CHECKING:

@@ -1,0 +1,79 @@
+"""Figures of several seeds: their spread, and what one choice gains over another."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t
+
+__all__ = ["LEAST_PAIRS", "Gain", "Spread", "paired_gain", "spread"]
+
+LEAST_PAIRS = 3  # for an interval
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of several seeds.
+
+    Attributes:
+        mean: Their mean.
+        deviation: Sample standard deviation; None of a single one.
+        lowest, highest: The ends.
+        count: How many there are.
+    """
+
+    mean: float
+    deviation: float | None
+    lowest: float
+    highest: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean difference over pairs of the same seed.
+
+    Attributes:
+        mean: The mean difference.
+        pairs: How many there are.
+        interval: Student's t interval of 95 % of the mean; None of fewer than three pairs.
+    """
+
+    mean: float
+    pairs: int
+    interval: tuple[float, float] | None
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether the interval contains 0; None without one."""
+        return None if self.interval is None else self.interval[0] <= 0 <= self.interval[1]
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and spread of figures; None of none."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, min(values), max(values), len(values))
+
+
+def paired_gain(values: Mapping[int, float], baseline: Mapping[int, float]) -> Gain | None:
+    """What is gained over a baseline, by seeds that both have: a paired t interval.
+
+    Args:
+        values: Figure per seed.
+        baseline: The same of what is compared with.
+
+    Returns:
+        The gain; None where no seed is in both.
+    """
+    gains = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    if not gains:
+        return None
+    mean, count = statistics.fmean(gains), len(gains)
+    if count < LEAST_PAIRS:
+        return Gain(mean, count, None)
+    half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * statistics.stdev(gains) / math.sqrt(count)
+    return Gain(mean, count, (mean - half, mean + half))
