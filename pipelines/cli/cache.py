@@ -18,12 +18,13 @@ from kdpipe.pipelines.cli.options import (
     PROPOSALS,
     Bytes,
     Choices,
-    FiniteRange,
     Scale,
     Shard,
+    check_ray_options,
     chosen_device,
     data_options,
     grouped,
+    ray_options,
     store_option,
     trust_option,
 )
@@ -73,16 +74,11 @@ _PYRAMID, _OBJECTS = tier_defaults("pyramid"), tier_defaults("objects")
     type=Shard(),
     help="Make part i only where i % N is I, from 0. Default: all, or by torchrun, srun or a Slurm array.",
 )
-@click.option("--ray", "address", help="Let a Ray cluster make the parts: HOST:PORT, auto, or local to start one here.")
-@click.option("--ray-cpus", "cpus", type=FiniteRange(0.01, 1000), help="Of each task. Default: 1.")
-@click.option(
-    "--ray-gpus", "gpus", type=FiniteRange(0, 1000), help="Of each task, such as 0.5. Default: 1 if there are any."
-)
+@ray_options("Let a Ray cluster make the parts")
 @click.option("--skip-bad-images", is_flag=True, help="Go on past unreadable images, and record them.")
 @click.option("--dry-run", is_flag=True, help="Only show what it would cost in bytes and time.")
 @trust_option
 @grouped("options", CacheOptions)
-@grouped("ray", RayOptions)
 @memory_advice(LESS_FOR_A_CACHE)
 def cache_teacher_command(
     ckpt: Path,
@@ -166,13 +162,9 @@ def cache_teacher_command(
 
 def _shard(given: tuple[int | None, int] | None, ray: RayOptions) -> Rank:
     """The shard that this process makes; a cluster makes all."""
+    check_ray_options(ray)
     if ray.address is None:
-        if ray.cpus is not None or ray.gpus is not None:
-            raise click.UsageError("--ray-cpus and --ray-gpus are for --ray. Leave them out.")
         return find_shard(os.environ, given)
-    for name, number in (("--ray-cpus", ray.cpus), ("--ray-gpus", ray.gpus)):
-        if number is not None and number > 1 and number != int(number):
-            raise click.UsageError(f"{name} {number}: Ray gives whole ones, or a share of one.")
     if given is not None:
         raise click.UsageError("--ray deals the parts by itself: leave --shard out.")
     return Rank()

@@ -1,6 +1,7 @@
 """`kdpipe compare`: many students from one cache."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from kdpipe.pipelines.cli.options import (
     PATH,
     FiniteRange,
     WholeRange,
+    check_ray_options,
     combined,
     data_options,
+    ray_options,
     recipe_options,
     skip_option,
     trust_option,
@@ -20,6 +23,7 @@ from kdpipe.pipelines.cli.options import (
 )
 from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, distillation_options, teacher_options
 from kdpipe.pipelines.cli.training import train_student_command
+from kdpipe.pipelines.commands.options import RayOptions
 from kdpipe.pipelines.compare.grid import Grid, GridRow, read_grid, row_name
 from kdpipe.pipelines.runtime.console import command_console
 
@@ -53,8 +57,11 @@ _handed_on = combined(
 @click.option("--jobs", type=WholeRange(1, 1000), help="Trainings at once. Default: one per GPU, or one.")
 @click.option("--print-commands", is_flag=True, help="Print a command line per training, and train nothing.")
 @click.option(
-    "--teacher-ap", type=FiniteRange(0, 1), help="AP of the teacher on the validation images, if you know it."
+    "--teacher-ap",
+    type=FiniteRange(0, 1, min_open=True),
+    help="AP of the teacher on the validation images.",
 )
+@ray_options("Let a Ray cluster train")
 @_handed_on
 def compare_command(
     students: tuple[str, ...],
@@ -65,6 +72,7 @@ def compare_command(
     jobs: int | None,
     print_commands: bool,
     teacher_ap: float | None,
+    ray: RayOptions,
     **options: Any,
 ) -> None:
     """Train many students from one cache, and compare them: each student with each of --methods and each seed.
@@ -74,9 +82,14 @@ def compare_command(
     """
     from kdpipe.pipelines.cli.compare_rows import RowBuilder
     from kdpipe.pipelines.commands.compare import check_place, compare
-    from kdpipe.pipelines.compare.run import LocalEngine
+    from kdpipe.pipelines.compare.on_ray import RayEngine
+    from kdpipe.pipelines.compare.run import Engine, LocalEngine
     from kdpipe.pipelines.compare.teacher_ap import TeacherAP
+    from kdpipe.pipelines.runtime.ray_cluster import ray_cluster
 
+    check_ray_options(ray)
+    if ray.address is not None and jobs is not None:
+        raise click.UsageError("--ray trains as much at once as the cluster has room for: leave --jobs out.")
     if grid is not None and (students or methods):
         raise click.UsageError("--grid names students and methods: leave --student and --methods out.")
     named = read_grid(grid) if grid is not None else Grid(_rows_of(students or (DEFAULT_STUDENT,), methods))
@@ -93,8 +106,17 @@ def compare_command(
             click.echo("--store-option is not printed: add it, or set the variables of the object store.", err=True)
         return
     teacher = builder.teacher_ckpt if teacher_ap is None else TeacherAP(teacher_ap, "--teacher-ap")
-    engine = LocalEngine(jobs)
-    sys.exit(0 if compare(rows, work_dir, engine, teacher, command_console(shared=False)) else 1)
+    console = command_console(shared=False)
+    with ExitStack() as stack:
+        engine: Engine
+        if ray.address is None:
+            engine = LocalEngine(jobs)
+        else:
+            check_place(work_dir, rows)
+            engine = RayEngine(stack.enter_context(ray_cluster(ray.address)), ray.cpus, ray.gpus, console)
+            engine.check_nodes([cell for row in rows for cell in row.cells], work_dir)
+        is_complete = compare(rows, work_dir, engine, teacher, console)
+    sys.exit(0 if is_complete else 1)
 
 
 def _rows_of(students: tuple[str, ...], methods: tuple[str, ...]) -> list[GridRow]:

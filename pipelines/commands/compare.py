@@ -12,7 +12,7 @@ from kdpipe.pipelines.compare.cells import Row, check_cell, is_finished
 from kdpipe.pipelines.compare.complexity import Complexity, complexity
 from kdpipe.pipelines.compare.process import Outcome
 from kdpipe.pipelines.compare.run import Engine, run_cells
-from kdpipe.pipelines.compare.summary import csv_text, notes, student_checkpoint, summarize, summary_table
+from kdpipe.pipelines.compare.summary import csv_text, notes, student_checkpoint, summarize, summary_tables
 from kdpipe.pipelines.compare.teacher_ap import TeacherAP, known_ap
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint
@@ -21,6 +21,7 @@ from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale
 __all__ = ["check_place", "compare", "write_summary"]
 
 _JSON, _CSV = "compare.json", "compare.csv"
+_WIDTH = 120  # of a table that is not for a terminal
 
 
 def check_place(work_dir: Path, rows: Sequence[Row]) -> None:
@@ -100,7 +101,8 @@ def write_summary(
         aside = work_dir / f".{name}.tmp"
         aside.write_text(text, encoding="utf-8")
         aside.replace(work_dir / name)
-    console.print(summary_table(summary))
+    for table in summary_tables(summary):
+        console.print(table, width=None if console.is_terminal else _WIDTH)
     for line in [*notes(summary, rows), *remarks, f"{work_dir / _JSON}, {_CSV}"]:
         console.print(line, markup=False)
     return summary

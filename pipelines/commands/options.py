@@ -37,11 +37,11 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Which cluster makes the parts of a cache, and what each task of it takes.
+    """Which cluster makes the parts of a cache, or trains the students of a comparison, and what each task takes.
 
     Attributes:
         address: Of its head, `auto` for the one that this machine belongs to, or `local` for one that is started here;
-            None makes the parts in this process.
+            None uses none.
         cpus: Of a task; None takes one.
         gpus: Of a task; None takes one where the cluster has any.
     """

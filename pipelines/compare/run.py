@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from rich.console import Console
 
-from kdpipe.pipelines.compare.cells import Cell
+from kdpipe.pipelines.compare.cells import Cell, is_finished
 from kdpipe.pipelines.compare.display import Display
 from kdpipe.pipelines.compare.process import INTERRUPTED, CellProcess, Outcome
 from kdpipe.pipelines.runtime.console import stop
@@ -106,6 +106,8 @@ def run_cells(cells: Sequence[Cell], done: int, engine: Engine, console: Console
                         waiting.appendleft(cell)
                     elif outcome.code == INTERRUPTED:  # by somebody else
                         outcome.message = "it was interrupted, and can go on"
+                    elif outcome.code == 0 and not is_finished(cell):
+                        outcome = Outcome(1, f"it ended well, and {cell.folder} does not hold it: is it a shared disk?")
                     if outcome is not None and outcome.code:
                         failed[cell.name] = outcome
                     display.ended(cell, outcome)

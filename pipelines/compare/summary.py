@@ -20,7 +20,7 @@ from kdpipe.pipelines.compare.teacher_ap import TeacherAP
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 from kdpipe.pipelines.training.work_dir import WorkDir
 
-__all__ = ["csv_text", "notes", "student_checkpoint", "summarize", "summary_table"]
+__all__ = ["csv_text", "notes", "student_checkpoint", "summarize", "summary_tables"]
 
 _STATES = ("done", "failed", "unfinished")
 
@@ -108,25 +108,32 @@ def _median(cells: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """The summary as people read it."""
-    table = Table("student", "methods")
-    for title in ("AP", "seeds", "gain over none", "gap closed", "s per step", "peak memory", "parameters", "GFLOPs"):
-        table.add_column(title, justify="right")
+def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The summary as people read it: what was gained, and what it costs."""
+    gains, costs = Table("student", "methods"), Table("student", "methods")
+    for table, titles in (
+        (gains, ("AP", "seeds", "gain over none", "gap closed")),
+        (costs, ("s per step", "peak memory", "parameters", "GFLOPs")),
+    ):
+        for title in titles:
+            table.add_column(title, justify="right")
     for row in summary["rows"]:
-        table.add_row(
-            Text(plain(row["student"])),
-            row["methods"],
+        name = Text(plain(row["student"])), Text(plain(row["methods"]))
+        gains.add_row(
+            *name,
             _ap_text(row["ap"]),
             f"{0 if row['ap'] is None else row['ap']['count']} of {len(row['cells'])}",
             _gain_text(row["gain"]),
             "" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %",
+        )
+        costs.add_row(
+            *name,
             "" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}",
             "" if row["peak_memory"] is None else bytes_text(row["peak_memory"]),
             "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f} M",
             "" if row["gflops"] is None else f"{row['gflops']:.2f}",
         )
-    return table
+    return [gains, costs]
 
 
 def _ap_text(ap: Mapping[str, Any] | None) -> str:

@@ -57,6 +57,16 @@ class WorkDir:
         """Whether there is something to resume."""
         return (self.path / "last_checkpoint").exists()
 
+    def is_busy(self) -> bool:
+        """Whether a training is running there."""
+        if not (self.folder / _LOCK).exists():
+            return False
+        try:
+            with self._locked():
+                return False
+        except KdpipeError:
+            return True
+
     def check(self, resume: bool) -> None:
         """Refuse to begin where there is something else or a training already, and to resume where there is none.
 
