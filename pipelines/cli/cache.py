@@ -20,14 +20,13 @@ from kdpipe.pipelines.cli.options import (
     Choices,
     Scale,
     Shard,
-    check_ray_options,
     chosen_device,
     data_options,
     grouped,
-    ray_options,
     store_option,
     trust_option,
 )
+from kdpipe.pipelines.cli.ray_options import check_ray_options, ray_options
 from kdpipe.pipelines.commands.options import RayOptions, TeacherCheckOptions
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.runtime.console import bytes_text, command_console

@@ -12,15 +12,14 @@ from kdpipe.pipelines.cli.options import (
     PATH,
     FiniteRange,
     WholeRange,
-    check_ray_options,
     combined,
     data_options,
-    ray_options,
     recipe_options,
     skip_option,
     trust_option,
     val_options,
 )
+from kdpipe.pipelines.cli.ray_options import check_ray_options, ray_options
 from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, distillation_options, teacher_options
 from kdpipe.pipelines.cli.training import train_student_command
 from kdpipe.pipelines.commands.options import RayOptions

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from kdpipe.pipelines.commands.options import RayOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.training.options import AMP_TYPES
 
@@ -29,12 +28,10 @@ __all__ = [
     "Scale",
     "Shard",
     "WholeRange",
-    "check_ray_options",
     "chosen_device",
     "combined",
     "data_options",
     "grouped",
-    "ray_options",
     "recipe_options",
     "skip_option",
     "store_option",
@@ -265,36 +262,6 @@ training_options = combined(
     click.option("--work-dir", type=PATH, help="Where logs and checkpoints go. Default: work_dirs/..."),
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the work directory."),
 )
-
-
-def ray_options(help_text: str) -> Callable[[Any], Any]:
-    """`--ray` and what each task takes, as a `RayOptions` called `ray`; the text says what the cluster does."""
-    return combined(
-        click.option("--ray", "address", help=f"{help_text}: HOST:PORT, auto, or local to start one here."),
-        click.option("--ray-cpus", "cpus", type=FiniteRange(0.01, 1000), help="Of each task. Default: 1."),
-        click.option(
-            "--ray-gpus",
-            "gpus",
-            type=FiniteRange(0, 1000),
-            help="Of each task, such as 0.5. Default: 1 if there are any.",
-        ),
-        grouped("ray", RayOptions),
-    )
-
-
-def check_ray_options(ray: RayOptions) -> None:
-    """Refuse options of tasks that Ray cannot give, or without a cluster.
-
-    Raises:
-        UsageError: Naming the option.
-    """
-    if ray.address is None and (ray.cpus is not None or ray.gpus is not None):
-        raise click.UsageError("--ray-cpus and --ray-gpus are for --ray. Leave them out.")
-    for name, number in (("--ray-cpus", ray.cpus), ("--ray-gpus", ray.gpus)):
-        if number is not None and number > 1 and number != int(number):
-            raise click.UsageError(f"{name} {number}: Ray gives whole ones, or a share of one.")
-
-
 store_option = click.option(
     "--store-option",
     "store_options",
