@@ -13,7 +13,12 @@ OPENMMLAB = {"mmcv", "mmdet", "mmengine"}
 _ADAPTERS = ("detector", "preprocessor", "students/dense", "students/two_stage", "students/structure")
 ADAPTERS = {f"distill/{name}.py" for name in _ADAPTERS}
 # rooms of pipelines/ above the others -> those that may import them
-COMMANDS = {"commands": ("commands", "demo", "cli"), "demo": ("demo", "cli"), "cli": ("cli",)}
+COMMANDS = {
+    "commands": ("commands", "report", "demo", "cli"),
+    "report": ("report", "demo", "cli"),
+    "demo": ("demo", "cli"),
+    "cli": ("cli",),
+}
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 PACKAGES = [path for path in MODULES if path.name == "__init__.py"]
 

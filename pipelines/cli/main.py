@@ -14,6 +14,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli.cache import cache_teacher_command, inspect_command, verify_command
 from kdpipe.pipelines.cli.compare import compare_command
 from kdpipe.pipelines.cli.options import PATH
+from kdpipe.pipelines.cli.report import report_command
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
 from kdpipe.pipelines.runtime.launch import find_rank, is_first
@@ -71,6 +72,7 @@ for command in (
     evaluate_command,
     verify_command,
     inspect_command,
+    report_command,
 ):
     cli.add_command(command)
 

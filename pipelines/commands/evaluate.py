@@ -38,12 +38,13 @@ __all__ = ["evaluate", "metrics_tables"]
 _TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
 
-def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
+def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path | None = None) -> dict[str, float]:
     """AP of a checkpoint, by mmengine's Runner: COCO's by pycocotools, and Pascal VOC's where the images are of there.
 
     Args:
         options: What is measured, and how.
         console: Where progress is shown.
+        outfile_prefix: Keep the detections as COCO has them, in a file of this name with `.bbox.json` behind it.
 
     Returns:
         As `ap_metrics` gives them.
@@ -84,6 +85,8 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, float]:
         if cfg.get("test_dataloader"):  # what teachers are cached with; the one for validation may be another
             cfg.val_dataloader = cfg.test_dataloader
         set_validation(cfg, data, options.scale, options.batch_size, loader)
+        if outfile_prefix is not None:
+            cfg.test_evaluator.outfile_prefix = str(outfile_prefix)
         complete_images(cfg.test_dataloader)
         cfg.test_dataloader.dataset = {"type": CheckedDataset.__name__, "dataset": cfg.test_dataloader.dataset}
         runner = QuietRunner(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdpipe.pipelines.data.options import DataOptions
 
-__all__ = ["EvaluateOptions", "RayOptions", "StudentOptions", "TeacherCheckOptions"]
+__all__ = ["EvaluateOptions", "RayOptions", "ReportOptions", "StudentOptions", "TeacherCheckOptions"]
 
 _NO_DATA = DataOptions()
 
@@ -49,6 +49,27 @@ class RayOptions:
     address: str | None = None
     cpus: float | None = None
     gpus: float | None = None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a report is made.
+
+    Attributes:
+        out: The page; None is `report.html` in the folder of the trainings.
+        png: Folder for the figures alone, in place of the page.
+        cache: The cache that the students learned from, where the trainings do not say or it moved.
+        teacher_ckpt: The teacher's checkpoint, where it is not where the cache says.
+        img_dir: The validation images, where they moved; of the report of a cache, its images.
+        no_inference: Run no detector over the validation images.
+    """
+
+    out: Path | None = None
+    png: Path | None = None
+    cache: str | None = None
+    teacher_ckpt: Path | None = None
+    img_dir: Path | None = None
+    no_inference: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""The report of trainings: what a work directory of `train-student`, or a folder with several, tells."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.cache.read.reader import TeacherCache
+from kdpipe.pipelines.commands.options import ReportOptions
+from kdpipe.pipelines.data.images import ImageError
+from kdpipe.pipelines.report.accuracy import Accuracy, class_names, mean_accuracy, measure, read_truth
+from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, gain_figure
+from kdpipe.pipelines.report.detections import (
+    Results,
+    ValidationImages,
+    student_results,
+    teacher_results,
+    validation_images,
+)
+from kdpipe.pipelines.report.page import NOTHING, Cell, Section, Table
+from kdpipe.pipelines.report.pictures import LEAST_SCORE, picture_figures
+from kdpipe.pipelines.report.provenance import provenance_section
+from kdpipe.pipelines.report.training_figures import (
+    ap_figures,
+    group_colors,
+    loss_figures,
+    share_figures,
+    time_figure,
+)
+from kdpipe.pipelines.report.trainings import TrainingGroup
+from kdpipe.pipelines.runtime.console import bytes_text
+
+__all__ = ["Found", "find_objects", "training_facts", "training_sections"]
+
+TEACHER = "teacher"
+_PICTURES = 12
+
+
+@dataclass
+class Found:
+    """What teacher and students find in the validation images.
+
+    Attributes:
+        images: The images; None where AP was not measured.
+        results: Of the teacher, and of the first seed of each group, by name.
+        accuracies: The same; means over the seeds.
+        notes: What is missing, and why.
+    """
+
+    images: ValidationImages | None = None
+    results: dict[str, Results] = field(default_factory=dict)
+    accuracies: dict[str, Accuracy] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def teacher_ap(self) -> float | None:
+        """AP of the teacher, where it could be measured."""
+        return self.accuracies[TEACHER].ap if TEACHER in self.accuracies else None
+
+
+def find_objects(
+    groups: Sequence[TrainingGroup],
+    cache: TeacherCache | None,
+    options: ReportOptions,
+    console: Console,
+) -> Found:
+    """Collect what is found in the validation images; what cannot be had is noted.
+
+    Args:
+        groups: The trainings.
+        cache: Of the teacher; None where it is not known.
+        options: Where teacher and images moved, and whether a detector may run.
+        console: Where progress is shown.
+    """
+    first = groups[0].first
+    try:
+        images = validation_images(first, options.img_dir)
+    except KdpipeError as error:
+        return Found(notes=[f"Detections are not shown: {error}"])
+    if images is None:
+        return Found(notes=["No validation images: AP was not measured. Name them with --val-ann-file."])
+    found = Found(images)
+    truth = read_truth(images.ann_file)
+    if not any(group.first.is_teacher for group in groups):
+        try:
+            if cache is None:
+                raise KdpipeError("the trainings do not record where its cache is: name it (--cache)")
+            found.results[TEACHER] = teacher_results(cache, options, first, images, console)
+            found.accuracies[TEACHER] = measure(truth, found.results[TEACHER])
+        except KdpipeError as error:
+            found.notes.append(f"The teacher's detections are missing: {error}")
+    for group in groups:
+        accuracies = []
+        for training in group.trainings:
+            if training.record.get("validation") != images.digest:
+                found.notes.append(f"{training.name} was measured on other images, and is left out of what is below.")
+                continue
+            try:
+                results = student_results(training, images, options, console)
+            except KdpipeError as error:
+                found.notes.append(f"The detections of {training.name} are missing: {error}")
+                continue
+            found.results.setdefault(group.label, results)
+            accuracies.append(measure(truth, results))
+        if accuracies:
+            found.accuracies[group.label] = mean_accuracy(accuracies)
+    return found
+
+
+def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[str, str]]:
+    """What is said first: AP of the teacher and of the best students, and the gain."""
+    facts = [("Teacher AP", f"{found.teacher_ap:.3f}")] if found.teacher_ap is not None else []
+    plain, best = _plain(groups), _best(groups)
+    if plain is not None and plain.ap is not None:
+        facts.append(("Without distillation", f"{plain.ap:.3f}"))
+    if best is not None and best.ap is not None:
+        facts.append(("Distilled" if best.is_distilled else "AP", f"{best.ap:.3f}"))
+        if plain is not None and plain.ap is not None and best is not plain:
+            facts.append(("Gain", f"{100 * (best.ap - plain.ap):+.1f} points"))
+    count = sum(len(group.trainings) for group in groups)
+    return [*facts, ("Trainings", str(count))] if count > 1 else facts
+
+
+def _best(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
+    """The distilled students of most AP; without any, the others."""
+    distilled = [group for group in groups if group.is_distilled and group.ap is not None]
+    candidates = distilled or [group for group in groups if group.ap is not None]
+    return max(candidates, key=lambda group: group.ap or 0, default=None)
+
+
+def _plain(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
+    """The students without distillation that belong beside the best distilled ones."""
+    best = _best(groups)
+    plain = [group for group in groups if group.is_plain]
+    return next((group for group in plain if best and group.first.student == best.first.student), None)
+
+
+def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Section]:
+    """The sections of a report of trainings.
+
+    Args:
+        groups: The trainings.
+        found: As `find_objects` gives it.
+    """
+    colors = group_colors(groups)
+    results = Section("results", "Results", "AP is COCO's, on the validation images after the last epoch.")
+    results.tables.append(_results_table(groups, found))
+    results.figures += ap_figures(groups, found.teacher_ap)
+    if _plain(groups) is None and any(group.is_distilled for group in groups):
+        results.notes.append(
+            "There is no student without distillation here to compare with: train one with --methods none, in a folder "
+            "beside this one, and report the folder that holds both."
+        )
+    course = Section("training", "How training went", figures=[*loss_figures(groups), *share_figures(groups)])
+    if times := time_figure(groups):
+        course.figures.append(times)
+    return [results, course, _accuracy(groups, found, colors), _pictures(groups, found), provenance_section(groups)]
+
+
+def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
+    columns = ("methods", "AP", "±", "gain", "AP50", "AP75", "s per step", "peak memory", "seeds", "student", "state")
+    rows = [_row(group, _beside(group, groups)) for group in groups]
+    caption = (
+        "AP: mean over seeds; ±: standard deviation. Gain: points over the same student without distillation. "
+        "Click on a column to sort."
+    )
+    if TEACHER in found.accuracies:
+        ious = found.accuracies[TEACHER].by_iou()
+        values = [found.accuracies[TEACHER].ap, None, None, ious[0], ious[5], None]
+        rows.append([TEACHER, *map(_number, values), NOTHING, NOTHING, "", "from its checkpoint"])
+    return Table(columns, rows, caption)
+
+
+def _beside(group: TrainingGroup, groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
+    plain = [other for other in groups if other.is_plain and other.first.student == group.first.student]
+    return plain[0] if plain and group.is_distilled else None
+
+
+def _row(group: TrainingGroup, plain: TrainingGroup | None) -> list[Cell | str]:
+    gain = None if plain is None or plain.ap is None or group.ap is None else 100 * (group.ap - plain.ap)
+    memory = _mean(group, "peak_memory")
+    states = {training.state for training in group.trainings}
+    return [
+        group.first.methods_text if group.label.endswith(group.first.methods_text) else group.label,
+        _number(group.ap, strong=True),
+        _number(statistics.stdev(group.aps) if len(group.aps) > 1 else None),
+        Cell(NOTHING, -math.inf) if gain is None else Cell(f"{gain:+.1f}", gain),
+        *(_number(_metric(group, name)) for name in ("bbox_mAP_50", "bbox_mAP_75")),
+        _number(_mean(group, "seconds_per_step"), digits=2),
+        Cell(NOTHING, -math.inf) if memory is None else Cell(bytes_text(memory), memory),
+        ", ".join(str(training.seed) for training in group.trainings),
+        group.first.student,
+        states.pop() if len(states) == 1 else "; ".join(f"seed {each.seed}: {each.state}" for each in group.trainings),
+    ]
+
+
+def _mean(group: TrainingGroup, name: str) -> float | None:
+    values = [float(training.result[name]) for training in group.trainings if training.result.get(name) is not None]
+    return statistics.mean(values) if values else None
+
+
+def _metric(group: TrainingGroup, name: str) -> float | None:
+    values = [(training.result.get("metrics") or {}).get(name) for training in group.trainings]
+    numbers = [float(value) for value in values if value is not None]
+    return statistics.mean(numbers) if numbers else None
+
+
+def _number(value: float | None, *, digits: int = 3, strong: bool = False) -> Cell:
+    return Cell(NOTHING, -math.inf) if value is None else Cell(f"{value:.{digits}f}", value, strong)
+
+
+def _accuracy(groups: Sequence[TrainingGroup], found: Found, colors: dict[str, str]) -> Section:
+    section = Section("accuracy", "What is found", notes=list(found.notes))
+    if found.images is None or not found.accuracies:
+        return section
+    truth = read_truth(found.images.ann_file)
+    names = class_names(truth)
+    section.figures += accuracy_figures(found.accuracies, colors, names, len(truth.getImgIds()))
+    plain, best = _plain(groups), _best(groups)
+    if plain and best and {plain.label, best.label} <= found.accuracies.keys():
+        first, second = ((group.label, found.accuracies[group.label]) for group in (plain, best))
+        section.figures.append(gain_figure(first, second, names))
+    return section
+
+
+def _pictures(groups: Sequence[TrainingGroup], found: Found) -> Section:
+    section = Section("images", "Validation images")
+    if found.images is None or not found.results:
+        return section
+    chosen = [group.label for group in (_plain(groups), _best(groups)) if group and group.label in found.results]
+    names = [name for name in dict.fromkeys([TEACHER, *chosen]) if name in found.results]
+    compared = (chosen if len(chosen) == 2 else names)[:2]
+    by = f"“{compared[0]}” and “{compared[1]}” differ most" if len(compared) == 2 else f"“{compared[0]}” errs most"
+    section.intro = (
+        f"Those on which {by} come first. Detections of at least {LEAST_SCORE} are shown: blue is right (IoU 0.5, of "
+        "its class), orange is wrong; a dashed yellow box was missed."
+    )
+    try:
+        img_dir = found.images.data.img_dir
+        truth = read_truth(found.images.ann_file)
+        results = {name: found.results[name] for name in names}
+        assert img_dir is not None
+        section.figures += picture_figures(truth, img_dir, results, compared, _PICTURES)
+    except (ImageError, KdpipeError) as error:
+        section.notes.append(f"No image is shown: {error}")
+    return section

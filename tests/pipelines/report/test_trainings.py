@@ -1,0 +1,97 @@
+"""Which trainings lie in a folder, and what they logged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.report.provenance import command_line
+from kdpipe.pipelines.report.trainings import find_trainings, group_trainings
+
+
+def training(
+    folder: Path, *, seed: int = 0, methods: tuple[str, ...] = (), ap: float | None = 0.4, **more: Any
+) -> Path:
+    """A work directory with what a training records."""
+    config = {"model": {"type": "FCOS", "backbone": {"type": "ResNet", "depth": 18}}, "randomness": {"seed": seed}}
+    record = {
+        **{"kdpipe": "0.1.0", "training": "student", "epochs": 4, "saved": True, "data": "d", "validation": "v"},
+        **{"config": config, "distillation": {"methods": list(methods)}},
+        **more,
+    }
+    (folder / "kdpipe").mkdir(parents=True)
+    (folder / "kdpipe" / "recipe.json").write_text(json.dumps(record))
+    if ap is not None:
+        (folder / "result.json").write_text(json.dumps({"epoch": 4, "metrics": {"bbox_mAP": ap}}))
+    return folder
+
+
+def log(folder: Path, start: str, *rows: object) -> None:
+    place = folder / start / "vis_data"
+    place.mkdir(parents=True)
+    (place / "scalars.json").write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in rows))
+
+
+def test_seeds_belong_together_and_students_without_distillation_come_first(tmp_path: Path) -> None:
+    training(tmp_path / "a" / "seed-1", seed=1, methods=("sgfi", "ckd"), ap=0.5)
+    training(tmp_path / "a" / "seed-0", seed=0, methods=("sgfi", "ckd"), ap=0.4)
+    training(tmp_path / "b" / "seed-0", ap=0.3)
+    groups = group_trainings(find_trainings(tmp_path))
+    assert [(group.label, group.aps, group.is_plain) for group in groups] == [
+        ("plain", [0.3], True),
+        ("sgfi + ckd", [0.4, 0.5], False),
+    ]
+    assert groups[1].ap == pytest.approx(0.45)
+    assert groups[0].first.student == "FCOS ResNet-18"
+
+
+def test_what_methods_do_not_tell_apart_is_told_by_student_or_folder(tmp_path: Path) -> None:
+    training(tmp_path / "a", command={"options": {"student": "x/fcos.py"}}, epochs=4)
+    training(tmp_path / "b", command={"options": {"student": "retina"}}, epochs=5)
+    assert [group.label for group in group_trainings(find_trainings(tmp_path))] == ["fcos, plain", "retina, plain"]
+    training(tmp_path / "c", command={"options": {"student": "retina"}}, epochs=6)
+    assert [group.label for group in group_trainings(find_trainings(tmp_path))] == ["a", "b", "c"]
+
+
+def test_a_training_that_has_not_ended(tmp_path: Path) -> None:
+    work = training(tmp_path / "a", ap=None)
+    (work / "kdpipe" / "validation.json").write_text(json.dumps({"epoch": 2, "metrics": {"bbox_mAP": 0.1}}))
+    (found,) = find_trainings(work)
+    assert (found.state, found.ap, found.name) == ("2 of 4 epochs, not finished", 0.1, "a")
+    training(tmp_path / "b", ap=None, saved=False)  # has not got to its first step
+    assert len(find_trainings(tmp_path)) == 1
+
+
+def test_a_log_of_several_starts(tmp_path: Path) -> None:
+    work = training(tmp_path / "a")
+    steps = [
+        {"loss": 10.0 - step, "loss_sgfi": 1, "epoch": 1 + step // 6, "iter": step, "step": step} for step in (3, 5, 9)
+    ]
+    log(work, "20260101_000000", *steps[:2], {"coco/bbox_mAP": 0.1, "step": 1}, '{"loss": 3, "ep')
+    log(work, "20260102_000000", {**steps[1], "loss": 4.5}, steps[2], {"coco/bbox_mAP": 0.2, "step": 2})
+    (found,) = find_trainings(work)
+    assert found.curve("loss") == [(0.6, 7.0), (1.0, 4.5), (1.8, 1.0)]
+    assert found.curve("ap") == [(1.0, 0.1), (2.0, 0.2)]
+    assert found.logged("loss_") == ["loss_sgfi"]
+    assert found.curve("nothing") == []
+
+
+def test_a_folder_without_trainings(tmp_path: Path) -> None:
+    with pytest.raises(KdpipeError, match="holds no training of kdpipe"):
+        find_trainings(tmp_path)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    options = {
+        **{"cache": "/c d.zarr", "student": "fcos", "methods": "sgfi", "roi_source": "teacher", "seed": 3},
+        **{"allow_partial": True, "amp": False, "scale": [192, 144], "overrides": ["a=1", "b=2"]},
+    }
+    work = training(tmp_path / "a", command={"options": options})
+    line = (
+        "kdpipe train-student --cache '/c d.zarr' --student fcos --methods sgfi --rois teacher --seed 3 "
+        "--allow-partial --scale 192x144 -o a=1 -o b=2"
+    )
+    assert command_line(find_trainings(work)[0]) == line
+    assert command_line(find_trainings(training(tmp_path / "b"))[0]) is None
