@@ -229,7 +229,7 @@ def decode_deltas(boxes: Tensor, deltas: Tensor, means: Sequence[float], stds: S
         [R, K, 4] float32 (x1, y1, x2, y2), not clipped.
     """
     boxes, deltas = boxes.float(), deltas.float()
-    deltas = deltas * deltas.new_tensor(stds) + deltas.new_tensor(means)
+    deltas = deltas * _beside(deltas, stds) + _beside(deltas, means)
     limit = abs(math.log(WH_RATIO_CLIP))
     corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]  # [R, 1, 2]
     centre = corner + 0.5 * size + deltas[..., :2] * size  # [R, K, 2]
@@ -255,7 +255,12 @@ def encode_boxes(rois: Tensor, boxes: Tensor, means: Sequence[float], stds: Sequ
     limit = abs(math.log(WH_RATIO_CLIP))
     growth = ((boxes[..., 2:] - boxes[..., :2]) / size).clamp(math.exp(-limit), math.exp(limit)).log()
     deltas = torch.cat([shift, growth], dim=-1)
-    return (deltas - deltas.new_tensor(means)) / deltas.new_tensor(stds)
+    return (deltas - _beside(deltas, means)) / _beside(deltas, stds)
+
+
+def _beside(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Numbers of the type of a tensor, where it is; a GPU is not waited for."""
+    return torch.tensor(numbers, dtype=tensor.dtype).to(tensor.device, non_blocking=True)
 
 
 def _to_float(values: Tensor, scale: Tensor | None, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:

@@ -151,8 +151,8 @@ class TeacherViewBatch:
         teacher = self._teacher
         rois, rows, outputs = self._rois_of(stage)
         if any(view.view == "skipped" for view in self._views):
-            is_kept = torch.tensor([view.view != "skipped" for view in self._views], device=rois.rois.device)
-            kept = is_kept[rois.image_index]  # [R]
+            is_kept = torch.tensor([view.view != "skipped" for view in self._views])
+            kept = is_kept.to(rois.rois.device, non_blocking=True)[rois.image_index]  # [R]
             outputs = outputs.select(kept[rows])
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)

@@ -4,6 +4,7 @@ On a CPU, that compares the ways that other devices go with the shortcuts that a
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,9 +103,10 @@ def stored_pyramids(made: Made, pair: "type[Pair]") -> Results:
     shapes = {0: (40, 20, 10, 5), 1: (48, 24, 12, 6), 2: (40, 20, 10, 5), 3: (48, 24, 12, 6)}
     stored = {}
     for image, sizes in shapes.items():
-        levels = [quantize(made.normal(pair.channels, size, size), torch.float16) for size in sizes]
-        scale = torch.stack([scale.float() for _, scale in levels])
-        stored[image] = [values if image != 3 or index < 3 else None for index, (values, _) in enumerate(levels)], scale
+        levels = [quantize(made.normal(pair.channels, size, size).cpu(), torch.float16) for size in sizes]
+        scale = torch.stack([scale.float() for _, scale in levels]).to(made.device)
+        values = [values.to(made.device) for values, _ in levels]
+        stored[image] = values[:3] + [None if image == 3 else values[3]], scale
     return [TeacherPyramids(stored, pair.spec).roi_align(made.rois(60, images=4))]
 
 
@@ -192,6 +194,23 @@ def teacher_head(made: Made, pair: "type[Pair]") -> Results:
     return [*vars(outputs).values(), only.roi_features]
 
 
+def cascade_teacher(made: Made, pair: "type[Pair]") -> Results:
+    """Whose stages move the boxes."""
+    stds = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1))
+    spec = replace(pair.spec, cascade_stds=stds)
+    state = {
+        name.replace("bbox_head.", f"bbox_head.{stage}."): value
+        for stage in range(len(stds))
+        for name, value in pair.state(pair.head()).items()
+    }
+    levels = tuple(level[0].detach() for level in made.pyramid(pair.channels, 1))
+    views = [TeacherView("exact", np.eye(3), levels, size=(160, 160))] * 2
+    rois, labels = made.rois(30), made.whole(4, 30)
+    needs = ("logits", "deltas", "embeddings")
+    outputs = apply_teacher_head(views, BatchRois(rois, labels, labels < 3), frozen_head(state, spec), spec, needs)
+    return [value for value in vars(outputs).values() if value is not None]
+
+
 def filled(module: nn.Module, made: Made) -> Any:
     module = module.to(made.device)
     with torch.no_grad():
@@ -212,6 +231,7 @@ PARTS: list[Callable[[Made, "type[Pair]"], Results]] = [
     predictions,
     frames,
     teacher_head,
+    cascade_teacher,
 ]
 
 
@@ -226,7 +246,7 @@ def test_a_part_gives_what_it_gives_on_the_cpu(
     assert {x.device.type for x in actual} == {device}
     for a, b in zip(actual, expected, strict=True):
         scale = float(b.detach().abs().max()) if b.numel() and b.is_floating_point() else 0.0
-        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kdpipe.cache
 import kdpipe.distill
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.distill.detector import DistilledDetector
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{what}:UserWarning") for what in ("num_anchors", "meshgrid")]
 
 OURS = Path(str(kdpipe.distill.__file__)).resolve().parent
+CACHE = Path(str(kdpipe.cache.__file__)).resolve().parent
 OTHERS = ("/mmdet/", "/mmengine/", "/mmcv/", "/mmcv_ops/")  # what waits below these is not the distillation's
 
 WAITING = {
@@ -60,7 +62,8 @@ def who_asks() -> str | None:
         file = Path(frame.f_code.co_filename)
         if any(name in str(file) for name in OTHERS):
             return None
-        if file.resolve().is_relative_to(OURS) and file.name != "rows.py":
+        is_ours = any(file.resolve().is_relative_to(folder) for folder in (OURS, CACHE))
+        if is_ours and file.name != "rows.py":
             return f"{file.stem}.{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return None

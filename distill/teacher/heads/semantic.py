@@ -51,12 +51,12 @@ class SemanticBranch:
     def of_rois(self, rois: TeacherRois) -> Callable[[Tensor], Tensor]:
         """A function of boxes, row by row of the images of these RoIs: RoI features with the semantic ones added."""
         maps = {image: self.map_of(levels) for image, levels in rois.pyramids.levels().items()}
+        rows_of = {image: (rois.image_index == image).nonzero().squeeze(1) for image in maps}
 
         def fused_features(boxes: Tensor) -> Tensor:
             features = rois.features_at(boxes).clone()
             for image, semantic_map in maps.items():
-                rows = rois.image_index == image
-                features[rows] += self.at(semantic_map, boxes[rows])
+                features[rows_of[image]] += self.at(semantic_map, boxes[rows_of[image]])
             return features
 
         return fused_features
