@@ -32,7 +32,7 @@ from kdpipe.distill.rois.pairing import pair_boxes
 from kdpipe.distill.rois.sampling import RoiSampling, best_overlap, sample_rois
 from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
 from kdpipe.distill.teacher.heads.build import frozen_head
-from kdpipe.distill.teacher.pyramids import TeacherPyramids
+from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 
 if TYPE_CHECKING:
     from tests.distill.conftest import OtherDevices, Pair
@@ -101,12 +101,12 @@ def align_assigned(made: Made, pair: "type[Pair]") -> Results:
 def stored_pyramids(made: Made, pair: "type[Pair]") -> Results:
     """In whole numbers, of images of two sizes, one of them without a level that no box needs."""
     shapes = {0: (40, 20, 10, 5), 1: (48, 24, 12, 6), 2: (40, 20, 10, 5), 3: (48, 24, 12, 6)}
-    stored = {}
+    stored: dict[int, StoredPyramid] = {}
     for image, sizes in shapes.items():
         levels = [quantize(made.normal(pair.channels, size, size).cpu(), torch.float16) for size in sizes]
         scale = torch.stack([scale.float() for _, scale in levels]).to(made.device)
         values = [values.to(made.device) for values, _ in levels]
-        stored[image] = values[:3] + [None if image == 3 else values[3]], scale
+        stored[image] = [*values[:3], None if image == 3 else values[3]], scale
     return [TeacherPyramids(stored, pair.spec).roi_align(made.rois(60, images=4))]
 
 
