@@ -186,5 +186,9 @@ def _roi_align(features: Tensor, stride: int, rois: Tensor, size: int, sampling_
             return roi_align_channels_last(full, boxes, scale, (size, size), sampling_ratio, aligned).permute(
                 0, 3, 1, 2
             )
-        pooled: Tensor = roi_align(full, boxes, size, scale, sampling_ratio, aligned)
+        pooled: Tensor
+        if full.requires_grad:
+            pooled = roi_align(full, boxes, size, scale, sampling_ratio, aligned)
+        else:  # without the form of it that makes gradients deterministic, which compiles and takes more memory
+            pooled = torch.ops.torchvision.roi_align(full, boxes, scale, size, size, sampling_ratio, aligned)
     return pooled

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdpipe.cache.quantize import dequantize
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.rois.align import roi_align_assigned
-from kdpipe.distill.rows import in_order, rows_of_each
+from kdpipe.distill.rows import in_order, on_cpu, rows_of_each
 
 # Of an image: per level Tensor[C, h_l, w_l] in storage type, or None where no RoI needs it; scale Tensor[L, C] of int8.
 StoredPyramid = tuple[Sequence[Tensor | None], Tensor | None]
@@ -114,11 +114,13 @@ def _full_precision(levels: Sequence[Tensor | None], scale: Tensor | None) -> li
 
 
 def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
-    """One level of images of the same size, Tensor[B, C, h, w] float32, channels last in memory for RoIAlign."""
+    """One level of images of the same size, Tensor[B, C, h, w] float32, on a CPU channels last in memory for RoIAlign."""
     maps = [levels[level] for levels, _ in images]
     given = [values for values in maps if values is not None]
     if len(given) < len(maps):
         return None
-    values = torch.stack(given).contiguous(memory_format=torch.channels_last)  # while an element is a byte
+    values = torch.stack(given)
+    if on_cpu(values):
+        values = values.contiguous(memory_format=torch.channels_last)  # while an element is a byte
     scales = [scale[level] for _, scale in images if scale is not None]
     return dequantize(values, torch.stack(scales)) if scales else values.float()
