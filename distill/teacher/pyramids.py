@@ -114,7 +114,7 @@ def _full_precision(levels: Sequence[Tensor | None], scale: Tensor | None) -> li
 
 
 def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
-    """One level of images of the same size, Tensor[B, C, h, w] float32, in the layout that RoIAlign of the device reads."""
+    """One level of images of the same size, Tensor[B, C, h, w] float32, laid out as RoIAlign of the device reads it."""
     maps = [levels[level] for levels, _ in images]
     given = [values for values in maps if values is not None]
     if len(given) < len(maps):
