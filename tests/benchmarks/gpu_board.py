@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-GRACE = 20.0  # seconds beyond the budget after which the process ends, whatever it is in
+RESERVE = 8.0  # seconds of the budget in which nothing is measured any more: files are removed
+GRACE = 5.0  # seconds beyond the budget after which the process ends, whatever it is in
 
 
 class OutOfTime(BaseException):
@@ -54,7 +55,7 @@ class Board:
     """
 
     def __init__(self, out: Path, titles: Mapping[str, str], start: float, seconds: float) -> None:
-        self.out, self._titles, self._start, self._end = out, titles, start, start + seconds
+        self.out, self._titles, self._start, self._end = out, titles, start, start + seconds - RESERVE
         self.machine: dict[str, object] = {}
         self.cells: dict[str, Mapping[str, object]] = {}  # of the rows that were measured
         self.notes: dict[str, str] = {}  # of the others, why
@@ -62,18 +63,18 @@ class Board:
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu.jsonl").write_text("")
         self._log = (out / "gpu.log").open("w", buffering=1, errors="backslashreplace")
-        watch = threading.Timer(max(1.0, self.left + GRACE), self._end_process)
+        watch = threading.Timer(max(1.0, self.left + RESERVE + GRACE), self._end_process)
         watch.daemon = True
         watch.start()
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Seconds that are left to measure."""
         return self._end - time.monotonic()
 
     def _end_process(self) -> None:
         """End now: the main thread is somewhere from which it does not come back."""
-        print(f"Ended {GRACE:.0f} s after the budget of time.", file=sys.__stderr__, flush=True)
+        print(f"The budget of time ended {GRACE:.0f} s ago: stopped.", file=sys.__stderr__, flush=True)
         os._exit(3)
 
     def say(self, line: str) -> None:

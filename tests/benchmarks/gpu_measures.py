@@ -27,6 +27,7 @@ from kdpipe.pipelines.data.images import read_image
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.runtime.console import ProgressBar
+from kdpipe.pipelines.teacher.arithmetic import full_precision
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.teacher import load_teacher, teacher_config
 from kdpipe.pipelines.training import run as plain_training_module
@@ -71,20 +72,17 @@ class Measures:
             torch.cuda.empty_cache()
 
     def machine(self) -> dict[str, object]:
-        """Versions, and how float32 is computed."""
+        """Card and versions."""
         import mmdet
         import torchvision
 
-        backends = torch.backends
-        name = torch.cuda.get_device_name(self.device) if self.cuda else "no GPU"
-        tf32 = f"matmul {backends.cuda.matmul.allow_tf32}, cuDNN {backends.cudnn.allow_tf32}"
         return {
-            "card": name,
+            "card": torch.cuda.get_device_name(self.device) if self.cuda else "no GPU",
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-            "cuDNN": backends.cudnn.version() if self.cuda else "none",
+            "CUDA": torch.version.cuda if self.cuda else "none",
+            "cuDNN": torch.backends.cudnn.version() if self.cuda else "none",
             "mmdet": mmdet.__version__,
-            "TF32 at the start": tf32,
             "size": self.size,
         }
 
@@ -116,18 +114,30 @@ class Measures:
             image = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).to(self.device)
             batches.append({"inputs": [image], "data_samples": [DetDataSample(metainfo=meta)]})
         with torch.inference_mode():
-            _, sample = teacher.pyramid_of_input(batches[0]["inputs"][0])
-            proposals = teacher.proposals(_, sample)
-            for batch in batches[:WARM]:
-                teacher.model.test_step(batch)
-            self.wait()
-            start = time.perf_counter()
-            for batch in batches:
-                teacher.model.test_step(batch)
-            self.wait()
-        seconds = (time.perf_counter() - start) / len(batches)
+            pyramid, sample = teacher.pyramid_of_input(batches[0]["inputs"][0])
+            proposals = teacher.proposals(pyramid, sample)
+            with full_precision(self.device):  # as cache-teacher computes
+                seconds = self._predicting(teacher.model, batches)
+            as_torch = self._predicting(teacher.model, batches) if self.cuda else seconds
         self.bare[name] = seconds
-        return {"images/s": 1 / seconds, "ms per image": 1e3 * seconds, "proposals": len(proposals)}
+        return {
+            "views/s": 1 / seconds,
+            "x forward pass": 1.0,
+            "boxes": len(proposals),
+            "ms per view": 1e3 * seconds,
+            "ms per view with torch's default, TF32": 1e3 * as_torch,
+        }
+
+    def _predicting(self, model: Any, batches: Sequence[dict[str, Any]]) -> float:
+        """Seconds per batch of a detector's `test_step`."""
+        for batch in batches[:WARM]:
+            model.test_step(batch)
+        self.wait()
+        start = time.perf_counter()
+        for batch in batches:
+            model.test_step(batch)
+        self.wait()
+        return (time.perf_counter() - start) / len(batches)
 
     def _make_cache(self, name: str, tier: str) -> CachingResult:
         checkpoint, cfg = self._teacher(name)
@@ -149,6 +159,7 @@ class Measures:
             self.forward(name)
             self.free()
         shutil.rmtree(self._cache_path(name, tier), ignore_errors=True)  # made for a student before
+        before = self._start_of_memory()
         with ticks() as times:
             result = self._make_cache(name, tier)
         cache = open_cache(result.location)
@@ -156,15 +167,16 @@ class Measures:
         ids = cache.image_ids.tolist()
         boxes = sum(cache.index(image_id, cache.spec.views[0]).num_rois for image_id in ids) / len(ids)
         cells: dict[str, object] = {"views": views}
-        if len(times) > WARM + 1:
-            steady = (times[-1] - times[WARM - 1]) / (len(times) - WARM)
-            cells |= {"views/s": views / steady, "x forward pass": steady / views / self.bare[name]}
+        warm = min(WARM, len(times) // 2)
+        steady = (times[-1] - times[warm - 1]) / (len(times) - warm)
+        cells |= {"views/s": views / steady, "x forward pass": steady / views / self.bare[name]}
         each = result.seconds / result.images
         return cells | {
             "to the end, views/s": views / each,
             "to the end, x forward pass": each / views / self.bare[name],
             "boxes": boxes,
             "MB per image": result.disk_bytes / result.images / 1e6,
+            "GPU memory, GiB": self._peak_memory(before),
         }
 
     def stages(self, name: str, tier: str) -> dict[str, object]:
@@ -245,7 +257,7 @@ class Measures:
         command = self.training(family, teacher, rois, steps, amp=amp)
         before = self._start_of_memory()
         with hubs() as seen:
-            run(command)
+            self._run_training(command)
         first = min(self.size.left_out, steps - 1)
         taken, waiting = (_logged(seen[-1], f"train/{key}")[first:steps] for key in ("time", "data_time"))
         seconds = sum(taken) / len(taken)
@@ -254,11 +266,17 @@ class Measures:
         cells: dict[str, object] = {"s/step": seconds, "median": statistics.median(taken)}
         cells["x plain"] = seconds / plain if plain else "-"
         cells["waiting for data, %"] = 100 * sum(waiting) / sum(taken)
-        cells["GPU memory, GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if self.cuda else "-"
+        cells["GPU memory, GiB"] = self._peak_memory(before)
         if teacher != "plain":
             positive, negative = (_mean(seen[-1], f"train/kd_{x}") / self.size.batch for x in ("positive", "negative"))
             cells |= {"RoIs per image": positive + negative, "positive": positive}
         return {**cells, "steps": len(taken)}
+
+    def _run_training(self, command: list[str]) -> None:
+        try:
+            run(command)
+        finally:
+            shutil.rmtree(command[command.index("--work-dir") + 1], ignore_errors=True)
 
     def _start_of_memory(self) -> int:
         if not self.cuda:
@@ -267,12 +285,15 @@ class Measures:
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
 
+    def _peak_memory(self, before: int) -> float | str:
+        return (torch.cuda.max_memory_allocated() - before) / 2**30 if self.cuda else "-"
+
     def profile(self, family: str, teacher: str, rois: str, *, amp: bool = False) -> dict[str, object]:
         """What a few steps of a training are made of."""
         first, count = self.size.left_out, 1 if self.size.tiny else 3
         command = self.training(family, teacher, rois, first + count, amp=amp)
         with gpu_stages.profiled_steps(first, count, self.cuda) as done:
-            run(command)
+            self._run_training(command)
         file = self.out / f"profile-{family}-{teacher}-{rois}{'-amp' if amp else ''}.txt"
         cells: dict[str, object] = gpu_stages.profile_cells(done, count, file)
         return cells

@@ -4,7 +4,8 @@ import importlib
 import inspect
 import threading
 import time
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from unittest.mock import patch
 import torch
 from mmengine.model import BaseModel
 from torch.profiler import ProfilerActivity, profile
+
+import kdpipe.cache
 
 # Stage, where its function is, and whether the device is waited for before and behind it.
 STAGES = (
@@ -35,6 +38,8 @@ STAGES = (
     ("of it hash, disk", "kdpipe.cache.format.zarr_arrays:WrittenFiles.set", False),
     ("commit (thread)", "kdpipe.cache.write.part_writer:PartWriter._commit", False),
 )
+# The start of the names of kdpipe's files.
+HERE = str(Path(kdpipe.cache.__file__).parents[1])
 
 
 class Clocks:
@@ -114,7 +119,8 @@ def profiled_steps(first: int, count: int, cuda: bool) -> Iterator[dict[str, Any
         cuda: Whether they run on a GPU.
 
     Yields:
-        Filled when they have been made: `profile`, and `seconds` of the wall clock.
+        Filled when they have been made: `profile`; `seconds` by the clock; and `waits`, how often each line of code
+        waited for the GPU in the step before.
     """
     done: dict[str, Any] = {}
     step, number = BaseModel.train_step, 0
@@ -123,10 +129,14 @@ def profiled_steps(first: int, count: int, cuda: bool) -> Iterator[dict[str, Any
 
     def watched(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal number
-        if number == first:
-            done["start"] = _now(cuda)
-            recorder.__enter__()
-        result = step(self, *args, **options)
+        if number == first - 1:
+            with waits_told(done, cuda):
+                result = step(self, *args, **options)
+        else:
+            if number == first:
+                recorder.__enter__()
+                done["start"] = _now(cuda)
+            result = step(self, *args, **options)
         number += 1
         if number == first + count:
             done["seconds"] = _now(cuda) - done.pop("start")
@@ -136,6 +146,21 @@ def profiled_steps(first: int, count: int, cuda: bool) -> Iterator[dict[str, Any
 
     with patch.object(BaseModel, "train_step", watched):
         yield done
+
+
+@contextmanager
+def waits_told(done: dict[str, Any], cuda: bool) -> Iterator[None]:
+    """Count the lines of code that wait for the GPU."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.set_sync_debug_mode("default")
+    done["waits"] = Counter(f"{x.filename}:{x.lineno}" for x in told if "called a synchronizing" in str(x.message))
 
 
 def _now(cuda: bool) -> float:
@@ -157,7 +182,10 @@ def profile_cells(done: Mapping[str, Any], count: int, file: Path) -> dict[str, 
             tables.append(totals.table(sort_by=order, row_limit=30, max_name_column_width=80))
         except Exception as error:  # another torch has other names
             tables.append(f"{order}: {error}")
-    file.write_text("\n\n".join(tables))
+    waits = done.get("waits", Counter())
+    lines = [f"{times:5} {place}" for place, times in waits.most_common()]
+    file.write_text("\n".join(["Lines that waited for the GPU in one step:", *lines, "", *tables]))
+    ours = sum(times for place, times in waits.items() if place.startswith(HERE))
     copies = sum(calls[name] for name in calls if name.startswith("Memcpy DtoH"))
     return {
         "s/step": done["seconds"] / count,
@@ -165,6 +193,8 @@ def profile_cells(done: Mapping[str, Any], count: int, file: Path) -> dict[str, 
         "per step: aten::item": calls["aten::item"] / count,
         "nonzero": calls["aten::nonzero"] / count,
         "copies to host": copies / count,
+        "lines that wait, times: kdpipe's": ours,
+        "others'": sum(waits.values()) - ours,
         "stream waits": calls["cudaStreamSynchronize"] / count,
         "kernels": sum(calls[name] for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel")) / count,
     }
