@@ -13,6 +13,7 @@ from torch import Tensor
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.teacher.source import CachedTargets
 from kdpipe.distill.teacher.targets import map_tensors
+from kdpipe.pipelines.teacher.arithmetic import full_precision
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore:.*meshgrid:UserWarning"),  # of mmdet's FCOS head
+    pytest.mark.filterwarnings("ignore:.*Synchronization debug mode:UserWarning"),
 ]
 
 LOGGED = ("-o", "default_hooks.logger.interval=1", "-o", "log_processor.window_size=1")
@@ -44,13 +46,13 @@ def students(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(autouse=True)
-def _exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _exact() -> Iterator[None]:
     """Convolutions with all bits of float32; and what a training with `deterministic` switches on goes off again."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    yield
+    with full_precision(torch.device("cuda")):
+        torch.backends.cudnn.deterministic = False  # as trainings have it
+        yield
     torch.cuda.set_sync_debug_mode("default")
     torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
 
 
 def rows(work_dir: Path) -> list[dict[str, float]]:
