@@ -53,7 +53,8 @@ class ImageFrames:
             Tensor[R, 4] float32 (x1, y1, x2, y2).
         """
         matrices = self.to_original[rois[:, 0].long()]  # [R, 2, 3]
-        corners = rois[:, [1, 2, 3, 2, 1, 4, 3, 4]].float().unflatten(1, (4, 2))  # [R, 4, 2] (x, y)
+        _, x1, y1, x2, y2 = rois.float().unbind(dim=1)  # no list as an index: copying it waits for a GPU
+        corners = torch.stack([x1, y1, x2, y1, x1, y2, x2, y2], dim=1).unflatten(1, (4, 2))  # [R, 4, 2] (x, y)
         # no matrix product: autocast would round its pixels to half precision
         moved = (corners[:, :, None] * matrices[:, None, :, :2]).sum(dim=3) + matrices[:, None, :, 2]  # [R, 4, 2]
         return torch.cat([moved.amin(dim=1), moved.amax(dim=1)], dim=1)

@@ -102,7 +102,9 @@ class AskedCopies(TorchFunctionMode):
         )
         device = [x for x in (*args[1:], options.get("device")) if isinstance(x, torch.device | str)]
         moves = func is Tensor.to and bool(device) and not options.get("non_blocking")
-        if (to_host or to_device or moves) and (who := who_asks()):
+        index = args[1] if func is Tensor.__getitem__ else ()
+        by_list = any(isinstance(x, list) for x in (index if isinstance(index, tuple) else (index,)))
+        if (to_host or to_device or moves or by_list) and (who := who_asks()):
             self._asked[who] += 1
         return func(*args, **options)
 
@@ -135,7 +137,8 @@ def test_what_would_wait_is_counted() -> None:
     lines = """
 def asks(x, torch):
     x[x > 2]; x[x > 2] = 0; int(x[0]); bool(x.any()); x.nonzero(); x.tolist(); x.unique()
-    x.new_tensor([1.0]); torch.tensor([1], device=x.device); torch.tensor([1]).to(x.device); torch.equal(x, x)
+    x[[0, 2]]; x.new_tensor([1.0])
+    torch.tensor([1], device=x.device); torch.tensor([1]).to(x.device); torch.equal(x, x)
     torch.repeat_interleave(x, torch.tensor([1, 2, 1, 0, 1, 1])); x.cpu(); x.masked_select(x > 2)
 
 def goes_on(x, torch):
@@ -148,7 +151,7 @@ def goes_on(x, torch):
     with watch_cpu(asked):
         made["asks"](x.clone(), torch)
         made["goes_on"](x, torch)
-    assert asked == {"made_up.asks": 14}
+    assert asked == {"made_up.asks": 15}
 
 
 # Losses
