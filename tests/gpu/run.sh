@@ -13,7 +13,9 @@ trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 pip=("$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --upgrade
     --target "$site")
-{ "${pip[@]}" "$wheels"/*.whl && "${pip[@]}" --no-build-isolation .; } >"$out/install.log" 2>&1 ||
+mkdir "$site/.source" # setuptools leaves its work where it builds
+cp -r cache distill pipelines pyproject.toml README.md LICENSE "$site/.source"
+{ "${pip[@]}" "$wheels"/*.whl && "${pip[@]}" --no-build-isolation "$site/.source"; } >"$out/install.log" 2>&1 ||
     { cat "$out/install.log"; exit 1; }
 status=0
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.cuda' tests)

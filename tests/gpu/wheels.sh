@@ -14,6 +14,6 @@ platforms=(--platform manylinux1_x86_64 --platform manylinux2014_x86_64)
 for glibc in 17 24 27 28 31 34 35 39; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 mkdir -p "$folder"
 rm -f "$folder"/*.whl # pip refuses two versions of one package
-"${PIP_PYTHON:-python3}" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+"${PYTHON:-python3}" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --implementation cp --python-version "$python" "${platforms[@]}" --dest "$folder" "${packages[@]}"
 echo "$(find "$folder" -name '*.whl' | wc -l) wheels for Python $python in $folder, $(du -sh "$folder" | cut -f1)"
