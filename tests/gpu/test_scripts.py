@@ -18,7 +18,7 @@ def test_wheels_are_installed_and_tests_and_benchmark_run(tmp_path: Path) -> Non
     python = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
 
     def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
-        command = [FOLDER / script, *map(str, args)]
+        command = [str(FOLDER / script), *map(str, args)]
         return subprocess.run(command, env=python, text=True, capture_output=True, timeout=540)
 
     fetched = run("wheels.sh", wheels, version)
