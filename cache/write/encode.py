@@ -37,16 +37,63 @@ class EncodedRecord:
     scale: npt.NDArray[np.float32] | None
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """A record that has been encoded on its own device; what comes from a GPU may still be on its way to the host.
+
+    Attributes:
+        index: as of `EncodedRecord`.
+        file_name: the same.
+        arrays: rows, features and scale, on the host; page-locked where they come from a GPU.
+        finite: what to say of values that are not finite, and whether they are, Tensor[] bool on the host.
+        copied: when all has come from the GPU; None where it is there.
+    """
+
+    index: dict[str, int]
+    file_name: bytes
+    arrays: dict[str, Tensor]
+    finite: list[tuple[str, Tensor]]
+    copied: torch.cuda.Event | None
+
+    def check(self) -> None:
+        """Refuse values that are not finite; of a record that has come.
+
+        Raises:
+            CacheError: a field holds some.
+        """
+        for message, is_finite in self.finite:
+            if not is_finite:
+                raise CacheError(message)
+
+    def wait(self) -> EncodedRecord:
+        """Wait for all of it; may be called on another thread.
+
+        Raises:
+            CacheError: as `check`.
+        """
+        arrays = self.arrays
+        if self.copied is not None:
+            self.copied.synchronize()
+            arrays = {name: values.clone() for name, values in arrays.items()}  # page-locked memory is scarce
+        self.check()
+        rows = {name: values.numpy() for name, values in arrays.items()}
+        return EncodedRecord(self.index, self.file_name, rows, rows.pop("features", None), rows.pop("scale", None))
+
+
 def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
-    """Check a record against the specification, quantise it on its own device, and copy it to the host.
+    """As `start_encoding`, and wait for it."""
+    return start_encoding(record, spec).wait()
+
+
+def start_encoding(record: TeacherRecord, spec: CacheSpec) -> Encoding:
+    """Check a record against the specification, quantise it on its own device, and begin to copy it to the host.
 
     Args:
         record: from the teacher.
         spec: of the cache.
 
     Raises:
-        CacheError: a field is missing, has another shape than specified, or holds values that are not finite in the
-            storage type.
+        CacheError: a field is missing, or has another shape than specified.
     """
     image = f"image {record.image_id} ({record.file_name}, view {record.view})"
     count = len(record.boxes)
@@ -59,9 +106,10 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
         raise CacheError(
             f"The record of {image} has {record.num_jittered} jittered boxes; the cache takes at most {spec.jittered}."
         )
-    rows = _encode_boxes(image, record, spec)
+    host = _Host(image)
+    _encode_boxes(host, record, spec)
     if spec.object_arrays():
-        rows |= _encode_objects(image, record, spec)
+        _encode_objects(host, record, spec)
     index = {
         "image_id": record.image_id,
         "view": VIEWS.index(record.view),
@@ -73,33 +121,72 @@ def encode_record(record: TeacherRecord, spec: CacheSpec) -> EncodedRecord:
         "num_jittered": record.num_jittered,
         "file_digest": record.file_digest,
     }
-    features = scale_of_levels = None
     if "features" in spec.fields:
-        features, scale_of_levels, shapes = _encode_levels(image, record, spec)
-        for level, (height, width) in enumerate(shapes):
-            index |= {f"level{level}_height": height, f"level{level}_width": width}
-    return EncodedRecord(index, record.file_name.encode(), rows, features, scale_of_levels)
+        _encode_levels(host, record, spec)
+        for number, level in enumerate(record.features or ()):
+            index |= {f"level{number}_height": int(level.shape[1]), f"level{number}_width": int(level.shape[2])}
+    return Encoding(index, record.file_name.encode(), host.arrays, host.finite, host.copied())
 
 
-def _encode_boxes(image: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
+class _Host:
+    """Collects arrays on the host, whether they are finite, and when all has come.
+
+    Args:
+        image: what messages call it.
+    """
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        self.arrays: dict[str, Tensor] = {}
+        self.finite: list[tuple[str, Tensor]] = []
+        self._gpu: torch.device | None = None
+
+    def add(self, name: str, stored: Tensor, source: Tensor | None = None) -> None:
+        """Keep an array, in memory that is not that of `source`."""
+        host = self._copied(stored.detach().contiguous())
+        self.arrays[name] = host.clone() if source is not None and host.data_ptr() == source.data_ptr() else host
+
+    def require_finite(self, field: str, values: Tensor, dtype: str) -> None:
+        """Note whether values are finite, and what to say where they are not."""
+        remedy = " (its largest value is 65,504); use --dtype float32" if dtype == "float16" else ""
+        message = (
+            f"The teacher's {field} for {self.image} are not finite as {dtype}{remedy}. Check the teacher's checkpoint "
+            "and this image."
+        )
+        self.finite.append((message, self._copied(torch.isfinite(values).all())))
+
+    def copied(self) -> torch.cuda.Event | None:
+        """When what was added so far has come; None where nothing came from a GPU."""
+        if self._gpu is None:
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._gpu))
+        return event
+
+    def _copied(self, values: Tensor) -> Tensor:
+        if not values.is_cuda:
+            return values
+        self._gpu = values.device
+        return values.to("cpu", non_blocking=True)  # into page-locked memory, which torch takes for this
+
+
+def _encode_boxes(host: _Host, record: TeacherRecord, spec: CacheSpec) -> None:
     """The arrays that have a row per box."""
-    rows: dict[str, Block] = {}
     for field, (shape, dtype) in spec.box_arrays().items():
         if field in FIELD_OF_ARRAY:  # comes with its field
             continue
         values = getattr(record, field)
-        _check_shape(image, field, values, (len(record.boxes), *shape))
+        _check_shape(host.image, field, values, (len(record.boxes), *shape))
         if dtype == "int8":
             stored, scale = quantize_rows(values)
-            _check_finite(image, field, scale, dtype)
-            rows["embedding_scale"] = _to_host(scale, values)
+            host.require_finite(field, scale, dtype)
+            host.add("embedding_scale", scale, values)
         else:
             if field == "deltas":
-                values = _stored_deltas(image, record, spec)
+                values = _stored_deltas(host.image, record, spec)
             stored = values.detach().to(_TORCH_DTYPE[dtype])
-            _check_finite(image, field, stored, dtype)
-        rows[field] = _to_host(stored, values)
-    return rows
+            host.require_finite(field, stored, dtype)
+        host.add(field, stored, values)
 
 
 def _stored_deltas(image: str, record: TeacherRecord, spec: CacheSpec) -> Tensor:
@@ -113,35 +200,35 @@ def _stored_deltas(image: str, record: TeacherRecord, spec: CacheSpec) -> Tensor
     return merge_unlikely(deltas, logits, record.boxes.to(deltas.device), record.gt_labels, spec.delta_floor)
 
 
-def _encode_objects(image: str, record: TeacherRecord, spec: CacheSpec) -> dict[str, Block]:
+def _encode_objects(host: _Host, record: TeacherRecord, spec: CacheSpec) -> None:
     """The arrays that have a row per box with RoI features."""
     shape = (len(record.boxes), spec.channels, spec.roi_size, spec.roi_size)
-    _check_shape(image, "roi_features", record.roi_features, shape)
+    _check_shape(host.image, "roi_features", record.roi_features, shape)
     features = present(record.roi_features, "roi_features")
     rows = choose_objects(record.boxes, record.num_gt)
     object_features = features[rows.to(features.device)]
-    arrays = {"roi_rows": _to_host(rows.to(torch.int32), rows)}
+    host.add("roi_rows", rows.to(torch.int32), rows)
     if spec.is_quantized:
         stored, scale = _QUANTIZE[spec.dtype](object_features, torch.float16)
-        _check_finite(image, "roi_features", scale, spec.dtype)
-        arrays["roi_scale"] = _to_host(scale, object_features)
+        host.require_finite("roi_features", scale, spec.dtype)
+        host.add("roi_scale", scale, object_features)
     else:
         stored = object_features.detach().to(_TORCH_DTYPE[spec.dtype])
-        _check_finite(image, "roi_features", stored, spec.dtype)
-    return {**arrays, "roi_features": _to_host(stored, features)}
+        host.require_finite("roi_features", stored, spec.dtype)
+    host.add("roi_features", stored, features)
 
 
-def _encode_levels(
-    image: str, record: TeacherRecord, spec: CacheSpec
-) -> tuple[Block, npt.NDArray[np.float32] | None, list[tuple[int, int]]]:
-    """Packed levels, their scales where the type is int8, and the (height, width) of each."""
+def _encode_levels(host: _Host, record: TeacherRecord, spec: CacheSpec) -> None:
+    """The stored levels one after the other; and their scales, where they are quantised."""
     levels = record.features
     if levels is None or len(levels) != len(spec.strides):
         num_levels = "none" if levels is None else str(len(levels))
-        raise CacheError(f"The record of {image} should have {len(spec.strides)} feature levels, found {num_levels}.")
+        raise CacheError(
+            f"The record of {host.image} should have {len(spec.strides)} feature levels, found {num_levels}."
+        )
     flat, scales = [], []
     for number, level in enumerate(levels):
-        _check_shape(image, f"features[{number}]", level, (spec.channels, -1, -1))
+        _check_shape(host.image, f"features[{number}]", level, (spec.channels, -1, -1))
         if number not in spec.levels:
             scales.append(level.new_zeros(spec.channels, dtype=torch.float32))
             continue
@@ -152,10 +239,10 @@ def _encode_levels(
             stored = level.detach().to(_TORCH_DTYPE[spec.dtype])
         flat.append(stored.reshape(-1))
     packed = torch.cat(flat)  # always a copy
-    scale_of_levels = torch.stack(scales) if spec.is_quantized else None
-    _check_finite(image, "features", packed if scale_of_levels is None else scale_of_levels, spec.dtype)
-    shapes = [(int(level.shape[1]), int(level.shape[2])) for level in levels]
-    return packed.cpu().numpy(), None if scale_of_levels is None else scale_of_levels.cpu().numpy(), shapes
+    host.add("features", packed)
+    if spec.is_quantized:
+        host.add("scale", torch.stack(scales))
+    host.require_finite("features", torch.stack(scales) if spec.is_quantized else packed, spec.dtype)
 
 
 def _check_shape(image: str, field: str, values: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -170,19 +257,3 @@ def _check_shape(image: str, field: str, values: Tensor | None, shape: tuple[int
             f"The {field} of {image} should be a float tensor of shape {expected}, found {values.dtype} of shape "
             f"{tuple(values.shape)}: the teacher does not fit the specification of this cache."
         )
-
-
-def _check_finite(image: str, field: str, values: Tensor, dtype: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        remedy = " (its largest value is 65,504); use --dtype float32" if dtype == "float16" else ""
-        raise CacheError(
-            f"The teacher's {field} for {image} are not finite as {dtype}{remedy}. Check the teacher's checkpoint and "
-            "this image."
-        )
-
-
-def _to_host(stored: Tensor, source: Tensor) -> Block:
-    """A contiguous host array that shares no memory with `source`."""
-    host = stored.detach().cpu().contiguous()
-    result: Block = (host.clone() if host.data_ptr() == source.data_ptr() else host).numpy()
-    return result

@@ -21,7 +21,7 @@ from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.store.location import Location, part_key
 from kdpipe.cache.write.arrays import ArrayWriter
-from kdpipe.cache.write.encode import EncodedRecord, encode_record
+from kdpipe.cache.write.encode import EncodedRecord, Encoding, start_encoding
 
 _QUEUE_SIZE = 4
 
@@ -49,10 +49,10 @@ class PartWriter:
         self._order = [(image.image_id, view) for image in images for view in spec.views]
         self._names = {image.image_id: image.file_name for image in images}
         self._claimed: set[tuple[int, str]] = set()
-        self._early: dict[tuple[int, str], EncodedRecord | None] = {}
+        self._early: dict[tuple[int, str], Encoding | None] = {}
         self._next = 0
         self._skipped: dict[int, dict[str, Any]] = {}
-        self._queue: queue.Queue[EncodedRecord | None] = queue.Queue(_QUEUE_SIZE)
+        self._queue: queue.Queue[Encoding | None] = queue.Queue(_QUEUE_SIZE)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -70,11 +70,14 @@ class PartWriter:
 
         Raises:
             CacheError: the image is not of this part or was given before, the record does not fit the specification, or
-                writing an earlier record failed.
+                writing an earlier record failed, or one from a GPU was not finite.
         """
         key = (record.image_id, record.view)
         self._claim([key])
-        self._put(key, encode_record(record, self._spec))
+        encoding = start_encoding(record, self._spec)
+        if encoding.copied is None:
+            encoding.check()  # the thread looks at what is still coming from a GPU
+        self._put(key, encoding)
 
     def skip(self, image_id: int, file_name: str, reason: str) -> None:
         """Record that an image, in all its views, could not be read.
@@ -122,9 +125,9 @@ class PartWriter:
                 raise CacheError(f"Image {image_id} in view {view!r} was given to part {self._index} twice.")
         self._claimed.update(keys)
 
-    def _put(self, key: tuple[int, str], encoded: EncodedRecord | None) -> None:
+    def _put(self, key: tuple[int, str], encoding: Encoding | None) -> None:
         """Hand over the record, and those that waited for it, in plan order."""
-        self._early[key] = encoded
+        self._early[key] = encoding
         while self._next < len(self._order) and self._order[self._next] in self._early:
             ready = self._early.pop(self._order[self._next])
             self._next += 1
@@ -133,10 +136,10 @@ class PartWriter:
 
     def _work(self) -> None:
         """The thread: writes until told to stop; after an error it only empties the queue."""
-        while (encoded := self._queue.get()) is not None:
+        while (encoding := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._files.append(encoded)
+                    self._files.append(encoding.wait())
                 except BaseException as error:
                     self._error = error
 

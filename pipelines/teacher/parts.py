@@ -1,23 +1,36 @@
 """From images to committed parts of a cache, one part after the other."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from kdpipe.cache.plan import ImageInfo, raw_bytes
+from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.write.part_writer import PartWriter
 from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.pipelines.data.datasets import DetectionData
-from kdpipe.pipelines.data.decoding import Decoding
-from kdpipe.pipelines.data.images import ImageError, Picture, load_picture
+from kdpipe.pipelines.data.images import ImageError, load_picture
+from kdpipe.pipelines.teacher.pixel_pipeline import NetworkInput
 from kdpipe.pipelines.teacher.teacher import Teacher
 
 __all__ = ["PartMaker"]
 
-_READ_AHEAD = 4
+_READERS = {"cpu": 1, "cuda": 4}  # threads; a GPU asks for images much faster
+_READ_AHEAD = 4  # images per thread
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image as the teacher sees it in each view, and digest and note of its `Picture`."""
+
+    views: dict[str, NetworkInput]
+    digest: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,7 @@ class PartMaker:
         with ExitStack() as stack:
             part = stack.enter_context(self.writer.part(index))
             images = [self.data.images[i] for i in self.writer.parts[index]]
-            decoding = self.teacher.pixels.decoding
-            for info, image in _read_ahead(images, self.data.img_dir, self.writer.spec.scale, decoding):
+            for info, image in _read_ahead(self.teacher, images, self.data.img_dir, self.writer.spec):
                 if not isinstance(image, ImageError):
                     if image.note and self.skip_bad_images:
                         say(f"Warning: used as decoded: {image.note}")
@@ -70,29 +82,33 @@ class PartMaker:
                     raise image
             return stack.pop_all()
 
-    def _add(self, part: PartWriter, info: ImageInfo, image: Picture) -> None:
+    def _add(self, part: PartWriter, info: ImageInfo, image: _Seen) -> None:
         """Ask the teacher about an image in all views, and add the answers to a part."""
         spec = self.writer.spec
         boxes, labels = self.data.gt_boxes(info.image_id), self.data.gt_labels(info.image_id)
-        ask = partial(self.teacher.record, image.pixels, boxes, labels, spec=spec)
-        for view in spec.views:
-            part.add(ask(image_id=info.image_id, file_name=info.file_name, view=view, file_digest=image.digest))
+        ask = partial(self.teacher.record, spec=spec, image_id=info.image_id, file_name=info.file_name)
+        for view, pixels in image.views.items():
+            part.add(ask(pixels, boxes, labels, view=view, file_digest=image.digest))
 
 
 def _read_ahead(
-    images: Sequence[ImageInfo], folder: Path, scale: tuple[int, int], decoding: Decoding
-) -> Iterator[tuple[ImageInfo, Picture | ImageError]]:
-    """Decode images on a thread, a few ahead of the teacher; an unreadable one is given as its error."""
+    teacher: Teacher, images: Sequence[ImageInfo], folder: Path, spec: CacheSpec
+) -> Iterator[tuple[ImageInfo, _Seen | ImageError]]:
+    """Decode and resize images on threads, a few ahead of the teacher; an unreadable one is given as its error."""
 
-    def read(info: ImageInfo) -> Picture | ImageError:
+    def read(info: ImageInfo) -> _Seen | ImageError:
         try:
-            return load_picture(folder / info.file_name, (info.height, info.width), scale, decoding)
+            size = (info.height, info.width)
+            picture = load_picture(folder / info.file_name, size, spec.scale, teacher.pixels.decoding)
         except ImageError as error:
             return error
+        views = {view: teacher.network_input(picture.pixels, spec.scale, view == "hflip") for view in spec.views}
+        return _Seen(views, picture.digest, picture.note)
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdpipe-read") as pool:
-        ahead: list[Future[Picture | ImageError]] = [pool.submit(read, x) for x in images[:_READ_AHEAD]]
-        for i, info in enumerate(images):
-            if i + _READ_AHEAD < len(images):
-                ahead.append(pool.submit(read, images[i + _READ_AHEAD]))
-            yield info, ahead.pop(0).result()
+    threads = _READERS[teacher.device.type]
+    with ThreadPoolExecutor(threads, thread_name_prefix="kdpipe-read") as pool:
+        ahead: deque[Future[_Seen | ImageError]] = deque()
+        waiting = iter(images)
+        for info in images:
+            ahead.extend(pool.submit(read, x) for x in islice(waiting, _READ_AHEAD * threads - len(ahead)))
+            yield info, ahead.popleft().result()

@@ -200,9 +200,9 @@ class Teacher:
             image = self.network_input(image, spec.scale, view == "hflip")
         pyramid, sample = self.pyramid_of_input(image.on(self.device), **image.metainfo)
         matrix = view_matrix(image.original, image.size, image.flip)
-        proposals = self.proposals(pyramid, sample)
         truth = torch.from_numpy(gt_boxes).reshape(-1, 4)
         near = jittered_boxes(truth, image.original, spec.jittered, seed=(2 * image_id + VIEWS.index(view)) % 2**63)
+        proposals = self.proposals(pyramid, sample)  # a GPU has computed the pyramid meanwhile
         boxes = torch.cat([proposals, *(map_boxes(x, matrix).to(proposals) for x in (near, truth))])  # [R, 4]
         outputs, roi_features = self.box_outputs(pyramid, boxes, sample)
         return TeacherRecord(

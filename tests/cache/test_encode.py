@@ -1,6 +1,6 @@
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ import torch
 
 from kdpipe.cache import CacheError, open_cache
 from kdpipe.cache.quantize import dequantize, dequantize_rows, quantize, quantize4
-from kdpipe.cache.write.encode import encode_record
+from kdpipe.cache.records import TeacherRecord
+from kdpipe.cache.write.encode import Encoding, encode_record, start_encoding
 from kdpipe.cache.write.selection import choose_objects, merge_unlikely
 
 if TYPE_CHECKING:
@@ -109,3 +110,86 @@ def test_one_regression_for_all_classes_is_kept(kit: "type[Kit]") -> None:
     spec = kit.spec(tier="predictions", class_agnostic=True, delta_floor=0.9)
     record = kit.record(kit.images()[0], "identity", spec)
     assert (encode_record(record, spec).rows["deltas"] != 0).all()
+
+
+class Copying:
+    """Stands for the event behind the copies from a GPU: values are there once it was waited for."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._arrays = encoding.arrays
+        self._values = {name: values.clone() for name, values in encoding.arrays.items()}
+        for values in encoding.arrays.values():
+            values.zero_()
+
+    def synchronize(self) -> None:
+        for name, values in self._arrays.items():
+            values.copy_(self._values[name])
+
+
+def test_what_comes_from_a_gpu_is_waited_for_and_leaves_its_memory(kit: "type[Kit]") -> None:
+    spec = kit.spec(tier="pyramid", dtype="int8")
+    record = kit.record(kit.images()[3], "identity", spec)
+    encoding = start_encoding(record, spec)
+    copying = Copying(encoding)
+    encoded = dataclasses.replace(encoding, copied=copying).wait()  # type: ignore[arg-type]
+    for values in encoding.arrays.values():
+        values.zero_()  # as the next record that is given this memory
+    expected = encode_record(record, spec)
+    assert encoded.index == expected.index
+    assert encoded.rows.keys() == expected.rows.keys()
+    assert all(np.array_equal(encoded.rows[name], array) for name, array in expected.rows.items())
+    for name in ("features", "scale"):
+        assert np.array_equal(getattr(encoded, name), getattr(expected, name))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tier", ["objects", "pyramid"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "float16", "float32"])
+def test_from_a_gpu(kit: "type[Kit]", tier: str, dtype: str) -> None:
+    """As from the CPU, whatever happens to the memory behind it."""
+    spec = kit.spec(tier=tier, dtype=dtype)
+    record = kit.record(kit.images()[3], "identity", spec)
+    expected = encode_record(record, spec)
+    moved = on_gpu(record)
+    encoding = start_encoding(moved, spec)
+    for values in vars(moved).values():
+        for tensor in values if isinstance(values, tuple) else (values,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                tensor.zero_()
+    encoded = encoding.wait()
+    arrays = {"features": (encoded.features, expected.features), "scale": (encoded.scale, expected.scale)}
+    arrays |= {name: (encoded.rows[name], array) for name, array in expected.rows.items()}
+    assert encoded.index == expected.index
+    for name, (found, wanted) in arrays.items():
+        if found is None or wanted is None:
+            assert found is wanted, name
+            continue
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
+        if found.dtype == np.uint8:
+            assert (found == wanted).mean() > 0.9, name
+        elif found.dtype == np.int8:
+            assert np.abs(found.astype(int) - wanted).max(initial=0) <= 1, name
+        else:
+            np.testing.assert_allclose(found.astype(float), wanted.astype(float), rtol=2e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.cuda
+def test_what_is_not_finite_on_a_gpu(kit: "type[Kit]", tmp_path: Path) -> None:
+    spec = kit.spec()
+    writer = kit.writer(tmp_path / "x.zarr", spec, kit.images(1), part_size=1 << 30)
+    record = on_gpu(kit.record(writer.images[0], "identity", spec))
+    assert record.logits is not None
+    record.logits[0, 0] = torch.nan
+    with pytest.raises(CacheError, match=r"logits for image .* are not finite"), writer.part(0) as part:
+        part.add(record)
+    assert writer.pending() == [0]
+
+
+def on_gpu(record: TeacherRecord) -> TeacherRecord:
+    moved: dict[str, Any] = dict(vars(record))
+    for name, values in moved.items():
+        if isinstance(values, torch.Tensor) and values.is_floating_point():
+            moved[name] = values.cuda()
+    if record.features is not None:
+        moved["features"] = tuple(level.cuda() for level in record.features)
+    return TeacherRecord(**moved)
