@@ -52,7 +52,11 @@ class PartWriter:
         self._early: dict[tuple[int, str], Encoding | None] = {}
         self._next = 0
         self._skipped: dict[int, dict[str, Any]] = {}
-        self._queue: queue.Queue[Encoding | None] = queue.Queue(_QUEUE_SIZE)
+        # Not `queue.Queue`: Ctrl-C within its `put` may leave the thread asleep. `_room` holds its free places.
+        self._queue: queue.SimpleQueue[Encoding | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(_QUEUE_SIZE):
+            self._room.put(None)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -132,11 +136,13 @@ class PartWriter:
             ready = self._early.pop(self._order[self._next])
             self._next += 1
             if ready is not None:
+                self._room.get()
                 self._queue.put(ready)
 
     def _work(self) -> None:
         """The thread: writes until told to stop; after an error it only empties the queue."""
         while (encoding := self._queue.get()) is not None:
+            self._room.put(None)
             if self._error is None:
                 try:
                     self._files.append(encoding.wait())
