@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmdet.registry import MODELS
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -38,6 +39,12 @@ from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.source import CachedTargets, ImageTargets, TargetSource
 
 MODELS.register_module(module=CachedTargets)
+
+
+def progress() -> float:
+    """Share of the running training that is over; of none, 0."""
+    hub = MessageHub.get_current_instance()
+    return float(hub.get_info("iter", 0) / max(hub.get_info("max_iters", 0), 1))
 
 
 @MODELS.register_module()
@@ -104,7 +111,9 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             raise ContractError(f"Weights of losses are finite and at least 0; found {wrong}.")
         needs = needed_fields(self.losses, self.dense)
         asks_student = reads_student(self.losses, self.dense)
-        self.frozen_teacher = FrozenTeacher(self.spec, needs, source.head_state, asks_student, roi_mix)
+        self.frozen_teacher = FrozenTeacher(self.spec, needs, source.head_state, asks_student, roi_mix, progress)
+        if "cross" in self.losses:
+            self.frozen_teacher.check_crossed()
         self.share_interval = share_interval
         self._steps = 0
         self._transfer: HeadTransfer | None = None
@@ -183,7 +192,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         batch = targets[0].batch(targets, self.frozen_teacher)
         for stage in forward.stages:
-            pairs = replace(batch.pair_with(stage), samples=data_samples)
+            pairs = replace(batch.pair_with(stage), samples=data_samples, frozen_teacher=self.frozen_teacher)
             is_first = stage.index == 0
             for name, value, logged in self._distill(pairs):
                 losses |= {name: value, **logged} if is_first else {name: losses[name] + value}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd import CKD
+from kdpipe.distill.losses.cross import Cross
 from kdpipe.distill.losses.hard import hard_label_loss
 from kdpipe.distill.losses.prediction import (
     class_aware_regression_kd_loss,
@@ -110,6 +111,7 @@ LOSSES: dict[str, Loss] = {
     "reg": Loss("loss_kd_reg", regression_kd_loss),
     "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
     "roifi": Loss("loss_roifi", RoIFI, RoIFI),
+    "cross": Loss("loss_cross", Cross, Cross),
     "dist": Loss("loss_dist", relation_kd_loss, relation_kd_loss),
     "hard": Loss("loss_hard", hard_label_loss),
 }

@@ -14,10 +14,13 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.prediction import recode_deltas
 from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
-from kdpipe.distill.rois.align import roi_align_assigned, roi_align_levels
+from kdpipe.distill.rois.align import roi_align_levels
 from kdpipe.distill.rois.frames import ImageFrames
 from kdpipe.distill.rois.sampling import best_overlap
 from kdpipe.distill.students.protocol import StudentStage
+from kdpipe.distill.students.pyramids import StudentPyramids
+from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 # What a loss can be given of what the student says of the RoIs.
 OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "anchors"})
@@ -27,6 +30,8 @@ TEACHER_FIELDS = {
     "teacher_keys": "embeddings",
     "teacher_logits": "logits",
     "teacher_deltas": "deltas",
+    "all_teacher_logits": "logits",
+    "all_teacher_deltas": "deltas",
 }
 
 
@@ -45,6 +50,7 @@ class RoiPairs:
         student: At these; None where no loss reads it.
         teacher: At all of them.
         samples: mmdet's `DetDataSample` of each image of the batch.
+        frozen_teacher: Has the teacher's box head.
     """
 
     stage: StudentStage
@@ -54,6 +60,7 @@ class RoiPairs:
     student: StudentOutputs | None
     teacher: TeacherOutputs
     samples: Sequence[Any] = ()
+    frozen_teacher: FrozenTeacher | None = None
 
     @cached_property
     def paired(self) -> BatchRois:
@@ -120,16 +127,23 @@ class RoiPairs:
 
     @property
     def student_assigned_roi_features(self) -> Tensor:
-        """Tensor[P, C of the student, size, size], of the positives, each from one level of the student's pyramid.
+        """Tensor[P, C of the student, size, size], of the positives, each from one level: `StudentPyramids`."""
+        pyramids = StudentPyramids(self.stage.pyramid, self.stage.strides, self.spec)
+        return pyramids.roi_align(self.rois.rois[self.rois.positive_rows])
 
-        That is the level with the stride of the one that the teacher's extractor would read for a box of this size in
-        the student's view; or the nearest that the student has, such as P3 of RetinaNet for boxes of P2.
-        """
-        spec, stage, rois = self.spec, self.stage, self.rois.rois[self.rois.positive_rows]
-        count = max(1, sum(stride <= spec.strides[spec.roi_levels - 1] for stride in stage.strides))
-        finest = spec.finest_scale * stage.strides[0] / spec.strides[0]
-        settings = spec.roi_size, spec.roi_sampling_ratio, spec.roi_aligned
-        return roi_align_assigned(stage.pyramid[:count], stage.strides[:count], rois, finest, *settings)
+    @property
+    def student_rois(self) -> TeacherRois:
+        """All R RoIs, with the student's pyramids that a box head of the teacher's can look at."""
+        pyramids = StudentPyramids(self.stage.pyramid, self.stage.strides, self.spec)
+        index = self.rois.image_index
+        boxes = self.rois.boxes.float()
+        sizes = torch.tensor([sample.img_shape[1::-1] for sample in self.samples], dtype=boxes.dtype)  # [B, 2] (w, h)
+        return TeacherRois(pyramids, index, boxes, sizes.to(boxes.device, non_blocking=True)[index])
+
+    @property
+    def box_head(self) -> BoxHead:
+        """The teacher's, frozen."""
+        return present(self.frozen_teacher, "the teacher of a training").head
 
     @property
     def teacher_keys(self) -> TeacherKeys:
@@ -148,6 +162,16 @@ class RoiPairs:
     def teacher_deltas(self) -> Tensor | None:
         """Tensor[N, K or 1, 4], normalised by the teacher's box coder."""
         return self._of_teacher(self.teacher.deltas)
+
+    @property
+    def all_teacher_logits(self) -> Tensor | None:
+        """Tensor[R, K + 1], background last: of all RoIs, also those that the student has nothing to say of."""
+        return self.teacher.logits
+
+    @property
+    def all_teacher_deltas(self) -> Tensor | None:
+        """Tensor[R, K or 1, 4], normalised by the teacher's box coder: of all RoIs."""
+        return self.teacher.deltas
 
     @property
     def teacher_roi_features(self) -> Tensor | None:

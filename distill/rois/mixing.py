@@ -1,20 +1,17 @@
 """Whose RoIs a step looks at, where a student that chooses its own is shown the teacher's proposals, too."""
 
-from mmengine.logging import MessageHub
-
 ROI_MIXES = ("none", "first", "union")
 _FIRST = 1 / 3  # of the steps of a training
 
 
-def whose_rois(mix: str) -> tuple[bool, bool]:
-    """Whether the student's RoIs are looked at in this step of the running training, and whether the teacher's are.
+def whose_rois(mix: str, progress: float) -> tuple[bool, bool]:
+    """Whether the student's RoIs are looked at in a step of a training, and whether the teacher's are.
 
     Args:
         mix: `none`: the student's in every step; `first`: the teacher's in the first third of the training, then the
             student's; `union`: both in every step.
+        progress: Share of the training that is over, from 0 to 1.
     """
     if mix == "first":
-        hub = MessageHub.get_current_instance()
-        is_early = bool(hub.get_info("iter", 0) < _FIRST * hub.get_info("max_iters", 0))
-        return not is_early, is_early
+        return progress >= _FIRST, progress < _FIRST
     return True, mix == "union"

@@ -160,7 +160,7 @@ class TeacherViewBatch:
 
     def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:
         """The RoIs of this step, which of them the student has something to say of, and what."""
-        of_student, of_teacher = whose_rois(self._teacher.roi_mix)
+        of_student, of_teacher = whose_rois(self._teacher.roi_mix, self._teacher.progress())
         parts = [stage.sampled()] if of_student else []
         if of_teacher:
             rois = self._cached_rois()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,17 +75,24 @@ class TeacherPyramids:
         return in_order(parts, parts_rows)
 
 
+class RoiFeatures(Protocol):
+    """What gives RoI features of any box of a batch: `TeacherPyramids`, or those of a student."""
+
+    def roi_align(self, rois: Tensor, size: int | None = None) -> Tensor:
+        """Tensor[R, C, size, size] of Tensor[R, 5] (image, x1, y1, x2, y2)."""
+
+
 class TeacherRois:
     """R boxes of a batch in the teacher's view, with the pyramids that they lie on: what a box head looks at.
 
     Args:
-        pyramids: Of the images that the boxes are of.
+        pyramids: Of the images that the boxes are of; a semantic branch wants those of the teacher.
         image_index: Tensor[R] int64, the image in the batch.
         boxes: Tensor[R, 4] (x1, y1, x2, y2), pixels of the teacher's network input.
         sizes: Tensor[R, 2] (width, height) of that input without padding; a cascade keeps boxes inside.
     """
 
-    def __init__(self, pyramids: TeacherPyramids, image_index: Tensor, boxes: Tensor, sizes: Tensor) -> None:
+    def __init__(self, pyramids: RoiFeatures, image_index: Tensor, boxes: Tensor, sizes: Tensor) -> None:
         self.pyramids, self.image_index, self.boxes, self.sizes = pyramids, image_index, boxes, sizes
 
     @cached_property

@@ -159,14 +159,11 @@ class RoiTargetsBatch:
     """
 
     def __init__(self, targets: Sequence[RoiTargets], teacher: FrozenTeacher) -> None:
-        self._spec = teacher.spec
-        self._asks_student = teacher.asks_student
+        self._teacher = teacher
         self._rois, self._outputs = join_targets(targets, teacher.spec, teacher.needs)
 
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at these RoIs; those of which the student has nothing to say are left to RoI features."""
         rois, outputs = self._rois, self._outputs
-        if not self._asks_student:
-            return RoiPairs(stage, self._spec, rois, slice(None), None, outputs)
-        rows, student = stage.outputs_at(rois.rois)
-        return RoiPairs(stage, self._spec, rois, row_numbers(rows), student, outputs)
+        rows, student = stage.outputs_at(rois.rois) if self._teacher.asks_student else (slice(None), None)
+        return RoiPairs(stage, self._teacher.spec, rois, row_numbers(rows), student, outputs)

@@ -48,7 +48,7 @@ def test_parameters_are_of_sizes_and_options_have_defaults() -> None:
 
 
 def test_every_loss_is_a_method() -> None:
-    assert METHODS == ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "dist", "hard", "ht", "inherit")
+    assert METHODS == ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "cross", "dist", "hard", "ht", "inherit")
     assert len({loss.log_name for loss in LOSSES.values()}) == len(LOSSES)
 
 

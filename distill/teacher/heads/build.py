@@ -10,7 +10,7 @@ from torch import Tensor
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.cascade import CascadeHead
-from kdpipe.distill.teacher.heads.fc import TeacherHead
+from kdpipe.distill.teacher.heads.fc import TeacherHead, TeacherHeadError
 from kdpipe.distill.teacher.heads.shared_stage import SHARED_STAGE, SharedStageHead
 from kdpipe.distill.teacher.pyramids import TeacherRois
 
@@ -47,6 +47,7 @@ class FrozenTeacher:
         head_state: Gives the weights of its heads; called when the box head is asked for the first time.
         asks_student: Whether a loss reads what the student says of the RoIs.
         roi_mix: Whose RoIs are looked at where the student chooses them: one of `ROI_MIXES`.
+        progress: Gives the share of the training that is over.
     """
 
     spec: CacheSpec
@@ -54,8 +55,21 @@ class FrozenTeacher:
     head_state: Callable[[], Mapping[str, Tensor]]
     asks_student: bool = True
     roi_mix: str = "none"
+    progress: Callable[[], float] = float
 
     @cached_property
     def head(self) -> BoxHead:
         """Its box head."""
         return frozen_head(self.head_state(), self.spec)
+
+    def check_crossed(self) -> None:
+        """Make sure that its box head can look at features of a student.
+
+        Raises:
+            TeacherHeadError: It cannot; the message says why.
+        """
+        if isinstance(self.head, CascadeHead) and self.head.semantic:
+            raise TeacherHeadError(
+                "The loss cross applies the teacher's box head to features of the student, and the head of HTC reads a "
+                "semantic map of the teacher's own pyramid, too. Leave cross out of --methods."
+            )

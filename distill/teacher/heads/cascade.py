@@ -37,7 +37,6 @@ class CascadeHead:
         has_branch = any(name.startswith(SEMANTIC_BRANCH) for name in state)
         self.semantic = SemanticBranch(state, spec) if has_branch else None
 
-    @torch.no_grad()
     def __call__(self, rois: TeacherRois) -> HeadOutputs:
         """What the teacher says of boxes, in float32, autocast or not."""
         spec, logits, stage_boxes = self._spec, [], rois.boxes
@@ -50,7 +49,7 @@ class CascadeHead:
                 best = (
                     outputs.logits[:, :-1].argmax(dim=1) if moved.shape[1] > 1 else torch.zeros_like(rois.image_index)
                 )
-                stage_boxes = moved[torch.arange(len(moved), device=moved.device), best]  # [R, 4]
+                stage_boxes = moved[torch.arange(len(moved), device=moved.device), best].detach()  # [R, 4]
                 stage_boxes = stage_boxes.clamp(min=0).minimum(rois.sizes.repeat(1, 2))
             deltas = encode_boxes(rois.boxes, moved, spec.box_means, spec.box_stds)
         return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)

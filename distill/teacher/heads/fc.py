@@ -95,9 +95,8 @@ class TeacherHead:
         """What the teacher says of boxes, in float32, autocast or not."""
         return self.of_features(rois.features)
 
-    @torch.no_grad()
     def of_features(self, features: Tensor) -> HeadOutputs:
-        """What the teacher's head says of RoI features, in float32, autocast or not.
+        """What the teacher's head says of RoI features, in float32, autocast or not. Gradients reach these.
 
         Args:
             features: Tensor[R, C, size, size] in the teacher's orientation.

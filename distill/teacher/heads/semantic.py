@@ -11,7 +11,7 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.rois.align import roi_align_assigned
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError, moved_to, parameters_of
-from kdpipe.distill.teacher.pyramids import TeacherRois
+from kdpipe.distill.teacher.pyramids import TeacherPyramids, TeacherRois
 
 SEMANTIC_BRANCH = "roi_head.semantic_head."
 _CONV = re.compile(r"(lateral_convs\.\d+|convs\.\d+|conv_embedding)\.conv\.(weight|bias)|conv_logits\.(weight|bias)")
@@ -50,6 +50,8 @@ class SemanticBranch:
 
     def of_rois(self, rois: TeacherRois) -> Callable[[Tensor], Tensor]:
         """A function of boxes, row by row of the images of these RoIs: RoI features with the semantic ones added."""
+        if not isinstance(rois.pyramids, TeacherPyramids):
+            raise TeacherHeadError("The teacher's semantic branch reads the whole of its own pyramid, and no other's.")
         maps = {image: self.map_of(levels) for image, levels in rois.pyramids.levels().items()}
         rows_of = {image: (rois.image_index == image).nonzero().squeeze(1) for image in maps}
 

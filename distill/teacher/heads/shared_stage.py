@@ -58,9 +58,8 @@ class SharedStageHead:
         """What the teacher says of boxes, in float32, autocast or not."""
         return self.of_features(rois.features_at(rois.boxes, self.size))
 
-    @torch.no_grad()
     def of_features(self, features: Tensor) -> HeadOutputs:
-        """What the teacher says of RoI features, in float32, autocast or not.
+        """What the teacher says of RoI features, in float32, autocast or not. Gradients reach these.
 
         Args:
             features: Tensor[R, C, 2 * size, 2 * size] in the teacher's orientation, on the pyramid before the stage.

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from torch.autograd.gradcheck import GradcheckError
 
-from kdpipe.distill.losses import ckd, ckd_negatives, ckd_queue, ckd_sliced, hard, prediction, relations, roifi, sgfi
+from kdpipe.distill.losses import (
+    ckd,
+    ckd_negatives,
+    ckd_queue,
+    ckd_sliced,
+    cross,
+    hard,
+    prediction,
+    relations,
+    roifi,
+    sgfi,
+)
 
 HERE = Path(__file__).parent
 EQUATION = "test_it_is_the_equation"
@@ -248,6 +259,27 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         },
     ),
     (
+        cross,
+        EQUATION,
+        {"classes": 3},
+        {
+            "cross-entropy": ("teacher.log_softmax(dim=1) - crossed", "-crossed"),
+            "the other way round": ("(teacher.softmax(dim=1) * difference)", "(crossed.softmax(dim=1) * -difference)"),
+            "softmax over the RoIs": ("crossed.log_softmax(dim=1)", "crossed.log_softmax(dim=0)"),
+            "no boxes": ("CrossResult(classes + boxes", "CrossResult(classes"),
+            "boxes weighted by what is crossed": ("(*deltas, teacher_logits)", "(*deltas, cross_logits)"),
+        },
+    ),
+    (
+        cross,
+        "test_it_is_the_teachers_head_on_adapted_features",
+        {},
+        {
+            "no adapter": ("self._adapt(self._roi_align(rois, size)", "self._adapt(0 * self._roi_align(rois, size)"),
+            "nothing is learned": ("= box_head(adapted)", "= __import__('torch').no_grad()(box_head)(adapted)"),
+        },
+    ),
+    (
         hard,
         EQUATION,
         {"classes": 3},
@@ -300,10 +332,17 @@ def run(module: ModuleType, source: str, test: str, options: Mapping[str, Any]) 
     ],
 )
 def test_a_broken_loss_fails_a_test(
-    module: ModuleType, test: str, options: dict[str, Any], changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    module: ModuleType,
+    test: str,
+    options: dict[str, Any],
+    changes: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    pair: Any,
 ) -> None:
     if test == SLICES:
         options = {**options, "monkeypatch": monkeypatch}
+    if module is cross and test != EQUATION:
+        options = {**options, "pair": pair}
     source = Path(str(module.__file__)).read_text()
     run(module, source, test, options)
     for old, new in zip(changes[::2], changes[1::2], strict=True):

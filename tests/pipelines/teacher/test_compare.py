@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 IMAGES, SCALE = 4, (160, 120)
 CLASSES = ("RBC", "WBC", "Platelets")
-METHODS = ("sgfi", "ckd", "cls", "reg", "careg", "roifi")
-DENSE_METHODS = ("sgfi", "ckd", "pred", "roifi")
+METHODS = ("sgfi", "ckd", "cls", "reg", "careg", "roifi", "cross", "dist")
+DENSE_METHODS = ("sgfi", "ckd", "pred", "roifi", "cross", "dist")
 STUDENTS = {"faster-rcnn": METHODS, "retinanet": DENSE_METHODS, "fcos": DENSE_METHODS}
 LOSSES = {
-    "faster-rcnn": {"sgfi", "ckd", "kd_cls", "kd_reg", "kd_careg", "roifi", "rpn_cls"},
-    "retinanet": {"sgfi", "ckd", "kd_cls", "roifi", "cls", "bbox"},
-    "fcos": {"sgfi", "ckd", "kd_cls", "roifi", "cls", "bbox", "centerness"},
+    "faster-rcnn": {"sgfi", "ckd", "kd_cls", "kd_reg", "kd_careg", "roifi", "cross", "dist", "rpn_cls"},
+    "retinanet": {"sgfi", "ckd", "kd_cls", "roifi", "cross", "dist", "cls", "bbox"},
+    "fcos": {"sgfi", "ckd", "kd_cls", "roifi", "cross", "dist", "cls", "bbox", "centerness"},
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*meshgrid:UserWarning")  # of mmdet's FCOS head
@@ -302,7 +302,7 @@ def test_storage_types_stay_close(
 
 def test_a_teacher_is_not_in_the_checkpoint(cells: BloodCells) -> None:
     model = cells.live()
-    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "sgfi", "ckd", "roifi"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "sgfi", "ckd", "roifi", "cross"}
     assert model.student.state_dict().keys() == MODELS.build(cells.student.model).state_dict().keys()
 
 
