@@ -21,7 +21,7 @@ import kdpipe.cache
 # Stage, where its function is, and whether the device is waited for before and behind it.
 STAGES = (
     ("decode (thread)", "kdpipe.pipelines.teacher.parts:load_picture", False),
-    ("resize", "kdpipe.pipelines.teacher.pixel_pipeline:PixelPipeline.view", True),
+    ("resize (thread)", "kdpipe.pipelines.teacher.pixel_pipeline:PixelPipeline.network_input", False),
     ("backbone, FPN", "kdpipe.pipelines.teacher.teacher:Teacher.pyramid_of_input", True),
     ("RPN", "kdpipe.pipelines.teacher.teacher:Teacher.proposals", True),
     ("box head", "kdpipe.pipelines.teacher.teacher:Teacher.box_outputs", True),
@@ -31,8 +31,9 @@ STAGES = (
     ("quantise", "kdpipe.cache.write.encode:quantize_rows", True),
     ("quantise", "kdpipe.cache.write.encode:_QUANTIZE[int4]", True),
     ("quantise", "kdpipe.cache.write.encode:_QUANTIZE[int8]", True),
-    ("to host", "torch:Tensor.cpu", True),
-    ("encode, rest", "kdpipe.cache.write.part_writer:encode_record", True),
+    ("to host", "kdpipe.cache.write.encode:_Host._copied", True),
+    ("encode, rest", "kdpipe.cache.write.part_writer:start_encoding", True),
+    ("wait, copy (thread)", "kdpipe.cache.write.encode:Encoding.wait", False),
     ("wait for writer", "kdpipe.cache.write.part_writer:PartWriter._put", False),
     ("compress, write (thread)", "kdpipe.cache.write.arrays:ArrayWriter._write", False),
     ("of it hash, disk", "kdpipe.cache.format.zarr_arrays:WrittenFiles.set", False),
