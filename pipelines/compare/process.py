@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
-__all__ = ["CellProcess", "Outcome"]
+__all__ = ["INTERRUPTED", "CellProcess", "Outcome"]
 
 _ERROR = re.compile(r"^(?:Error|Internal error): .*\Z", re.MULTILINE | re.DOTALL)
 _SECONDS_TO_STOP = 60.0
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit code
 
 
 class Outcome:
@@ -40,6 +41,8 @@ class CellProcess:
         shown: Of the words, those that the file may hold.
     """
 
+    program: ClassVar = (sys.executable, "-m", "kdpipe.pipelines.cli.cell")  # is given the parent's id, and the words
+
     def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], shown: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
@@ -48,7 +51,7 @@ class CellProcess:
             output.flush()
             self._start = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kdpipe.pipelines.cli.cell", str(os.getpid()), *words],
+                [*self.program, str(os.getpid()), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -61,23 +64,22 @@ class CellProcess:
         code = self._process.poll()
         return None if code is None else self._outcome(code)
 
-    def wait(self) -> Outcome:
-        """Wait for its end."""
-        return self._outcome(self._process.wait())
-
     def stop(self) -> None:
         """Ask it to end, as Ctrl-C does: between two steps, with files left whole."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """Wait for a process that was asked to end; one that does not is killed, with all that it started."""
-        try:
+        """Wait for a process that was asked to end, and kill one that does not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_SECONDS_TO_STOP)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, with all that it started; harmless where it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _outcome(self, code: int) -> Outcome:
         if code == 0:

@@ -43,9 +43,8 @@ def run_cell(words: Sequence[str], shown: str, folder: str, patience: float) -> 
     try:
         while (outcome := process.poll()) is None:
             time.sleep(_POLL_SECONDS)  # and not in a system call, which Ray cannot interrupt
-    except KeyboardInterrupt:  # Ray's, of a task that is given up
+    finally:  # a task that is given up gets a KeyboardInterrupt
         process.stop()
         process.end()
-        raise
     host = f" (on {socket.gethostname()})" if outcome.code else ""
     return outcome.code, f"{outcome.message}{host}"

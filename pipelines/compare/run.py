@@ -72,10 +72,15 @@ class LocalEngine:
         return found
 
     def stop(self) -> None:
-        for _, process in self._running.values():
-            process.stop()
-        for _, process in self._running.values():
-            process.end()
+        processes = [process for _, process in self._running.values()]
+        try:
+            for process in processes:
+                process.stop()
+            for process in processes:
+                process.end()
+        finally:  # asked twice, there is no waiting
+            for process in processes:
+                process.kill()
 
 
 def run_cells(cells: Sequence[Cell], done: int, engine: Engine, console: Console) -> dict[str, Outcome]:
