@@ -1,21 +1,17 @@
 """`kdpipe cache-teacher --ray` on real clusters, which are given workers, nodes and the run itself to lose."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from tests.pipelines.commands.conftest import Parts
+    from tests.pipelines.commands.conftest import Nodes, Parts
     from tests.pipelines.conftest import Kit
 
 
@@ -40,13 +36,6 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def temporary() -> Iterator[str]:
-    """A folder for what Ray leaves behind, with a name that is short enough for its sockets."""
-    with tempfile.TemporaryDirectory(prefix="kd-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
 def test_a_cluster_of_this_run_alone(kit: "Kit", parts: "Parts", work: Path, temporary: str) -> None:
     pytest.importorskip("ray")
     command = parts.command(copies=2)
@@ -68,82 +57,6 @@ def test_a_cluster_of_this_run_alone(kit: "Kit", parts: "Parts", work: Path, tem
     assert parts.same_content(work / "x.zarr", work / "one.zarr")
 
 
-class Nodes:
-    """A cluster without a network, in whose network commands are started."""
-
-    def __init__(self, folder: str) -> None:
-        script = Path(__file__).with_name("ray_nodes.py")
-        self._server = subprocess.Popen(
-            ["unshare", "-n", sys.executable, "-W", "ignore", str(script)],
-            cwd=folder,
-            env={
-                **os.environ,
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_worker_niceness": "0",
-                "OMP_NUM_THREADS": "1",
-                "TMPDIR": folder,
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.address = self._answer()
-
-    def _answer(self) -> Any:
-        assert self._server.stdout is not None
-        while not (line := self._server.stdout.readline()).startswith(('"', "null")):
-            assert line, "the cluster ended"
-        return json.loads(line)
-
-    def ask(self, **request: Any) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        self._answer()
-
-    def start(self, *args: object, cwd: Path) -> "subprocess.Popen[str]":
-        inside = ["nsenter", f"--net=/proc/{self._server.pid}/ns/net", sys.executable, "-m", "kdpipe.pipelines.cli"]
-        return subprocess.Popen(
-            [*inside, *map(str, args), "--ray", self.address],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def workers(self) -> list[int]:
-        """Processes of this cluster that make a part now."""
-        own, found = Path(f"/proc/{self._server.pid}/ns/net").readlink(), []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                is_at_work = (process / "cmdline").read_bytes().startswith(b"ray::make_part")
-                if is_at_work and (process / "ns/net").readlink() == own:
-                    found.append(int(process.name))
-            except OSError:
-                continue
-        return found
-
-    def close(self) -> None:
-        with self._server:
-            pass  # its input ends
-
-
-@pytest.fixture(scope="module")
-def nodes(temporary: str) -> Iterator[Nodes]:
-    pytest.importorskip("ray")
-    for tool in ("ip", "unshare", "nsenter"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool}: a cluster cannot be kept off the network")
-    if subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("unshare -n is not allowed here: a cluster cannot be kept off the network")
-    found = Nodes(temporary)
-    found.ask(add=1)
-    found.ask(add=2)
-    yield found
-    found.close()
-
-
 def wait_for_parts(parts: "Parts", cache: Path, count: int, process: "subprocess.Popen[str]") -> None:
     while len(parts.committed(cache)) < count:
         assert process.poll() is None, process.communicate()
@@ -151,7 +64,7 @@ def wait_for_parts(parts: "Parts", cache: Path, count: int, process: "subprocess
 
 
 @pytest.mark.slow
-def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", parts: "Parts", work: Path, nodes: Nodes) -> None:
+def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", parts: "Parts", work: Path, nodes: "Nodes") -> None:
     command = parts.command(copies=20)
     process = nodes.start(*command, "x.zarr", cwd=work)
     wait_for_parts(parts, work / "x.zarr", 5, process)
@@ -161,7 +74,7 @@ def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", parts: "Parts"
     assert 5 <= len(parts.committed(work / "x.zarr")) < 100
     process = nodes.start(*command, "x.zarr", cwd=work)
     wait_for_parts(parts, work / "x.zarr", len(parts.committed(work / "x.zarr")) + 5, process)
-    while not (workers := nodes.workers()):
+    while not (workers := nodes.workers("make_part")):
         time.sleep(0.01)
     os.kill(workers[0], signal.SIGKILL)
     wait_for_parts(parts, work / "x.zarr", len(parts.committed(work / "x.zarr")) + 5, process)
@@ -177,7 +90,7 @@ def test_workers_nodes_and_the_run_itself_may_be_lost(kit: "Kit", parts: "Parts"
 
 
 @pytest.mark.slow
-def test_a_path_that_one_node_lacks(kit: "Kit", parts: "Parts", work: Path, nodes: Nodes) -> None:
+def test_a_path_that_one_node_lacks(kit: "Kit", parts: "Parts", work: Path, nodes: "Nodes") -> None:
     command = [*parts.command(), "x.zarr"]
     shutil.copytree(kit.img, work / "data" / "images")
     command[command.index(kit.img)] = work / "data" / "images"
