@@ -3,25 +3,23 @@
     python tests/benchmarks/bccd.py --data path/to/bccd --out /tmp/bccd --study methods
 
 A ResNet-18 teacher and students of a quarter of its width, from scratch, at 256 x 192, on the photographs of bccd: one
-teacher, its cache, and from that cache one student per row of the study and seed. Everything goes through the command
-line of kdpipe. Started again, it goes on from where it was stopped; the table is printed after every run, and written
-to `STUDY.md` in the output folder. Seconds per step mean something only with `--jobs 1` on an idle machine.
+teacher, its cache, and from that cache, by `kdpipe compare`, one student per row of the study and seed. Started again,
+it goes on from where it was stopped; the table is written to `STUDY.md` in the output folder, the grid to `STUDY.toml`.
+Seconds per step mean something only with `--jobs 1` on an idle machine.
 """
 
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
+KDPIPE = (sys.executable, "-m", "kdpipe.pipelines.cli")
 SCALE = "256x192"
 ALL = "sgfi,ckd,pred"
 # Of a teacher whose head is class-agnostic, as that of mmdet's cascades.
@@ -88,66 +86,70 @@ def one_stage(name: str, base: int, pyramid: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Student:
-    """One row of a table: what the command line says of a student besides data, schedule and seed."""
+class Row:
+    """Students of a grid that differ in their methods only, and the teacher of their cache."""
 
     name: str
-    arguments: Sequence[str]
+    methods: Sequence[str]
+    overrides: Sequence[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = "teacher"
-    targets: Sequence[str] = ("--cache", "bccd.zarr")
-    epochs: int = 12
+    cache: str = "bccd.zarr"
+
+    def toml(self, out: Path) -> str:
+        """The row, as `kdpipe compare --grid` has it."""
+        place = {} if "teacher-ckpt" in self.options else {"cache": str(out / self.cache)}
+        values = {"methods": list(self.methods), "cfg-options": self.overrides[1::2], **place, **self.options}
+        return f"[rows.{self.name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
-def faster(name: str, methods: str, *arguments: str, targets: Sequence[str] = ("--cache", "bccd.zarr")) -> Student:
-    return Student(name, ["--methods", methods, *two_stage(16, 64, 256), *arguments], targets=targets)
-
-
-def studies(out: Path) -> dict[str, list[Student]]:
-    plain = faster("none", "none")
-    cached, online = ["--rois", "teacher", "-o", "distill.rois.num=96"], ["--teacher-ckpt", "teacher/teacher.pth"]
-    paired = ["--rois", "teacher", "-o", "distill.rois.num=128"]
-    both_views = ["--cache", "both-views.zarr"]
-    mine = ["--rois", "student"]
-    wide = two_stage(16, 128, 512)
-    three = ["--student", CASCADE, *two_stage(16, 64, 256, 3)]
-    cascade = ["--cache", "cascade.zarr"]
+def studies(out: Path) -> dict[str, list[Row]]:
+    small, wide, three = two_stage(16, 64, 256), two_stage(16, 128, 512), two_stage(16, 64, 256, 3)
+    methods, mine = ("sgfi", "ckd", "pred", ALL), {"rois": "student"}
+    plain = Row("plain", ["none"], small)
+    cascade: dict[str, Any] = {"overrides": three, "teacher": "cascade-teacher", "cache": "cascade.zarr"}
+    online = {"rois": "student", "scale": SCALE}
     return {
-        "methods": [plain, *(faster(methods, methods, *cached) for methods in ("sgfi", "ckd", "pred", ALL))],
+        "methods": [plain, Row("teacher-rois", methods, [*small, "-o", "distill.rois.num=96"], {"rois": "teacher"})],
         "rois": [
             plain,
-            *(faster(f"{methods} student-rois", methods, *mine) for methods in ("sgfi", "ckd", "pred", ALL)),
-            faster(f"{ALL} online", ALL, *mine, targets=online),
+            Row("student-rois", methods, small, mine),
+            Row(
+                "online",
+                [ALL],
+                small,
+                {**online, "teacher-ckpt": str(out / "teacher" / "teacher.pth"), "baseline": "plain"},
+            ),
         ],
         "views": [
             plain,
-            faster(f"{ALL} student-rois", ALL, *mine),
-            faster(f"{ALL} exact", ALL, *mine, targets=both_views),
-            faster(f"{ALL} skipped", ALL, *mine, "--missing-view", "skip"),
+            Row("student-rois", [ALL], small, mine),
+            Row("exact", [ALL], small, mine, cache="both-views.zarr"),
+            Row("skipped", [ALL], small, {**mine, "missing-view": "skip"}),
         ],
-        "ht": [
-            Student("none wide", ["--methods", "none", *wide]),
-            Student("ht wide", ["--methods", "ht", *wide]),
-            Student(f"{ALL} wide", ["--methods", ALL, *mine, *wide]),
-            Student(f"{ALL},ht wide", ["--methods", f"{ALL},ht", *mine, *wide]),
-        ],
+        "ht": [Row("wide", ["none", "ht", ALL, f"{ALL},ht"], wide, mine)],
         "cascade": [
-            Student("none cascade", ["--methods", "none", *three], "cascade-teacher", cascade),
-            Student(f"{ALL_AGNOSTIC} cascade", ["--methods", ALL_AGNOSTIC, *mine, *three], "cascade-teacher", cascade),
-            Student(
-                f"{ALL_AGNOSTIC} cascade online",
-                ["--methods", ALL_AGNOSTIC, *mine, *three],
-                "cascade-teacher",
-                ["--teacher-ckpt", "cascade-teacher/teacher.pth"],
+            Row("cascade", ["none", ALL_AGNOSTIC], options={**mine, "student": CASCADE}, **cascade),
+            Row(
+                "cascade-online",
+                [ALL_AGNOSTIC],
+                options={
+                    **online,
+                    "student": CASCADE,
+                    "teacher-ckpt": str(out / "cascade-teacher" / "teacher.pth"),
+                    "baseline": "cascade",
+                },
+                **cascade,
             ),
         ],
         "dense": [
-            Student(
-                f"{methods} {name}",
-                ["--student", config, "--methods", methods, *one_stage(name, 16, 64), *extra],
-                epochs=36,
+            Row(
+                name,
+                ["none", "sgfi", "ckd", "pred", "sgfi,ckd"],
+                [*one_stage(name, 16, 64), "-o", "distill.rois.num=128"],
+                {"student": config, "rois": "teacher"},
             )
             for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
-            for methods, extra in (("none", []), *((kd, paired) for kd in ("sgfi", "ckd", "pred", "sgfi,ckd")))
         ],
     }
 
@@ -157,9 +159,7 @@ def run(arguments: Sequence[str], log: Path) -> float:
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with log.open("a") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", "kdpipe.pipelines.cli", *arguments], stdout=output, stderr=subprocess.STDOUT
-        ).returncode
+        code = subprocess.run([*KDPIPE, *arguments], stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
         raise click.ClickException(f"kdpipe {arguments[0]} failed:\n{log.read_text()[-2000:]}")
     return time.perf_counter() - start
@@ -195,22 +195,22 @@ def cache(data: Path, out: Path, teacher: str, name: str) -> None:
     record.write_text(json.dumps({"bytes": size, "seconds": seconds}))
 
 
-def student_dir(out: Path, student: Student, seed: int) -> Path:
-    return out / f"{student.name.replace(',', '-').replace(' ', '_')}_seed{seed}"
+def grid(data: Path, out: Path, study: str) -> str:
+    """The rows of a study, as `kdpipe compare --grid` has them. AP is measured after the last epoch only."""
+    epochs = 36 if study == "dense" else 12
+    images = str(data / "JPEGImages")
+    values = {
+        **{"recipe": "paper", "epochs": epochs, "batch-size": 8, "lr": 0.02, "student": FASTER},
+        **{"ann-file": str(data / "train.json"), "img-dir": images},
+        **{"val-ann-file": str(data / "test.json"), "val-img-dir": images},
+        "cfg-options": ["distill.ckd.queue_size=8192", f"train_cfg.val_interval={epochs}"],
+    }
+    shared = "[options]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    return "\n".join([shared, *(row.toml(out) for row in studies(out)[study])])
 
 
-def train_student(data: Path, out: Path, student: Student, seed: int) -> None:
-    kind, path = student.targets
-    places = ["--ann-file", str(data / "train.json"), "--img-dir", str(data / "JPEGImages")]
-    if kind == "--teacher-ckpt":
-        places += ["--scale", SCALE]
-    places += ["--val-ann-file", str(data / "test.json"), "--val-img-dir", str(data / "JPEGImages")]
-    arguments = [*student.arguments, kind, str(out / path), "--seed", str(seed), "-o", "distill.ckd.queue_size=8192"]
-    train(["train-student", *arguments, *places], student_dir(out, student, seed), student.epochs)
-
-
-def table(out: Path, students: Iterable[Student], seeds: int) -> str:
-    """What is known so far, as Markdown. The gain is over the last row whose student was not distilled."""
+def table(out: Path, summary: Mapping[str, Any]) -> str:
+    """What `compare` found, as Markdown."""
     lines = []
     for record in sorted(out.glob("*.zarr.json")):
         cached = json.loads(record.read_text())
@@ -219,23 +219,18 @@ def table(out: Path, students: Iterable[Student], seeds: int) -> str:
         lines += [f"{result.parent.name}: AP {json.loads(result.read_text())['ap']:.3f}."]
     lines += [
         "",
-        "| student | AP, mean | lowest to highest | seeds | gain | s per step | x plain | peak memory, MiB |",
+        "| student | methods | AP, mean | lowest to highest | seeds | gain | s per step | peak memory, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    plain: tuple[float, float] | None = None
-    for student in students:
-        files = [student_dir(out, student, seed) / "result.json" for seed in range(seeds)]
-        results = [json.loads(file.read_text()) for file in files if file.exists()]
-        if not results:
+    for row in summary["rows"]:
+        ap, gain = row["ap"], row["gain"]
+        if ap is None:
             continue
-        aps = [result["ap"] for result in results]
-        mean, step = statistics.mean(aps), statistics.median(result["seconds_per_step"] for result in results)
-        memory = statistics.median(result["peak_memory"] for result in results) / 2**20
-        if plain is None or student.name.startswith("none"):
-            plain = mean, step
+        interval = f" ({gain['interval'][0]:+.3f} to {gain['interval'][1]:+.3f})" if gain and gain["interval"] else ""
+        gained = f"{gain['mean']:+.3f}{interval}" if gain else ""
         lines.append(
-            f"| {student.name} | {mean:.3f} | {min(aps):.3f} to {max(aps):.3f} | {len(aps)} | {mean - plain[0]:+.3f} "
-            f"| {step:.2f} | {step / plain[1]:.2f} | {memory:.0f} |"
+            f"| {row['student']} | {row['methods']} | {ap['mean']:.3f} | {ap['lowest']:.3f} to {ap['highest']:.3f} "
+            f"| {ap['count']} | {gained} | {row['seconds_per_step']:.2f} | {row['peak_memory'] / 2**20:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -244,30 +239,27 @@ def table(out: Path, students: Iterable[Student], seeds: int) -> str:
 @click.option("--data", type=click.Path(exists=True, path_type=Path), default=Path("../shared/data/bccd"))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--study", type=click.Choice(list(studies(Path()))), default="methods", show_default=True)
-@click.option("--only", help="Only students whose name holds this.", default="")
 @click.option("--seeds", type=int, default=3, show_default=True)
 @click.option(
     "--jobs", type=int, default=1, show_default=True, help="Students at once; the cores are shared among them."
 )
-def main(data: Path, out: Path, study: str, only: str, seeds: int, jobs: int) -> None:
+def main(data: Path, out: Path, study: str, seeds: int, jobs: int) -> None:
     """Train the teacher, cache it, train all students of a study, print its table."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    out, data = out.absolute(), data.absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "retinanet.py").write_text(RETINANET)
-    students = [student for student in studies(out)[study] if only in student.name]
-    for teacher in dict.fromkeys(student.teacher for student in students):
+    rows = studies(out)[study]
+    for teacher in dict.fromkeys(row.teacher for row in rows):
         train_teacher(data, out, teacher)
-    for student in students:
-        if student.targets[0] == "--cache":
-            cache(data, out, student.teacher, student.targets[1])
-
-    def one(job: tuple[int, Student]) -> None:
-        train_student(data, out, job[1], job[0])
-        (out / f"{study}.md").write_text(table(out, students, seeds))
-        click.echo(table(out, students, seeds))
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, [(seed, student) for seed in range(seeds) for student in students]))
+    for row in rows:
+        cache(data, out, row.teacher, row.cache)
+    (out / f"{study}.toml").write_text(grid(data, out, study))
+    places = ["--grid", str(out / f"{study}.toml"), "--work-dir", str(out / "students")]
+    command = [*KDPIPE, "compare", *places, "--seeds", str(seeds), "--jobs", str(jobs)]
+    code = subprocess.run(command).returncode
+    (out / f"{study}.md").write_text(table(out, json.loads((out / "students" / "compare.json").read_text())))
+    click.echo((out / f"{study}.md").read_text())
+    sys.exit(code)
 
 
 if __name__ == "__main__":
