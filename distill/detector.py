@@ -61,7 +61,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         spec: `CacheSpec.to_json()` of the teacher.
         methods: Some of `METHODS`.
         teacher: Where targets come from: config of a `TargetSource`, or one.
-        weights: Weight per loss; 1 where absent.
+        weights: Weight per loss; that of `LOSSES` where absent.
         sgfi: Options of `SGFI`.
         ckd: Options of `CKD`; and of a dense student `branch`, that of its head which embeddings are taken from, and
             `pair_iou`, the least IoU of a cached box with the predicted one that it is paired with (for `cls`, too).
@@ -101,7 +101,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self._pair_iou: float = options["ckd"].pop("pair_iou", PAIR_IOU)
         self._roi_sampling = RoiSampling(**dict(roi_sampling or {}))
         self._build_losses(options)
-        self.weights = dict.fromkeys(self.losses, 1.0) | dict(weights or {})
+        self.weights = {name: LOSSES[name].weight for name in self.losses} | dict(weights or {})
         if unknown := set(self.weights) - set(self.losses):
             raise ContractError(
                 f"A weight is given for {', '.join(sorted(unknown))}, which is none of the losses "
@@ -207,6 +207,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         """Name in the log and weighted value of each loss at a stage, and what is logged beside it."""
         stage = pairs.stage
         for name, loss in self._in_order():
+            if loss.of_maps and stage.index:
+                continue  # a cascade has one pyramid
             inputs = {x: getattr(pairs, x) for x in loss.inputs(self.dense)}
             value, logged = loss_and_log(name, self._distill_loss(name, stage.index)(**inputs))
             yield loss.log_name, value * (self.weights[name] * stage.weight), logged

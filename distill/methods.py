@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd import CKD
 from kdpipe.distill.losses.cross import Cross
 from kdpipe.distill.losses.hard import hard_label_loss
+from kdpipe.distill.losses.imitation import (
+    AnchorMaskImitation,
+    BoxMaskImitation,
+    GaussianMaskImitation,
+    WholeImitation,
+)
+from kdpipe.distill.losses.pkd import PKD
 from kdpipe.distill.losses.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -23,6 +30,9 @@ from kdpipe.distill.losses.roifi import RoIFI
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.pairs import OF_STUDENT, TEACHER_FIELDS
 from kdpipe.distill.students.protocol import Student
+
+IMITATION_WEIGHT = 0.01  # FGFI's, for an error that is a sum over channels
+PKD_WEIGHT = 6.0  # mmrazor's, for a RetinaNet taught by a Mask R-CNN Swin
 
 LossFunction = Callable[..., Any]  # or a class of Modules, of which `build` makes one
 
@@ -38,6 +48,7 @@ class Sizes:
         teacher_dim: Length of the teacher's.
         anchors: Boxes that one of the student's embeddings stands for.
         num_classes: K, which is the label of background.
+        strides: Of the levels that the pyramids of both have.
     """
 
     student_channels: int
@@ -46,6 +57,7 @@ class Sizes:
     teacher_dim: int
     anchors: int
     num_classes: int
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class Loss:
         dense: For students that predict boxes densely; None where these cannot learn it.
         per_stage: Whether each stage of a cascade has parameters of its own.
         per_class: Whether it needs a box for each class.
+        weight: Where the user gives none.
+        finest_stride: Of the levels that it compares, if it compares feature maps.
     """
 
     log_name: str
@@ -69,6 +83,8 @@ class Loss:
     dense: LossFunction | None = None
     per_stage: bool = False
     per_class: bool = False
+    weight: float = 1.0
+    finest_stride: int = 0
 
     @property
     def has_parameters(self) -> bool:
@@ -91,6 +107,7 @@ class Loss:
             options: Further arguments of its constructor.
         """
         names = inspect.signature(self.two_stage).parameters
+        sizes = replace(sizes, strides=tuple(x for x in sizes.strides if x >= self.finest_stride))
         module: nn.Module = self.two_stage(**{k: v for k, v in vars(sizes).items() if k in names}, **options)
         return module
 
@@ -103,6 +120,16 @@ class Loss:
         called = getattr(self.two_stage, "forward", self.of(dense))
         return tuple(name for name in inspect.signature(called).parameters if name != "self")
 
+    @property
+    def of_maps(self) -> bool:
+        """Whether it compares whole feature maps, once for each image, in place of RoIs."""
+        return "teacher_maps" in self.inputs(dense=False)
+
+    def strides(self, spec: CacheSpec, student_strides: Sequence[int]) -> tuple[int, ...]:
+        """Strides of the levels whose maps it compares: all that both pyramids have, from `finest_stride` up."""
+        common = [stride for stride in common_strides(spec, student_strides) if stride >= self.finest_stride]
+        return tuple(common) if self.of_maps else ()
+
 
 LOSSES: dict[str, Loss] = {
     "sgfi": Loss("loss_sgfi", SGFI, SGFI),
@@ -114,6 +141,11 @@ LOSSES: dict[str, Loss] = {
     "cross": Loss("loss_cross", Cross, Cross),
     "dist": Loss("loss_dist", relation_kd_loss, relation_kd_loss),
     "hard": Loss("loss_hard", hard_label_loss),
+    "whole": Loss("loss_whole", WholeImitation, WholeImitation, weight=IMITATION_WEIGHT),
+    "gt-mask": Loss("loss_gt_mask", BoxMaskImitation, BoxMaskImitation, weight=IMITATION_WEIGHT),
+    "anchor-mask": Loss("loss_anchor_mask", AnchorMaskImitation, AnchorMaskImitation, weight=IMITATION_WEIGHT),
+    "gaussian-mask": Loss("loss_gaussian_mask", GaussianMaskImitation, GaussianMaskImitation, weight=IMITATION_WEIGHT),
+    "pkd": Loss("loss_pkd", PKD, PKD, weight=PKD_WEIGHT, finest_stride=8),
 }
 
 # No losses: the student begins with the teacher's heads, and keeps them, or lets them learn on.
@@ -127,6 +159,7 @@ _TIER_FOR = {
     "embeddings": "embeddings",
     "logits": "predictions",
     "deltas": "predictions",
+    "features": "pyramid",
 }
 
 
@@ -171,7 +204,7 @@ def loss_name(loss: str) -> str:
 
 
 def needed_fields(losses: Sequence[str], dense: bool = False) -> frozenset[str]:
-    """What losses read of the teacher: some of `roi_features`, `embeddings`, `logits`, `deltas`.
+    """What losses read of the teacher: some of `roi_features`, `embeddings`, `logits`, `deltas`, `features`.
 
     Args:
         losses: As `expand_methods` gives them.
@@ -189,6 +222,29 @@ def reads_student(losses: Sequence[str], dense: bool = False) -> bool:
         dense: For a student that predicts boxes densely.
     """
     return any(OF_STUDENT & set(LOSSES[loss].inputs(dense)) for loss in losses)
+
+
+def looks_at_rois(losses: Sequence[str]) -> bool:
+    """Whether a loss compares RoIs: all but those of whole feature maps do."""
+    return any(not LOSSES[loss].of_maps for loss in losses)
+
+
+def common_strides(spec: CacheSpec, student_strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of the levels that are stored of the teacher's pyramid, and are in the student's, too."""
+    return tuple(x for level, x in enumerate(spec.strides) if level in spec.levels and x in student_strides)
+
+
+def map_levels(losses: Sequence[str], spec: CacheSpec, student_strides: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Positions of the levels of the teacher's pyramid whose feature maps losses compare.
+
+    Args:
+        losses: As `expand_methods` gives them.
+        spec: What the teacher is.
+        student_strides: Of the student's pyramid; None for one with all of the teacher's levels.
+    """
+    strides = spec.strides if student_strides is None else student_strides
+    compared = {stride for loss in losses for stride in LOSSES[loss].strides(spec, strides)}
+    return tuple(level for level, stride in enumerate(spec.strides) if stride in compared)
 
 
 def loss_and_log(name: str, result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,7 +276,8 @@ def stage_sizes(student: Student, stage: int, spec: CacheSpec) -> Sizes:
         spec: What the teacher is.
     """
     dims = student.embedding_dims[stage], spec.embedding_dim
-    return Sizes(student.channels, spec.channels, *dims, student.num_anchors, spec.num_classes)
+    strides = common_strides(spec, student.strides)
+    return Sizes(student.channels, spec.channels, *dims, student.num_anchors, spec.num_classes, strides)
 
 
 def check_student(student: Student, spec: CacheSpec, losses: Sequence[str]) -> None:
@@ -239,6 +296,14 @@ def check_student(student: Student, spec: CacheSpec, losses: Sequence[str]) -> N
             f"The student has {student.num_classes} classes and the cache {spec.num_classes} "
             f"({', '.join(spec.class_names[:5])}...). Set the student's num_classes to the latter."
         )
+    for loss in losses:
+        if LOSSES[loss].of_maps and not LOSSES[loss].strides(spec, student.strides):
+            finest = f" from stride {LOSSES[loss].finest_stride} up" if LOSSES[loss].finest_stride else ""
+            raise ContractError(
+                f"The loss {loss!r} compares levels of the same stride{finest}, and there are none: the student's "
+                f"pyramid has the strides {list(student.strides)}, what is stored of the teacher's "
+                f"{[spec.strides[level] for level in spec.levels]}. Leave {loss} out of --methods."
+            )
     if student.class_agnostic and any(LOSSES[loss].per_class for loss in losses):
         raise ContractError(
             "Class-aware localisation KD (pred, careg) needs one box per class, and the student's box head is "

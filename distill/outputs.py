@@ -46,6 +46,12 @@ class BatchRois:
         """Tensor[R, 4] (x1, y1, x2, y2)."""
         return self.rois[:, 1:]
 
+    @staticmethod
+    def none(device: torch.device) -> "BatchRois":
+        """No RoIs."""
+        labels = torch.zeros(0, dtype=torch.int64, device=device)
+        return BatchRois(torch.zeros(0, 5, device=device), labels, labels > 0, num_positive=0)
+
     def select(self, rows: Rows) -> "BatchRois":
         """Some of them."""
         if isinstance(rows, slice) and rows == slice(None):
@@ -121,6 +127,19 @@ class TeacherOutputs:
     embeddings: Tensor | None = None
     logits: Tensor | None = None
     deltas: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherMap:
+    """A level of the teacher's pyramids of a batch, in the student's view.
+
+    Attributes:
+        values: Tensor[B, C, h, w] float32.
+        inside: Tensor[B, h, w] float32 of 0 and 1: the teacher saw the centre of this cell.
+    """
+
+    values: Tensor
+    inside: Tensor
 
 
 def _at(values: Tensor | None, rows: Rows) -> Tensor | None:

@@ -12,6 +12,7 @@ from kdpipe.cache.errors import present
 from kdpipe.cache.records import encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
+from kdpipe.distill.losses.masks import Anchor
 from kdpipe.distill.losses.prediction import recode_deltas
 from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
 from kdpipe.distill.rois.align import roi_align_levels
@@ -21,10 +22,11 @@ from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.students.pyramids import StudentPyramids
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
 from kdpipe.distill.teacher.pyramids import TeacherRois
+from kdpipe.distill.teacher.maps import StoredMaps, WarpedMaps
 
 # What a loss can be given of what the student says of the RoIs.
 OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "anchors"})
-# What a loss can be given of the teacher, and the field of `TeacherOutputs` that it is made of.
+# What a loss can be given of the teacher, and the field of a cache that it is made of.
 TEACHER_FIELDS = {
     "teacher_roi_features": "roi_features",
     "teacher_keys": "embeddings",
@@ -32,6 +34,7 @@ TEACHER_FIELDS = {
     "teacher_deltas": "deltas",
     "all_teacher_logits": "logits",
     "all_teacher_deltas": "deltas",
+    "teacher_maps": "features",
 }
 
 
@@ -51,6 +54,7 @@ class RoiPairs:
         teacher: At all of them.
         samples: mmdet's `DetDataSample` of each image of the batch.
         frozen_teacher: Has the teacher's box head.
+        maps: The teacher's feature maps of each image; None of one that is left out.
     """
 
     stage: StudentStage
@@ -61,6 +65,7 @@ class RoiPairs:
     teacher: TeacherOutputs
     samples: Sequence[Any] = ()
     frozen_teacher: FrozenTeacher | None = None
+    maps: Sequence[StoredMaps | None] = ()
 
     @cached_property
     def paired(self) -> BatchRois:
@@ -144,6 +149,28 @@ class RoiPairs:
     def box_head(self) -> BoxHead:
         """The teacher's, frozen."""
         return present(self.frozen_teacher, "the teacher of a training").head
+
+    @property
+    def student_maps(self) -> dict[int, Tensor]:
+        """The student's pyramid, by stride: Tensor[B, C of the student, h, w]."""
+        return dict(zip(self.stage.strides, self.stage.pyramid, strict=True))
+
+    @cached_property
+    def teacher_maps(self) -> WarpedMaps:
+        """The teacher's pyramids in the student's view, by stride, for the levels that both have."""
+        return WarpedMaps(self.maps, self.spec, self.student_maps)
+
+    @cached_property
+    def gt_boxes(self) -> list[Tensor]:
+        """Annotated boxes of each image, Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input."""
+        device = self.stage.pyramid[0].device
+        boxes = [sample.gt_instances.bboxes for sample in self.samples]
+        return [getattr(x, "tensor", x).to(device, non_blocking=True) for x in boxes]
+
+    @property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        """The student's anchors of the cell (0, 0), by stride: (x1, y1, x2, y2), pixels."""
+        return self.stage.base_anchors
 
     @property
     def teacher_keys(self) -> TeacherKeys:

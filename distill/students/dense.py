@@ -21,7 +21,7 @@ from kdpipe.distill.rois.proposals import propose
 from kdpipe.distill.rois.sampling import DEFAULT_SAMPLING, RoiSampling, sample_rois
 from kdpipe.distill.rows import rows_of_each
 from kdpipe.distill.students.protocol import BoxCoder
-from kdpipe.distill.students.structure import dense_problem
+from kdpipe.distill.students.structure import base_anchors, dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
 
 CKD_BRANCHES = ("classification", "localization", "combined")
@@ -62,6 +62,7 @@ class DenseStudent:
         self.detector, self.head = detector, head
         self.branch, self.sampling, self.pair_iou = branch, sampling, pair_iou
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
+        self.base_anchors = base_anchors(head.prior_generator, self.strides)
         self.channels = int(head.in_channels)
         self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)
         self.num_anchors = int(head.num_base_priors)
@@ -194,7 +195,7 @@ class DenseForward:
 
     def __init__(self, student: DenseStudent) -> None:
         self._student = student
-        self.strides = student.strides
+        self.strides, self.base_anchors = student.strides, student.base_anchors
         self.stages = [self]
         self.pyramid: list[Tensor] = []
         self.classification: list[Tensor] = []

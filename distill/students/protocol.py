@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kdpipe.distill.losses.masks import Anchor
 from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs
 
 BoxCoder = tuple[Sequence[float], Sequence[float]]  # means and standard deviations of deltas, four each
@@ -19,6 +20,7 @@ class StudentStage(Protocol):
         weight: Of the losses of this stage.
         pyramid: Per level Tensor[B, C, h_l, w_l], part of the graph of the student's own loss.
         strides: Pixels per cell of each level.
+        base_anchors: By stride, anchors of the cell (0, 0): (x1, y1, x2, y2), pixels.
         box_coder: Which `deltas` are in the units of.
     """
 
@@ -26,6 +28,7 @@ class StudentStage(Protocol):
     weight: float
     pyramid: list[Tensor]
     strides: tuple[int, ...]
+    base_anchors: dict[int, list[Anchor]]
     box_coder: BoxCoder
 
     def sampled(self) -> tuple[BatchRois, Rows, StudentOutputs]:
@@ -62,6 +65,7 @@ class Student(Protocol):
     """Reads pyramid and head of a detector, which stays unmodified.
 
     Attributes:
+        strides: Pixels per cell of each level of the pyramid.
         channels: Of the pyramid.
         embedding_dims: Length of the embeddings of each stage.
         num_anchors: Boxes A that one embedding stands for.
@@ -69,6 +73,7 @@ class Student(Protocol):
         class_agnostic: Its box regression is one for all classes.
     """
 
+    strides: tuple[int, ...]
     channels: int
     embedding_dims: tuple[int, ...]
     num_anchors: int

@@ -1,5 +1,6 @@
 """Why the losses cannot address a student of mmdet, found in what it is made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
@@ -10,9 +11,12 @@ from mmdet.models.roi_heads.htc_roi_head import HybridTaskCascadeRoIHead
 from mmdet.models.roi_heads.multi_instance_roi_head import MultiInstanceRoIHead
 from mmdet.models.roi_heads.scnet_roi_head import SCNetRoIHead
 from mmdet.models.roi_heads.sparse_roi_head import SparseRoIHead
+from mmdet.models.task_modules.prior_generators import AnchorGenerator
 from torch import nn
 
-__all__ = ["dense_problem", "two_stage_problem"]
+from kdpipe.distill.losses.masks import Anchor
+
+__all__ = ["base_anchors", "dense_problem", "two_stage_problem"]
 
 _ROI_HEADS = {
     GridRoIHead: "it finds boxes by a grid of points, and its box head regresses none",
@@ -21,6 +25,21 @@ _ROI_HEADS = {
     SparseRoIHead: "it refines learned queries in place of proposals",
     MultiInstanceRoIHead: "it predicts several boxes for each proposal",
 }
+
+
+def base_anchors(prior_generator: Any, strides: Sequence[int]) -> dict[int, list[Anchor]]:
+    """The anchors of a head at cell (0, 0) of each level, by stride: (x1, y1, x2, y2), pixels.
+
+    A head without anchors has those that an RPN of mmdet would have there: 8 strides wide, of three shapes.
+
+    Args:
+        prior_generator: Of the head.
+        strides: Pixels per cell of each level.
+    """
+    if not hasattr(prior_generator, "base_anchors"):
+        prior_generator = AnchorGenerator(strides=list(strides), ratios=[0.5, 1.0, 2.0], scales=[8])
+    levels = (level.tolist() for level in prior_generator.base_anchors)
+    return dict(zip(strides, levels, strict=True))
 
 
 def two_stage_problem(detector: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.students.protocol import BoxCoder
-from kdpipe.distill.students.structure import two_stage_problem
+from kdpipe.distill.students.structure import base_anchors, two_stage_problem
 
 
 class StudentError(KdpipeError):
@@ -63,6 +63,7 @@ class TwoStageStudent:
         self.stage_weights = [float(x) for x in roi_head.stage_loss_weights] if self.is_cascade else [1.0]
         extractor: Any = roi_head.bbox_roi_extractor[0] if self.is_cascade else roi_head.bbox_roi_extractor
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in detector.rpn_head.prior_generator.strides)
+        self.base_anchors = base_anchors(detector.rpn_head.prior_generator, self.strides)
         self.channels = int(extractor.out_channels)
         self.embedding_dims = tuple(int(head.fc_cls.in_features) for head in self.heads)
         self.num_classes = int(self.heads[0].num_classes)
@@ -119,6 +120,7 @@ class TwoStageStage:
     def __init__(self, student: TwoStageStudent, index: int, pyramid: list[Tensor]) -> None:
         self.student, self.index, self.pyramid = student, index, pyramid
         self.weight, self.strides, self.head = student.stage_weights[index], student.strides, student.heads[index]
+        self.base_anchors = student.base_anchors
         self.box_coder: BoxCoder = self.head.bbox_coder.means, self.head.bbox_coder.stds
         self._sampled: tuple[BatchRois, StudentOutputs] | None = None
 
@@ -138,9 +140,8 @@ class TwoStageStage:
                 "The student's own loss did not show which RoIs it sampled: its RoI head computes the loss in a way of "
                 "its own. Use --rois teacher."
             )
-        none = self.pyramid[0].new_zeros(0, 5, dtype=torch.float32)
-        labels = torch.zeros(0, dtype=torch.int64, device=none.device)
-        return BatchRois(none, labels, labels > 0), *self.outputs_at(none)
+        none = BatchRois.none(self.pyramid[0].device)
+        return none, *self.outputs_at(none.rois)
 
     def outputs_at(self, rois: Tensor) -> tuple[slice, StudentOutputs]:
         """Run the student's RoI extractor and box head.

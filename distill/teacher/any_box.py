@@ -21,6 +21,7 @@ from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.cached_boxes import cached_view
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
+from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.pyramids import TeacherPyramids, TeacherRois
 from kdpipe.distill.teacher.targets import map_tensors
 
@@ -32,7 +33,8 @@ class TeacherView:
     Attributes:
         view: `exact`, `mirrored` or `skipped` (nothing is head_rois of it).
         matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
-        pyramid: Per level that the teacher's RoI head reads, Tensor[C, h_l, w_l] in storage type.
+        pyramid: Per level Tensor[C, h_l, w_l] in storage type; None for one that neither the teacher's RoI head reads
+            nor losses compare. The last of these are left out.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
         size: (height, width) of the teacher's network input without padding, pixels; a cascade keeps boxes inside.
         boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), a sample of the cached boxes, pixels of the student's network
@@ -43,12 +45,17 @@ class TeacherView:
 
     view: str
     matrix: npt.NDArray[np.float64]
-    pyramid: tuple[Tensor, ...] = ()
+    pyramid: tuple[Tensor | None, ...] = ()
     scale: Tensor | None = None
     size: tuple[int, int] = (0, 0)
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     positive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    @property
+    def maps(self) -> StoredMaps | None:
+        """Its feature maps; None of a skipped one."""
+        return StoredMaps(self.matrix, self.pyramid, self.scale, self.size) if self.pyramid else None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "TeacherView":
         """The same on another device; stored types stay as they are, int8 included."""
@@ -65,15 +72,21 @@ class TeacherView:
 
 
 def read_teacher_view(
-    cache: TeacherCache, image_id: int, matrix: npt.NDArray[np.float64], *, missing_view: str
+    cache: TeacherCache,
+    image_id: int,
+    matrix: npt.NDArray[np.float64],
+    *,
+    missing_view: str,
+    levels: Collection[int] | None = None,
 ) -> TeacherView:
-    """Read the levels of an image's pyramid that the teacher's RoI head reads, and nothing else.
+    """Read levels of an image's pyramid, and nothing else.
 
     Args:
         cache: The teacher's cache, of the `pyramid` tier.
         image_id: COCO image id.
         matrix: `[3, 3]` original pixels -> the student's network input.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
+        levels: Which; by default those that the teacher's RoI head reads.
 
     Raises:
         CacheError: The image or its pyramid is not in the cache, or its data is damaged.
@@ -82,10 +95,9 @@ def read_teacher_view(
     view, mirrored = cached_view(cache.spec, matrix)
     if mirrored and missing_view == "skip":
         return TeacherView("skipped", np.eye(3))
-    levels = range(cache.spec.head_levels)
-    cached = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
-    features = present(cached.features, f"the pyramid of image {image_id}")
-    pyramid = tuple(level for level in features if level is not None)
+    wanted = sorted(range(cache.spec.head_levels) if levels is None else levels)
+    cached = cache.targets(image_id, view, fields=("features",), levels=wanted, rows=())
+    pyramid = present(cached.features, f"the pyramid of image {image_id}")[: wanted[-1] + 1]
     relative = relative_matrix(matrix, cached.matrix)
     return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, cached.scale, cached.input_size)
 
@@ -103,7 +115,7 @@ def apply_teacher_head(
         spec: What the teacher is.
         needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`; no more than these is computed.
     """
-    of_head = [name for name in needs if name != "roi_features"]
+    of_head = [name for name in needs if name not in ("roi_features", "features")]
     head_rois = rois if of_head else rois.select(rois.positive_rows)
     with no_autocast(rois.rois):
         teacher_rois = _in_teachers_view(views, head_rois, spec)
@@ -148,7 +160,10 @@ class TeacherViewBatch:
 
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at the RoIs of the student's own sampler; those of skipped images are left out."""
-        teacher = self._teacher
+        teacher, maps = self._teacher, [view.maps for view in self._views]
+        if not teacher.at_rois:
+            none = BatchRois.none(stage.pyramid[0].device)
+            return RoiPairs(stage, teacher.spec, none, slice(None), None, TeacherOutputs(), maps=maps)
         rois, rows, outputs = self._rois_of(stage)
         if any(view.view == "skipped" for view in self._views):
             is_kept = torch.tensor([view.view != "skipped" for view in self._views])
@@ -156,7 +171,7 @@ class TeacherViewBatch:
             outputs = outputs.select(kept[rows])
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
-        return RoiPairs(stage, teacher.spec, rois, row_numbers(rows), outputs, answers)
+        return RoiPairs(stage, teacher.spec, rois, row_numbers(rows), outputs, answers, maps=maps)
 
     def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:
         """The RoIs of this step, which of them the student has something to say of, and what."""

@@ -8,13 +8,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdpipe.cache.errors import present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, visible_boxes
+from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, relative_matrix, visible_boxes
 from kdpipe.distill.rois.align import assign_levels
 from kdpipe.distill.rois.sampling import RoiSampling, SampledRois, sample_rois
-from kdpipe.distill.teacher.targets import RoiTargets
+from kdpipe.distill.teacher.maps import StoredMaps
+from kdpipe.distill.teacher.targets import RoiTargets, no_rois
 
 
 def cached_view(spec: CacheSpec, matrix: npt.NDArray[np.float64]) -> tuple[str, bool]:
@@ -37,9 +39,10 @@ def read_roi_targets(
     gt_labels: Tensor,
     *,
     needs: Collection[str],
-    sampling: RoiSampling,
+    sampling: RoiSampling | None,
     missing_view: str,
     generator: torch.Generator,
+    map_levels: Collection[int] = (),
 ) -> RoiTargets:
     """Sample cached boxes of one image and read what the losses need, and nothing else.
 
@@ -52,10 +55,11 @@ def read_roi_targets(
         size: `(h, w)` of the student's network input without padding.
         gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
         gt_labels: Tensor[G] int64.
-        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`.
-        sampling: Of the RoIs.
+        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`, `features`.
+        sampling: Of the RoIs; None for no RoIs.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached.
         generator: Source of randomness.
+        map_levels: Levels of the pyramid whose feature maps losses compare.
 
     Raises:
         CacheError: The image is not in the cache, or its data is damaged.
@@ -64,7 +68,10 @@ def read_roi_targets(
     spec = cache.spec
     view, mirrored = cached_view(spec, matrix)
     if mirrored and missing_view == "skip":
-        return _no_rois(spec, needs)
+        return no_rois(spec, needs, "skipped")
+    if sampling is None:
+        maps = _read_maps(cache, image_id, view, matrix, map_levels)
+        return no_rois(spec, needs, "mirrored" if mirrored else "exact", maps)
 
     fields = ["boxes", *(name for name in ("logits", "deltas", "embeddings") if name in needs)]
     if "roi_features" in needs and "roi_features" in spec.fields:
@@ -91,12 +98,21 @@ def read_roi_targets(
         objects = (positives[:, None] == cached.roi_rows).int().argmax(dim=1)
         features, scale = _at(cached.roi_features, objects), _at(cached.roi_scale, objects)
         return replace(targets, roi_features=features, roi_scale=scale)
-    if "roi_features" not in needs:
-        return targets
-    teacher_boxes = map_boxes(cached.boxes[positives], cached.matrix)
-    levels = sorted(set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist()))
-    teacher = cache.targets(image_id, view, fields=("features",), levels=levels, rows=())
-    return replace(targets, teacher=teacher, teacher_boxes=teacher_boxes)
+    levels = set(map_levels)
+    if "roi_features" in needs:
+        teacher_boxes = map_boxes(cached.boxes[positives], cached.matrix)
+        levels |= set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist())
+        targets = replace(targets, teacher_boxes=teacher_boxes)
+    return replace(targets, maps=_read_maps(cache, image_id, view, matrix, levels)) if levels else targets
+
+
+def _read_maps(
+    cache: TeacherCache, image_id: int, view: str, matrix: npt.NDArray[np.float64], levels: Collection[int]
+) -> StoredMaps:
+    """Levels of the pyramid of an image in one of the cached views; `matrix` takes original pixels to the student's."""
+    cached = cache.targets(image_id, view, fields=("features",), levels=sorted(levels), rows=())
+    features = present(cached.features, f"the pyramid of image {image_id}")
+    return StoredMaps(relative_matrix(matrix, cached.matrix), features, cached.scale, cached.input_size)
 
 
 def sample_cached(
@@ -144,17 +160,3 @@ def _at(values: Tensor | None, rows: Tensor) -> Tensor | None:
     if values is None or torch.equal(rows, torch.arange(len(values))):
         return values
     return values[rows]
-
-
-def _no_rois(spec: CacheSpec, needs: Collection[str]) -> RoiTargets:
-    """The targets of an image that has none."""
-    classes = 1 if spec.class_agnostic else spec.num_classes
-    return RoiTargets(
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        num_positive=0,
-        view="skipped",
-        logits=torch.zeros(0, spec.num_classes + 1) if "logits" in needs else None,
-        deltas=torch.zeros(0, classes, 4) if "deltas" in needs else None,
-        embeddings=torch.zeros(0, spec.embedding_dim) if "embeddings" in needs else None,
-    )

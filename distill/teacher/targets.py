@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdpipe.cache.quantize import dequantize, dequantize_rows
-from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
@@ -18,6 +17,7 @@ from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
+from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 
 MISSING_VIEWS = ("mirror", "skip")
@@ -41,7 +41,8 @@ class RoiTargets:
         roi_features: Tensor[P, C, size, size] in storage type, the teacher's of the positives in its own orientation,
             where they are known already.
         roi_scale: Tensor[P, C] of int8 features, or None.
-        teacher: The pyramid that the teacher's features of the positives come from, where they are not.
+        maps: Levels of the teacher's pyramid: those that its features of the positives come from, where they are not
+            known, and those that losses compare.
         teacher_boxes: Tensor[P, 4] float32, pixels of the teacher's network input, or None.
     """
 
@@ -55,7 +56,7 @@ class RoiTargets:
     embedding_scale: Tensor | None = None
     roi_features: Tensor | None = None
     roi_scale: Tensor | None = None
-    teacher: TeacherTargets | None = None
+    maps: StoredMaps | None = None
     teacher_boxes: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RoiTargets":
@@ -82,7 +83,7 @@ def map_tensors(value: Targets, function: Callable[[Tensor], Tensor]) -> Targets
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             changed[field.name] = function(item)
-        elif isinstance(item, TeacherTargets):
+        elif isinstance(item, StoredMaps):
             changed[field.name] = map_tensors(item, function)
         elif isinstance(item, tuple) and any(isinstance(part, Tensor) for part in item):
             changed[field.name] = tuple(function(part) if isinstance(part, Tensor) else part for part in item)
@@ -104,9 +105,9 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     stored: dict[int, StoredPyramid] = {}
     rois: dict[int, Tensor] = {}
     for index, target in enumerate(targets):
-        teacher, boxes = target.teacher, target.teacher_boxes
-        if target.num_positive and boxes is not None and teacher is not None and teacher.features is not None:
-            stored[index] = teacher.features, teacher.scale
+        maps, boxes = target.maps, target.teacher_boxes
+        if target.num_positive and boxes is not None and maps is not None:
+            stored[index] = maps.levels, maps.scale
             rois[index] = functional.pad(boxes, (1, 0), value=index)
     none = targets[0].boxes.new_zeros(0, 5)
     pooled = TeacherPyramids(stored, spec).roi_align(torch.cat([none, *rois.values()]))
@@ -121,6 +122,28 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
         features = features.float()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)
+
+
+def no_rois(spec: CacheSpec, needs: Collection[str], view: str, maps: StoredMaps | None = None) -> RoiTargets:
+    """The targets of an image that has no RoIs.
+
+    Args:
+        spec: What the teacher is.
+        needs: Some of `logits`, `deltas`, `embeddings`, `roi_features`, `features`.
+        view: As of `RoiTargets`.
+        maps: The same.
+    """
+    classes = 1 if spec.class_agnostic else spec.num_classes
+    return RoiTargets(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        num_positive=0,
+        view=view,
+        logits=torch.zeros(0, spec.num_classes + 1) if "logits" in needs else None,
+        deltas=torch.zeros(0, classes, 4) if "deltas" in needs else None,
+        embeddings=torch.zeros(0, spec.embedding_dim) if "embeddings" in needs else None,
+        maps=maps,
+    )
 
 
 def join_targets(
@@ -159,11 +182,11 @@ class RoiTargetsBatch:
     """
 
     def __init__(self, targets: Sequence[RoiTargets], teacher: FrozenTeacher) -> None:
-        self._teacher = teacher
+        self._teacher, self._maps = teacher, [target.maps for target in targets]
         self._rois, self._outputs = join_targets(targets, teacher.spec, teacher.needs)
 
     def pair_with(self, stage: StudentStage) -> RoiPairs:
         """Student and teacher at these RoIs; those of which the student has nothing to say are left to RoI features."""
         rois, outputs = self._rois, self._outputs
         rows, student = stage.outputs_at(rois.rois) if self._teacher.asks_student else (slice(None), None)
-        return RoiPairs(stage, self._teacher.spec, rois, row_numbers(rows), student, outputs)
+        return RoiPairs(stage, self._teacher.spec, rois, row_numbers(rows), student, outputs, maps=self._maps)

@@ -73,8 +73,9 @@ def train_student(
     if idle := unused_options(training.overrides, losses):
         console.print(f"Not used: {', '.join(idle)}, since --methods names no loss that they are for.")
     teacher.check(begun, work_dir)
+    strides: Sequence[int] | None = None
     if methods:
-        check_student(config, training.overrides, teacher.spec.num_classes)
+        strides = check_student(config, training.overrides, teacher.spec.num_classes).strides
     else:
         build_detector(config, training.overrides, teacher.spec.num_classes)
     roi_source = choose_roi_source(teacher, options.roi_source, distill, dense, console) if losses else None
@@ -106,7 +107,7 @@ def train_student(
     )
     running = cfg
     if methods:
-        running = with_distillation(cfg, teacher, methods, losses, distill, roi_source, missing_view)
+        running = with_distillation(cfg, teacher, methods, losses, distill, roi_source, missing_view, strides)
     cache = teacher.cache
     with ExitStack() as stack:
         if cache is not None:

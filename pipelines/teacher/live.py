@@ -14,14 +14,15 @@ from torch import Tensor
 from kdpipe.cache.errors import present
 from kdpipe.cache.identity import digest_tensors
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.methods import expand_methods, needed_fields
+from kdpipe.distill.methods import expand_methods, looks_at_rois, needed_fields
 from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.rois.sampling import RoiSampling, sample_rois
 from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
 from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
+from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.source import ImageTargets
-from kdpipe.distill.teacher.targets import RoiTargets
+from kdpipe.distill.teacher.targets import RoiTargets, no_rois
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource, find_data
 from kdpipe.pipelines.data.options import DataOptions
@@ -56,7 +57,8 @@ class LiveTeacher:
     ) -> None:
         self.teacher = teacher
         self.spec = spec
-        self.needs = needed_fields(expand_methods(methods))
+        losses = expand_methods(methods)
+        self.needs, self.at_rois = needed_fields(losses), looks_at_rois(losses)
         self.roi_sampling = None if roi_sampling is None else RoiSampling(**roi_sampling)
 
     def head_state(self) -> Mapping[str, Tensor]:
@@ -74,8 +76,7 @@ class LiveTeacher:
     def view(self, image: Tensor) -> TeacherView:
         """What it sees of an image, Tensor[3, h, w], BGR, 0 to 255."""
         pyramid, _ = self._see(image)
-        levels = tuple(level[0] for level in pyramid[: self.spec.head_levels])
-        return TeacherView("exact", np.eye(3), levels, size=(image.shape[1], image.shape[2]))
+        return TeacherView("exact", np.eye(3), _levels(pyramid), size=(image.shape[1], image.shape[2]))
 
     def _see(self, image: Tensor) -> tuple[tuple[Tensor, ...], DetDataSample]:
         """As `Teacher.pyramid_of_input`, behind the steps of the teacher's pipeline that follow its resizing."""
@@ -84,6 +85,9 @@ class LiveTeacher:
     def _at_proposals(self, image: Tensor, truth: Any, sampling: RoiSampling) -> RoiTargets:
         """What it says of a sample of its proposals and of the ground truth, as `read_roi_targets` samples a cache."""
         pyramid, image_sample = self._see(image)
+        maps = StoredMaps(np.eye(3), _levels(pyramid), None, (image.shape[1], image.shape[2]))
+        if not self.at_rois:
+            return no_rois(self.spec, self.needs, "exact", maps).to(image.device)
         proposals = self.teacher.proposals(pyramid, image_sample)
         gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
         roi_sample = sample_rois(
@@ -98,8 +102,15 @@ class LiveTeacher:
         count = int(roi_sample.positive.sum())
         outputs, features = self.teacher.box_outputs(pyramid, roi_sample.boxes, image_sample)
         values = {**vars(outputs), "roi_features": features[:count]}
-        needed = {name: values[name] for name in self.needs}
+        needed: dict[str, Any] = {name: values[name] for name in self.needs - {"features"}}
+        if "features" in self.needs:
+            needed["maps"] = maps
         return RoiTargets(roi_sample.boxes, roi_sample.labels, count, "exact", **needed)
+
+
+def _levels(pyramid: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Those of the only image, Tensor[C, h_l, w_l]."""
+    return tuple(level[0] for level in pyramid)
 
 
 def build_live_teacher(

@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.students.build import student_of
+from kdpipe.distill.students.protocol import Student
 from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.config_types import resolve_type, type_name
 from kdpipe.pipelines.detectors.configs import apply_options, set_num_classes
@@ -47,7 +48,7 @@ def build_detector(config: Config, options: Sequence[str], num_classes: int | No
         return MODELS.build(model)
 
 
-def check_student(config: Config, options: Sequence[str], num_classes: int) -> None:
+def check_student(config: Config, options: Sequence[str], num_classes: int) -> Student:
     """Refuse a student that cannot be built, or of a family that the losses cannot address.
 
     Args:
@@ -55,10 +56,13 @@ def check_student(config: Config, options: Sequence[str], num_classes: int) -> N
         options: `KEY=VALUE` overrides of it; those of the model are applied.
         num_classes: Of the teacher.
 
+    Returns:
+        What the losses see of it.
+
     Raises:
         KdpipeError: Naming what was found and what was expected.
     """
-    student_of(build_detector(config, options, num_classes))
+    return student_of(build_detector(config, options, num_classes))
 
 
 def check_hooks(config: Config) -> None:

@@ -13,7 +13,7 @@ from mmdet.registry import TRANSFORMS
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
-from kdpipe.distill.methods import expand_methods, needed_fields
+from kdpipe.distill.methods import expand_methods, looks_at_rois, map_levels, needed_fields
 from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
@@ -72,6 +72,8 @@ class AddTeacherTargets:
         roi_sampling: Options of `RoiSampling`, for RoIs of the teacher.
         roi_mix: One of `ROI_MIXES`: whether the teacher's RoIs are looked at beside those of the student.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+        student_strides: Of the student's pyramid: for losses that compare whole feature maps, only levels of these are
+            read. None reads all that the losses can compare.
         allow_partial: Also read a cache some of whose parts are still missing.
     """
 
@@ -82,6 +84,7 @@ class AddTeacherTargets:
         roi_source: str = "teacher",
         roi_sampling: Mapping[str, Any] | None = None,
         missing_view: str = "mirror",
+        student_strides: Sequence[int] | None = None,
         allow_partial: bool = False,
         roi_mix: str = "none",
     ) -> None:
@@ -90,7 +93,9 @@ class AddTeacherTargets:
         self.cache = open_cache(cache, allow_partial=allow_partial)
         if roi_source not in ROI_SOURCES:
             raise KdpipeError(f"roi_source is {roi_source!r}; expected one of {', '.join(ROI_SOURCES)}.")
-        self.needs, self.roi_source = needed_fields(expand_methods(methods)), roi_source
+        losses = expand_methods(methods)
+        self.needs, self.at_rois, self.roi_source = needed_fields(losses), looks_at_rois(losses), roi_source
+        self.map_levels = map_levels(losses, self.cache.spec, student_strides)
         if roi_mix not in ROI_MIXES:
             raise KdpipeError(f"roi_mix is {roi_mix!r}; expected one of {', '.join(ROI_MIXES)}.")
         self.roi_mix = roi_mix
@@ -115,8 +120,9 @@ class AddTeacherTargets:
         return results
 
     def _read_view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
-        view = read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view)
-        if self.roi_mix == "none" or view.view == "skipped":
+        levels = {*(range(self.cache.spec.head_levels) if self.at_rois else ()), *self.map_levels}
+        view = read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view, levels=levels)
+        if self.roi_mix == "none" or view.view == "skipped" or not self.at_rois:
             return view
         spec, truth = self.cache.spec, sample.gt_instances
         chosen, _ = sample_cached(
@@ -141,9 +147,10 @@ class AddTeacherTargets:
             getattr(truth.bboxes, "tensor", truth.bboxes),
             truth.labels,
             needs=self.needs,
-            sampling=self.roi_sampling,
+            sampling=self.roi_sampling if self.at_rois else None,
             missing_view=self.missing_view,
             generator=torch.default_generator,
+            map_levels=self.map_levels,
         )
 
 

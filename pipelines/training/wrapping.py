@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict
 
 from kdpipe.cache.store.location import Location
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.methods import LOSSES
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
 from kdpipe.pipelines.training.distill_options import ckd_queue_size
 from kdpipe.pipelines.training.loading import complete_images
@@ -28,6 +29,7 @@ def with_distillation(
     distill: ConfigDict,
     roi_source: str | None,
     missing_view: str,
+    student_strides: Sequence[int] | None = None,
 ) -> Config:
     """A copy of a training config with the losses around its detector.
 
@@ -41,6 +43,7 @@ def with_distillation(
         distill: As `distill_options` gives them.
         roi_source: `teacher` or `student`: who chooses the RoIs; None where there are no losses.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
+        student_strides: Of the student's pyramid; None where these are not known.
 
     Raises:
         KdpipeError: Hooks or transforms of the config that the targets cannot follow.
@@ -50,7 +53,10 @@ def with_distillation(
     check_named(distill.transforms, training_pipelines(cfg))
     if roi_source is not None:
         sampling = {"roi_source": roi_source, "roi_sampling": distill.rois, "roi_mix": distill.roi_mix}
-        teacher.prepare_pipelines(cfg, {"methods": list(losses), **sampling, "missing_view": missing_view}, distill)
+        targets = {"methods": list(losses), **sampling, "missing_view": missing_view}
+        if student_strides is not None and any(LOSSES[loss].of_maps for loss in losses):
+            targets["student_strides"] = list(student_strides)
+        teacher.prepare_pipelines(cfg, targets, distill)
     size = distill.ckd.queue_size or ckd_queue_size(cfg, roi_source, distill.rois.num)
     cfg.model = {
         "type": DistilledDetector.__name__,

@@ -1,6 +1,6 @@
 """What tests of students beside a teacher share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -74,6 +74,12 @@ class Pair:
     def state(head: torch.nn.Module) -> dict[str, Tensor]:
         """Its weights by their names in a detector."""
         return {f"roi_head.bbox_head.{name}": value for name, value in head.state_dict().items()}
+
+    @staticmethod
+    def levels(views: Sequence[TeacherView]) -> list[Tensor]:
+        """The pyramids of some images of the same size, per level Tensor[B, C, h, w]."""
+        of_images = [[level for level in view.pyramid if level is not None] for view in views]
+        return [torch.stack(level) for level in zip(*of_images, strict=True)]
 
     @classmethod
     def student(cls) -> Any:

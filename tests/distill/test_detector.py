@@ -219,7 +219,7 @@ def test_the_log_says_whether_the_contrast_teaches(pair: "type[Pair]") -> None:
 
 def test_targets_move_in_storage_type(pair: "type[Pair]") -> None:
     moved = targets(pair, 1)
-    moved = replace(moved, teacher=None).to("cpu")
+    moved = replace(moved, maps=None).to("cpu")
     assert moved.logits is not None
     assert moved.logits.dtype == torch.float16
 

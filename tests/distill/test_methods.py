@@ -30,8 +30,8 @@ def test_a_loss_names_what_there_is(name: str, dense: bool) -> None:
     assert (needed_fields([name], dense) == set()) == (name == "hard")
 
 
-def test_the_fields_of_the_teacher_are_those_of_its_outputs() -> None:
-    assert set(TEACHER_FIELDS.values()) == {field.name for field in fields(TeacherOutputs)}
+def test_the_fields_of_the_teacher_are_those_of_its_outputs_and_its_pyramid() -> None:
+    assert set(TEACHER_FIELDS.values()) == {field.name for field in fields(TeacherOutputs)} | {"features"}
 
 
 def test_parameters_are_of_sizes_and_options_have_defaults() -> None:
@@ -48,8 +48,17 @@ def test_parameters_are_of_sizes_and_options_have_defaults() -> None:
 
 
 def test_every_loss_is_a_method() -> None:
-    assert METHODS == ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "cross", "dist", "hard", "ht", "inherit")
+    of_maps = ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "pkd")
+    of_rois = ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "cross", "dist", "hard")
+    assert (*of_rois, *of_maps, "ht", "inherit") == METHODS
     assert len({loss.log_name for loss in LOSSES.values()}) == len(LOSSES)
+
+
+def test_the_levels_of_a_loss_are_among_its_sizes() -> None:
+    sizes = Sizes(3, 3, 5, 6, anchors=2, num_classes=7, strides=(4, 8, 16))
+    whole: Any = LOSSES["whole"].build(sizes, {})
+    pkd: Any = LOSSES["pkd"].build(sizes, {})
+    assert (whole.imitate.strides, pkd.strides) == ((4, 8, 16), (8, 16))
 
 
 class Result(NamedTuple):

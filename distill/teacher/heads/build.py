@@ -43,7 +43,7 @@ class FrozenTeacher:
 
     Attributes:
         spec: What it is.
-        needs: What the losses read of it: some of `logits`, `deltas`, `embeddings`, `roi_features`.
+        needs: What the losses read of it: some of `logits`, `deltas`, `embeddings`, `roi_features`, `features`.
         head_state: Gives the weights of its heads; called when the box head is asked for the first time.
         asks_student: Whether a loss reads what the student says of the RoIs.
         roi_mix: Whose RoIs are looked at where the student chooses them: one of `ROI_MIXES`.
@@ -56,6 +56,11 @@ class FrozenTeacher:
     asks_student: bool = True
     roi_mix: str = "none"
     progress: Callable[[], float] = float
+
+    @property
+    def at_rois(self) -> bool:
+        """Whether a loss looks at RoIs, and not at whole feature maps only."""
+        return self.asks_student or bool(self.needs - {"features"})
 
     @cached_property
     def head(self) -> BoxHead:

@@ -16,6 +16,9 @@ from kdpipe.distill.losses import (
     ckd_sliced,
     cross,
     hard,
+    imitation,
+    masks,
+    pkd,
     prediction,
     relations,
     roifi,
@@ -89,6 +92,107 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
             "the teacher is left as it is": ("standardize(teacher, 1)", "teacher"),
             "the student is left as it is": ("standardize(adapted, 2)", "adapted"),
         },
+    ),
+    (
+        imitation,
+        EQUATION,
+        {},
+        {
+            "a mean over channels": (".square().sum(dim=1)", ".square().mean(dim=1)"),
+            "not halved": ("/ (2 * count", "/ (count"),
+            "all cells are counted": ("counts.append(weight.sum())", "counts.append(torch.ones_like(weight).sum())"),
+            "no mask": (".sum(dim=1) * weight).sum()", ".sum(dim=1)).sum()"),
+            "each level by its own count": (
+                ".sum(dim=1) * weight).sum())",
+                ".sum(dim=1) * weight).sum() / weight.sum() * weight.numel())",
+            ),
+        },
+    ),
+    (
+        imitation,
+        "test_gradients",
+        {},
+        {"the teacher learns": ("target.detach()", "target")},
+    ),
+    *(
+        (imitation, "test_the_modules_adapt_each_level_and_imitate_under_their_mask", {"name": name}, changes)
+        for name, changes in {
+            "whole": {
+                "cells that the teacher did not see": ("inside if mask is None", "inside * 0 + 1 if mask is None")
+            },
+            "gt-mask": {
+                "of a box in place of the mask": (
+                    "_of_images(box_mask, gt_boxes)",
+                    "_of_images(gaussian_mask, gt_boxes)",
+                ),
+                "one adapter for all levels": (
+                    "zip(self.strides, self.adapt, strict=True)",
+                    "zip(self.strides, [self.adapt[0]] * 2)",
+                ),
+                "cells that the teacher did not see": ("else inside * mask(", "else mask("),
+            },
+            "gaussian-mask": {
+                "the mask of a box": ("_of_images(gaussian_mask, gt_boxes)", "_of_images(box_mask, gt_boxes)")
+            },
+            "anchor-mask": {"anchors of another level": ("base_anchors[stride]", "base_anchors[24 - stride]")},
+        }.items()
+    ),
+    (
+        masks,
+        "test_cells_whose_centre_lies_in_a_box",
+        {},
+        {
+            "corners of cells": ("dtype) + 0.5) * stride", "dtype) + 0.0) * stride"),
+            "boxes that hold all of the others": ("across[:, None, :]).any(dim=0)", "across[:, None, :]).all(dim=0)"),
+            "columns for rows": ("shape[::-1])\n    return x", "shape)\n    return x"),
+        },
+    ),
+    (
+        masks,
+        "test_a_gaussian_in_each_box",
+        {"sigma": 0.25},
+        {
+            "not cut off at the box": ("/ 2) * inside", "/ 2)"),
+            "a sum over boxes": (".amax(dim=0)", ".sum(dim=0)"),
+            "twice the variance": ("distance.square() / 2", "distance.square()"),
+            "the centre is a corner": ("(first + last) / 2)", "first)"),
+        },
+    ),
+    (
+        masks,
+        "test_cells_with_an_anchor_near_an_object",
+        {},
+        {
+            "the largest IoU of all objects": ("dim=(1, 2), keepdim=True", "keepdim=True"),
+            "a fixed threshold": ("ANCHOR_SHARE * largest", "ANCHOR_SHARE"),
+            "the last anchor": ("torch.maximum(best, overlap", "(overlap"),
+            "all objects": (
+                ".any(dim=0).to(boxes.dtype)\n\n\ndef _centres",
+                ".all(dim=0).to(boxes.dtype)\n\n\ndef _centres",
+            ),
+            "no union": (" + area - overlap)", " + area)"),
+        },
+    ),
+    (
+        pkd,
+        EQUATION,
+        {},
+        {
+            "not halved": ("(2 * level.shape[1]", "(level.shape[1]"),
+            "a sum over channels": ("(2 * level.shape[1] * inside", "(2 * inside"),
+            "statistics of all cells": (
+                "standardize(s, 1, inside) - standardize(t, 1, inside)",
+                "(standardize(s, 1) - standardize(t, 1)) * inside",
+            ),
+            "a mean over levels": ("torch.stack(losses).sum()", "torch.stack(losses).mean()"),
+            "the teacher as it is": ("standardize(t, 1, inside)", "t * inside"),
+        },
+    ),
+    (
+        pkd,
+        "test_gradients",
+        {},
+        {"the teacher learns": ("target.detach()", "target")},
     ),
     (
         roifi,

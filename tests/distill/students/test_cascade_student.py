@@ -95,7 +95,7 @@ def test_losses_are_the_weighted_sum_over_the_stages(pair: "type[Pair]", monkeyp
             "finest_scale": pair.spec.finest_scale,
         }
     )
-    levels = [torch.stack(level) for level in zip(views[0].pyramid, views[1].pyramid, strict=True)]
+    levels = pair.levels(views)
     head, cls, reg = pair.head(), torch.zeros(()), torch.zeros(())
     stds = [stage.bbox_coder.stds for stage in roi_head.bbox_head]
     assert len({tuple(x) for x in stds}) == 3

@@ -99,7 +99,7 @@ def test_losses_are_those_at_the_rois_of_the_students_own_sampler(pair: "type[Pa
             "finest_scale": pair.spec.finest_scale,
         }
     )
-    levels = [torch.stack(level) for level in zip(view(pair, 1).pyramid, view(pair, 2).pyramid, strict=True)]
+    levels = pair.levels([view(pair, 1), view(pair, 2)])
     head = pair.head()
     recorded: list[Tensor] = []
     head.fc_cls.register_forward_pre_hook(lambda layer, inputs: recorded.append(inputs[0]))
@@ -203,9 +203,8 @@ def test_skipped_images_are_left_out(pair: "type[Pair]") -> None:
 def test_mirrored_targets_are_those_of_the_mirror_image(pair: "type[Pair]") -> None:
     """A teacher that is its own mirror image says the same, mirrored."""
     plain = view(pair, 1)
-    flipped = TeacherView(
-        "mirrored", view(pair, 1, "mirrored").matrix, tuple(level.flip(-1) for level in plain.pyramid)
-    )
+    pyramid = tuple(level.flip(-1)[0] for level in pair.levels([plain]))
+    flipped = TeacherView("mirrored", view(pair, 1, "mirrored").matrix, pyramid)
     exact = step(pair, detector(pair, "sgfi"), [plain, plain])
     mirrored = step(pair, detector(pair, "sgfi"), [flipped, flipped])
     torch.testing.assert_close(exact["loss_sgfi"], mirrored["loss_sgfi"])

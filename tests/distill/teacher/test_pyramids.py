@@ -9,7 +9,7 @@ from mmcv.ops import roi_align
 from torch import Tensor
 
 from kdpipe.cache.quantize import dequantize, quantize
-from kdpipe.cache.records import TeacherTargets
+from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
 from kdpipe.distill.teacher.targets import RoiTargets, teacher_roi_features
 
@@ -57,13 +57,9 @@ def test_images_without_positives_are_left_out(pair: "type[Pair]") -> None:
     """Of such an image no level was read; another one has levels that no RoI needs left out."""
 
     def target(image: int, boxes: Tensor, features: tuple[Tensor | None, ...]) -> RoiTargets:
-        height, width = SIZES[image]
-        teacher_targets = TeacherTargets(
-            image, "identity", "a.jpg", (height, width), (height, width), np.eye(3), 0, 0, boxes
-        )
-        teacher_targets = TeacherTargets(**{**vars(teacher_targets), "features": features})
+        maps = StoredMaps(np.eye(3), features, None, SIZES[image])
         labels = torch.zeros(len(boxes), dtype=torch.int64)
-        return RoiTargets(boxes, labels, len(boxes), "exact", teacher=teacher_targets, teacher_boxes=boxes)
+        return RoiTargets(boxes, labels, len(boxes), "exact", maps=maps, teacher_boxes=boxes)
 
     nothing = (None, None, None, None, None)
     first = (pyramid(0)[0], None, None, None, None)
