@@ -122,7 +122,13 @@ class GaussianMaskImitation(nn.Module):
         self.imitate = MaskedImitation(student_channels, teacher_channels, strides)
 
     def forward(self, student_maps: StudentMaps, teacher_maps: TeacherMaps, gt_boxes: Sequence[Tensor]) -> Tensor:
-        """The loss; arguments as of `BoxMaskImitation`."""
+        """The loss.
+
+        Args:
+            student_maps: As of `MaskedImitation`.
+            teacher_maps: The same.
+            gt_boxes: As of `BoxMaskImitation`.
+        """
         loss: Tensor = self.imitate(student_maps, teacher_maps, _of_images(gaussian_mask, gt_boxes))
         return loss
 

@@ -14,7 +14,7 @@ from kdpipe.distill.losses.numeric import LossInputError
 from kdpipe.distill.outputs import TeacherMap
 
 B, C, SHAPES = 2, 3, {8: (4, 5), 16: (2, 3)}
-ANCHORS = {8: [(-12.0, -12.0, 12.0, 12.0), (-8.0, -16.0, 8.0, 16.0)], 16: [(-4.0, -4.0, 4.0, 4.0)]}
+ANCHORS = {8: [(-12.0, -12.0, 12.0, 12.0), (-8.0, -16.0, 8.0, 16.0)], 16: [(-60.0, -4.0, 60.0, 4.0)]}
 GT_BOXES = [torch.tensor([[2.0, 3.0, 30.0, 21.0], [15, 10, 39, 31]]), torch.zeros(0, 4)]
 
 
