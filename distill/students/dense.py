@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import clip_boxes_to_image
 
+from kdpipe.distill.losses.masks import Anchor
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.rois.pairing import pair_boxes
@@ -62,11 +63,15 @@ class DenseStudent:
         self.detector, self.head = detector, head
         self.branch, self.sampling, self.pair_iou = branch, sampling, pair_iou
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
-        self.base_anchors = base_anchors(head.prior_generator, self.strides)
         self.channels = int(head.in_channels)
         self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)
         self.num_anchors = int(head.num_base_priors)
         self.num_classes = int(head.num_classes)
+
+    @cached_property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        """By stride, anchors of its head at the cell (0, 0); of a head without them, those of an RPN."""
+        return base_anchors(self.head.prior_generator, self.strides)
 
     @contextmanager
     def watch(self) -> Iterator["DenseForward"]:
@@ -195,7 +200,7 @@ class DenseForward:
 
     def __init__(self, student: DenseStudent) -> None:
         self._student = student
-        self.strides, self.base_anchors = student.strides, student.base_anchors
+        self.strides = student.strides
         self.stages = [self]
         self.pyramid: list[Tensor] = []
         self.classification: list[Tensor] = []
@@ -210,6 +215,10 @@ class DenseForward:
         self.pyramid[:] = levels
         self.classification.clear()
         self.localization.clear()
+
+    @property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        return self._student.base_anchors
 
     def sampled(self) -> tuple[BatchRois, Tensor, StudentOutputs]:
         """RoIs drawn among what the student proposes and the ground truth, and what it says of them.

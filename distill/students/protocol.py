@@ -20,7 +20,6 @@ class StudentStage(Protocol):
         weight: Of the losses of this stage.
         pyramid: Per level Tensor[B, C, h_l, w_l], part of the graph of the student's own loss.
         strides: Pixels per cell of each level.
-        base_anchors: By stride, anchors of the cell (0, 0): (x1, y1, x2, y2), pixels.
         box_coder: Which `deltas` are in the units of.
     """
 
@@ -28,8 +27,11 @@ class StudentStage(Protocol):
     weight: float
     pyramid: list[Tensor]
     strides: tuple[int, ...]
-    base_anchors: dict[int, list[Anchor]]
     box_coder: BoxCoder
+
+    @property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        """By stride, anchors of the cell (0, 0): (x1, y1, x2, y2), pixels."""
 
     def sampled(self) -> tuple[BatchRois, Rows, StudentOutputs]:
         """The RoIs that the student's own sampler chose, which of them it has something to say of, N, and what.

@@ -12,7 +12,7 @@ from mmdet.models.roi_heads.multi_instance_roi_head import MultiInstanceRoIHead
 from mmdet.models.roi_heads.scnet_roi_head import SCNetRoIHead
 from mmdet.models.roi_heads.sparse_roi_head import SparseRoIHead
 from mmdet.models.task_modules.prior_generators import AnchorGenerator
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.distill.losses.masks import Anchor
 
@@ -38,8 +38,7 @@ def base_anchors(prior_generator: Any, strides: Sequence[int]) -> dict[int, list
     """
     if not hasattr(prior_generator, "base_anchors"):
         prior_generator = AnchorGenerator(strides=list(strides), ratios=[0.5, 1.0, 2.0], scales=[8])
-    levels = (level.tolist() for level in prior_generator.base_anchors)
-    return dict(zip(strides, levels, strict=True))
+    return dict(zip(strides, map(Tensor.tolist, prior_generator.base_anchors), strict=True))
 
 
 def two_stage_problem(detector: Any) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.losses.masks import Anchor
 from kdpipe.distill.outputs import BatchRois, StudentOutputs
 from kdpipe.distill.students.protocol import BoxCoder
 from kdpipe.distill.students.structure import base_anchors, two_stage_problem
@@ -63,11 +65,15 @@ class TwoStageStudent:
         self.stage_weights = [float(x) for x in roi_head.stage_loss_weights] if self.is_cascade else [1.0]
         extractor: Any = roi_head.bbox_roi_extractor[0] if self.is_cascade else roi_head.bbox_roi_extractor
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in detector.rpn_head.prior_generator.strides)
-        self.base_anchors = base_anchors(detector.rpn_head.prior_generator, self.strides)
         self.channels = int(extractor.out_channels)
         self.embedding_dims = tuple(int(head.fc_cls.in_features) for head in self.heads)
         self.num_classes = int(self.heads[0].num_classes)
         self.class_agnostic = bool(self.heads[0].reg_class_agnostic)
+
+    @cached_property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        """By stride, anchors of its RPN at the cell (0, 0)."""
+        return base_anchors(self.detector.rpn_head.prior_generator, self.strides)
 
     @contextmanager
     def watch(self) -> Iterator["TwoStageForward"]:
@@ -120,9 +126,12 @@ class TwoStageStage:
     def __init__(self, student: TwoStageStudent, index: int, pyramid: list[Tensor]) -> None:
         self.student, self.index, self.pyramid = student, index, pyramid
         self.weight, self.strides, self.head = student.stage_weights[index], student.strides, student.heads[index]
-        self.base_anchors = student.base_anchors
         self.box_coder: BoxCoder = self.head.bbox_coder.means, self.head.bbox_coder.stds
         self._sampled: tuple[BatchRois, StudentOutputs] | None = None
+
+    @property
+    def base_anchors(self) -> dict[int, list[Anchor]]:
+        return self.student.base_anchors
 
     def sampled(self) -> tuple[BatchRois, slice, StudentOutputs]:
         """The RoIs of the student's own sampler, and what its box head says of all of them, in the graph of its loss.

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdpipe.cache
 import kdpipe.distill
-from kdpipe.cache.records import TeacherTargets
 from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.ckd import CKD
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
@@ -35,6 +34,7 @@ from kdpipe.distill.losses.prediction import (
 )
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.teacher.any_box import TeacherView
+from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.targets import RoiTargets
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 
@@ -302,19 +302,8 @@ def targets(pair: "type[Pair]", rois: str, seed: int) -> Any:
     if rois == "cached":
         features = normal("cpu", seed + 5, 4, pair.channels, 7, 7)
         return RoiTargets(boxes, labels, 4, "exact", roi_features=features, **heads)
-    record = TeacherTargets(
-        image_id=70 + seed,
-        view="identity",
-        file_name="",
-        original_size=(64, 64),
-        input_size=(64, 64),
-        matrix=np.eye(3),
-        num_proposals=12,
-        num_jittered=0,
-        boxes=boxes,
-        features=levels(pair, seed),
-    )
-    return RoiTargets(boxes, labels, 4, "exact", teacher=record, teacher_boxes=boxes[:4], **heads)
+    maps = StoredMaps(np.eye(3), levels(pair, seed), None, (64, 64))
+    return RoiTargets(boxes, labels, 4, "exact", maps=maps, teacher_boxes=boxes[:4], **heads)
 
 
 # How many there are, once each: RoIs that are none, keys of the same images; and positives, in the backward pass of
@@ -378,6 +367,53 @@ def test_a_step_hardly_waits_on_cuda(kind: str, rois: str, pair: "type[Pair]") -
     with watch_cuda(asked):
         losses()
     assert set(asked) <= set(STEPS[kind, rois])
+
+
+def step_of_maps(pair: "type[Pair]", kind: str, device: str) -> Callable[[], dict[str, Any]]:
+    """As `step`, of the losses of whole feature maps; the second image is mirrored."""
+    torch.manual_seed(0)
+    source, methods = pair.source({}), ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "pkd")
+    options: dict[str, Any] = {"share_interval": 0}
+    model = DistilledDetector(student(pair, kind), pair.spec.to_json(), methods, source, **options).to(device).train()
+    prepared = model.data_preprocessor.student(pair.batch(2), True)
+    pyramids = [
+        tuple(normal("cpu", seed, pair.channels, 64 // x, 64 // x).to(device) for x in pair.spec.strides)
+        for seed in range(2)
+    ]
+    matrices = np.eye(3), np.array([[-1.0, 0, 64], [0, 1, 0], [0, 0, 1]])
+    batch = [TeacherView("exact", *view, size=(64, 64)) for view in zip(matrices, pyramids, strict=True)]
+
+    def losses() -> dict[str, Any]:
+        torch.manual_seed(5)
+        result: dict[str, Any] = model(prepared["inputs"], prepared["data_samples"], mode="loss", targets=batch)
+        return result
+
+    return losses
+
+
+MAP_STUDENTS = ("faster_rcnn", "cascade_rcnn", "retinanet", "fcos")
+
+
+@pytest.mark.parametrize("kind", MAP_STUDENTS)
+def test_losses_of_maps_do_not_wait(kind: str, pair: "type[Pair]", other_devices: "OtherDevices") -> None:
+    losses, asked = step_of_maps(pair, kind, "cpu"), Counter[str]()
+    with other_devices.ways(), watch_cpu(asked):
+        found = losses()
+    assert asked == {"structure.base_anchors": 5}  # of each level; they are on the CPU
+    assert all(found[name] > 0 for name in ("loss_whole", "loss_gt_mask", "loss_anchor_mask", "loss_pkd"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", MAP_STUDENTS)
+def test_losses_of_maps_do_not_wait_on_cuda(kind: str, pair: "type[Pair]") -> None:
+    losses, asked = step_of_maps(pair, kind, "cuda"), Counter[str]()
+    first = losses()
+    with watch_cuda(asked):
+        losses()
+    assert not asked
+    expected = step_of_maps(pair, kind, "cpu")()
+    for name in ("loss_whole", "loss_gt_mask", "loss_anchor_mask", "loss_gaussian_mask", "loss_pkd"):
+        assert first[name].item() == pytest.approx(expected[name].item(), rel=1e-2)
 
 
 @pytest.mark.cuda
