@@ -21,8 +21,8 @@ from kdpipe.distill.rois.sampling import best_overlap
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.students.pyramids import StudentPyramids
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
-from kdpipe.distill.teacher.pyramids import TeacherRois
 from kdpipe.distill.teacher.maps import StoredMaps, WarpedMaps
+from kdpipe.distill.teacher.pyramids import TeacherRois
 
 # What a loss can be given of what the student says of the RoIs.
 OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "anchors"})
