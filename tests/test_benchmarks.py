@@ -12,11 +12,12 @@ BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_gpu_benchmark_measures_every_row_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--device", "cpu", "--small"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    ended = subprocess.run([*command, "--seconds", "550"], env=environment, capture_output=True, text=True)
+    ended = subprocess.run([*command, "--seconds", "840"], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()][1:]
     assert {row["row"]: row["note"] for row in rows if row["note"]} == {}

@@ -36,65 +36,65 @@ TITLES = {
 TIERS = ("pyramid", "objects", "embeddings")
 
 
-def training_rows(m: Any, family: str, amp: bool, teachers: tuple[tuple[str, str], ...]) -> list[Row]:
+def training_rows(s: Any, family: str, amp: bool, teachers: tuple[tuple[str, str], ...]) -> list[Row]:
     """Rows of a family of students: each teacher (`plain`, `live`, a tier) with whose RoIs."""
     rows = []
     for teacher, rois in teachers:
         kind = "amp" if amp else "float32"
         name = f"train/{family}/{kind}/{teacher}" + ("" if teacher == "plain" else f", {rois}'s RoIs")
-        run = partial(m.train, name, family, teacher, rois, amp=amp)
+        run = partial(s.train, name, family, teacher, rois, amp=amp)
         rows.append(Row(name, run, least=8, most=70))
     return rows
 
 
-def loader_rows(m: Any, tier: str, rois: str, counts: tuple[int, ...]) -> list[Row]:
+def loader_rows(s: Any, tier: str, rois: str, counts: tuple[int, ...]) -> list[Row]:
     """Rows of the loaders for a tier, beside the pace of the steps that they feed."""
     label = "plain" if tier == "plain" else f"{tier}, {rois}'s RoIs"
     steps = [f"train/faster-rcnn/{kind}/{label}" for kind in ("float32", "amp")]
     return [
-        Row(f"loader/{label}, {count} workers", partial(m.loading, tier, rois, count, steps), least=6, most=40)
+        Row(f"loader/{label}, {count} workers", partial(s.loading, tier, rois, count, steps), least=6, most=40)
         for count in counts
     ]
 
 
-def teacher_rows(m: Any, name: str, *tiers: str) -> list[Row]:
+def teacher_rows(t: Any, name: str, *tiers: str) -> list[Row]:
     """Rows of cache-teacher with a teacher."""
-    return [Row(f"teacher/{name}/{tier}", partial(m.caching, name, tier), least=10, most=60) for tier in tiers]
+    return [Row(f"teacher/{name}/{tier}", partial(t.caching, name, tier), least=10, most=60) for tier in tiers]
 
 
-def plan(m: Any) -> list[Row]:
+def plan(t: Any, s: Any) -> list[Row]:
     """All rows, the most worth knowing first."""
     few = (("plain", ""), ("pyramid", "student"), ("pyramid", "teacher"))
-    rates = m.size.rates
-    faster = partial(training_rows, m, "faster-rcnn")
+    rates = s.size.rates
+    faster = partial(training_rows, s, "faster-rcnn")
     return [
         *faster(False, (("plain", ""),)),
-        Row("teacher/x101/forward pass", partial(m.forward, "x101"), least=8),
-        *teacher_rows(m, "x101", "pyramid"),
+        Row("teacher/x101/forward pass", partial(t.forward, "x101"), least=8),
+        *teacher_rows(t, "x101", "pyramid"),
         *faster(False, few[1:]),
         *faster(True, few[:2]),
         *faster(False, (("live", "student"),)),
-        *teacher_rows(m, "x101", "objects"),
+        *teacher_rows(t, "x101", "objects"),
         *faster(False, (("objects", "teacher"),)),
         *faster(True, (few[2], ("objects", "teacher"))),
-        Row("profile/faster-rcnn/pyramid, student's RoIs", partial(m.profile, "faster-rcnn", *few[1]), least=8),
-        *loader_rows(m, "pyramid", "student", rates[-1:]),
-        Row("stages/x101/pyramid", partial(m.stages, "x101", "pyramid"), least=8),
-        *training_rows(m, "retinanet", False, few),
-        *training_rows(m, "fcos", False, few),
-        *loader_rows(m, "pyramid", "student", rates[:-1]),
-        *teacher_rows(m, "x101", "embeddings"),
+        Row("profile/faster-rcnn/pyramid, student's RoIs", partial(s.profile, "faster-rcnn", *few[1]), least=8),
+        *loader_rows(s, "pyramid", "student", rates[-1:]),
+        Row("stages/x101/pyramid", partial(t.stages, "x101", "pyramid"), least=8),
+        *training_rows(s, "retinanet", False, few),
+        *training_rows(s, "fcos", False, few),
+        *loader_rows(s, "pyramid", "student", rates[:-1]),
+        *teacher_rows(t, "x101", "embeddings"),
         *faster(False, (("embeddings", "teacher"),)),
-        Row("teacher/r101/forward pass", partial(m.forward, "r101"), least=6),
-        *teacher_rows(m, "r101", *TIERS),
-        *loader_rows(m, "objects", "teacher", rates),
+        Row("teacher/r101/forward pass", partial(t.forward, "r101"), least=6),
+        *teacher_rows(t, "r101", *TIERS),
+        *loader_rows(s, "objects", "teacher", rates),
         *faster(True, (("live", "student"), ("embeddings", "teacher"))),
         *faster(False, (("live", "teacher"),)),
-        *loader_rows(m, "embeddings", "teacher", rates),
-        *loader_rows(m, "plain", "", rates),
-        Row("profile/faster-rcnn/objects, teacher's RoIs", partial(m.profile, "faster-rcnn", "objects", "teacher"), 8),
-        Row("stages/x101/objects", partial(m.stages, "x101", "objects"), least=8),
-        *(row for family in ("retinanet", "fcos") for row in training_rows(m, family, True, few)),
+        *loader_rows(s, "embeddings", "teacher", rates),
+        *loader_rows(s, "plain", "", rates),
+        Row("profile/faster-rcnn/objects, teacher's RoIs", partial(s.profile, "faster-rcnn", "objects", "teacher"), 8),
+        Row("stages/x101/objects", partial(t.stages, "x101", "objects"), least=8),
+        *(row for family in ("retinanet", "fcos") for row in training_rows(s, family, True, few)),
     ]
 
 
@@ -111,20 +111,25 @@ def main(out: Path, seconds: float, device: str, small: bool, only: tuple[str, .
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of loader workers
     board = Board(out, TITLES, START, seconds)
     import torch
+    from gpu_device import Device  # type: ignore[import-not-found]
     from gpu_inputs import SMALL, Size  # type: ignore[import-not-found]
-    from gpu_measures import Measures  # type: ignore[import-not-found]
+    from gpu_students import Students  # type: ignore[import-not-found]
+    from gpu_teachers import Teachers  # type: ignore[import-not-found]
 
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("There is no CUDA device here. Say --device cpu --small for a trial.")
     with tempfile.TemporaryDirectory(prefix="kdpipe-gpu-", ignore_cleanup_errors=True) as folder:
-        m = Measures(Path(folder), out, device, SMALL if small else Size())
-        rows = [row for row in plan(m) if not only or any(text in row.name for text in only)]
+        size = SMALL if small else Size()
+        teachers = Teachers(Path(folder), Device(device), size)
+        rows = [
+            row for row in plan(teachers, Students(teachers, out)) if not only or any(text in row.name for text in only)
+        ]
         if is_list:
             click.echo("\n".join(row.name for row in rows))
             return
         cores = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-        board.describe(m.machine() | cores)
-        board.measure(rows, m.free)
+        board.describe({**teachers.device.describe(), **cores, "size": size})
+        board.measure(rows, teachers.device.free)
     board.say(f"{len(rows)} rows, {len(board.failed)} of them failed: {', '.join(board.failed) or 'none'}")
     sys.exit(1 if board.failed else 0)
 
