@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.losses.boxes import box_kd_loss
 from kdpipe.distill.losses.ckd import CKD
 from kdpipe.distill.losses.cross import Cross
 from kdpipe.distill.losses.hard import hard_label_loss
@@ -135,9 +136,10 @@ LOSSES: dict[str, Loss] = {
     "sgfi": Loss("loss_sgfi", SGFI, SGFI),
     "ckd": Loss("loss_ckd", CKD, CKD, per_stage=True),
     "cls": Loss("loss_kd_cls", classification_kd_loss, dense_classification_kd_loss),
-    "reg": Loss("loss_kd_reg", regression_kd_loss),
+    "reg": Loss("loss_kd_reg", regression_kd_loss, regression_kd_loss),
     "careg": Loss("loss_kd_careg", class_aware_regression_kd_loss, per_class=True),
     "roifi": Loss("loss_roifi", RoIFI, RoIFI),
+    "box": Loss("loss_kd_box", box_kd_loss, box_kd_loss),
     "cross": Loss("loss_cross", Cross, Cross),
     "dist": Loss("loss_dist", relation_kd_loss, relation_kd_loss),
     "hard": Loss("loss_hard", hard_label_loss),

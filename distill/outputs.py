@@ -94,16 +94,19 @@ class StudentOutputs:
             sigmoid(x) = softmax(x, 0)[0].
         deltas: Tensor[R, K or 1, 4], normalised by the student's box coder; None of a dense student.
         anchors: Tensor[R] int64, which of its location's predictions it is; None of a two-stage student.
+        boxes: Tensor[R, 4] float32 (x1, y1, x2, y2), what a dense student predicts there, not clipped; None of others.
     """
 
     embeddings: Tensor
     logits: Tensor
     deltas: Tensor | None = None
     anchors: Tensor | None = None
+    boxes: Tensor | None = None
 
     def select(self, rows: Rows) -> "StudentOutputs":
         """Those of some rows."""
-        return StudentOutputs(self.embeddings[rows], self.logits[rows], _at(self.deltas, rows), _at(self.anchors, rows))
+        others = (_at(values, rows) for values in (self.deltas, self.anchors, self.boxes))
+        return StudentOutputs(self.embeddings[rows], self.logits[rows], *others)
 
     @staticmethod
     def join(parts: "Sequence[StudentOutputs]") -> "StudentOutputs":

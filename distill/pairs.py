@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import present
-from kdpipe.cache.records import encode_boxes
+from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
 from kdpipe.distill.losses.masks import Anchor
@@ -25,13 +25,14 @@ from kdpipe.distill.teacher.maps import StoredMaps, WarpedMaps
 from kdpipe.distill.teacher.pyramids import TeacherRois
 
 # What a loss can be given of what the student says of the RoIs.
-OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "anchors"})
+OF_STUDENT = frozenset({"student_embeddings", "student_logits", "student_deltas", "student_boxes", "anchors"})
 # What a loss can be given of the teacher, and the field of a cache that it is made of.
 TEACHER_FIELDS = {
     "teacher_roi_features": "roi_features",
     "teacher_keys": "embeddings",
     "teacher_logits": "logits",
     "teacher_deltas": "deltas",
+    "teacher_boxes": "deltas",
     "all_teacher_logits": "logits",
     "all_teacher_deltas": "deltas",
     "teacher_maps": "features",
@@ -102,11 +103,32 @@ class RoiPairs:
 
     @cached_property
     def student_deltas(self) -> Tensor | None:
-        """Tensor[N, K or 1, 4], in the units of the teacher's box coder; None of a dense student."""
-        if self.student is None or self.student.deltas is None:
+        """Tensor[N, K or 1, 4], in the units of the teacher's box coder.
+
+        Those of a dense student lead from each RoI to the box that it predicts there, which it may predict in another
+        way.
+        """
+        spec, student = self.spec, self.student
+        if student is None:
             return None
-        spec, (means, stds) = self.spec, self.stage.box_coder
-        return recode_deltas(self.student.deltas, means, stds, spec.box_means, spec.box_stds)
+        if student.boxes is not None:
+            return encode_boxes(self.paired.boxes, student.boxes[:, None], spec.box_means, spec.box_stds)
+        if student.deltas is None:
+            return None
+        means, stds = self.stage.box_coder
+        return recode_deltas(student.deltas, means, stds, spec.box_means, spec.box_stds)
+
+    @property
+    def student_boxes(self) -> Tensor | None:
+        """Tensor[N, K or 1, 4] (x1, y1, x2, y2), pixels of the student's network input, not clipped."""
+        if self.student is not None and self.student.boxes is not None:
+            return self.student.boxes[:, None]
+        return self._decoded(self.student_deltas)
+
+    def _decoded(self, deltas: Tensor | None) -> Tensor | None:
+        """Boxes that deltas in the units of the teacher's box coder lead to from the N RoIs."""
+        spec = self.spec
+        return None if deltas is None else decode_deltas(self.paired.boxes, deltas, spec.box_means, spec.box_stds)
 
     @property
     def true_deltas(self) -> Tensor:
@@ -189,6 +211,11 @@ class RoiPairs:
     def teacher_deltas(self) -> Tensor | None:
         """Tensor[N, K or 1, 4], normalised by the teacher's box coder."""
         return self._of_teacher(self.teacher.deltas)
+
+    @property
+    def teacher_boxes(self) -> Tensor | None:
+        """Tensor[N, K or 1, 4] (x1, y1, x2, y2), pixels of the student's network input, not clipped."""
+        return self._decoded(self.teacher_deltas)
 
     @property
     def all_teacher_logits(self) -> Tensor | None:

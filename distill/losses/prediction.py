@@ -74,9 +74,10 @@ def dense_classification_kd_loss(student_logits: Tensor, teacher_logits: Tensor)
 def regression_kd_loss(
     student_deltas: Tensor, teacher_deltas: Tensor, labels: Tensor, num_classes: int | None = None
 ) -> Tensor:
-    """L1 between the box regressions for each RoI's class (G-DetKD, section 3; the printed minus sign is a slip).
+    """L1 between the box regressions for each RoI's class, 1/N sum |reg_t - reg_s| (G-DetKD, section 3, without its -).
 
-    A sum over the four coordinates, a mean over the foreground RoIs.
+    A sum over the four coordinates, a mean over all N RoIs, of which those of the background contribute nothing: the N
+    of equation 3, so that the two can be compared (table 13).
 
     Args:
         student_deltas: Tensor[R, K, 4], or [R, 1, 4] class-agnostic, normalised as the teacher's (`recode_deltas`).
@@ -111,7 +112,7 @@ def regression_kd_loss(
         student = student[rows, of_class if student.shape[1] > 1 else 0]  # [R, 4]
         teacher = teacher[rows, of_class if teacher.shape[1] > 1 else 0]  # [R, 4]
         distance = (teacher - student).abs().sum(dim=1)
-        return torch.where(is_object, distance, 0.0).sum() / is_object.sum().clamp(min=1)
+        return mean_or_zero(torch.where(is_object, distance, 0.0))
 
 
 def class_aware_regression_kd_loss(student_deltas: Tensor, teacher_deltas: Tensor, teacher_logits: Tensor) -> Tensor:

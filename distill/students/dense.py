@@ -121,23 +121,42 @@ class DenseStudent:
         Returns:
             Tensor[N, 4] float32 (x1, y1, x2, y2), N = A * sum of h_l * w_l: level, row, column, anchor.
         """
-        head, parts = self.head, []
-        shapes = [level.shape[-2:] for level in regression]
-        with no_autocast(regression[0]):
-            levels = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=regression[0].device)
-            every = [slice(None)] * len(levels)
-            for level, priors, stride, of in zip(regression, levels, self.strides, rows or every, strict=True):
-                encoded = level[image].permute(1, 2, 0)  # [h_l, w_l, A * E]
-                encoded = encoded.reshape(-1, encoded.shape[2] // self.num_anchors)[of].float()  # [n, E]
-                priors = priors[of]
-                if hasattr(head, "integral"):
-                    encoded = head.integral(encoded) * stride
-                elif getattr(head, "norm_on_bbox", False) and head.training:
-                    encoded = encoded * stride
-                if isinstance(head.bbox_coder, DistancePointBBoxCoder) and priors.shape[1] == 4:
-                    priors = (priors[:, :2] + priors[:, 2:]) / 2
-                parts.append(head.bbox_coder.decode(priors, encoded))
+        parts, levels = [], self.priors(regression)
+        every = [slice(None)] * len(levels)
+        for level, priors, stride, of in zip(regression, levels, self.strides, rows or every, strict=True):
+            encoded = level[image].permute(1, 2, 0)  # [h_l, w_l, A * E]
+            encoded = encoded.reshape(-1, encoded.shape[2] // self.num_anchors)[of]  # [n, E]
+            parts.append(self.decode(encoded, priors[of], stride))
         boxes: Tensor = clip_boxes_to_image(torch.cat(parts), size)
+        return boxes
+
+    def priors(self, regression: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors Tensor[h_l * w_l * A, 4], or points Tensor[h_l * w_l, 2], of each level; float32."""
+        shapes, device = [level.shape[-2:] for level in regression], regression[0].device
+        priors: list[Tensor] = self.head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=device)
+        return priors
+
+    def decode(self, encoded: Tensor, priors: Tensor, stride: int) -> Tensor:
+        """Boxes of a level as the head means them, not clipped; gradients reach what is decoded.
+
+        Args:
+            encoded: Tensor[n, E], of the head's forward in training.
+            priors: Tensor[n, 4 or 2], of the same predictions.
+            stride: Of the level.
+
+        Returns:
+            Tensor[n, 4] float32 (x1, y1, x2, y2).
+        """
+        head = self.head
+        with no_autocast(encoded):
+            encoded = encoded.float()
+            if hasattr(head, "integral"):
+                encoded = head.integral(encoded) * stride
+            elif getattr(head, "norm_on_bbox", False) and head.training:
+                encoded = encoded * stride
+            if isinstance(head.bbox_coder, DistancePointBBoxCoder) and priors.shape[1] == 4:
+                priors = (priors[:, :2] + priors[:, 2:]) / 2
+            boxes: Tensor = head.bbox_coder.decode(priors, encoded)
         return boxes
 
     @torch.no_grad()
@@ -285,13 +304,17 @@ class DenseForward:
         ends = list(accumulate(anchors * scores.shape[2] * scores.shape[3] for scores in self.scores))
         starts = torch.tensor(ends[:-1], dtype=torch.int64).to(predictions.device, non_blocking=True)
         order = rows_of_each(torch.bucketize(predictions, starts, right=True), len(ends))
+        priors = self._student.priors(self.regression)
         for level, (scores, start, rows) in enumerate(zip(self.scores, [0, *ends], order, strict=False)):
             image, local = images[rows], predictions[rows] - start
             cell, anchor = local // anchors, local % anchors
             of_class = scores.flatten(2).unflatten(1, (anchors, -1))[image, anchor, :, cell]  # [n, K]
-            parts.append((self._embeddings(level, image, cell), of_class, anchor))
-        embeddings, logits, anchor_index = (torch.cat(part) for part in zip(*parts, strict=True))
-        outputs = StudentOutputs(embeddings.float(), self._student.logits(logits.float()), anchors=anchor_index)
+            encoded = self.regression[level].flatten(2).unflatten(1, (anchors, -1))[image, anchor, :, cell]  # [n, E]
+            boxes = self._student.decode(encoded, priors[level][local], self.strides[level])
+            parts.append((self._embeddings(level, image, cell), of_class, anchor, boxes))
+        embeddings, logits, anchor_index, boxes = (torch.cat(part) for part in zip(*parts, strict=True))
+        logits = self._student.logits(logits.float())
+        outputs = StudentOutputs(embeddings.float(), logits, anchors=anchor_index, boxes=boxes)
         return outputs.select(torch.cat(order).argsort())
 
     def _embeddings(self, level: int, image: Tensor, cell: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_parameters_are_of_sizes_and_options_have_defaults() -> None:
 
 def test_every_loss_is_a_method() -> None:
     of_maps = ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "pkd")
-    of_rois = ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "cross", "dist", "hard")
+    of_rois = ("sgfi", "ckd", "pred", "cls", "reg", "careg", "roifi", "box", "cross", "dist", "hard")
     assert (*of_rois, *of_maps, "ht", "inherit") == METHODS
     assert len({loss.log_name for loss in LOSSES.values()}) == len(LOSSES)
 

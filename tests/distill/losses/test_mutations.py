@@ -10,6 +10,7 @@ import pytest
 from torch.autograd.gradcheck import GradcheckError
 
 from kdpipe.distill.losses import (
+    boxes,
     ckd,
     ckd_negatives,
     ckd_queue,
@@ -344,7 +345,10 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
                 "is_object, of_class = labels <= classes",
             ),
             "box of another class": ("of_class if student.shape[1] > 1 else 0", "0"),
-            "a mean over all RoIs": ("is_object.sum().clamp(min=1)", "num_rois"),
+            "a mean over the objects": (
+                "mean_or_zero(torch.where(is_object, distance, 0.0))",
+                "distance[is_object].mean()",
+            ),
         },
     ),
     (
@@ -360,6 +364,18 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
                 "mean_or_zero(1 - (one * other).sum(dim=1))",
                 "(1 - (one * other).sum(dim=1)).sum()",
             ),
+        },
+    ),
+    (
+        boxes,
+        EQUATION,
+        {"student": 3, "teacher": 3},
+        {
+            "IoU in place of GIoU": (" - (around - union) / (around + least)", ""),
+            "background included": ("softmax(dim=1)[:, :-1]", "softmax(dim=1)[:, 1:]"),
+            "softmax over the RoIs": ("logits.softmax(dim=1)", "logits.softmax(dim=0)"),
+            "not weighted": ("(weights * (1 -", "(1 * (1 -"),
+            "a mean over the classes": (")).sum(dim=1))", ")).mean(dim=1))"),
         },
     ),
     (

@@ -1,6 +1,7 @@
 """Dense students: what they show is taken from their own loss, which does not notice."""
 
 import copy
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from mmdet.models.dense_heads import ATSSHead
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from torch import Tensor
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.detector import DistilledDetector
@@ -310,6 +311,63 @@ def test_proposals_are_those_of_an_rpn_and_the_ground_truth(pair: "type[Pair]", 
                 torch.testing.assert_close(outputs.logits[place, :3], logits[overlaps.index(max(overlaps))])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_boxes_are_part_of_the_graph(pair: "type[Pair]", family: str) -> None:
+    """Clipped, they are the proposals, and those that annotations are paired with."""
+    model = detector(pair, family, "reg", "box")
+    forward = watched(pair, model)
+    sampled, paired, outputs = forward.sampled()
+    assert outputs.boxes is not None
+    rois, boxes = sampled.select(paired), clip_boxes_to_image(outputs.boxes, (64, 64))
+    is_truth = torch.zeros(len(rois), dtype=torch.bool)
+    for image, truth in enumerate(forward.ground_truth):
+        same = (rois.boxes[:, None] == truth.bboxes).all(dim=2).any(dim=1)
+        is_truth |= same & (rois.image_index == image)
+    torch.testing.assert_close(boxes[~is_truth], rois.boxes[~is_truth], atol=1e-4, rtol=0)
+    overlaps = [naive_iou(*both) for both in zip(boxes[is_truth].tolist(), rois.boxes[is_truth].tolist(), strict=True)]
+    assert all(overlap >= 0.5 for overlap in overlaps)
+    outputs.boxes.sum().backward()
+    learned = {name for name, p in model.student.bbox_head.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("reg" in name for name in learned)
+    assert not any("cls" in name for name in learned)
+
+
+def test_boxes_are_distilled_where_the_student_predicts_them(pair: "type[Pair]") -> None:
+    model = detector(pair, "fcos", "reg", "box")
+    forward = watched(pair, model)
+    views = [view(pair, 1), view(pair, 2)]
+    losses = step(pair, model, views)
+    sampled, paired, outputs = forward.sampled()
+    assert outputs.boxes is not None
+    rois = sampled.select(paired)
+    with torch.no_grad():
+        logits, deltas = pair.head()(teacher_features(pair.spec, views, rois.rois))
+    deltas, scores = deltas.unflatten(1, (-1, 4)) * torch.tensor(pair.spec.box_stds), logits.softmax(dim=1)
+    predicted = outputs.boxes.detach()
+    of_deltas, of_boxes = 0.0, 0.0
+    for i, (x1, y1, x2, y2) in enumerate(rois.boxes.tolist()):
+        w, h = x2 - x1, y2 - y1
+        a = predicted[i].tolist()
+        moved = [(a[0] + a[2] - x1 - x2) / 2 / w, (a[1] + a[3] - y1 - y2) / 2 / h]
+        moved += [math.log((a[2] - a[0]) / w), math.log((a[3] - a[1]) / h)]
+        if int(rois.labels[i]) < 3:
+            wanted = deltas[i, int(rois.labels[i])].tolist()
+            of_deltas += sum(abs(s - t) / std for s, t, std in zip(moved, wanted, pair.spec.box_stds, strict=True))
+        for c in range(3):
+            dx, dy, dw, dh = deltas[i, c].clamp(max=math.log(1000 / 16)).tolist()
+            x, y, half_w, half_h = (
+                (x1 + x2) / 2 + dx * w,
+                (y1 + y2) / 2 + dy * h,
+                w / 2 * math.exp(dw),
+                h / 2 * math.exp(dh),
+            )
+            teachers = torch.tensor([[x - half_w, y - half_h, x + half_w, y + half_h]])
+            of_boxes += float(scores[i, c] * generalized_box_iou_loss(predicted[i : i + 1], teachers))
+    assert of_deltas > 0
+    assert losses["loss_kd_reg"].item() == pytest.approx(of_deltas / len(rois), rel=1e-3)
+    assert losses["loss_kd_box"].item() == pytest.approx(of_boxes / len(rois), rel=1e-3)
+
+
 def test_a_softmax_head_proposes_by_its_object_classes() -> None:
     model = config("retinanet")
     model.bbox_head.loss_cls = {"type": "CrossEntropyLoss", "use_sigmoid": False}
@@ -526,7 +584,7 @@ def test_the_student_is_as_it_was_also_after_an_error(pair: "type[Pair]") -> Non
     assert not head.reg_convs[-1]._forward_hooks
 
 
-@pytest.mark.parametrize("method", ["reg", "careg", "ht"])
+@pytest.mark.parametrize("method", ["careg", "ht", "hard"])
 def test_losses_of_two_stage_students_are_refused(pair: "type[Pair]", method: str) -> None:
     with pytest.raises(ContractError, match=f"--methods {method} needs the box head of a two-stage student"):
         detector(pair, "fcos", method)

@@ -42,14 +42,39 @@ if TYPE_CHECKING:
 IMAGES, SCALE = 4, (160, 120)
 CLASSES = ("RBC", "WBC", "Platelets")
 MAPS = ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "pkd")
-METHODS = ("sgfi", "ckd", "cls", "reg", "careg", "roifi", "cross", "dist", *MAPS)
-DENSE_METHODS = ("sgfi", "ckd", "pred", "roifi", "cross", "dist", *MAPS)
+METHODS = ("sgfi", "ckd", "cls", "reg", "careg", "roifi", "cross", "dist", "box", *MAPS)
+DENSE_METHODS = ("sgfi", "ckd", "pred", "roifi", "cross", "dist", "reg", "box", *MAPS)
 STUDENTS = {"faster-rcnn": METHODS, "retinanet": DENSE_METHODS, "fcos": DENSE_METHODS}
 OF_MAPS = {name.replace("-", "_") for name in MAPS}
 LOSSES = {
-    "faster-rcnn": {"sgfi", "ckd", "kd_cls", "kd_reg", "kd_careg", "roifi", "cross", "dist", "rpn_cls", *OF_MAPS},
-    "retinanet": {"sgfi", "ckd", "kd_cls", "roifi", "cross", "dist", "cls", "bbox", *OF_MAPS},
-    "fcos": {"sgfi", "ckd", "kd_cls", "roifi", "cross", "dist", "cls", "bbox", "centerness", *OF_MAPS},
+    "faster-rcnn": {
+        "sgfi",
+        "ckd",
+        "kd_cls",
+        "kd_reg",
+        "kd_careg",
+        "kd_box",
+        "roifi",
+        "cross",
+        "dist",
+        "rpn_cls",
+        *OF_MAPS,
+    },
+    "retinanet": {"sgfi", "ckd", "kd_cls", "kd_reg", "kd_box", "roifi", "cross", "dist", "cls", "bbox", *OF_MAPS},
+    "fcos": {
+        "sgfi",
+        "ckd",
+        "kd_cls",
+        "kd_reg",
+        "kd_box",
+        "roifi",
+        "cross",
+        "dist",
+        "cls",
+        "bbox",
+        "centerness",
+        *OF_MAPS,
+    },
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*meshgrid:UserWarning")  # of mmdet's FCOS head

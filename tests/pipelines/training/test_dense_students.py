@@ -124,7 +124,7 @@ def test_the_branch_changes_what_is_learned(kit: "Kit", work: Path) -> None:
 
 def test_what_does_not_fit_is_said(kit: "Kit", work: Path) -> None:
     path = student(kit, work, "retinanet")
-    for method in ("reg", "careg", "ht"):
+    for method in ("careg", "ht"):
         message = kit.refused(*kit.student_command(work / "w", "--student", path, "--methods", method))
         assert f"--methods {method} needs the box head of a two-stage student" in message
     message = kit.refused(*kit.student_command(work / "w", "--student", path, "--ckd-branch", "both"), code=2)
