@@ -20,6 +20,7 @@ from kdpipe.pipelines.cli.options import (
     val_options,
 )
 from kdpipe.pipelines.cli.ray_options import check_ray_options, ray_options
+from kdpipe.pipelines.cli.report import report_trainings_in
 from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, distillation_options, teacher_options
 from kdpipe.pipelines.cli.training import train_student_command
 from kdpipe.pipelines.commands.options import RayOptions
@@ -115,6 +116,7 @@ def compare_command(
             engine = RayEngine(stack.enter_context(ray_cluster(ray.address)), ray.cpus, ray.gpus, console)
             engine.check_nodes([cell for row in rows for cell in row.cells], work_dir)
         is_complete = compare(rows, work_dir, engine, teacher, console)
+    report_trainings_in(work_dir)
     sys.exit(0 if is_complete else 1)
 
 

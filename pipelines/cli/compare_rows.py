@@ -81,7 +81,7 @@ class RowBuilder:
         teacher: CachedTrainingTeacher | None,
     ) -> Cell:
         folder = methods_folder / f"seed-{seed}"
-        places = {"--seed": [str(seed)], "--work-dir": [str(folder)], "--auto-resume": []}
+        places = {"--seed": [str(seed)], "--work-dir": [str(folder)], "--auto-resume": [], "--no-report": []}
         words, secret = argument_words(merged(arguments, places)), argument_words(self._secret)
         options = given_options(self._parsed(name, [*words, *secret]))
         record = None if teacher is None else teacher.record

@@ -8,7 +8,7 @@ from kdpipe.pipelines.cli.options import PATH, PLACE, grouped, store_option
 from kdpipe.pipelines.commands.options import ReportOptions
 from kdpipe.pipelines.runtime.console import command_console
 
-__all__ = ["report_command"]
+__all__ = ["report_command", "report_trainings_in"]
 
 
 @click.command("report")
@@ -32,17 +32,17 @@ def report_command(place: str, store_options: dict[str, str], options: ReportOpt
     report(place, store_options, options, command_console(shared=False))
 
 
-def report_training(work_dir: Path) -> None:
-    """Write the report of a training that has just ended, from what it kept; a problem with it is no problem of that.
+def report_trainings_in(folder: Path) -> None:
+    """Write the report of trainings that have just ended, from what they kept. What goes wrong is said, and that is all.
 
     Args:
-        work_dir: Of the training.
+        folder: Of a training, or of several.
     """
     from kdpipe.cache.errors import KdpipeError
     from kdpipe.pipelines.report.report import report_trainings
 
     console = command_console()
     try:
-        report_trainings(work_dir, ReportOptions(no_inference=True), {}, console)
+        report_trainings(folder, ReportOptions(no_inference=True), {}, console)
     except (KdpipeError, OSError) as error:
         console.print(f"No report was written: {error}", markup=False)

@@ -19,7 +19,7 @@ METHODS_HELP = (
 # What decides where and how fast a training runs, and not what is learned.
 _PLACES = (
     *("work_dir", "resume", "auto_resume", "workers", "store_options", "local_copy", "local_bytes"),
-    *("trust", "strict_data"),
+    *("trust", "strict_data", "no_report"),
 )
 
 teacher_options = combined(

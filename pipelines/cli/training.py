@@ -21,6 +21,7 @@ from kdpipe.pipelines.cli.options import (
     trust_option,
     val_options,
 )
+from kdpipe.pipelines.cli.report import report_trainings_in
 from kdpipe.pipelines.cli.student_options import (
     DEFAULT_STUDENT,
     METHODS_HELP,
@@ -31,6 +32,7 @@ from kdpipe.pipelines.cli.student_options import (
 from kdpipe.pipelines.commands.options import EvaluateOptions, StudentOptions
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.runtime.console import command_console
+from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.runtime.memory import memory_advice
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.process_group import trained_together
@@ -44,6 +46,7 @@ __all__ = ["evaluate_command", "train_student_command", "train_teacher_command"]
 @click.option("--methods", help=METHODS_HELP)
 @distillation_options
 @training_options
+@click.option("--no-report", is_flag=True, help="Write no report.html into the work directory in the end.")
 @click.option(
     "--auto-resume", is_flag=True, help="As --resume where the work directory holds a training; else begin one."
 )
@@ -69,6 +72,7 @@ def train_student_command(
     work_dir: Path | None,
     resume: bool,
     auto_resume: bool,
+    no_report: bool,
     trust: bool,
 ) -> None:
     """Train a student from a cache. Nothing of the teacher is needed.
@@ -134,6 +138,8 @@ def train_student_command(
         console=console,
         command=command,
     )
+    if not no_report and is_first():
+        report_trainings_in(work_dir)
     _report(console, result)
 
 

@@ -20,13 +20,13 @@ from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint
 from kdpipe.pipelines.report.trainings import Training
 from kdpipe.pipelines.teacher.compare import load_recorded_teacher
+from kdpipe.pipelines.training.work_dir import DETECTIONS, WorkDir
 
 __all__ = ["Results", "ValidationImages", "student_results", "teacher_results", "validation_images"]
 
 # Detections as COCO has them: image_id, category_id, bbox (x, y, w, h) in pixels, score.
 Results = list[dict[str, Any]]
 
-DETECTIONS = "detections.bbox.json"
 _ANNOTATIONS = "kdpipe/val.json"
 
 
@@ -86,7 +86,7 @@ def student_results(training: Training, images: ValidationImages, options: Repor
     Raises:
         KdpipeError: It cannot run; says why.
     """
-    kept = training.path / "kdpipe" / DETECTIONS
+    kept = WorkDir(training.path).folder / DETECTIONS
     checkpoint = training.checkpoint
     if not kept.is_file() or (checkpoint.is_file() and kept.stat().st_mtime < checkpoint.stat().st_mtime):
         if not checkpoint.is_file():

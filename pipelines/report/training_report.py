@@ -10,6 +10,7 @@ from rich.console import Console
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.commands.options import ReportOptions
+from kdpipe.pipelines.compare.statistics import Gain
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.report.accuracy import Accuracy, class_names, mean_accuracy, measure, read_truth
 from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, gain_figure
@@ -37,6 +38,7 @@ __all__ = ["Found", "find_objects", "training_facts", "training_sections"]
 
 TEACHER = "teacher"
 _PICTURES = 12
+_MORE_COLUMNS = ("AP50", "AP75", "s per step", "peak memory", "seeds", "student", "state")
 
 
 @dataclass
@@ -118,8 +120,10 @@ def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[
         facts.append(("Without distillation", f"{plain.ap:.3f}"))
     if best is not None and best.ap is not None:
         facts.append(("Distilled" if best.is_distilled else "AP", f"{best.ap:.3f}"))
-        if plain is not None and plain.ap is not None and best is not plain:
-            facts.append(("Gain", f"{100 * (best.ap - plain.ap):+.1f} points"))
+        gain = best.gain_over(plain) if plain is not None and best is not plain else None
+        if gain is not None:
+            noise = " (within noise)" if gain.within_noise else ""
+            facts.append(("Gain", f"{100 * gain.mean:+.1f} points{noise}"))
     count = sum(len(group.trainings) for group in groups)
     return [*facts, ("Trainings", str(count))] if count > 1 else facts
 
@@ -161,15 +165,16 @@ def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Sec
 
 
 def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
-    columns = ("methods", "AP", "±", "gain", "AP50", "AP75", "s per step", "peak memory", "seeds", "student", "state")
-    rows = [_row(group, _beside(group, groups)) for group in groups]
+    columns = ("methods", "AP", "±", "gain", "gap closed", *_MORE_COLUMNS)
+    rows = [_row(group, _beside(group, groups), found.teacher_ap) for group in groups]
     caption = (
-        "AP: mean over seeds; ±: standard deviation. Gain: points over the same student without distillation. "
-        "Click on a column to sort."
+        "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, over "
+        "seeds of both; from three seeds on with Student's t interval of 95 %, within noise where that holds 0. Gap "
+        "closed: of the distance from that student to the teacher. Click on a column to sort."
     )
     if TEACHER in found.accuracies:
         ious = found.accuracies[TEACHER].by_iou()
-        values = [found.accuracies[TEACHER].ap, None, None, ious[0], ious[5], None]
+        values = [found.accuracies[TEACHER].ap, None, None, None, ious[0], ious[5], None]
         rows.append([TEACHER, *map(_number, values), NOTHING, NOTHING, "", "from its checkpoint"])
     return Table(columns, rows, caption)
 
@@ -179,15 +184,16 @@ def _beside(group: TrainingGroup, groups: Sequence[TrainingGroup]) -> TrainingGr
     return plain[0] if plain and group.is_distilled else None
 
 
-def _row(group: TrainingGroup, plain: TrainingGroup | None) -> list[Cell | str]:
-    gain = None if plain is None or plain.ap is None or group.ap is None else 100 * (group.ap - plain.ap)
+def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | None) -> list[Cell | str]:
+    gain = None if plain is None else group.gain_over(plain)
     memory = _mean(group, "peak_memory")
     states = {training.state for training in group.trainings}
     return [
         group.first.methods_text if group.label.endswith(group.first.methods_text) else group.label,
         _number(group.ap, strong=True),
         _number(statistics.stdev(group.aps) if len(group.aps) > 1 else None),
-        Cell(NOTHING, -math.inf) if gain is None else Cell(f"{gain:+.1f}", gain),
+        _gain(gain),
+        _share(_gap_closed(group, plain, teacher_ap)),
         *(_number(_metric(group, name)) for name in ("bbox_mAP_50", "bbox_mAP_75")),
         _number(_mean(group, "seconds_per_step"), digits=2),
         Cell(NOTHING, -math.inf) if memory is None else Cell(bytes_text(memory), memory),
@@ -195,6 +201,27 @@ def _row(group: TrainingGroup, plain: TrainingGroup | None) -> list[Cell | str]:
         group.first.student,
         states.pop() if len(states) == 1 else "; ".join(f"seed {each.seed}: {each.state}" for each in group.trainings),
     ]
+
+
+def _gain(gain: Gain | None) -> Cell:
+    if gain is None:
+        return Cell(NOTHING, -math.inf)
+    text = f"{100 * gain.mean:+.1f}"
+    if gain.interval is not None:
+        low, high = (100 * end for end in gain.interval)
+        text += f" ({low:+.1f} to {high:+.1f}{', within noise' if gain.within_noise else ''})"
+    return Cell(text, gain.mean)
+
+
+def _gap_closed(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | None) -> float | None:
+    if plain is None or plain.ap is None or teacher_ap is None or teacher_ap <= plain.ap:
+        return None
+    gain = group.gain_over(plain)
+    return None if gain is None else gain.mean / (teacher_ap - plain.ap)
+
+
+def _share(share: float | None) -> Cell:
+    return Cell(NOTHING, -math.inf) if share is None else Cell(f"{100 * share:.0f} %", share)
 
 
 def _mean(group: TrainingGroup, name: str) -> float | None:

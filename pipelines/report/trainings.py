@@ -1,6 +1,5 @@
 """The trainings that lie in a folder: what each was begun with, what it measured, and which belong together."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,15 @@ from typing import Any
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
+from kdpipe.pipelines.compare.results import find_trainings as trainings_below
+from kdpipe.pipelines.compare.results import read_losses, read_validations
+from kdpipe.pipelines.compare.statistics import Gain, paired_gain
 from kdpipe.pipelines.data.provenance import recorded_entry
 from kdpipe.pipelines.training.work_dir import WorkDir
 
 __all__ = ["Training", "TrainingGroup", "find_trainings", "group_trainings"]
 
 _RECORD = "kdpipe/recipe.json"
-_AP = "coco/bbox_mAP"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,27 +98,22 @@ class Training:
         return logs[-1] if logs else None
 
     @cached_property
-    def scalars(self) -> list[dict[str, Any]]:
-        """What was logged, a line per interval; of a training that was resumed, all of its starts."""
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
-        for file in sorted(self.path.glob("[0-9]*_[0-9]*/vis_data/scalars.json")):
-            for row in _json_lines(file):
-                if isinstance(step := row.get("step"), int):
-                    rows["val" if _AP in row else "train", step] = row
-        return [rows[key] for key in sorted(rows)]
+    def losses(self) -> list[dict[str, Any]]:
+        """What was logged of steps, as `read_losses` gives it."""
+        return read_losses(self.path)
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Epochs done, and a value that was logged then, such as `loss_sgfi`, `time` or `ap`."""
         if name == "ap":
-            return [(float(row["step"]), float(row[_AP])) for row in self.scalars if _AP in row]
-        rows = [row for row in self.scalars if "iter" in row and "epoch" in row]
-        steps = max((row["step"] / row["epoch"] for row in rows), default=1.0)  # per epoch
-        return [(row["step"] / steps, float(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+            return [(float(row["epoch"]), float(row["coco/bbox_mAP"])) for row in read_validations(self.path)]
+        steps = max((row["step"] / row["epoch"] for row in self.losses), default=1.0)  # per epoch
+        return [
+            (row["step"] / steps, float(row[name])) for row in self.losses if isinstance(row.get(name), int | float)
+        ]
 
     def logged(self, prefix: str) -> list[str]:
         """Names of logged values that begin like this, in the order of the log."""
-        names = (name for row in self.scalars for name in row if name.startswith(prefix))
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(name for row in self.losses for name in row if name.startswith(prefix)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +146,14 @@ class TrainingGroup:
     @property
     def aps(self) -> list[float]:
         """COCO AP of each seed that has one."""
-        return [training.ap for training in self.trainings if training.ap is not None]
+        return list(self._ap_of_seed().values())
+
+    def _ap_of_seed(self) -> dict[int, float]:
+        return {training.seed or 0: training.ap for training in self.trainings if training.ap is not None}
+
+    def gain_over(self, other: "TrainingGroup") -> Gain | None:
+        """What AP gains over that of others, over seeds that both have; None where there is none."""
+        return paired_gain(self._ap_of_seed(), other._ap_of_seed())
 
     @property
     def ap(self) -> float | None:
@@ -167,8 +170,7 @@ def find_trainings(folder: Path) -> list[Training]:
     Raises:
         KdpipeError: There is none, or a record cannot be read.
     """
-    is_training = (folder / _RECORD).is_file()
-    paths = [folder] if is_training else sorted(file.parent.parent for file in folder.rglob(_RECORD))
+    paths = [folder] if (folder / _RECORD).is_file() else trainings_below(folder)
     trainings = [_read(path, folder) for path in paths]
     found = [training for training in trainings if training is not None]
     if not found:
@@ -216,14 +218,3 @@ def _labels(trainings: Sequence[Training]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [training.name for training in trainings]
-
-
-def _json_lines(file: Path) -> Iterable[dict[str, Any]]:
-    """The lines of a log; one that a process did not write to its end is left out."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -31,7 +31,7 @@ _FOLDER, _RECORD, _LOCK = "kdpipe", "recipe.json", "lock"
 _OWN = (  # all that a training writes, but for logs in folders named after the second
     *(f"{name}.{suffix}" for name in ("student", "teacher") for suffix in ("pth", "partial")),
     *("epoch_*.pth", "epoch_*.partial", "best_*.pth", "best_*.partial"),
-    *("last_checkpoint", "result.json", _FOLDER),
+    *("last_checkpoint", "result.json", "report.html", _FOLDER),
 )
 _LOG = re.compile(r"\d{8}_\d{6}")
 

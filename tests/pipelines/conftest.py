@@ -293,6 +293,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     with pytest.MonkeyPatch.context() as patch:
         # The layout of config text costs more than a training step; runs in a process of their own have it.
         patch.setattr("mmengine.config.config.FormatCode", lambda text, **options: (text, False))
+        # Drawing takes longer than training here; tests/pipelines/report and runs in a process of their own have it.
+        for command in ("training", "compare"):
+            patch.setattr(f"kdpipe.pipelines.cli.{command}.report_trainings_in", lambda folder: None)
         yield Kit(tmp_path_factory.mktemp("kit"))
     torch.set_num_threads(threads)
 
