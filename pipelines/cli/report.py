@@ -6,7 +6,7 @@ import click
 
 from kdpipe.pipelines.cli.options import PATH, PLACE, grouped, store_option
 from kdpipe.pipelines.commands.options import ReportOptions
-from kdpipe.pipelines.runtime.console import command_console
+from kdpipe.pipelines.runtime.console import command_console, error_text
 
 __all__ = ["report_command", "report_trainings_in"]
 
@@ -33,16 +33,15 @@ def report_command(place: str, store_options: dict[str, str], options: ReportOpt
 
 
 def report_trainings_in(folder: Path) -> None:
-    """Write the report of trainings that have just ended, from what they kept. What goes wrong is said, and that is all.
+    """Write the report of trainings that have just ended, from what they kept; what goes wrong is said, no more.
 
     Args:
         folder: Of a training, or of several.
     """
-    from kdpipe.cache.errors import KdpipeError
     from kdpipe.pipelines.report.report import report_trainings
 
     console = command_console()
     try:
         report_trainings(folder, ReportOptions(no_inference=True), {}, console)
-    except (KdpipeError, OSError) as error:
-        console.print(f"No report was written: {error}", markup=False)
+    except Exception as error:  # of drawing, which is no reason for trainings to fail
+        console.print(f"No report was written: {error_text(error) or type(error).__name__}", markup=False)

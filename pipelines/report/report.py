@@ -4,15 +4,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kdpipe.cache.errors import CacheError, KdpipeError
+from kdpipe.cache.errors import CacheError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
-from kdpipe.cache.store.location import open_location
+from kdpipe.cache.store.location import Location, open_location
 from kdpipe.pipelines.commands.options import ReportOptions
+from kdpipe.pipelines.report.cache_report import cache_page
 from kdpipe.pipelines.report.page import Section, check_out, render_page, write_figures, write_page
 from kdpipe.pipelines.report.training_report import find_objects, training_facts, training_sections
 from kdpipe.pipelines.report.trainings import Training, find_trainings, group_trainings
 
-__all__ = ["REPORT", "report", "report_trainings"]
+__all__ = ["REPORT", "report", "report_cache", "report_trainings"]
 
 REPORT = "report.html"
 
@@ -92,6 +93,21 @@ def _teacher_cache(
         return None, [f"The cache is not there: {error}"]
 
 
+def report_cache(location: Location, options: ReportOptions, console: Console) -> Path:
+    """Write the report of a cache, by default `NAME.report.html` in the current folder.
+
+    Args:
+        location: Of the cache; parts may be missing.
+        options: How.
+        console: Where progress is shown.
+    """
+    out = options.out or Path(f"{location.title.removesuffix('.zarr')}.{REPORT}")
+    if options.png is None:
+        check_out(out)
+    facts, sections = cache_page(location, options, console)
+    return write_report(out, options.png, (f"Cache {location.title}", location.name), facts, sections, console)
+
+
 def is_cache(place: str) -> bool:
     """Whether a path or URL is a cache, and no folder of trainings."""
     return "://" in place or (Path(place) / "zarr.json").exists()
@@ -107,5 +123,5 @@ def report(place: str, store_options: dict[str, str], options: ReportOptions, co
         console: Where progress is shown.
     """
     if is_cache(place):
-        raise KdpipeError(f"{place} is a cache, and not yet reported.")
+        return report_cache(open_location(place, store_options), options, console)
     return report_trainings(Path(place), options, store_options, console)

@@ -168,8 +168,8 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
     columns = ("methods", "AP", "±", "gain", "gap closed", *_MORE_COLUMNS)
     rows = [_row(group, _beside(group, groups), found.teacher_ap) for group in groups]
     caption = (
-        "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, over "
-        "seeds of both; from three seeds on with Student's t interval of 95 %, within noise where that holds 0. Gap "
+        "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, of "
+        "seeds that both have; from three on with Student's t interval of 95 %, within noise where that holds 0. Gap "
         "closed: of the distance from that student to the teacher. Click on a column to sort."
     )
     if TEACHER in found.accuracies:

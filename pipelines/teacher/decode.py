@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,58 @@ from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.runtime.console import ProgressBar, silent_stdout
 from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX
 
-__all__ = ["cached_ap"]
+__all__ = ["cached_ap", "cached_detections"]
 
 
-@torch.inference_mode()
-def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console: Console) -> dict[str, float]:
+def cached_ap(
+    cache: TeacherCache,
+    config: Config,
+    data: DetectionData,
+    console: Console,
+    image_ids: Sequence[int] | None = None,
+) -> dict[str, float]:
     """AP of the detections that cached logits and deltas of the proposals decode to.
-
-    They are decoded as mmdet decodes those of the live teacher: score threshold, class-wise NMS and number of
-    detections are those of its config. The images are those of the cache.
 
     Args:
         cache: With the view `identity`.
         config: The teacher's, as `recorded_config` gives it.
         data: What the cache was made of.
         console: Where progress is shown.
+        image_ids: Of the images that are measured; None takes those of the cache.
 
     Returns:
         As `ap_metrics` gives them, not rounded.
+
+    Raises:
+        CacheError: the cache lacks the view, or is damaged.
+        ConfigError: the config does not describe the teacher's box head.
+    """
+    image_ids = cache.image_ids.tolist() if image_ids is None else image_ids
+    detections = cached_detections(cache, config, image_ids, console)
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = data.copied_to(Path(folder) / "annotations.json").write_copy()
+        metrics = _coco_ap(cache, annotations, detections, image_ids)
+        if data.is_voc:
+            objects = read_objects(annotations)
+            objects = {image_id: objects[image_id] for image_id in image_ids}
+            metrics |= {VOC_PREFIX + name: value for name, value in voc_ap(objects, detections).items()}
+    return metrics
+
+
+@torch.inference_mode()
+def cached_detections(
+    cache: TeacherCache, config: Config, image_ids: Sequence[int], console: Console
+) -> dict[int, Detections]:
+    """The detections that cached logits and deltas of the proposals decode to, by image id.
+
+    They are decoded as mmdet decodes those of the live teacher: score threshold, class-wise NMS and number of
+    detections are those of its config. Images without proposals are left out.
+
+    Args:
+        cache: With the view `identity`.
+        config: The teacher's, as `recorded_config` gives it.
+        image_ids: Of images of the cache.
+        console: Where progress is shown.
 
     Raises:
         CacheError: the cache lacks the view, or is damaged.
@@ -57,30 +91,25 @@ def cached_ap(cache: TeacherCache, config: Config, data: DetectionData, console:
         options = config.model.test_cfg.rcnn
     detections: dict[int, Detections] = {}
     start = time.perf_counter()
-    with ProgressBar(console, "teacher's AP", len(cache)) as progress:
-        for done, image_id in enumerate(cache.image_ids.tolist(), 1):
+    with ProgressBar(console, "teacher's AP", len(image_ids)) as progress:
+        for done, image_id in enumerate(image_ids, 1):
             if (image_detections := _detections(cache, image_id, head, options)) is not None:
                 detections[image_id] = image_detections
             progress.update(done, f"{done / (time.perf_counter() - start):.1f} images/s")
-    with tempfile.TemporaryDirectory() as folder:
-        annotations = data.copied_to(Path(folder) / "annotations.json").write_copy()
-        metrics = _coco_ap(cache, annotations, detections)
-        if data.is_voc:
-            objects = read_objects(annotations)
-            objects = {image_id: objects[image_id] for image_id in cache.image_ids.tolist()}
-            metrics |= {VOC_PREFIX + name: value for name, value in voc_ap(objects, detections).items()}
-    return metrics
+    return detections
 
 
-def _coco_ap(cache: TeacherCache, annotations: Path, detections: Mapping[int, Detections]) -> dict[str, float]:
-    """COCO's AP on the images of a cache."""
+def _coco_ap(
+    cache: TeacherCache, annotations: Path, detections: Mapping[int, Detections], image_ids: Sequence[int]
+) -> dict[str, float]:
+    """COCO's AP on images of a cache."""
     results = [entry for image_id, each in detections.items() for entry in _results(cache, image_id, each)]
     if not results:
         return dict.fromkeys(AP_NAMES, 0.0)
     with silent_stdout():
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.imgIds = cache.image_ids.tolist()
+        evaluation.params.imgIds = list(image_ids)
         evaluation.params.catIds = list(cache.spec.category_ids)
         evaluation.evaluate()
         evaluation.accumulate()
