@@ -130,6 +130,15 @@ class SGFI(nn.Module):
         Raises:
             LossInputError: shapes that do not fit.
         """
+        loss, alpha = self._loss_and_weights(student_roi_features, teacher_roi_features)
+        level = alpha.detach().sum(dim=0) / max(1, len(alpha))
+        return SGFIResult(loss, self.temperature.detach(), level)
+
+    def level_weights(self, student_roi_features: Tensor, teacher_roi_features: Tensor) -> Tensor:
+        """How much each of the student's levels is looked at for each RoI, Tensor[R, L]; takes what `forward` takes."""
+        return self._loss_and_weights(student_roi_features, teacher_roi_features)[1]
+
+    def _loss_and_weights(self, student_roi_features: Tensor, teacher_roi_features: Tensor) -> tuple[Tensor, Tensor]:
         check_dims("student_roi_features", student_roi_features, "[R, L, C, 7, 7]")
         num_rois, num_levels = student_roi_features.shape[:2]
         expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
@@ -141,9 +150,7 @@ class SGFI(nn.Module):
             features = student_roi_features, teacher_roi_features.detach()
             student, teacher = (x.to(self.adapt.weight.dtype) for x in features)
             mixed_by = self._normalized if self.normalize else self._mixed
-            loss, alpha = mixed_by(student, teacher)
-        level = alpha.detach().sum(dim=0) / max(1, num_rois)
-        return SGFIResult(loss, self.temperature.detach(), level)
+            return mixed_by(student, teacher)
 
     def _normalized(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and level weights Tensor[R, L], of standardised features."""

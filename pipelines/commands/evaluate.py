@@ -33,7 +33,7 @@ from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import QuietRunner
 from kdpipe.pipelines.training.voc_metric import with_voc_metric
 
-__all__ = ["evaluate", "metrics_tables"]
+__all__ = ["evaluate", "load_detector", "metrics_tables"]
 
 _TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
@@ -68,7 +68,7 @@ def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path
             )
         data_of = DataOptions(*paths)
     classes = class_names(checkpoint)
-    model = None if classes is None else _detector(cfg, checkpoint, len(classes))  # refused before data is read
+    model = None if classes is None else load_detector(cfg, checkpoint, len(classes))  # refused before data is read
     data = DataSource(data_of).load()
     if classes is not None:
         data = match_classes(data, classes, f"the checkpoint {options.ckpt.name}")
@@ -77,7 +77,7 @@ def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path
     decoding = pipeline_decoding(test_steps(cfg))
     data = usable_images(data, console, scale=kept_ratio_scale(cfg, options.scale), decoding=decoding, skip=skip)
     if model is None:
-        model = _detector(cfg, checkpoint, len(data.class_names))
+        model = load_detector(cfg, checkpoint, len(data.class_names))
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
         data = data.copied_to(Path(folder) / "annotations.json")
@@ -107,8 +107,13 @@ def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path
     return ap_metrics(metrics)
 
 
-def _detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
-    """The detector with its weights.
+def load_detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
+    """A detector with its weights.
+
+    Args:
+        cfg: mmdet config; its number of classes is set.
+        checkpoint: With the weights.
+        num_classes: Of the detector.
 
     Raises:
         KdpipeError: It cannot be built, or the weights are not its.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError, present
@@ -55,16 +56,16 @@ def cache_page(
         ("Per image", bytes_text(disk / max(1, len(cache)))),
         ("Tier", f"{values['spec']['tier']}, {values['spec']['dtype']}"),
     ]
-    sections = [_content(values), _probabilities(cache)]
+    answers = _scores(cache)
     try:
         data = recorded_data(cache, DataOptions(img_dir=options.img_dir))
         ids = _evenly(cache, _MEASURED)
-        config = recorded_config(cache, None)
-        metrics = cached_ap(cache, config, data, console, ids)
+        metrics = cached_ap(cache, recorded_config(cache, None), data, console, ids)
         facts.insert(0, ("Teacher AP", f"{metrics['bbox_mAP']:.3f}"))
-        sections.append(_accuracy(metrics, len(ids), len(cache)))
+        answers.tables.append(_accuracy(metrics, len(ids), len(cache)))
     except (KdpipeError, OSError) as error:
-        sections.append(Section("accuracy", "AP of the teacher", notes=[f"It is not measured: {error}"]))
+        answers.notes.append(f"AP is not measured: {error}")
+    sections = [_content(values), answers]
     sections.append(_pictures(cache, options.img_dir, console))
     return facts, [section for section in [*sections, _made_of(cache, values)] if not section.is_empty]
 
@@ -118,7 +119,7 @@ def _draw_bytes(disk: Mapping[str, int]) -> Canvas:
     return canvas
 
 
-def _probabilities(cache: TeacherCache) -> Section:
+def _scores(cache: TeacherCache) -> Section:
     """How sure the teacher is of its boxes."""
     section = Section("scores", "What the teacher says")
     ids = _evenly(cache, 256)
@@ -143,23 +144,25 @@ def _probabilities(cache: TeacherCache) -> Section:
 
 def _draw_scores(proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.float32]) -> Canvas:
     canvas, axes = new_canvas(3.6, 2, 1, sharex=True)
+    canvas.align_ylabels()
     for axis, values, label, color in zip(
         axes, (proposals, objects), ("proposals", "annotated objects"), COLORS, strict=False
     ):
         axis.hist(values, bins=40, range=(0, 1), color=color, alpha=0.85)
         axis.set_title(f"{len(values):,} {label}")
         axis.set_ylabel("boxes")
-    if len(proposals) and len(objects):
+    if len(proposals):
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:,.0f}")
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].set_xlabel("probability")
     return canvas
 
 
-def _accuracy(metrics: Mapping[str, float], measured: int, cached: int) -> Section:
+def _accuracy(metrics: Mapping[str, float], measured: int, cached: int) -> Table:
     of = f"all {cached:,}" if measured == cached else f"{measured:,} of {cached:,}, evenly chosen"
-    intro = f"From what is cached alone, on {of} images, which the teacher was mostly trained on."
-    cells = [Cell(f"{metrics[name]:.3f}", metrics[name]) for name in _METRICS]
-    return Section("accuracy", "AP of the teacher", intro, [Table(_SIZES, [cells])])
+    caption = f"AP from what is cached alone, on {of} images. The teacher was trained on these, as a rule."
+    return Table(_SIZES, [[Cell(f"{metrics[name]:.3f}", metrics[name]) for name in _METRICS]], caption)
 
 
 def _pictures(cache: TeacherCache, img_dir: Path | None, console: Console) -> Section:

@@ -52,6 +52,10 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
 
+    def is_number(self, column: int) -> bool:
+        """Whether all cells of a column are sorted as numbers."""
+        return bool(self.rows) and all(row[column].key is not None for row in self.cells())
+
     def cells(self) -> Iterator[list[Cell]]:
         """The rows, all of `Cell`."""
         for row in self.rows:

@@ -10,6 +10,8 @@ from kdpipe.cache.store.location import Location, open_location
 from kdpipe.pipelines.commands.options import ReportOptions
 from kdpipe.pipelines.report.cache_report import cache_page
 from kdpipe.pipelines.report.page import Section, check_out, render_page, write_figures, write_page
+from kdpipe.pipelines.report.paper_figures import paper_section
+from kdpipe.pipelines.report.training_figures import group_colors
 from kdpipe.pipelines.report.training_report import find_objects, training_facts, training_sections
 from kdpipe.pipelines.report.trainings import Training, find_trainings, group_trainings
 
@@ -42,6 +44,8 @@ def report_trainings(folder: Path, options: ReportOptions, store_options: dict[s
     found = find_objects(groups, cache, options, console)
     found.notes[:0] = notes
     sections = training_sections(groups, found)
+    if not options.no_inference:
+        sections.insert(-1, paper_section(groups, cache, group_colors(groups), options.img_dir, console))
     students = sorted({training.student for training in trainings})
     subtitle = f"{', '.join(students[:4])}{', ...' * (len(students) > 4)} · {folder.resolve()}"
     title = f"Training {folder.resolve().name}" if len(trainings) == 1 else f"Trainings in {folder.resolve().name}"

@@ -165,7 +165,7 @@ def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Sec
 
 
 def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
-    columns = ("methods", "AP", "±", "gain", "gap closed", *_MORE_COLUMNS)
+    columns = ["methods", "AP", "±", "gain", "gap closed", *_MORE_COLUMNS]
     rows = [_row(group, _beside(group, groups), found.teacher_ap) for group in groups]
     caption = (
         "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, of "
@@ -174,8 +174,13 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
     )
     if TEACHER in found.accuracies:
         ious = found.accuracies[TEACHER].by_iou()
-        values = [found.accuracies[TEACHER].ap, None, None, None, ious[0], ious[5], None]
-        rows.append([TEACHER, *map(_number, values), NOTHING, NOTHING, "", "from its checkpoint"])
+        values = [found.accuracies[TEACHER].ap, None, None, None, ious[0], ious[5], None, None]
+        rows.append([TEACHER, *map(_number, values), NOTHING, NOTHING, "from its checkpoint"])
+    if len({group.first.student for group in groups}) == 1:
+        place = columns.index("student")
+        del columns[place]
+        for row in rows:
+            del row[place]
     return Table(columns, rows, caption)
 
 

@@ -277,3 +277,13 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         sgfi_loss(student[:, :0], teacher, Pool(), 1.0)
     with pytest.raises(LossInputError, match=r"\[5, 3, 4, 7, 7\]; expected \[5, 3, 6, 7, 7\]"):
         SGFI(6, C)(student, teacher)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_level_weights_are_those_of_the_loss(normalize: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(4, 3, 6, 7, 7, generator=generator), torch.randn(4, 8, 7, 7, generator=generator)
+    sgfi = SGFI(6, 8, normalize=normalize)
+    weights = sgfi.level_weights(student, teacher)
+    assert weights.shape == (4, 3)
+    assert torch.allclose(weights.mean(dim=0), sgfi(student, teacher).level)

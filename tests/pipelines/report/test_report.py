@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kdpipe.pipelines.cli.report import report_trainings_in
 from tests.pipelines.report.test_page import Tags
 
 if TYPE_CHECKING:
@@ -92,3 +93,39 @@ def test_names_that_are_markup(kit: "Kit", evil_trainings: Path) -> None:
     assert all((each["src"] or "").startswith("data:") for tag, each in page.tags if tag == "img")
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     assert page.text.count("<img src=x onerror=alert(1)>") > 8
+
+
+def test_the_figures_of_the_paper(page: str) -> None:
+    ids = [attributes["id"] for tag, attributes in Tags(page).tags if tag == "figure"]
+    assert {"figure-paper-2", "figure-paper-5", "figure-paper-6"} <= set(ids)
+
+
+def test_a_training_ends_with_its_report(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.pipelines.cli.training.report_trainings_in", report_trainings_in)
+    ended = kit.train_student("w", *kit.val, "--methods", "none")
+    assert ended.out.splitlines()[-2] == "Report: w/report.html"
+    text = Tags((work / "w" / "report.html").read_text()).text
+    assert "AP of each class" in text  # of detections that the training kept
+    assert f"--student {kit.student}" in text
+    assert "kdpipe report makes them" in text
+    kit.train_student("w", *kit.val, "--methods", "none", "--epochs", 2, "--resume", "--no-report")
+    assert "1 of 1 epochs" in (work / "w" / "report.html").read_text()
+
+
+def test_a_report_that_fails_is_no_failed_training(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.pipelines.cli.training.report_trainings_in", report_trainings_in)
+    monkeypatch.setattr("kdpipe.pipelines.report.report.render_page", lambda *args: 1 / 0)
+    ended = kit.train_student("w", *kit.val, "--methods", "none")
+    assert "No report was written: division by zero" in ended.out
+    assert (work / "w" / "student.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_with_its_report(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpipe.pipelines.cli.compare.report_trainings_in", report_trainings_in)
+    options = ("--cache", kit.cache, "--student", kit.student, "--methods", "none", "--methods", "cls", *kit.val)
+    kit.run("compare", *options, "--work-dir", "w", "--epochs", 1, "--batch-size", 4, "--workers", 0)
+    page = Tags((work / "w" / "report.html").read_text())
+    assert "plain" in page.text
+    assert "gap closed" in page.text
+    assert not list((work / "w").rglob("seed-0/report.html"))
