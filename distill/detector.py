@@ -11,14 +11,13 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.loss import Loss, LossFunction
 from kdpipe.distill.losses.shares import SHARE_INTERVAL, gradient_shares
 from kdpipe.distill.methods import (
     HEAD_METHODS,
     HEAD_TRANSFER,
     LOSSES,
     ContractError,
-    Loss,
-    LossFunction,
     check_contract,
     check_student,
     expand_methods,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -67,11 +67,6 @@ class DenseStudent:
         self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)
         self.num_anchors = int(head.num_base_priors)
         self.num_classes = int(head.num_classes)
-
-    @cached_property
-    def base_anchors(self) -> dict[int, list[Anchor]]:
-        """By stride, anchors of its head at the cell (0, 0); of a head without them, those of an RPN."""
-        return base_anchors(self.head.prior_generator, self.strides)
 
     @contextmanager
     def watch(self) -> Iterator["DenseForward"]:
@@ -237,7 +232,7 @@ class DenseForward:
 
     @property
     def base_anchors(self) -> dict[int, list[Anchor]]:
-        return self._student.base_anchors
+        return base_anchors(self._student.head.prior_generator, self.strides)
 
     def sampled(self) -> tuple[BatchRois, Tensor, StudentOutputs]:
         """RoIs drawn among what the student proposes and the ground truth, and what it says of them.

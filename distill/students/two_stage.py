@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,11 +69,6 @@ class TwoStageStudent:
         self.num_classes = int(self.heads[0].num_classes)
         self.class_agnostic = bool(self.heads[0].reg_class_agnostic)
 
-    @cached_property
-    def base_anchors(self) -> dict[int, list[Anchor]]:
-        """By stride, anchors of its RPN at the cell (0, 0)."""
-        return base_anchors(self.detector.rpn_head.prior_generator, self.strides)
-
     @contextmanager
     def watch(self) -> Iterator["TwoStageForward"]:
         """Collect pyramid, RoIs and outputs of the box heads while the detector makes them for its own loss.
@@ -131,7 +125,7 @@ class TwoStageStage:
 
     @property
     def base_anchors(self) -> dict[int, list[Anchor]]:
-        return self.student.base_anchors
+        return base_anchors(self.student.detector.rpn_head.prior_generator, self.strides)
 
     def sampled(self) -> tuple[BatchRois, slice, StudentOutputs]:
         """The RoIs of the student's own sampler, and what its box head says of all of them, in the graph of its loss.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.distill.detector import DistilledDetector
-from kdpipe.distill.methods import LOSSES, METHODS, Loss, Sizes, loss_and_log, needed_fields
+from kdpipe.distill.loss import Loss, Sizes
+from kdpipe.distill.methods import LOSSES, METHODS, loss_and_log, needed_fields
 from kdpipe.distill.outputs import TeacherOutputs
 from kdpipe.distill.pairs import TEACHER_FIELDS, RoiPairs
 from kdpipe.distill.teacher.any_box import TeacherView
