@@ -1,5 +1,6 @@
 """What `kdpipe compare --ray` runs on the machines of a cluster. Nothing heavy is imported here."""
 
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def run_cell(words: Sequence[str], shown: str, folder: str, patience: float) -> 
     Returns:
         Exit code, and what it said last where it failed.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a cluster that was started with & would ignore
     work, until = WorkDir(Path(folder)), time.monotonic() + patience
     while work.is_busy() and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
