@@ -66,8 +66,7 @@ class CellProcess:
 
     def stop(self) -> None:
         """Ask it to end, as Ctrl-C does: between two steps, with files left whole."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
+        self._process.terminate()  # SIGINT may be blocked in what a worker of Ray starts
 
     def end(self) -> None:
         """Wait for a process that was asked to end, and kill one that does not."""

@@ -35,11 +35,11 @@ if what == "wait":
     def interrupted(number, frame):
         (folder / "saved").write_text("")
         sys.exit(130)
-    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
     (folder / "ready").write_text("")
     time.sleep(600)
 if what == "deaf":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (folder / "ready").write_text("")
     time.sleep(600)
 if what != "elsewhere":
