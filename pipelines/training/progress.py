@@ -1,5 +1,6 @@
 """What a training shows while it runs, and what it measured."""
 
+import resource
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from kdpipe.pipelines.data.voc_ap import VOC_IOUS, VOC_MODES, voc_name
 from kdpipe.pipelines.runtime.console import ProgressBar, stop
 
-__all__ = ["AP_NAMES", "VOC_PREFIX", "ProgressHook", "ap_metrics"]
+__all__ = ["AP_NAMES", "VOC_PREFIX", "PeakMemoryHook", "ProgressHook", "ap_metrics"]
 
 AP_NAMES = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
 VOC_PREFIX = "voc_"  # of the names of Pascal VOC's metrics
@@ -128,6 +129,32 @@ class ProgressHook(Hook):  # type: ignore[misc]
         stop.between_steps = False
         if self.progress is not None:
             self.progress.close()
+
+
+class PeakMemoryHook(Hook):  # type: ignore[misc]
+    """Looks at the peak of the GPU's memory after each step, before mmengine's log forgets it.
+
+    Attributes:
+        peak: Most bytes that this process held at a time: on the GPU where there is one, else of main memory.
+    """
+
+    priority = "NORMAL"
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._look()
+
+    def after_test(self, runner: Any) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        if torch.cuda.is_available():
+            now = torch.cuda.max_memory_allocated()
+        else:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak = max(self.peak, int(now))
 
 
 def _voc_text(metrics: Mapping[str, float]) -> str:

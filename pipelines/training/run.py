@@ -1,6 +1,5 @@
 """From a runnable config to a finished training: what `train-teacher` and `train-student` share."""
 
-import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from kdpipe.pipelines.training.faults import training_faults
 from kdpipe.pipelines.training.guard import CollapseHook, FiniteHook, UsefulLossesHook
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
-from kdpipe.pipelines.training.progress import ProgressHook
+from kdpipe.pipelines.training.progress import PeakMemoryHook, ProgressHook
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import FormattedConfig, QuietRunner
 from kdpipe.pipelines.training.schedule import cosine_schedule, doubt_of_warmup
@@ -234,9 +233,10 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
     recorded = FormattedConfig(recorded)
     runner.cfg = recorded
     console.print(f"Training on {describe_device(get_device())}.")
-    progress = ProgressHook(console, name)
+    progress, memory = ProgressHook(console, name), PeakMemoryHook()
     for hook in (
         progress,
+        memory,
         SameBuffersHook(),
         FiniteHook(),
         UsefulLossesHook(console),
@@ -253,25 +253,20 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
     finally:
         progress.close()
         end_workers(loop.dataloader for loop in (runner._train_loop, runner._val_loop) if loop is not None)
-    return _keep_result(runner, progress, work, name)
+    return _keep_result(runner, progress, memory, work, name)
 
 
-def _keep_result(runner: QuietRunner, progress: ProgressHook, work: WorkDir, name: str) -> TrainingResult:
+def _keep_result(
+    runner: QuietRunner, progress: ProgressHook, memory: PeakMemoryHook, work: WorkDir, name: str
+) -> TrainingResult:
     """Write `result.json`; pace and memory of a training that had nothing left to do are those that it had."""
     metrics = progress.metrics or {}
     seconds = statistics.median(progress.step_times) if progress.step_times else None
     if is_first():
-        costs = {"seconds_per_step": seconds, "peak_memory": _peak_memory()}
+        costs = {"seconds_per_step": seconds, "peak_memory": memory.peak}
         if not progress.trained:
             costs |= work.read("result.json") or {}
         values = {"epoch": runner.epoch, "ap": metrics.get("bbox_mAP"), "metrics": metrics}
         work.write("result.json", costs | values)
     pace = float("nan") if seconds is None else seconds
     return TrainingResult(work.path / f"{name}.pth", metrics.get("bbox_mAP"), metrics, pace)
-
-
-def _peak_memory() -> int:
-    """Most bytes that this process held at a time: on the GPU where there is one, else of main memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,6 @@
 """Rows of gpu.py about students: training steps, what they are made of, and the loaders that feed them."""
 
+import json
 import shutil
 import statistics
 import time
@@ -80,7 +81,7 @@ class Students:
         command = self.training(family, teacher, rois, steps, amp=amp)
         before = self.device.watch_memory()
         with hubs() as seen:
-            self._run_training(command)
+            peak = self._run_training(command)
         first = min(self.size.left_out, steps - 1)
         taken, waiting = (_logged(seen[-1], f"train/{key}")[first:steps] for key in ("time", "data_time"))
         seconds = sum(taken) / len(taken)
@@ -89,17 +90,20 @@ class Students:
         cells: dict[str, object] = {"s/step": seconds, "median": statistics.median(taken)}
         cells["x plain"] = seconds / plain if plain else "-"
         cells["waiting for data, %"] = 100 * sum(waiting) / sum(taken)
-        cells["GPU memory, GiB"] = self.device.peak(before)
+        cells["GPU memory, GiB"] = (peak - before) / 2**30 if self.device.is_gpu else "-"
         if teacher != "plain":
             positive, negative = (_mean(seen[-1], f"train/kd_{x}") / self.size.batch for x in ("positive", "negative"))
             cells |= {"RoIs per image": positive + negative, "positive": positive}
         return {**cells, "steps": len(taken)}
 
-    def _run_training(self, command: list[str]) -> None:
+    def _run_training(self, command: list[str]) -> int:
+        """Train; returns the most memory that was taken at a time, in bytes."""
+        work_dir = Path(command[command.index("--work-dir") + 1])
         try:
             run(command)
+            return int(json.loads((work_dir / "result.json").read_text())["peak_memory"])
         finally:
-            shutil.rmtree(command[command.index("--work-dir") + 1], ignore_errors=True)
+            shutil.rmtree(work_dir, ignore_errors=True)
 
     def profile(self, family: str, teacher: str, rois: str, *, amp: bool = False) -> dict[str, object]:
         """What a few steps of a training are made of."""

@@ -18,8 +18,12 @@ cp -r cache distill pipelines pyproject.toml README.md LICENSE "$site/.source"
 { "${pip[@]}" "$wheels"/*.whl && "${pip[@]}" --no-build-isolation "$site/.source"; } >"$out/install.log" 2>&1 ||
     { cat "$out/install.log"; exit 1; }
 status=0
-mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.cuda' tests)
-"$python" -m pytest -q -m cuda -n 4 --dist loadfile -rs --durations=15 -W default -p no:cacheprovider "${files[@]}" 2>&1 |
-    tee "$out/tests.log" || status=1
+# a process per file, so that one which is stopped still says what failed before
+export python out
+grep -rl --include='test_*.py' 'mark\.cuda' tests | xargs -P 8 -I FILE bash -c '
+    timeout -s INT -k 10 "${TEST_SECONDS:-240}" "$python" -m pytest -q -m cuda -rs --durations=5 --timeout=120 -W default \
+        --disable-warnings -p no:cacheprovider FILE >"$out/$(basename FILE .py).log" 2>&1' || status=1
+cat "$out"/test_*.log >"$out/tests.log" && rm "$out"/test_*.log
+cat "$out/tests.log"
 "$python" tests/benchmarks/gpu.py --out "$out" "$@" 2>&1 | tee "$out/benchmark.log" || status=1
 exit "$status"
