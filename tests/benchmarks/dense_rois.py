@@ -21,7 +21,8 @@ def measure(name: str, what: str, rounds: int) -> None:
     from mmdet.utils import register_all_modules
 
     import kdpipe.pipelines  # noqa: F401  mmdet finds mmcv's ops from here on
-    from kdpipe.distill.students.dense import DenseForward, DenseStudent
+    from kdpipe.distill.students.dense import DenseStudent
+    from kdpipe.distill.students.dense_forward import DenseForward
     from kdpipe.pipelines.detectors.configs import find_config
 
     register_all_modules(init_default_scope=True)

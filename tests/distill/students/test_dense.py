@@ -23,7 +23,8 @@ from kdpipe.distill.losses.prediction import dense_classification_kd_loss
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.rois import sampling as rois
 from kdpipe.distill.rois.sampling import RoiSampling, best_overlap
-from kdpipe.distill.students.dense import CKD_BRANCHES, DenseForward, DenseStudent
+from kdpipe.distill.students.dense import CKD_BRANCHES, DenseStudent
+from kdpipe.distill.students.dense_forward import DenseForward
 from kdpipe.distill.students.two_stage import StudentError
 from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.targets import RoiTargets

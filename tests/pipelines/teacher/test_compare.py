@@ -126,9 +126,9 @@ class BloodCells:
 
     def detector(self, source: Any, family: str = "faster-rcnn") -> DistilledDetector:
         """The same student of a family whatever the source, with a queue that is not empty."""
+        spec = open_cache(self.cache("float32")).spec.to_json()  # which may be made now, with random numbers
         torch.manual_seed(0)
         ckd = {"dim": 16, "queue_size": 512}
-        spec = open_cache(self.cache("float32")).spec.to_json()
         model = DistilledDetector(self.models[family], spec, STUDENTS[family], source, ckd=ckd)
         model.init_weights()
         boxes = 100 * torch.rand(300, 2).repeat(1, 2) + torch.tensor([0.0, 0.0, 60.0, 60.0])

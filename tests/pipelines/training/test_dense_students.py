@@ -55,6 +55,15 @@ def test_trains_from_the_cache_of_a_two_stage_teacher(kit: "Kit", work: Path, fa
     model.load_state_dict(saved["state_dict"], strict=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rois", ["student", "teacher"])
+def test_boxes_relations_and_the_teachers_head(kit: "Kit", work: Path, family: str, rois: str) -> None:
+    train(kit, work, family, "w", "--methods", "reg,box,cross,dist", "--rois", rois, "--epochs", 2, "--amp")
+    for row in log(work / "w"):
+        for name in ("loss_kd_reg", "loss_kd_box", "loss_cross", "cross_cls", "cross_box", "loss_dist"):
+            assert 0 < row[name] < 100, name
+
+
 @pytest.mark.parametrize("rois", ["student", "teacher"])
 def test_mixed_precision(kit: "Kit", work: Path, rois: str) -> None:
     train(kit, work, "retinanet", "w", "--methods", "sgfi,ckd,pred", "--rois", rois, "--amp")
