@@ -1,5 +1,6 @@
 """Figures of what detectors find: AP by class, object size and IoU, precision and recall, where distillation helps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -9,9 +10,10 @@ from matplotlib.figure import Figure as Canvas
 
 from kdpipe.pipelines.report.accuracy import IOUS, SIZES, Accuracy
 from kdpipe.pipelines.report.figures import Figure, ink, new_canvas
+from kdpipe.pipelines.report.page import NOTHING, Cell, Table
 from kdpipe.pipelines.report.training_figures import short
 
-__all__ = ["accuracy_figures", "gain_figure"]
+__all__ = ["accuracy_figures", "class_table", "gain_figure"]
 
 _CLASSES = 20  # that a figure of all classes has room for
 
@@ -56,6 +58,21 @@ def accuracy_figures(
             partial(_draw_precision, accuracies, colors),
         ),
     ]
+
+
+def class_table(accuracies: Mapping[str, Accuracy], class_names: Sequence[str]) -> Table:
+    """AP of each class, in numbers.
+
+    Args:
+        accuracies: Of each detector by its name.
+        class_names: In the order of the accuracies.
+    """
+    columns = [accuracy.by_class() for accuracy in accuracies.values()]
+    rows: list[list[Cell | str]] = [
+        [name, *(Cell(NOTHING, -math.inf) if np.isnan(of[row]) else Cell(f"{of[row]:.3f}", of[row]) for of in columns)]
+        for row, name in enumerate(class_names)
+    ]
+    return Table(("class", *accuracies), rows, "AP of each class.")
 
 
 def _most_different(accuracies: Mapping[str, Accuracy], class_names: Sequence[str]) -> list[int]:

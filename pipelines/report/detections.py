@@ -45,15 +45,20 @@ class ValidationImages:
     digest: str
 
     @property
-    def data(self) -> DataOptions:
-        """The same for a command.
+    def folder(self) -> Path:
+        """Where the images are.
 
         Raises:
-            KdpipeError: The images are not there.
+            KdpipeError: They are not there.
         """
         if self.img_dir is None or not self.img_dir.is_dir():
             raise KdpipeError(f"the validation images are not there ({self.img_dir}): say where they are (--img-dir)")
-        return DataOptions(self.ann_file, self.img_dir)
+        return self.img_dir
+
+    @property
+    def data(self) -> DataOptions:
+        """The same for a command; raises as `folder` does."""
+        return DataOptions(self.ann_file, self.folder)
 
 
 def validation_images(training: Training, img_dir: Path | None) -> ValidationImages | None:
@@ -113,7 +118,7 @@ def teacher_results(
         KdpipeError: The teacher is not there, or is another one.
     """
     weights = recorded_entry(cache.identity, "teacher", "weights")
-    kept = training.path / "kdpipe" / f"teacher-{str(weights)[:16]}.bbox.json"
+    kept = training.path / "kdpipe" / f"teacher-{str(weights)[:12]}-{images.digest[:12]}.bbox.json"
     if not kept.is_file():
         recorded = recorded_entry(cache.metadata, "teacher", "checkpoint")
         path = options.teacher_ckpt or (Path(recorded) if isinstance(recorded, str) else None)

@@ -54,7 +54,6 @@ class Figure:
         caption: Below it: what is seen, and of what.
         draw: Draws it, in colours of the current style (`ink`).
         is_photograph: It shows images, and is no line drawing.
-        is_wide: It takes the whole width of the page.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Figure:
     caption: str
     draw: Callable[[], Canvas]
     is_photograph: bool = False
-    is_wide: bool = False
 
     @property
     def html(self) -> Markup:

@@ -37,6 +37,11 @@ class Cell:
     key: float | None = None
     strong: bool = False
 
+    @property
+    def script_key(self) -> str:
+        """The key as JavaScript reads numbers."""
+        return str(self.key).replace("inf", "Infinity")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -83,6 +88,11 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     code: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def is_gallery(self) -> bool:
+        """Whether all figures show images, in an order that counts."""
+        return all(figure.is_photograph for figure in self.figures)
 
     @property
     def is_empty(self) -> bool:

@@ -165,14 +165,15 @@ def _draw_activations(
     image: npt.NDArray[np.uint8], activations: Mapping[str, Mapping[int, npt.NDArray[np.float32]]]
 ) -> Canvas:
     strides = sorted({stride for levels in activations.values() for stride in levels})
-    columns = len(activations)
+    columns = max(3, len(activations))
     height = (1 + len(strides)) * (5.2 / columns * image.shape[0] / image.shape[1] + 0.25)
     canvas, axes = new_canvas(height, 1 + len(strides), columns)
+    for panel in axes:
+        panel.set_axis_off()
     for column, (name, levels) in enumerate(activations.items()):
         show_image(axes[column], image, short(name))
         for row, stride in enumerate(strides, 1):
             panel = axes[row * columns + column]
-            panel.set_axis_off()
             if stride in levels:
                 panel.imshow(levels[stride], cmap="inferno", extent=(0, image.shape[1], image.shape[0], 0))
                 panel.set_title(f"P{stride.bit_length() - 1}", fontsize=8, pad=2)

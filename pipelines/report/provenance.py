@@ -12,7 +12,7 @@ from kdpipe.pipelines.report.trainings import Training, TrainingGroup
 
 __all__ = ["provenance_section"]
 
-_VERSION = re.compile(r"^\s*(Python|PyTorch|TorchVision|OpenCV|MMEngine|GPU \S+|sys\.platform): (.+)$")
+_VERSION = re.compile(r"^\s*(Python|PyTorch|TorchVision|OpenCV|MMEngine|GPU \d[\d,]*): (.+)$")
 _HEAD = 200  # lines of a log that say what it ran on
 
 
@@ -20,7 +20,6 @@ def provenance_section(groups: Sequence[TrainingGroup]) -> Section:
     """What was run, a row per training; and the command lines, where they are recorded."""
     section = Section("run", "What was run")
     trainings = [training for group in groups for training in group.trainings]
-    digest = _short(trainings[0].record.get("data"))
     columns = ("folder", "seed", "epochs", "batch", "rate", "cache or teacher", "training data", "validation data")
     section.tables.append(Table(columns, [_row(training) for training in trainings]))
     section.tables.append(Table(("what", "version"), list(_versions(trainings).items())))
@@ -31,7 +30,7 @@ def provenance_section(groups: Sequence[TrainingGroup]) -> Section:
     if len(known) < len(commands):
         missing = ", ".join(training.name for training, line in commands if line is None)
         section.notes.append(f"An older kdpipe did not record the command line of {missing}.")
-    section.intro = f"Data and weights are named by the first digits of their SHA-256; the training data is {digest}."
+    section.intro = "Data and weights of the teacher are named by the first digits of their SHA-256."
     return section
 
 

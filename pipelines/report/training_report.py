@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pycocotools.coco import COCO
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
@@ -13,7 +14,7 @@ from kdpipe.pipelines.commands.options import ReportOptions
 from kdpipe.pipelines.compare.statistics import Gain
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.report.accuracy import Accuracy, class_names, mean_accuracy, measure, read_truth
-from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, gain_figure
+from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, class_table, gain_figure
 from kdpipe.pipelines.report.detections import (
     Results,
     ValidationImages,
@@ -47,12 +48,14 @@ class Found:
 
     Attributes:
         images: The images; None where AP was not measured.
+        truth: Their annotations.
         results: Of the teacher, and of the first seed of each group, by name.
         accuracies: The same; means over the seeds.
         notes: What is missing, and why.
     """
 
     images: ValidationImages | None = None
+    truth: COCO | None = None
     results: dict[str, Results] = field(default_factory=dict)
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -84,8 +87,8 @@ def find_objects(
         return Found(notes=[f"Detections are not shown: {error}"])
     if images is None:
         return Found(notes=["No validation images: AP was not measured. Name them with --val-ann-file."])
-    found = Found(images)
     truth = read_truth(images.ann_file)
+    found = Found(images, truth)
     if not any(group.first.is_teacher for group in groups):
         try:
             if cache is None:
@@ -116,7 +119,7 @@ def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[
     """What is said first: AP of the teacher and of the best students, and the gain."""
     facts = [("Teacher AP", f"{found.teacher_ap:.3f}")] if found.teacher_ap is not None else []
     plain, best = _plain(groups), _best(groups)
-    if plain is not None and plain.ap is not None:
+    if plain is not None and plain.ap is not None and plain is not best:
         facts.append(("Without distillation", f"{plain.ap:.3f}"))
     if best is not None and best.ap is not None:
         facts.append(("Distilled" if best.is_distilled else "AP", f"{best.ap:.3f}"))
@@ -246,13 +249,13 @@ def _number(value: float | None, *, digits: int = 3, strong: bool = False) -> Ce
 
 def _accuracy(groups: Sequence[TrainingGroup], found: Found, colors: dict[str, str]) -> Section:
     section = Section("accuracy", "What is found", notes=list(found.notes))
-    if found.images is None or not found.accuracies:
+    if found.truth is None or not found.accuracies:
         return section
-    truth = read_truth(found.images.ann_file)
-    names = class_names(truth)
-    section.figures += accuracy_figures(found.accuracies, colors, names, len(truth.getImgIds()))
+    names = class_names(found.truth)
+    section.figures += accuracy_figures(found.accuracies, colors, names, len(found.truth.getImgIds()))
+    section.tables.append(class_table(found.accuracies, names))
     plain, best = _plain(groups), _best(groups)
-    if plain and best and {plain.label, best.label} <= found.accuracies.keys():
+    if plain and best and plain is not best and {plain.label, best.label} <= found.accuracies.keys():
         first, second = ((group.label, found.accuracies[group.label]) for group in (plain, best))
         section.figures.append(gain_figure(first, second, names))
     return section
@@ -260,9 +263,10 @@ def _accuracy(groups: Sequence[TrainingGroup], found: Found, colors: dict[str, s
 
 def _pictures(groups: Sequence[TrainingGroup], found: Found) -> Section:
     section = Section("images", "Validation images")
-    if found.images is None or not found.results:
+    if found.images is None or found.truth is None or not found.results:
         return section
-    chosen = [group.label for group in (_plain(groups), _best(groups)) if group and group.label in found.results]
+    both = dict.fromkeys(group.label for group in (_plain(groups), _best(groups)) if group)
+    chosen = [label for label in both if label in found.results]
     names = [name for name in dict.fromkeys([TEACHER, *chosen]) if name in found.results]
     compared = (chosen if len(chosen) == 2 else names)[:2]
     by = f"“{compared[0]}” and “{compared[1]}” differ most" if len(compared) == 2 else f"“{compared[0]}” errs most"
@@ -271,11 +275,9 @@ def _pictures(groups: Sequence[TrainingGroup], found: Found) -> Section:
         "its class), orange is wrong; a dashed yellow box was missed."
     )
     try:
-        img_dir = found.images.data.img_dir
-        truth = read_truth(found.images.ann_file)
+        img_dir = found.images.folder
         results = {name: found.results[name] for name in names}
-        assert img_dir is not None
-        section.figures += picture_figures(truth, img_dir, results, compared, _PICTURES)
+        section.figures += picture_figures(found.truth, img_dir, results, compared, _PICTURES)
     except (ImageError, KdpipeError) as error:
         section.notes.append(f"No image is shown: {error}")
     return section

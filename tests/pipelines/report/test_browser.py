@@ -66,11 +66,12 @@ def test_a_click_sorts_the_table(kit: "Kit", trainings: Path, tmp_path: Path, br
     kit.run("report", trainings, "--cache", kit.cache, "--out", tmp_path / "page.html")
     tab, said = opened(browser, tmp_path / "page.html", 1280, "light")
     cells = "[...document.querySelectorAll('#results tbody tr')].map(row => row.cells[{}].{})"
-    for column, value in ((1, "dataset.key"), (0, "textContent")):
+    for column, value in ((1, "dataset.key"), (3, "dataset.key"), (0, "textContent")):
         head = tab.locator(f"#results th:nth-child({column + 1})")
         head.locator("button").click()
         rising = tab.evaluate(cells.format(column, value))
         assert rising == sorted(rising, key=float if column else str)
+        assert column != 3 or (rising[0], float(rising[-1]) > -1) == ("-Infinity", True)
         assert head.get_attribute("aria-sort") == "ascending"
         head.locator("button").click()
         assert tab.evaluate(cells.format(column, value)) == rising[::-1]
