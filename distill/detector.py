@@ -67,6 +67,8 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         roi_sampling: Options of `RoiSampling`, for the RoIs that a dense student chooses.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
         roi_mix: One of `ROI_MIXES`: whose RoIs are looked at where the student chooses them.
+        stagewise: Whether each stage of a cascade is told what that stage of a cascade teacher says, where the student
+            chooses the RoIs.
 
     Raises:
         ContractError: Student, cache and methods do not fit together.
@@ -85,6 +87,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         roi_sampling: Mapping[str, Any] | None = None,
         share_interval: int = SHARE_INTERVAL,
         roi_mix: str = ROI_MIXES[0],
+        stagewise: bool = False,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
         source: TargetSource = MODELS.build(teacher) if isinstance(teacher, Mapping) else teacher
@@ -110,7 +113,10 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             raise ContractError(f"Weights of losses are finite and at least 0; found {wrong}.")
         needs = needed_fields(self.losses, self.dense)
         asks_student = reads_student(self.losses, self.dense)
-        self.frozen_teacher = FrozenTeacher(self.spec, needs, source.head_state, asks_student, roi_mix, progress)
+        self.frozen_teacher = FrozenTeacher(
+            self.spec, needs, source.head_state, asks_student, roi_mix, progress, stagewise
+        )
+        self.frozen_teacher.check_stages(len(self._watched_student().embedding_dims))
         if "cross" in self.losses:
             self.frozen_teacher.check_crossed()
         self.share_interval = share_interval

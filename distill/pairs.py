@@ -170,7 +170,7 @@ class RoiPairs:
     @property
     def box_head(self) -> BoxHead:
         """The teacher's, frozen."""
-        return present(self.frozen_teacher, "the teacher of a training").head
+        return present(self.frozen_teacher, "the teacher of a training").head_for(self.stage.index)
 
     @property
     def student_maps(self) -> dict[int, Tensor]:

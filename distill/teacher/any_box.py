@@ -170,7 +170,7 @@ class TeacherViewBatch:
             kept = is_kept.to(rois.rois.device, non_blocking=True)[rois.image_index]  # [R]
             outputs = outputs.select(kept[rows])
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
-        answers = apply_teacher_head(self._views, rois, teacher.head, teacher.spec, teacher.needs)
+        answers = apply_teacher_head(self._views, rois, teacher.head_for(stage.index), teacher.spec, teacher.needs)
         return RoiPairs(stage, teacher.spec, rois, row_numbers(rows), outputs, answers, maps=maps)
 
     def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:

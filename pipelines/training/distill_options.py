@@ -22,6 +22,7 @@ __all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_optio
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROI_SAMPLING,
     "roi_mix": ROI_MIXES[0],
+    "stagewise": False,
     "weights": {},
     "sgfi": LOSSES["sgfi"].options,
     "ckd": {
@@ -56,6 +57,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rois.num": _whole(1, 2**16),
     "rois.positive_fraction": _SHARE,
     "roi_mix": _one_of(ROI_MIXES),
+    "stagewise": _YES_OR_NO,
     "sgfi.kernel_size": ("an odd whole number from 1 to 31", lambda value: _whole(1, 31)[1](value) and value % 2 == 1),
     "sgfi.normalize": _YES_OR_NO,
     "ckd.dim": _whole(1, 2**16),

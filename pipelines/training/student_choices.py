@@ -79,6 +79,11 @@ def choose_roi_source(
             f"cache that can be asked about any box, and --rois student. Here, {teacher.name} is asked about the RoIs "
             f"of the {roi_source}. Leave it out."
         )
+    if distill.stagewise and roi_source == "teacher":
+        raise ContractError(
+            "distill.stagewise asks one stage of the teacher at a time, about the RoIs of the student; of its own RoIs "
+            "the teacher says what all of its stages say together. Leave it out, or add --rois student."
+        )
     for name, value in distill.rois.items():
         if roi_source == "student" and distill.roi_mix == ROI_MIXES[0] and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(

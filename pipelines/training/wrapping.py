@@ -70,6 +70,7 @@ def with_distillation(
         "roi_sampling": distill.rois,
         "share_interval": distill.share_interval,
         "roi_mix": distill.roi_mix,
+        "stagewise": distill.stagewise,
     }
     return cfg
 

@@ -18,7 +18,7 @@ from kdpipe.distill.teacher.pyramids import TeacherRois
 class BoxHead(Protocol):
     """A frozen box head of the teacher, of whatever family."""
 
-    def __call__(self, rois: TeacherRois) -> HeadOutputs:
+    def __call__(self, rois: TeacherRois, /) -> HeadOutputs:
         """What the teacher says of boxes, in the teacher's orientation; in float32, autocast or not."""
 
 
@@ -48,6 +48,7 @@ class FrozenTeacher:
         asks_student: Whether a loss reads what the student says of the RoIs.
         roi_mix: Whose RoIs are looked at where the student chooses them: one of `ROI_MIXES`.
         progress: Gives the share of the training that is over.
+        stagewise: Whether a stage of a cascade student is told what the same stage of a cascade teacher says.
     """
 
     spec: CacheSpec
@@ -56,6 +57,7 @@ class FrozenTeacher:
     asks_student: bool = True
     roi_mix: str = "none"
     progress: Callable[[], float] = float
+    stagewise: bool = False
 
     @property
     def at_rois(self) -> bool:
@@ -66,6 +68,27 @@ class FrozenTeacher:
     def head(self) -> BoxHead:
         """Its box head."""
         return frozen_head(self.head_state(), self.spec)
+
+    def head_for(self, stage: int) -> BoxHead:
+        """Its box head, or that of its stages which answers a stage of the student."""
+        head = self.head
+        return head.stage(stage) if self.stagewise and isinstance(head, CascadeHead) else head
+
+    def check_stages(self, count: int) -> None:
+        """Make sure that each stage of the student has one of the teacher.
+
+        Args:
+            count: Stages of the student.
+
+        Raises:
+            TeacherHeadError: Naming both numbers.
+        """
+        stages = len(self.spec.cascade_stds) or 1
+        if self.stagewise and not 1 < stages == count:
+            raise TeacherHeadError(
+                f"distill.stagewise compares the stages of two cascades one by one; the teacher has {stages} and the "
+                f"student {count}. Leave it out."
+            )
 
     def check_crossed(self) -> None:
         """Make sure that its box head can look at features of a student.

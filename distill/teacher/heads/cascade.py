@@ -1,6 +1,7 @@
 """The frozen box heads of a cascade: every stage looks where the one before it moved the box."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from kdpipe.cache.records import decode_deltas, encode_boxes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
+from kdpipe.distill.losses.prediction import recode_deltas
 from kdpipe.distill.outputs import HeadOutputs
 from kdpipe.distill.teacher.heads.fc import TeacherHead
 from kdpipe.distill.teacher.heads.semantic import SEMANTIC_BRANCH, SemanticBranch
@@ -53,3 +55,15 @@ class CascadeHead:
                 stage_boxes = stage_boxes.clamp(min=0).minimum(rois.sizes.repeat(1, 2))
             deltas = encode_boxes(rois.boxes, moved, spec.box_means, spec.box_stds)
         return HeadOutputs(outputs.embeddings, torch.stack(logits).mean(dim=0), deltas)
+
+    def stage(self, index: int) -> Callable[[TeacherRois], HeadOutputs]:
+        """One stage for itself, which says what it says of boxes where they are; its deltas in units of the first."""
+        spec = self._spec
+
+        def of_stage(rois: TeacherRois) -> HeadOutputs:
+            features = self.semantic.of_rois(rois)(rois.boxes) if self.semantic else rois.features
+            outputs = self.stages[index].of_features(features)
+            units = spec.box_means, spec.cascade_stds[index], spec.box_means, spec.box_stds
+            return replace(outputs, deltas=recode_deltas(outputs.deltas, *units))
+
+        return of_stage

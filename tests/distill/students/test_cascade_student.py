@@ -1,5 +1,6 @@
 """A cascade as a student: every stage is told what the teacher says at the RoIs of that stage."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from kdpipe.distill.detector import DistilledDetector
 from kdpipe.distill.losses.prediction import classification_kd_loss, regression_kd_loss
 from kdpipe.distill.students.two_stage import StudentError, TwoStageStudent
 from kdpipe.distill.teacher.any_box import TeacherView
+from kdpipe.distill.teacher.heads.build import FrozenTeacher
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.targets import RoiTargets
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 
@@ -65,8 +68,27 @@ def step(pair: "type[Pair]", model: DistilledDetector, targets: list[Any]) -> di
     return result
 
 
-def test_losses_are_the_weighted_sum_over_the_stages(pair: "type[Pair]", monkeypatch: pytest.MonkeyPatch) -> None:
-    model = detector(pair, "cls", "reg")
+def stage_heads(pair: "type[Pair]") -> list[Any]:
+    """Box heads of three stages of a teacher, which say different things."""
+    heads = [pair.head() for _ in range(3)]
+    for index, head in enumerate(heads):
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
+    return heads
+
+
+@pytest.mark.parametrize("stagewise", [False, True])
+def test_losses_are_the_weighted_sum_over_the_stages(
+    pair: "type[Pair]", monkeypatch: pytest.MonkeyPatch, stagewise: bool
+) -> None:
+    model, heads, units = detector(pair, "cls", "reg"), [pair.head()] * 3, [pair.spec.box_stds] * 3
+    if stagewise:
+        heads, units = stage_heads(pair), [pair.spec.box_stds, (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067)]
+        spec = replace(pair.spec, cascade_stds=tuple(units))
+        state = {f"roi_head.bbox_head.{i}.{k}": v for i, head in enumerate(heads) for k, v in head.state_dict().items()}
+        frozen = FrozenTeacher(spec, model.frozen_teacher.needs, lambda: state, stagewise=True)
+        frozen.check_stages(3)
+        model.frozen_teacher = frozen
     roi_head = model.student.roi_head
     calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     original = roi_head.bbox_loss
@@ -96,17 +118,30 @@ def test_losses_are_the_weighted_sum_over_the_stages(pair: "type[Pair]", monkeyp
         }
     )
     levels = pair.levels(views)
-    head, cls, reg = pair.head(), torch.zeros(()), torch.zeros(())
+    cls, reg = torch.zeros(()), torch.zeros(())
     stds = [stage.bbox_coder.stds for stage in roi_head.bbox_head]
     assert len({tuple(x) for x in stds}) == 3
-    for weight, std, (rois, labels, scores, deltas) in zip(WEIGHTS, stds, calls, strict=True):
+    for weight, std, head, of_head, call in zip(WEIGHTS, stds, heads, units, calls, strict=True):
+        rois, labels, scores, deltas = call
         logits, expected = head(extractor(levels, rois.detach()))
         cls = cls + weight * classification_kd_loss(scores, logits.detach())
         unit = torch.tensor(std) / torch.tensor(pair.spec.box_stds)  # the student's units in those of the teacher
-        expected = expected.detach().reshape(len(rois), -1, 4)
+        expected = (
+            expected.detach().reshape(len(rois), -1, 4) * torch.tensor(of_head) / torch.tensor(pair.spec.box_stds)
+        )
         reg = reg + weight * regression_kd_loss(deltas[:, None] * unit, expected, labels, pair.classes)
     torch.testing.assert_close(losses["loss_kd_cls"], cls)
     torch.testing.assert_close(losses["loss_kd_reg"], reg)
+
+
+def test_stages_are_compared_one_by_one_where_there_are_as_many(pair: "type[Pair]") -> None:
+    source = pair.source(pair.state(pair.head()))
+    with pytest.raises(TeacherHeadError, match="the teacher has 1 and the student 3"):
+        DistilledDetector(config(pair), pair.spec.to_json(), ("cls",), source, stagewise=True)
+    spec = replace(pair.spec, cascade_stds=(pair.spec.box_stds,) * 2)
+    for student, count in ((config(pair), 3), (pair.student(), 1)):
+        with pytest.raises(TeacherHeadError, match=f"the teacher has 2 and the student {count}"):
+            DistilledDetector(student, spec.to_json(), ("cls",), source, stagewise=True)
 
 
 def test_every_parameter_of_every_stage_learns(pair: "type[Pair]") -> None:

@@ -117,6 +117,12 @@ def test_rois_of_both(kit: "Kit", work: Path, reads: list[Any]) -> None:
         assert "needs a cache that can be asked about any box" in kit.refused(*command)
 
 
+def test_stages_one_by_one_are_for_cascades_and_the_students_rois(kit: "Kit", work: Path) -> None:
+    command = kit.student_command(work / "w", "-o", "distill.stagewise=True")
+    assert "the teacher has 1 and the student 1. Leave it out." in kit.refused(*command)
+    assert "add --rois student" in kit.refused(*command, "--rois", "teacher")
+
+
 def test_the_control_without_a_teacher(kit: "Kit", work: Path) -> None:
     for rois in ("teacher", "student"):
         kit.train_student(work / rois, "--methods", "hard", "--rois", rois)
