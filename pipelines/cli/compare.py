@@ -1,5 +1,6 @@
 """`kdpipe compare`: many students from one cache."""
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from kdpipe.pipelines.cli.training import train_student_command
 from kdpipe.pipelines.commands.options import RayOptions
 from kdpipe.pipelines.compare.grid import Grid, GridRow, read_grid, row_name
 from kdpipe.pipelines.runtime.console import command_console
+from kdpipe.pipelines.runtime.launch import check_alone
 
 __all__ = ["compare_command"]
 
@@ -87,6 +89,7 @@ def compare_command(
     from kdpipe.pipelines.compare.teacher_ap import TeacherAP
     from kdpipe.pipelines.runtime.ray_cluster import ray_cluster
 
+    check_alone(os.environ, "A comparison")
     check_ray_options(ray)
     if ray.address is not None and jobs is not None:
         raise click.UsageError("--ray trains as much at once as the cluster has room for: leave --jobs out.")

@@ -17,7 +17,7 @@ from kdpipe.pipelines.cli.options import PATH
 from kdpipe.pipelines.cli.report import report_command
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
-from kdpipe.pipelines.runtime.launch import find_rank, is_first
+from kdpipe.pipelines.runtime.launch import check_alone, is_first
 from kdpipe.pipelines.runtime.memory import memory_shortage
 
 __all__ = ["main"]
@@ -53,12 +53,7 @@ def doctor_command() -> None:
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
 def demo_command(out: Path, fresh: bool) -> None:
     """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
-    rank = find_rank(os.environ)
-    if rank.count > 1:
-        raise KdpipeError(
-            f"The demo runs in one process, and this is one of {rank.count}. Start it without torchrun and srun; "
-            f"where it is alone, unset {rank.source}."
-        )
+    check_alone(os.environ, "The demo")
     from kdpipe.pipelines.demo.run import run_demo
 
     run_demo(out, fresh=fresh, console=command_console())

@@ -108,11 +108,14 @@ def is_finished(cell: Cell) -> bool:
 def check_cell(cell: Cell) -> None:
     """Refuse a cell in whose folder there is something else than this training, begun or finished.
 
+    One that was stopped before its first checkpoint begins anew, whatever its options were.
+
     Raises:
         KdpipeError: Naming what differs.
     """
-    record = WorkDir(cell.folder).record()
-    if record is None:
+    work = WorkDir(cell.folder)
+    record = work.record()
+    if record is None or not (work.has_checkpoint or is_finished(cell)):
         return
     begun = record.get("command")
     if begun is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kdpipe.cache.errors import KdpipeError
 
-__all__ = ["LaunchError", "Rank", "doubts", "find_rank", "find_shard", "is_first"]
+__all__ = ["LaunchError", "Rank", "check_alone", "doubts", "find_rank", "find_shard", "is_first"]
 
 
 class LaunchError(KdpipeError):
@@ -88,6 +88,24 @@ def is_first() -> bool:
         return find_rank(os.environ).index == 0
     except LaunchError:
         return True
+
+
+def check_alone(environment: Mapping[str, str], subject: str) -> None:
+    """Refuse to be one of several processes of a torchrun or a step of Slurm.
+
+    Args:
+        environment: Of this process.
+        subject: What runs in one process, as a message begins.
+
+    Raises:
+        LaunchError: It is.
+    """
+    rank = find_rank(environment)
+    if rank.count > 1:
+        raise LaunchError(
+            f"{subject} runs in one process, and this is one of {rank.count}. Start it without torchrun and srun; "
+            f"where it is alone, unset {rank.source}."
+        )
 
 
 def doubts(rank: Rank, environment: Mapping[str, str], *, is_interactive: bool) -> list[str]:

@@ -139,6 +139,14 @@ def test_other_options_are_refused(kit: "Kit", work: Path, started: list[list[st
         *("compare", "--cache", kit.cache, "--student", other, "--recipe", "paper", "--epochs", 1),
         *("--batch-size", 4, "--work-dir", "w", "--methods", "none", *kit.val),
     )
+    # one that has no checkpoint yet begins anew
+    begun = work / "w" / "student" / "pred" / "seed-0" / "kdpipe"
+    begun.mkdir(parents=True)
+    record = json.loads((work / "w" / "student" / "none" / "seed-0" / "kdpipe" / "recipe.json").read_text())
+    (begun / "recipe.json").write_text(json.dumps(record))
+    kit.run(*command(kit, "--methods", "pred"))
+    assert len(started) == 1
+    started.clear()
     # how many loaders there are changes nothing
     kit.run(*command(kit, "--methods", "none", "--workers", 1))
     assert started == []
@@ -251,6 +259,11 @@ def test_what_cannot_be_compared(kit: "Kit", work: Path, started: list[list[str]
     assert "Two of --student are called student" in kit.run(*cached, "--student", "a/student.py", code=2).err
     assert "neither a file nor a config" in kit.refused(*cached, "--student", "nothing")
     assert "sgfo" in kit.refused(*cached, "--methods", "sgfo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        message = kit.refused(*cached)
+        assert "A comparison runs in one process, and this is one of 2." in message
     (work / "w").mkdir()
     (work / "w" / "compare.json").write_text("{}")
     assert "no comparison wrote it" in kit.refused(*cached, "--work-dir", "w")
