@@ -95,7 +95,7 @@ def pairs(pair: "type[Pair]", pyramid: list[Tensor]) -> RoiPairs:
         for i in range(2)
     ]
     answers = apply_teacher_head(views, rois(), frozen.head, pair.spec, frozen.needs)
-    stage: Any = SimpleNamespace(pyramid=pyramid, strides=pair.spec.strides)
+    stage: Any = SimpleNamespace(index=0, pyramid=pyramid, strides=pair.spec.strides)
     samples = [SimpleNamespace(img_shape=(64, 64))] * 2
     return RoiPairs(stage, pair.spec, rois(), slice(None), None, answers, samples, frozen)
 
