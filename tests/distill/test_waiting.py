@@ -23,8 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdpipe.cache
 import kdpipe.distill
 from kdpipe.distill.detector import DistilledDetector
+from kdpipe.distill.losses.boxes import box_kd_loss
 from kdpipe.distill.losses.ckd import CKD
 from kdpipe.distill.losses.ckd_queue import TeacherKeys
+from kdpipe.distill.losses.cross import cross_loss
+from kdpipe.distill.losses.hard import hard_label_loss
 from kdpipe.distill.losses.prediction import (
     class_aware_regression_kd_loss,
     classification_kd_loss,
@@ -32,6 +35,7 @@ from kdpipe.distill.losses.prediction import (
     recode_deltas,
     regression_kd_loss,
 )
+from kdpipe.distill.losses.relations import relation_kd_loss
 from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.maps import StoredMaps
@@ -188,6 +192,10 @@ def loss_functions(device: str) -> dict[str, Callable[[], Tensor]]:
         "cls, dense": lambda: dense_classification_kd_loss(logits, of_logits),
         "reg": lambda: regression_kd_loss(recode_deltas(deltas, *coder), of_deltas, labels),
         "careg": lambda: class_aware_regression_kd_loss(deltas, of_deltas, of_logits),
+        "hard": lambda: hard_label_loss(logits, deltas, labels, of_deltas[:, 0]),
+        "dist": lambda: relation_kd_loss(logits, of_logits),
+        "cross": lambda: cross_loss(logits, deltas, of_logits, of_deltas).loss,
+        "box": lambda: box_kd_loss(deltas, of_deltas, of_logits),
     }
 
 
@@ -199,6 +207,10 @@ LOSSES = {
     "cls, dense": {},
     "reg": {},
     "careg": {},
+    "hard": {},
+    "dist": {},
+    "cross": {},
+    "box": {},
 }
 
 
@@ -315,9 +327,15 @@ OF_PYRAMIDS = {"pyramids.roi_align": 1, "align.roi_align_assigned": 1}
 # images with RoIs
 OF_HEAD = {"any_box._in_teachers_view": 1, **OF_PYRAMIDS}
 # RoIs of each image, RoIs with a partner, and these on each level
-PAIRED = {"dense.outputs_at": 2, "dense._at": 1, "targets.pair_with": 1}
+PAIRED = {"dense_forward.outputs_at": 2, "dense_forward._at": 1, "targets.pair_with": 1}
 # of each of the two images: boxes with an area, positives, negatives; then as above
-SAMPLED = {"proposals.propose": 2, "sampling._draw": 4, "dense.sampled": 1, "dense._at": 1, "any_box.pair_with": 1}
+SAMPLED = {
+    "proposals.propose": 2,
+    "sampling._draw": 4,
+    "dense_forward.sampled": 1,
+    "dense_forward._at": 1,
+    "any_box.pair_with": 1,
+}
 ANCHORS = {"ckd.lifted": 1}
 
 STEPS: dict[tuple[str, str], dict[str, int]] = {
