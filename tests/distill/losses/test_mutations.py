@@ -396,7 +396,7 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         {},
         {
             "no adapter": ("self._adapt(self._roi_align(rois, size)", "self._adapt(0 * self._roi_align(rois, size)"),
-            "nothing is learned": ("= box_head(adapted)", "= __import__('torch').no_grad()(box_head)(adapted)"),
+            "half is learned": ("return adapted", "return adapted.detach() / 2 + adapted / 2"),
         },
     ),
     (

@@ -165,7 +165,9 @@ def test_mixed_precision_has_nearly_the_losses_of_full_precision(
     full = trainings.first_step(f"cpu_{family}_teacher")
     # the order of proposals, and which boxes overlap enough for a pair, follow the precision
     changing = {"loss", "kd_unpaired", *(("loss_cls", "loss_bbox") if family == "faster" else ())}
-    assert all(math.isfinite(value) for value in half.values())
+    # float16's first scale of the loss may be too large for the gradient: torch then lowers it and leaves the step out
+    unscaled = {name: value for name, value in half.items() if name != "grad_norm"}
+    assert {name: value for name, value in unscaled.items() if not math.isfinite(value)} == {}
     assert {"loss_sgfi", "loss_ckd", "loss_kd_cls"} <= half.keys()
     for name, value in full.items():
         if ("loss" in name or name.startswith("kd_")) and name not in changing:
