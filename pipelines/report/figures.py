@@ -14,13 +14,14 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-__all__ = ["COLORS", "Figure", "color_of", "ink", "new_canvas", "paper"]
+__all__ = ["COLORS", "GREYS", "Figure", "ink", "new_canvas", "paper"]
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+GREYS = ("#858b94", "#b4b9c0", "#5d636c")
 _PAGE = {"#010203": "var(--ink)", "#040506": "var(--line)", "#070809": "var(--card)"}  # stand for the page's colours
 _LIGHT = ("#1c1f24", "#dfe2e6", "#ffffff")
-_ON_ANY = "#858b94"  # is readable on black and on white
+_ON_ANY = GREYS[0]  # is readable on black and on white
 _WIDTH = 5.2  # inches of a figure that takes half of a wide page
 _DPI = 120
 _STYLE: dict[Any, Any] = {
@@ -117,11 +118,6 @@ def ink() -> str:
 def paper() -> str:
     """Colour behind the figure in the current style."""
     return str(matplotlib.rcParams["hatch.color"])
-
-
-def color_of(index: int, is_plain: bool = False) -> str:
-    """Colour of a group of trainings; that of students without distillation is always the same grey."""
-    return _ON_ANY if is_plain else COLORS[index % len(COLORS)]
 
 
 def new_canvas(

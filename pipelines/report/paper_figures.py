@@ -27,7 +27,7 @@ from kdpipe.pipelines.report.student_view import (
     without_padding,
 )
 from kdpipe.pipelines.report.training_figures import short
-from kdpipe.pipelines.report.trainings import TrainingGroup
+from kdpipe.pipelines.report.trainings import TrainingGroup, names_beside
 from kdpipe.pipelines.runtime.console import ProgressBar
 
 __all__ = ["correlation", "paper_section"]
@@ -74,17 +74,20 @@ def paper_section(
     differences: dict[str, list[int]] = {}
     correlations: dict[str, npt.NDArray[np.float64]] = {}
     chosen = _chosen(students)
+    names = names_beside(chosen)
     for group in chosen:
+        name = names[group.label]
         try:
             views = images.seen_by(group, console)
             if group in (chosen[0], chosen[-1]):
-                maps[group.label] = views[0].levels
-            correlations[group.label] = _correlation_difference(images, views)
+                maps[name] = views[0].levels
+            correlations[name] = _correlation_difference(images, views)
             if "sgfi" in group.first.methods:
-                differences[group.label] = _level_differences(images, views, group)
+                differences[name] = _level_differences(images, views, group)
         except (KdpipeError, OSError, RuntimeError) as error:
-            section.notes.append(f"“{group.label}” is missing: {str(error).strip()}")
+            section.notes.append(f"“{name}” is missing: {str(error).strip()}")
     section.figures += _activation_figure(images, maps, section)
+    colors = {names[group.label]: colors[group.label] for group in chosen}
     section.figures += _level_figure(differences, colors, section)
     section.figures += _correlation_figure(images, correlations)
     return section
@@ -171,7 +174,7 @@ def _draw_activations(
     for panel in axes:
         panel.set_axis_off()
     for column, (name, levels) in enumerate(activations.items()):
-        show_image(axes[column], image, short(name))
+        show_image(axes[column], image, short(name), fontsize=8)
         for row, stride in enumerate(strides, 1):
             panel = axes[row * columns + column]
             if stride in levels:

@@ -23,6 +23,7 @@ from kdpipe.pipelines.report.figures import COLORS, Figure, new_canvas
 __all__ = ["LEAST_SCORE", "draw_box", "picture_figures", "show_image", "small_image"]
 
 LEAST_SCORE = 0.3
+_TITLE = 40  # characters above an image
 _SIDE = 420  # pixels of the longer side of an image, as it is shown
 _RIGHT, _WRONG, _MISSED = "#56b4e9", "#ff6a1a", "#f5e642"
 
@@ -115,10 +116,10 @@ def small_image(path: Path) -> tuple[npt.NDArray[np.uint8], float]:
     return resized.astype(np.uint8), ratio
 
 
-def show_image(axes: Axes, image: npt.NDArray[np.uint8], title: str) -> None:
+def show_image(axes: Axes, image: npt.NDArray[np.uint8], title: str, fontsize: float = 9) -> None:
     """Draw an image without anything around it but its title."""
     axes.imshow(image, interpolation="lanczos")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=fontsize)
     axes.set_axis_off()
     axes.autoscale(False)
 
@@ -155,7 +156,7 @@ def _draw(image: npt.NDArray[np.uint8], ratio: float, picture: _Picture, names: 
     for each, box in zip(picture.objects, truth * ratio, strict=True):
         draw_box(axes[0], box.tolist(), bright[each["category_id"]], names[each["category_id"]])
     for panel, (name, verdict) in zip(axes[1:], picture.verdicts.items(), strict=False):
-        show_image(panel, image, name)
+        show_image(panel, image, name[:_TITLE])
         for box in truth[~verdict.found] * ratio:
             draw_box(panel, box.tolist(), _MISSED, dashed=True)
         for box, right in zip(verdict.boxes * ratio, verdict.right, strict=True):

@@ -1,5 +1,6 @@
 """`kdpipe report`: a page about trainings, or about a cache."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -8,11 +9,13 @@ from kdpipe.cache.errors import CacheError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.store.location import Location, open_location
 from kdpipe.pipelines.commands.options import ReportOptions
+from kdpipe.pipelines.data.provenance import recorded_entry
 from kdpipe.pipelines.report.cache_report import cache_page
+from kdpipe.pipelines.report.found import find_objects
 from kdpipe.pipelines.report.page import Section, check_out, render_page, write_figures, write_page
 from kdpipe.pipelines.report.paper_figures import paper_section
 from kdpipe.pipelines.report.training_figures import group_colors
-from kdpipe.pipelines.report.training_report import find_objects, training_facts, training_sections
+from kdpipe.pipelines.report.training_report import training_facts, training_sections
 from kdpipe.pipelines.report.trainings import Training, find_trainings, group_trainings
 
 __all__ = ["REPORT", "report", "report_cache", "report_trainings"]
@@ -43,6 +46,7 @@ def report_trainings(folder: Path, options: ReportOptions, store_options: dict[s
     cache, notes = _teacher_cache(trainings, options.cache, store_options)
     found = find_objects(groups, cache, options, console)
     found.notes[:0] = notes
+    found.known_teacher_ap = found.known_teacher_ap or _compared_teacher_ap(folder)
     sections = training_sections(groups, found)
     if not options.no_inference:
         sections.insert(-1, paper_section(groups, cache, group_colors(groups), options.img_dir, console))
@@ -95,6 +99,15 @@ def _teacher_cache(
         if named is not None:
             raise
         return None, [f"The cache is not there: {error}"]
+
+
+def _compared_teacher_ap(folder: Path) -> float | None:
+    """The teacher's AP, as `kdpipe compare` knew it; None where it did not."""
+    try:
+        ap = recorded_entry(json.loads((folder / "compare.json").read_bytes()), "teacher", "ap")
+    except (OSError, ValueError):
+        return None
+    return ap if isinstance(ap, float) else None
 
 
 def report_cache(location: Location, options: ReportOptions, console: Console) -> Path:

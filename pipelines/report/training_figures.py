@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from kdpipe.pipelines.report.figures import COLORS, Figure, color_of, ink, new_canvas, paper
+from kdpipe.pipelines.report.figures import COLORS, GREYS, Figure, ink, new_canvas, paper
 from kdpipe.pipelines.report.trainings import Training, TrainingGroup
 
 __all__ = ["ap_figures", "group_colors", "loss_figures", "share_figures", "time_figure"]
@@ -16,10 +16,17 @@ _LABEL = 26  # characters of a label that an axis has room for
 
 
 def group_colors(groups: Sequence[TrainingGroup]) -> dict[str, str]:
-    """Colour of each group by its label, the same in all figures."""
-    distilled = [group.label for group in groups if not group.is_plain]
-    plain = {group.label: color_of(0, is_plain=True) for group in groups if group.is_plain}
-    return plain | {label: color_of(number) for number, label in enumerate(distilled)}
+    """Colour of each student by its label, the same in all figures; those without distillation are grey.
+
+    Teachers have none: they are drawn in the colour of the text.
+    """
+    plain = [group.label for group in groups if group.is_plain]
+    others = [group.label for group in groups if group.is_distilled]
+    return {
+        label: palette[number % len(palette)]
+        for labels, palette in ((plain, GREYS), (others, COLORS))
+        for number, label in enumerate(labels)
+    }
 
 
 def short(text: str) -> str:
@@ -51,9 +58,9 @@ def _draw_bars(groups: Sequence[TrainingGroup], teacher_ap: float | None) -> Can
     colors = group_colors(groups)
     canvas, (axes,) = new_canvas(1.1 + 0.42 * len(groups))
     for row, group in enumerate(groups):
-        mean = float(np.mean(group.aps))
-        axes.barh(row, mean, height=0.62, color=colors[group.label], alpha=0.35)
-        axes.plot(group.aps, [row] * len(group.aps), "o", color=colors[group.label], markersize=6)
+        mean, color = float(np.mean(group.aps)), colors.get(group.label, ink())
+        axes.barh(row, mean, height=0.62, color=color, alpha=0.35)
+        axes.plot(group.aps, [row] * len(group.aps), "o", color=color, markersize=6)
         behind = {"facecolor": paper(), "edgecolor": "none", "pad": 1.5}
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{mean:.3f}", (max(group.aps), row), bbox=behind, **place)  # type: ignore[arg-type]
@@ -86,7 +93,7 @@ def _curves(axes: Axes, groups: Sequence[TrainingGroup], name: str) -> None:
             if curve := training.curve(name):
                 x, y = zip(*curve, strict=True)
                 marker = "o" if len(x) < 3 else ""
-                axes.plot(x, y, marker=marker, color=colors[group.label], label=label, alpha=0.85)
+                axes.plot(x, y, marker=marker, color=colors.get(group.label, ink()), label=label, alpha=0.85)
                 label = None
 
 

@@ -3,25 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from pycocotools.coco import COCO
-from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.cache.read.reader import TeacherCache
-from kdpipe.pipelines.commands.options import ReportOptions
 from kdpipe.pipelines.compare.statistics import Gain
 from kdpipe.pipelines.data.images import ImageError
-from kdpipe.pipelines.report.accuracy import Accuracy, class_names, mean_accuracy, measure, read_truth
+from kdpipe.pipelines.report.accuracy import class_names
 from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, class_table, gain_figure
-from kdpipe.pipelines.report.detections import (
-    Results,
-    ValidationImages,
-    student_results,
-    teacher_results,
-    validation_images,
-)
+from kdpipe.pipelines.report.found import TEACHER, Found
 from kdpipe.pipelines.report.page import NOTHING, Cell, Section, Table
 from kdpipe.pipelines.report.pictures import LEAST_SCORE, picture_figures
 from kdpipe.pipelines.report.provenance import provenance_section
@@ -32,87 +20,13 @@ from kdpipe.pipelines.report.training_figures import (
     share_figures,
     time_figure,
 )
-from kdpipe.pipelines.report.trainings import TrainingGroup
+from kdpipe.pipelines.report.trainings import TrainingGroup, names_beside
 from kdpipe.pipelines.runtime.console import bytes_text
 
-__all__ = ["Found", "find_objects", "training_facts", "training_sections"]
+__all__ = ["training_facts", "training_sections"]
 
-TEACHER = "teacher"
 _PICTURES = 12
 _MORE_COLUMNS = ("AP50", "AP75", "s per step", "peak memory", "seeds", "student", "state")
-
-
-@dataclass
-class Found:
-    """What teacher and students find in the validation images.
-
-    Attributes:
-        images: The images; None where AP was not measured.
-        truth: Their annotations.
-        results: Of the teacher, and of the first seed of each group, by name.
-        accuracies: The same; means over the seeds.
-        notes: What is missing, and why.
-    """
-
-    images: ValidationImages | None = None
-    truth: COCO | None = None
-    results: dict[str, Results] = field(default_factory=dict)
-    accuracies: dict[str, Accuracy] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def teacher_ap(self) -> float | None:
-        """AP of the teacher, where it could be measured."""
-        return self.accuracies[TEACHER].ap if TEACHER in self.accuracies else None
-
-
-def find_objects(
-    groups: Sequence[TrainingGroup],
-    cache: TeacherCache | None,
-    options: ReportOptions,
-    console: Console,
-) -> Found:
-    """Collect what is found in the validation images; what cannot be had is noted.
-
-    Args:
-        groups: The trainings.
-        cache: Of the teacher; None where it is not known.
-        options: Where teacher and images moved, and whether a detector may run.
-        console: Where progress is shown.
-    """
-    first = groups[0].first
-    try:
-        images = validation_images(first, options.img_dir)
-    except KdpipeError as error:
-        return Found(notes=[f"Detections are not shown: {error}"])
-    if images is None:
-        return Found(notes=["No validation images: AP was not measured. Name them with --val-ann-file."])
-    truth = read_truth(images.ann_file)
-    found = Found(images, truth)
-    if not any(group.first.is_teacher for group in groups):
-        try:
-            if cache is None:
-                raise KdpipeError("the trainings do not record where its cache is: name it (--cache)")
-            found.results[TEACHER] = teacher_results(cache, options, first, images, console)
-            found.accuracies[TEACHER] = measure(truth, found.results[TEACHER])
-        except KdpipeError as error:
-            found.notes.append(f"The teacher's detections are missing: {error}")
-    for group in groups:
-        accuracies = []
-        for training in group.trainings:
-            if training.record.get("validation") != images.digest:
-                found.notes.append(f"{training.name} was measured on other images, and is left out of what is below.")
-                continue
-            try:
-                results = student_results(training, images, options, console)
-            except KdpipeError as error:
-                found.notes.append(f"The detections of {training.name} are missing: {error}")
-                continue
-            found.results.setdefault(group.label, results)
-            accuracies.append(measure(truth, results))
-        if accuracies:
-            found.accuracies[group.label] = mean_accuracy(accuracies)
-    return found
 
 
 def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[str, str]]:
@@ -121,7 +35,7 @@ def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[
     plain, best = _plain(groups), _best(groups)
     if plain is not None and plain.ap is not None and plain is not best:
         facts.append(("Without distillation", f"{plain.ap:.3f}"))
-    if best is not None and best.ap is not None:
+    if best is not None and best.ap is not None and not best.first.is_teacher:
         facts.append(("Distilled" if best.is_distilled else "AP", f"{best.ap:.3f}"))
         gain = best.gain_over(plain) if plain is not None and best is not plain else None
         if gain is not None:
@@ -134,7 +48,8 @@ def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[
 def _best(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
     """The distilled students of most AP; without any, the others."""
     distilled = [group for group in groups if group.is_distilled and group.ap is not None]
-    candidates = distilled or [group for group in groups if group.ap is not None]
+    students = [group for group in groups if not group.first.is_teacher]
+    candidates = distilled or [group for group in students or groups if group.ap is not None]
     return max(candidates, key=lambda group: group.ap or 0, default=None)
 
 
@@ -175,7 +90,7 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
         "seeds that both have; from three on with Student's t interval of 95 %, within noise where that holds 0. Gap "
         "closed: of the distance from that student to the teacher. Click on a column to sort."
     )
-    if TEACHER in found.accuracies:
+    if TEACHER in found.accuracies and not any(group.first.is_teacher for group in groups):
         ious = found.accuracies[TEACHER].by_iou()
         values = [found.accuracies[TEACHER].ap, None, None, None, ious[0], ious[5], None, None]
         rows.append([TEACHER, *map(_number, values), NOTHING, NOTHING, "from its checkpoint"])
@@ -256,7 +171,8 @@ def _accuracy(groups: Sequence[TrainingGroup], found: Found, colors: dict[str, s
     section.tables.append(class_table(found.accuracies, names))
     plain, best = _plain(groups), _best(groups)
     if plain and best and plain is not best and {plain.label, best.label} <= found.accuracies.keys():
-        first, second = ((group.label, found.accuracies[group.label]) for group in (plain, best))
+        short_names = names_beside([plain, best])
+        first, second = ((short_names[group.label], found.accuracies[group.label]) for group in (plain, best))
         section.figures.append(gain_figure(first, second, names))
     return section
 
@@ -265,9 +181,12 @@ def _pictures(groups: Sequence[TrainingGroup], found: Found) -> Section:
     section = Section("images", "Validation images")
     if found.images is None or found.truth is None or not found.results:
         return section
-    both = dict.fromkeys(group.label for group in (_plain(groups), _best(groups)) if group)
-    chosen = [label for label in both if label in found.results]
-    names = [name for name in dict.fromkeys([TEACHER, *chosen]) if name in found.results]
+    both = list({group.label: group for group in (_plain(groups), _best(groups)) if group}.values())
+    short_names = names_beside(both)
+    results = {TEACHER: found.results[TEACHER]} if TEACHER in found.results else {}
+    results |= {name: found.results[label] for label, name in short_names.items() if label in found.results}
+    names = list(results)
+    chosen = [name for name in short_names.values() if name in results]
     compared = (chosen if len(chosen) == 2 else names)[:2]
     by = f"“{compared[0]}” and “{compared[1]}” differ most" if len(compared) == 2 else f"“{compared[0]}” errs most"
     section.intro = (
@@ -276,7 +195,6 @@ def _pictures(groups: Sequence[TrainingGroup], found: Found) -> Section:
     )
     try:
         img_dir = found.images.folder
-        results = {name: found.results[name] for name in names}
         section.figures += picture_figures(found.truth, img_dir, results, compared, _PICTURES)
     except (ImageError, KdpipeError) as error:
         section.notes.append(f"No image is shown: {error}")

@@ -1,5 +1,6 @@
 """The trainings that lie in a folder: what each was begun with, what it measured, and which belong together."""
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from kdpipe.pipelines.compare.statistics import Gain, paired_gain
 from kdpipe.pipelines.data.provenance import recorded_entry
 from kdpipe.pipelines.training.work_dir import WorkDir
 
-__all__ = ["Training", "TrainingGroup", "find_trainings", "group_trainings"]
+__all__ = ["Training", "TrainingGroup", "find_trainings", "group_trainings", "names_beside"]
 
 _RECORD = "kdpipe/recipe.json"
+_SEED = re.compile(r"[-_/ ]?seed[-_ ]?\d+$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +193,13 @@ def _read(path: Path, folder: Path) -> Training | None:
     return Training(path, name, record, result or work.read("kdpipe/validation.json") or {}, result is not None)
 
 
+def names_beside(groups: Sequence[TrainingGroup]) -> dict[str, str]:
+    """What groups are called where only these are shown, by their labels: their methods, if these tell them apart."""
+    methods = [group.first.methods_text for group in groups]
+    is_clear = len(set(methods)) == len(methods)
+    return {group.label: name if is_clear else group.label for group, name in zip(groups, methods, strict=True)}
+
+
 def group_trainings(trainings: Iterable[Training]) -> list[TrainingGroup]:
     """Trainings by what they have in common: students without distillation first, then as their folders are named."""
     groups: dict[str, list[Training]] = {}
@@ -211,9 +220,11 @@ def _without_seed(record: Mapping[str, Any]) -> str:
 
 def _labels(trainings: Sequence[Training]) -> list[str]:
     """The shortest names that tell trainings apart: methods, then student and methods, then their folders."""
+    folders = ["teacher" if training.is_teacher else _SEED.sub("", training.name) for training in trainings]
     for labels in (
         [training.methods_text for training in trainings],
         [f"{training.student}, {training.methods_text}" for training in trainings],
+        folders,
     ):
         if len(set(labels)) == len(labels):
             return labels

@@ -8,7 +8,8 @@ import pytest
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.report.provenance import command_line
-from kdpipe.pipelines.report.trainings import find_trainings, group_trainings
+from kdpipe.pipelines.report.training_figures import group_colors
+from kdpipe.pipelines.report.trainings import find_trainings, group_trainings, names_beside
 
 
 def training(
@@ -51,8 +52,12 @@ def test_what_methods_do_not_tell_apart_is_told_by_student_or_folder(tmp_path: P
     training(tmp_path / "a", command={"options": {"student": "x/fcos.py"}}, epochs=4)
     training(tmp_path / "b", command={"options": {"student": "retina"}}, epochs=5)
     assert [group.label for group in group_trainings(find_trainings(tmp_path))] == ["fcos, plain", "retina, plain"]
-    training(tmp_path / "c", command={"options": {"student": "retina"}}, epochs=6)
-    assert [group.label for group in group_trainings(find_trainings(tmp_path))] == ["a", "b", "c"]
+    training(tmp_path / "c" / "seed-1", command={"options": {"student": "retina"}}, epochs=6, seed=1)
+    training(tmp_path / "d", training="teacher")
+    groups = group_trainings(find_trainings(tmp_path))
+    assert sorted(group.label for group in groups) == ["a", "b", "c", "teacher"]
+    assert group_colors(groups).keys() == {"a", "b", "c"}
+    assert names_beside(groups[:1]) == {groups[0].label: groups[0].first.methods_text}
 
 
 def test_a_training_that_has_not_ended(tmp_path: Path) -> None:
