@@ -1,5 +1,6 @@
 """From the options of `compare` to its cells, each of which is a command line of `train-student`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,18 @@ class RowBuilder:
         row: GridRow, config: Config, context: click.Context, teacher: CachedTrainingTeacher | None
     ) -> list[str]:
         """`--methods` of each training, in one spelling."""
-
-        if not row.methods:
-            if teacher is None:
-                raise click.UsageError(
-                    f"student {row.name}: name its methods, which follow the teacher of a cache only."
-                )
-            chosen = choose_methods(None, config, context.params["overrides"], teacher.spec, Console(quiet=True))
-            return [PLAIN, ",".join(chosen)]
-        names = [method_names(each) or [] for each in row.methods]
-        for each in names:
-            expand_methods(each, "roi_head" not in config.model)  # refused before anything is trained
-        return [",".join(each) or PLAIN for each in names]
+        names = []
+        for each in row.methods or (PLAIN, "default"):
+            chosen: Sequence[str] | None = method_names(each)
+            if chosen is None:
+                if teacher is None:
+                    raise click.UsageError(
+                        f"student {row.name}: name its methods; the default ones follow the teacher of a cache only."
+                    )
+                chosen = choose_methods(None, config, context.params["overrides"], teacher.spec, Console(quiet=True))
+            expand_methods(chosen, "roi_head" not in config.model)  # refused before anything is trained
+            names.append(",".join(chosen) or PLAIN)
+        return names
 
     @staticmethod
     def _absolute(arguments: Arguments) -> Arguments:

@@ -13,8 +13,8 @@ __all__ = ["DEFAULT_STUDENT", "METHODS_HELP", "distillation_options", "given_opt
 
 DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 METHODS_HELP = (
-    "Some of sgfi, ckd, pred (cls and careg), reg, ht; or none. Default: sgfi,ckd,pred, or sgfi,ckd,cls,reg where "
-    "teacher or student gives one box for all classes."
+    "Losses by name, such as sgfi,ckd,pred (an unknown one lists all); none; or default, which is sgfi,ckd,pred, or "
+    "sgfi,ckd,cls,reg where teacher or student gives one box for all classes."
 )
 # What decides where and how fast a training runs, and not what is learned.
 _PLACES = (

@@ -191,8 +191,8 @@ def evaluate_command(options: EvaluateOptions) -> None:
 
 
 def method_names(methods: str | None) -> list[str] | None:
-    """What `--methods` names; None where it is not given."""
-    if methods is None:
+    """What `--methods` names; None where that is the default of teacher and student."""
+    if methods is None or methods == "default":
         return None
     return [] if methods == "none" else [name.strip() for name in methods.split(",")]
 

@@ -250,6 +250,13 @@ def test_a_grid(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "student a: No such option" in kit.run("compare", *named, *rest, code=2).err
 
 
+def test_the_default_methods_have_a_name(kit: "Kit", work: Path) -> None:
+    rest = ("--cache", kit.cache, "--student", kit.student, "--print-commands")
+    unnamed = kit.run("compare", *rest).out
+    assert kit.run("compare", *rest, "--methods", "none", "--methods", "default").out == unnamed
+    assert "--methods sgfi,ckd,pred " in unnamed
+
+
 def test_what_cannot_be_compared(kit: "Kit", work: Path, started: list[list[str]]) -> None:
     start = ("compare", "--student", kit.student)
     assert "needs either --cache or --teacher-ckpt" in kit.run(*start, code=2).err
