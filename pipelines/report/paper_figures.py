@@ -109,7 +109,9 @@ class _Images:
 
     def __init__(self, cache: TeacherCache, img_dir: Path | None) -> None:
         recorded = recorded_entry(cache.metadata, "data", "img_dir")
-        folder = img_dir or (Path(recorded) if isinstance(recorded, str) else None)
+        folder = Path(recorded) if isinstance(recorded, str) else None
+        if folder is None or not folder.is_dir():  # --img-dir may name the validation images, which lie elsewhere
+            folder = img_dir
         if folder is None or not folder.is_dir():
             raise KdpipeError(f"the images of the cache are not there ({folder}): say where they are (--img-dir)")
         positions = np.unique(np.linspace(0, len(cache) - 1, min(_IMAGES, len(cache))).round().astype(int))

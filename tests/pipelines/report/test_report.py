@@ -79,6 +79,16 @@ def test_figures_alone(kit: "Kit", trainings: Path, tmp_path: Path, page: str) -
     assert not (trainings / "report.html").exists()
 
 
+def test_images_of_the_cache_are_where_it_says_whatever_img_dir_is(kit: "Kit", trainings: Path, tmp_path: Path) -> None:
+    """`--img-dir` names validation images, which lie in another folder here."""
+    kit.run("report", trainings, "--out", tmp_path / "a.html", "--cache", kit.cache, "--img-dir", kit.val_img)
+    ids = {attributes.get("id") for _, attributes in Tags((tmp_path / "a.html").read_text()).tags}
+    assert {"figure-paper-6", "figure-image-01"} <= ids
+    kit.run("report", trainings, "--out", tmp_path / "b.html", "--cache", kit.cache, "--img-dir", tmp_path / "gone")
+    text = Tags((tmp_path / "b.html").read_text()).text
+    assert "No image is shown: the validation images are not there" in text
+
+
 def test_refusals(kit: "Kit", trainings: Path, tmp_path: Path) -> None:
     assert "holds no training" in kit.refused("report", tmp_path)
     mine = tmp_path / "mine.html"
