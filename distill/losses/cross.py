@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdpipe.distill.losses.numeric import check_shape, full_precision, mean_or_zero, no_autocast
 from kdpipe.distill.losses.prediction import class_aware_regression_kd_loss
+from kdpipe.distill.rois.convolution import RoIConv2d
 from kdpipe.distill.teacher.heads.build import BoxHead
 from kdpipe.distill.teacher.pyramids import TeacherRois
 
@@ -73,7 +74,7 @@ class Cross(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
-        self.adapt = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.adapt = RoIConv2d(student_channels, teacher_channels, 1)
 
     def forward(
         self, student_rois: TeacherRois, box_head: BoxHead, all_teacher_logits: Tensor, all_teacher_deltas: Tensor

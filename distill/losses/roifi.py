@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from kdpipe.distill.losses.numeric import check_dims, check_shape, full_precision, mean_or_zero, no_autocast
+from kdpipe.distill.rois.convolution import RoIConv2d
 
 
 def roi_imitation_loss(student_roi_features: Tensor, teacher_roi_features: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class RoIFI(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
-        self.adapt = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.adapt = RoIConv2d(student_channels, teacher_channels, 1)
 
     def forward(self, student_assigned_roi_features: Tensor, teacher_roi_features: Tensor) -> Tensor:
         """The loss.

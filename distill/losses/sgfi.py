@@ -16,6 +16,7 @@ from kdpipe.distill.losses.numeric import (
     no_autocast,
     standardize,
 )
+from kdpipe.distill.rois.convolution import RoIConv2d, convolve_rois
 
 
 def sgfi_loss(
@@ -98,11 +99,11 @@ class SGFI(nn.Module):
         widths = max(teacher_channels // 2, 1), max(teacher_channels // 4, 1)
         self._padding = kernel_size // 2
         self.normalize = normalize
-        self.adapt = nn.Conv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
+        self.adapt = RoIConv2d(student_channels, teacher_channels, kernel_size, padding=self._padding)
         self.embed = nn.Sequential(
-            nn.Conv2d(teacher_channels, widths[0], 3, stride=2),
+            RoIConv2d(teacher_channels, widths[0], 3, stride=2),
             nn.ReLU(inplace=True),
-            nn.Conv2d(widths[0], widths[1], 3, stride=2),
+            RoIConv2d(widths[0], widths[1], 3, stride=2),
             nn.ReLU(inplace=True),
             nn.Flatten(),
         )
@@ -177,13 +178,6 @@ class SGFI(nn.Module):
             self.adapt.weight.transpose(0, 1), first.weight.flip(2, 3), padding=first.kernel_size[0] - 1
         ).transpose(0, 1)  # [C / 2, student channels, 3, 3] for an f_adapt of 1 x 1
         bias = first.bias + first.weight.sum(dim=(2, 3)) @ self.adapt.bias
-        layout = torch.channels_last
-        hidden = functional.conv2d(
-            roi_features.contiguous(memory_format=layout),
-            weight.contiguous(memory_format=layout),
-            bias,
-            first.stride,
-            self._padding,
-        )
+        hidden = convolve_rois(roi_features, weight, bias, first.stride[0], self._padding)
         keys: Tensor = self.embed[1:](hidden)
         return keys

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from mmengine.config import Config, ConfigDict
 
 from kdpipe.cache.store.location import Location
@@ -102,5 +103,6 @@ def with_seeds(cfg: Config, cache: Location | None = None) -> Config:
         if loader is not None:
             loader.worker_init_fn = {"type": init_worker.__name__}
             if loader.num_workers:
-                loader.collate_fn = {"type": pack_batch.__name__}
+                pin = bool(loader.get("pin_memory")) and torch.cuda.is_available()
+                loader.collate_fn = {"type": pack_batch.__name__, "pin": pin}
     return cfg

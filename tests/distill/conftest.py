@@ -122,6 +122,7 @@ SHORTCUTS = (
     "distill.losses.ckd_negatives",
     "distill.losses.prediction",
     "distill.rois.align",
+    "distill.rois.convolution",
     "distill.rois.pairing",
     "pipelines.mmcv_ops.roi",
 )

@@ -1,6 +1,7 @@
 """Batches that loader workers hand over in one piece."""
 
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,28 @@ def test_a_batch_is_one_piece_of_memory() -> None:
     before = [other.clone() for other in others]
     first.fill_(99)
     assert all(torch.equal(other, old) for other, old in zip(others, before, strict=True)), "pieces do not overlap"
+
+
+def test_a_batch_to_be_pinned_is_pinned_in_one_piece_and_its_shared_memory_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied: list[Tensor] = []
+
+    def pin_memory(memory: Tensor) -> Tensor:
+        copied.append(memory)
+        return memory.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    samples = [Samples()[1], Samples()[2]]
+    arrived = unpacked(pack_batch(samples, pin=True))
+    batch = arrived.pin_memory()
+    expected = tensors(unpacked(pack_batch(samples)))
+    for actual, right in zip(tensors(batch), expected, strict=True):
+        assert torch.equal(actual, right)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(batch)}) == 1
+    assert len(copied) == 1
+    if sys.platform == "linux":
+        assert not copied[0].any(), "pages that were freed read as zeros"
 
 
 def test_errors_of_a_worker_arrive() -> None:
