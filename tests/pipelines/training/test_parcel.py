@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,8 @@ def test_a_batch_to_be_pinned_is_pinned_in_one_piece_and_its_shared_memory_freed
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     samples = [Samples()[1], Samples()[2]]
-    arrived = unpacked(pack_batch(samples, pin=True))
-    batch = arrived.pin_memory()
+    sent = ForkingPickler.dumps(pack_batch(samples, pin=True))  # as between processes, the memory shared
+    batch = pickle.loads(sent).pin_memory()
     expected = tensors(unpacked(pack_batch(samples)))
     for actual, right in zip(tensors(batch), expected, strict=True):
         assert torch.equal(actual, right)
