@@ -8,13 +8,14 @@ MEMORY := $(shell [ -w /dev/shm ] && [ "$$(df -Pm /dev/shm | awk 'END { print $$
 PYTEST := $(if $(MEMORY),TMPDIR=$(MEMORY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-gpu bench clean
+.PHONY: help demo test test-slow test-gpu docs bench clean
 
 help:
 	@echo "make demo       draw a data set, train a teacher, cache it, train a student with and without distillation"
 	@echo "make test       ruff, mypy and the tests that take seconds"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make docs       the documentation as a site, in site/; any warning is an error"
 	@echo "make bench      list the benchmarks"
 	@echo "make clean      delete $(VENV)"
 
@@ -36,6 +37,9 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(PYTEST) -m cuda -n 4 -rs
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench:
 	@for file in tests/benchmarks/*.py; do printf '%s\n    %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -118,7 +118,7 @@ class Bucket(Location):
     def discard(self, key: str) -> None:
         """Remove a record, and of what is below it that which no writer can be at work on: what is a day old."""
         self._delete([_join(key, RECORD)])
-        limit = datetime.now(timezone.utc) - _MIN_AGE
+        limit = datetime.now(UTC) - _MIN_AGE
         below = self._list(key)
         self._delete([meta["path"] for meta in below if meta["last_modified"] < limit])
         if key and not below:
@@ -145,7 +145,7 @@ class Bucket(Location):
         for key, time in sorted(newest.items()):
             if not _FILES_FOLDER.fullmatch(key):
                 leftovers.append(Leftover(key, FOREIGN, False, True))
-            elif datetime.now(timezone.utc) - time > _MIN_AGE:
+            elif datetime.now(UTC) - time > _MIN_AGE:
                 leftovers.append(Leftover(key, "belongs to no record, and nothing was added for a day", True, True))
             else:
                 state = "is being written, or was left behind less than a day ago"

@@ -96,7 +96,7 @@ def cache_teacher_command(
     """Run the teacher once over a data set and keep what it says.
 
     Interrupted, the cache stays valid; the same command goes on with it. Several processes, on any machines, may fill
-    one cache: docs/machines.md.
+    one cache: docs/guides/machines.md.
     """
     from kdpipe.cache.store.location import open_location
     from kdpipe.pipelines.commands.cache_teacher import cache_teacher

@@ -54,7 +54,9 @@ _handed_on = combined(
     help="As of train-student; repeat it. Default: none, and what train-student takes by default.",
 )
 @click.option("--seeds", type=WholeRange(1, 1000), help="How many, from --seed on. Default: 1, or the grid's.")
-@click.option("--grid", type=PATH, help="TOML file that names students with options of their own: docs/comparing.md.")
+@click.option(
+    "--grid", type=PATH, help="TOML file that names students with options of their own: docs/guides/comparing.md."
+)
 @click.option("--work-dir", type=PATH, default=Path("work_dirs/compare"), show_default=True, help="Where all goes.")
 @click.option("--jobs", type=WholeRange(1, 1000), help="Trainings at once. Default: one per GPU, or one.")
 @click.option("--print-commands", is_flag=True, help="Print a command line per training, and train nothing.")

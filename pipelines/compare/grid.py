@@ -1,18 +1,13 @@
 """What a comparison is told beside the options of `train-student`: rows by name, on the command line or in a file."""
 
 import re
-import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.errors import KdpipeError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["Arguments", "Grid", "GridRow", "argument_words", "merged", "read_grid", "row_name"]
 

@@ -4,7 +4,7 @@ import base64
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -129,7 +129,7 @@ def render_page(title: str, subtitle: str, facts: Sequence[tuple[str, str]], sec
         facts=facts,
         sections=[section for section in sections if not section.is_empty],
         version=version("kdpipe"),
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         style=Markup(style),
         script=Markup(script),
         script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),

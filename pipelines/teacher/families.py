@@ -1,4 +1,4 @@
-"""What teachers of each family say of boxes: `docs/families.md` has the table, `family_checks` says who may teach."""
+"""What teachers of each family say of boxes: docs/reference/families.md has the table, `family_checks` says who may."""
 
 from typing import Any
 

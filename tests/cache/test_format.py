@@ -7,8 +7,8 @@ digests of them) is left out. Where a test of it fails:
   That takes a new format version, and a file of its own beside this one.
 - only `zarr.json` of arrays, and with them `files.json` and records, differ after an update of zarr: it writes other
   metadata. Caches are still read if the tests of reading pass. Parts made by the two versions have other names, and
-  equal targets are equal bytes with one version of zarr only: say so in docs/format.md and the changelog, and make the
-  file anew with `python -m tests.cache.test_format`.
+  equal targets are equal bytes with one version of zarr only: say so in docs/reference/format.md and the changelog,
+  and make the file anew with `python -m tests.cache.test_format`.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tests.conftest import Forks
 
 GOLDEN = Path(__file__).with_name("format_v1.json")
-PAGE = Path(__file__).parents[2] / "docs" / "format.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
 IMAGES = [ImageInfo(7, "a.jpg", 32, 48, 1), ImageInfo(-3, "ordner/ä.jpg", 48, 32, 0)]
 KINDS = [*((tier, dtype, "none") for tier in ("objects", "pyramid") for dtype in DTYPES)]
 KINDS += [("pyramid", "int8", "zstd"), ("objects", "int8", "lz4")]
@@ -267,7 +267,7 @@ def test_equal_targets_are_equal_bytes(tmp_path: Path, kit: "type[Kit]", forks: 
 def test_the_page_shows_how(
     tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code of docs/format.md, as it stands there."""
+    """The code of docs/reference/format.md, as it stands there."""
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "coco.zarr", kit, "pyramid", "int8", "zstd")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

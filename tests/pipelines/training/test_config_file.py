@@ -1,4 +1,4 @@
-"""Distillation from a config file of mmengine, as the README shows it, without the command line."""
+"""Distillation from a config file of mmengine, as examples/distil.py shows it, without the command line."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.conftest import Forks
     from tests.pipelines.conftest import Kit
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 DATA = """
 train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=4, multiprocessing_context=None)
 train_dataloader["dataset"].update(
@@ -36,10 +36,8 @@ model["ckd"] = dict(queue_size=256)
 
 
 @pytest.mark.parametrize("roi_source", ["student", "teacher"])
-def test_the_example_of_the_readme(kit: "Kit", work: Path, forks: "Forks", roi_source: str) -> None:
-    config, script = re.findall(
-        r"```python\n(.*?)```", README.read_text().split("## From a config file")[1], re.DOTALL
-    )[:2]
+def test_the_example(kit: "Kit", work: Path, forks: "Forks", roi_source: str) -> None:
+    config, script = ((EXAMPLES / name).read_text(encoding="utf-8") for name in ("distil.py", "train.py"))
     base = kit.config(channels=8, fc=24)
     base.train_pipeline = base.train_dataloader.dataset.pipeline
     (work / "base.py").write_text(base.pretty_text)
@@ -55,10 +53,10 @@ def test_the_example_of_the_readme(kit: "Kit", work: Path, forks: "Forks", roi_s
     assert {name.split(".")[0] for name in state} == {"student", "sgfi", "ckd"}
 
 
-def test_the_example_of_the_readme_names_a_replaced_image(kit: "Kit", work: Path) -> None:
+def test_the_example_names_a_replaced_image(kit: "Kit", work: Path) -> None:
     """The keys of its `PackDetInputs` are enough for the message."""
     register_all_modules(init_default_scope=True)
-    (keys,) = re.findall(r"meta_keys=(\(.*?\))", README.read_text())
+    (keys,) = re.findall(r"meta_keys=(\(.*?\))", (EXAMPLES / "distil.py").read_text(encoding="utf-8"))
     pack = {"type": "PackDetInputs", "meta_keys": ast.literal_eval(keys)}
     reads = [{"type": "LoadImageFromFile"}, {"type": "Resize", "scale": (64, 64), "keep_ratio": True}]
     add = {"type": "AddTeacherTargets", "cache": str(kit.cache), "methods": ["sgfi"], "roi_source": "student"}
