@@ -78,12 +78,14 @@ class ArrayLayout:
 
     def files(self, rows: int) -> dict[str, range]:
         """The rows in each of its files, by name, of an array of so many rows."""
-        starts = self._starts(rows)
-        zeros = ["0"] * len(self.row_shape)
         return {
-            ".".join(["c", str(number), *zeros]): range(start, min(start + self.shard(rows), rows))
-            for number, start in enumerate(starts)
+            self.file(number): range(start, min(start + self.shard(rows), rows))
+            for number, start in enumerate(self._starts(rows))
         }
+
+    def file(self, shard: int) -> str:
+        """The name of the file of a shard, by its number."""
+        return ".".join(["c", str(shard), *["0"] * len(self.row_shape)])
 
     def _starts(self, rows: int) -> range:
         return range(0, rows, self.shard(rows))

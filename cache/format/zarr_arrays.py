@@ -1,4 +1,4 @@
-"""Zarr arrays by their layout: opened for writing and for reading, with nothing believed that a file says of itself."""
+"""Zarr arrays by their layout: files that are written, and arrays to read, with nothing believed that a file says."""
 
 import asyncio
 import hashlib
@@ -14,8 +14,7 @@ import tensorstore
 import torch
 from zarr import AsyncArray
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.array_spec import ArrayConfig
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore, StorePath, WrapperStore
 
@@ -38,7 +37,7 @@ class PendingRead(Protocol):
 
 
 class WrittenFiles(WrapperStore[Store]):
-    """A store that notes size and sha256 of what zarr writes to it, so that no byte is read again for that."""
+    """A store that notes size and sha256 of what is written to it, so that no byte is read again for that."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -47,6 +46,22 @@ class WrittenFiles(WrapperStore[Store]):
     async def set(self, key: str, value: Buffer) -> None:
         self.files[key] = (len(value), hashlib.sha256(value.as_buffer_like()).hexdigest())
         await super().set(key, value)
+
+    async def set_bytes(self, key: str, value: bytes) -> None:
+        """Write a file."""
+        await self.set(key, default_buffer_prototype().buffer.from_bytes(value))
+
+    async def set_metadata(self, key: str, layout: ArrayLayout, rows: int) -> None:
+        """Write the `zarr.json` of an array.
+
+        Args:
+            key: of the array.
+            layout: of the array.
+            rows: how many it has.
+        """
+        metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
+        for name, value in metadata.to_buffer_dict(default_buffer_prototype()).items():
+            await self.set(f"{key}/{name}", value)
 
 
 class FileArray:
@@ -124,18 +139,6 @@ class _LocalArrays(LocalStore):
         return content
 
 
-def writable_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
-    """An array that will have so many rows or more, written by zarr: it gives equal bytes for equal values.
-
-    Args:
-        store: where it is written.
-        key: of the array.
-        layout: of the array.
-        rows: how many it will have, at least.
-    """
-    return _zarr_array(store, key, layout, rows)
-
-
 def check_metadata(data: bytes | None, layout: ArrayLayout, rows: int) -> str | None:
     """What is wrong with a `zarr.json`, to follow its name; None where it says what is written for that layout.
 
@@ -177,7 +180,7 @@ def may_read_files() -> bool:
 
 def _zarr_array(store: Store, key: str, layout: ArrayLayout, rows: int) -> "AsyncArray[Any]":
     metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
-    return AsyncArray(metadata, StorePath(store, key), ArrayConfig.from_dict({"write_empty_chunks": True}))
+    return AsyncArray(metadata, StorePath(store, key))
 
 
 _contexts: dict[int, tensorstore.Context] = {}

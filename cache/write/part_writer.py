@@ -5,6 +5,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from kdpipe.cache.plan import ImageInfo
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.store.location import Location, part_key
-from kdpipe.cache.write.arrays import ArrayWriter
+from kdpipe.cache.write.arrays import ArrayWriter, encoding_threads
 from kdpipe.cache.write.encode import EncodedRecord, Encoding, start_encoding
 
 _QUEUE_SIZE = 4
@@ -64,7 +65,8 @@ class PartWriter:
         self._stack = contextlib.ExitStack()
         with self._location.explained(f"Writing part {self._index}"):
             self._folder = self._stack.enter_context(self._location.staging(part_key(self._index)))
-            self._files = _PartFiles(self._folder / "new", self._spec)
+            threads = self._stack.enter_context(encoding_threads())
+            self._files = _PartFiles(self._folder / "new", self._spec, threads)
         self._thread = threading.Thread(target=self._work, name=f"kdpipe-part-{self._index}", daemon=True)
         self._thread.start()
         return self
@@ -183,11 +185,11 @@ class PartWriter:
 class _PartFiles:
     """The arrays of a part in the making."""
 
-    def __init__(self, folder: Path, spec: CacheSpec) -> None:
+    def __init__(self, folder: Path, spec: CacheSpec, threads: Executor) -> None:
         self._files = WrittenFiles(LocalStore(folder))
         self._layout = part_layout(spec)
         self._columns = index_columns(spec)
-        self._arrays = {name: ArrayWriter(self._files, name, layout) for name, layout in self._layout.items()}
+        self._arrays = {name: ArrayWriter(self._files, name, layout, threads) for name, layout in self._layout.items()}
         self._counts: Counter[str] = Counter()
 
     @property

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
     new_images = done = written = 0
     start = time.perf_counter()
     bar = ProgressBar(console, "cache teacher", sum(len(writer.parts[index]) for index in shard_parts))
-    with bar as progress, CommitThread() as commits:
+    with bar as progress, CommitThread() as commits, maker.reader() as reader:
 
         def show(new: int, size: int) -> None:
             nonlocal done, written
@@ -196,9 +197,9 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
             whole = "" if shard.count == 1 else f", all shards {images - missing.images}/{images}"
             progress.update(done, f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s{whole}")
 
-        for index in shard_parts:
+        for index, following in zip_longest(shard_parts, shard_parts[1:]):
             if writer.pending([index]):  # nobody else has made it meanwhile
-                commits.begin(maker.fill(index, console.print, show))
+                commits.begin(maker.fill(index, reader, console.print, show, following))
                 new_images += len(writer.parts[index])
             else:
                 show(len(writer.parts[index]), 0)

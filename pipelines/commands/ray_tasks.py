@@ -111,8 +111,8 @@ def make_part(text: str, index: int) -> dict[str, Any]:
         return {"error": f"On the node {socket.gethostname()}: {error_text(error)}"}
     try:
         if maker.writer.pending([index]):
-            with memory_advice(LESS_FOR_A_CACHE):
-                maker.fill(index, lines.append, show).close()
+            with memory_advice(LESS_FOR_A_CACHE), maker.reader() as reader:
+                maker.fill(index, reader, lines.append, show).close()
     except (KdpipeError, OSError) as error:
         return {"error": error_text(error)}
     return {"images": images, "bytes": size, "lines": lines}

@@ -1,6 +1,5 @@
 """From images to committed parts of a cache, one part after the other."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -51,13 +50,27 @@ class PartMaker:
     missing: Sequence[int]
     skip_bad_images: bool
 
-    def fill(self, index: int, say: Callable[[str], None], show: Callable[[int, int], None]) -> ExitStack:
+    def reader(self) -> "ReadAhead":
+        """What reads images for `fill`."""
+        return ReadAhead(self.teacher, self.data.img_dir, self.writer.spec)
+
+    def fill(
+        self,
+        index: int,
+        reader: "ReadAhead",
+        say: Callable[[str], None],
+        show: Callable[[int, int], None],
+        following: int | None = None,
+    ) -> ExitStack:
         """Ask the teacher about all images of a part.
 
         Args:
             index: Of the part.
+            reader: Of its images.
             say: Is given a line for people about an image.
             show: Is called after each image, with 1 and its raw bytes; may raise to end the work.
+            following: The part that is likely filled next: its first images are read while the last of this one are
+                with the teacher.
 
         Returns:
             Holds the part, which is committed when it is closed.
@@ -67,8 +80,8 @@ class PartMaker:
         """
         with ExitStack() as stack:
             part = stack.enter_context(self.writer.part(index))
-            images = [self.data.images[i] for i in self.writer.parts[index]]
-            for info, image in _read_ahead(self.teacher, images, self.data.img_dir, self.writer.spec):
+            later = [] if following is None else self._images(following)
+            for info, image in reader.read(self._images(index), later):
                 if not isinstance(image, ImageError):
                     if image.note and self.skip_bad_images:
                         say(f"Warning: used as decoded: {image.note}")
@@ -82,6 +95,10 @@ class PartMaker:
                     raise image
             return stack.pop_all()
 
+    def _images(self, index: int) -> list[ImageInfo]:
+        """Those of a part."""
+        return [self.data.images[i] for i in self.writer.parts[index]]
+
     def _add(self, part: PartWriter, info: ImageInfo, image: _Seen) -> None:
         """Ask the teacher about an image in all views, and add the answers to a part."""
         spec = self.writer.spec
@@ -91,24 +108,54 @@ class PartMaker:
             part.add(ask(pixels, boxes, labels, view=view, file_digest=image.digest))
 
 
-def _read_ahead(
-    teacher: Teacher, images: Sequence[ImageInfo], folder: Path, spec: CacheSpec
-) -> Iterator[tuple[ImageInfo, _Seen | ImageError]]:
-    """Decode and resize images on threads, a few ahead of the teacher; an unreadable one is given as its error."""
+class ReadAhead:
+    """Decodes and resizes images on threads, a few ahead of the teacher; a context manager.
 
-    def read(info: ImageInfo) -> _Seen | ImageError:
+    Args:
+        teacher: What it sees is made.
+        folder: Of the images.
+        spec: Of the cache: scale and views.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path, spec: CacheSpec) -> None:
+        self._teacher, self._folder, self._spec = teacher, folder, spec
+        threads = _READERS[teacher.device.type]
+        self._most = _READ_AHEAD * threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kdpipe-read")
+        self._ahead: dict[int, Future[_Seen | ImageError]] = {}  # by image id
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(
+        self, images: Sequence[ImageInfo], following: Sequence[ImageInfo]
+    ) -> Iterator[tuple[ImageInfo, _Seen | ImageError]]:
+        """Images as the teacher sees them; an unreadable one is given as its error.
+
+        Args:
+            images: Which.
+            following: Asked for next, as far as is known: these are begun at the end.
+        """
+        wanted = {image.image_id for image in images}
+        self._ahead = {image_id: begun for image_id, begun in self._ahead.items() if image_id in wanted}
+        waiting = iter([image for image in (*images, *following) if image.image_id not in self._ahead])
+        for image in images:
+            for more in islice(waiting, self._most - len(self._ahead)):
+                self._ahead[more.image_id] = self._pool.submit(self._read, more)
+            yield image, self._next(image)
+
+    def _next(self, image: ImageInfo) -> _Seen | ImageError:
+        return self._ahead.pop(image.image_id).result()
+
+    def _read(self, image: ImageInfo) -> _Seen | ImageError:
+        spec, teacher = self._spec, self._teacher
         try:
-            size = (info.height, info.width)
-            picture = load_picture(folder / info.file_name, size, spec.scale, teacher.pixels.decoding)
+            size = (image.height, image.width)
+            picture = load_picture(self._folder / image.file_name, size, spec.scale, teacher.pixels.decoding)
         except ImageError as error:
             return error
         views = {view: teacher.network_input(picture.pixels, spec.scale, view == "hflip") for view in spec.views}
         return _Seen(views, picture.digest, picture.note)
-
-    threads = _READERS[teacher.device.type]
-    with ThreadPoolExecutor(threads, thread_name_prefix="kdpipe-read") as pool:
-        ahead: deque[Future[_Seen | ImageError]] = deque()
-        waiting = iter(images)
-        for info in images:
-            ahead.extend(pool.submit(read, x) for x in islice(waiting, _READ_AHEAD * threads - len(ahead)))
-            yield info, ahead.popleft().result()

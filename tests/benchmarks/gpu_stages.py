@@ -22,6 +22,7 @@ import kdpipe.cache
 STAGES = (
     ("decode (thread)", "kdpipe.pipelines.teacher.parts:load_picture", False),
     ("resize (thread)", "kdpipe.pipelines.teacher.pixel_pipeline:PixelPipeline.network_input", False),
+    ("wait for image", "kdpipe.pipelines.teacher.parts:ReadAhead._next", False),
     ("backbone, FPN", "kdpipe.pipelines.teacher.teacher:Teacher.pyramid_of_input", True),
     ("RPN", "kdpipe.pipelines.teacher.teacher:Teacher.proposals", True),
     ("box head", "kdpipe.pipelines.teacher.teacher:Teacher.box_outputs", True),
@@ -35,9 +36,12 @@ STAGES = (
     ("encode, rest", "kdpipe.cache.write.part_writer:start_encoding", True),
     ("wait, copy (thread)", "kdpipe.cache.write.encode:Encoding.wait", False),
     ("wait for writer", "kdpipe.cache.write.part_writer:PartWriter._put", False),
-    ("compress, write (thread)", "kdpipe.cache.write.arrays:ArrayWriter._write", False),
+    ("compress (threads)", "kdpipe.cache.write.arrays:encode_chunk", False),
+    ("wait, join shards (thread)", "kdpipe.cache.write.arrays:ArrayWriter._end_shard", False),
     ("of it hash, disk", "kdpipe.cache.format.zarr_arrays:WrittenFiles.set", False),
     ("commit (thread)", "kdpipe.cache.write.part_writer:PartWriter._commit", False),
+    ("of it fsync", "kdpipe.cache.store.folder:_sync_tree", False),
+    ("wait for commit", "kdpipe.pipelines.teacher.commit_thread:CommitThread.begin", False),
 )
 # The start of the names of kdpipe's files.
 HERE = str(Path(kdpipe.cache.__file__).parents[1])

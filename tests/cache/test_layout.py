@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from zarr.storage import LocalStore, MemoryStore
+from zarr import AsyncArray
+from zarr.core.array_spec import ArrayConfig
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from kdpipe.cache.format.layout import ArrayLayout, array_layout, index_columns, is_as_written, part_layout
 from kdpipe.cache.format.zarr_arrays import FileArray, StoreArray, WrittenFiles, check_metadata
@@ -18,7 +22,7 @@ from kdpipe.cache.read.range_array import RangeArray
 from kdpipe.cache.spec import CODECS, DTYPES, TIERS
 from kdpipe.cache.store.folder import Folder
 from kdpipe.cache.store.location import GoneError
-from kdpipe.cache.write.arrays import ArrayWriter, write_array
+from kdpipe.cache.write.arrays import ArrayWriter, encoding_threads, write_array
 
 if TYPE_CHECKING:
     from tests.cache.conftest import Kit
@@ -64,11 +68,12 @@ def test_written_and_read(
     """Appended in pieces, read by all readers and by zarr, in any range; and the files are those that are foretold."""
     folder, values = tmp_path_factory.mktemp("a"), some(layout, rows)
     files = WrittenFiles(LocalStore(folder))
-    writer = ArrayWriter(files, "x", layout)
     cuts = np.clip(np.cumsum([0, *pieces]), 0, rows).tolist()
-    for start, stop in zip(cuts, [*cuts[1:], rows], strict=True):
-        writer.append(values[start:stop])
-    writer.close()
+    with encoding_threads() as threads:
+        writer = ArrayWriter(files, "x", layout, threads)
+        for start, stop in zip(cuts, [*cuts[1:], rows], strict=True):
+            writer.append(values[start:stop])
+        writer.close()
     contents = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert files.files == {name: (len(text), hashlib.sha256(text).hexdigest()) for name, text in contents.items()}
     assert set(contents) == {"x/zarr.json", *(f"x/{name}" for name in layout.files(rows))}
@@ -84,6 +89,25 @@ def test_written_and_read(
         block = reader.start(range(start, stop)).result()
         assert block.dtype == values.dtype
         assert np.array_equal(block, values[start:stop])
+
+
+@settings(max_examples=40)
+@given(layout=layouts, rows=st.integers(0, 60))
+@example(layout=ArrayLayout("element", (), "uint8", 1 << 18, 1 << 20, "zstd"), rows=1_500_000)  # as large as they are
+@example(layout=ArrayLayout("element", (), "int8", 1 << 18, 1 << 20, "zstd"), rows=1_500_000)
+@example(layout=ArrayLayout("box", (80, 4), "float16", 256, 1024, "zstd"), rows=1100)
+@example(layout=ArrayLayout("box", (80, 4), "float32", 256, 1024, "lz4"), rows=1100)
+@example(layout=ArrayLayout("view", (26,), "int64", 256, 1024, "zstd"), rows=1100)
+def test_the_bytes_are_zarrs(layout: ArrayLayout, rows: int) -> None:
+    """Those that zarr's own pipeline writes."""
+    values, own, store = some(layout, rows), WrittenFiles(MemoryStore()), WrittenFiles(MemoryStore())
+    write_array(own, "x", layout, values)
+    metadata = ArrayV3Metadata.from_dict(layout.metadata(rows))
+    array = AsyncArray(metadata, StorePath(store, "x"), ArrayConfig.from_dict({"write_empty_chunks": True}))
+    sync(array.resize(values.shape))
+    if rows:
+        sync(array.setitem(slice(0, rows), values))
+    assert own.files == store.files
 
 
 @settings(max_examples=20)
