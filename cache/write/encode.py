@@ -107,6 +107,8 @@ def start_encoding(record: TeacherRecord, spec: CacheSpec) -> Encoding:
             f"The record of {image} has {record.num_jittered} jittered boxes; the cache takes at most {spec.jittered}."
         )
     host = _Host(image)
+    if "features" in spec.fields:
+        _encode_levels(host, record, spec)  # first: the others wait for the GPU, which has the box head to do meanwhile
     _encode_boxes(host, record, spec)
     if spec.object_arrays():
         _encode_objects(host, record, spec)
@@ -122,7 +124,6 @@ def start_encoding(record: TeacherRecord, spec: CacheSpec) -> Encoding:
         "file_digest": record.file_digest,
     }
     if "features" in spec.fields:
-        _encode_levels(host, record, spec)
         for number, level in enumerate(record.features or ()):
             index |= {f"level{number}_height": int(level.shape[1]), f"level{number}_width": int(level.shape[2])}
     return Encoding(index, record.file_name.encode(), host.arrays, host.finite, host.copied())
