@@ -1,13 +1,15 @@
 """Where time goes, for gpu.py: clocks around functions of kdpipe, and torch's profiler around training steps."""
 
+import functools
 import importlib
 import inspect
 import threading
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,6 +44,25 @@ STAGES = (
     ("commit (thread)", "kdpipe.cache.write.part_writer:PartWriter._commit", False),
     ("of it fsync", "kdpipe.cache.store.folder:_sync_tree", False),
     ("wait for commit", "kdpipe.pipelines.teacher.commit_thread:CommitThread.begin", False),
+)
+# Parts of a training step: clocks run in the stream of the GPU, which is not waited for.
+PARTS = tuple(
+    (name, place, False)
+    for name, place in (
+        ("to GPU", "kdpipe.distill.preprocessor:DistilledPreprocessor.forward"),
+        ("student", "mmdet.models:TwoStageDetector.loss"),
+        ("student", "mmdet.models:SingleStageDetector.loss"),
+        ("student at RoIs", "kdpipe.distill.students.two_stage:TwoStageStage.outputs_at"),
+        ("teacher pyramid", "kdpipe.distill.teacher.pyramids:TeacherPyramids.__init__"),
+        ("teacher RoIAlign", "kdpipe.distill.teacher.pyramids:TeacherPyramids.roi_align"),
+        ("teacher head", "kdpipe.distill.teacher.heads.fc:TeacherHead.of_features"),
+        ("sgfi RoIAlign", "kdpipe.distill.pairs:roi_align_levels"),
+        ("sgfi", "kdpipe.distill.losses.sgfi:SGFI.forward"),
+        ("ckd", "kdpipe.distill.losses.ckd:CKD.forward"),
+        ("pred, rest", "kdpipe.distill.detector:DistilledDetector.forward"),
+        ("backward", "mmengine.optim:OptimWrapper.backward"),
+        ("optimiser", "mmengine.optim:OptimWrapper.step"),
+    )
 )
 # The start of the names of kdpipe's files.
 HERE = str(Path(kdpipe.cache.__file__).parents[1])
@@ -86,6 +107,7 @@ class Clocks:
 
             return timed_later
 
+        @functools.wraps(call)  # losses are given what the names of their parameters say
         def timed(*args: Any, **options: Any) -> Any:
             with self._stage(name, waits):
                 return call(*args, **options)
@@ -93,10 +115,10 @@ class Clocks:
         return timed
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, stages: Sequence[tuple[str, str, bool]] = STAGES) -> Iterator[None]:
         """Time all stages that there are; those of which the function has another name by now are `missing`."""
         with ExitStack() as stack:
-            for name, place, waits in STAGES:
+            for name, place, waits in stages:
                 module, _, path = place.partition(":")
                 try:
                     owner: Any = importlib.import_module(module)
@@ -114,43 +136,93 @@ class Clocks:
             yield
 
 
+class StreamClocks(Clocks):
+    """Milliseconds of each part in the stream of a GPU: what it computes, and what it waits meanwhile for Python.
+
+    Args:
+        cuda: Whether there is a GPU; otherwise the parts are timed by the clock.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__(lambda: None)
+        self._cuda = cuda
+        self._open: list[str] = []
+        self._marks: list[tuple[str, Any]] = []  # from when on which part ran
+        self._mark("outside")
+
+    def _mark(self, part: str) -> None:
+        at: Any = time.perf_counter()
+        if self._cuda:
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        self._marks.append((part, at))
+
+    @contextmanager
+    def _stage(self, name: str, waits: bool) -> Iterator[None]:
+        self._open.append(name)
+        self._mark(name)
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._mark(self._open[-1] if self._open else "outside")
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of each part, since the last time; those of what it called are the others'."""
+        self._mark("outside")
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for (part, start), (_, end) in pairwise(self._marks):
+            totals[part] += start.elapsed_time(end) if self._cuda else 1000 * (end - start)
+        del self._marks[:-1]
+        return totals
+
+
 @contextmanager
 def profiled_steps(first: int, count: int, cuda: bool) -> Iterator[dict[str, Any]]:
     """Profile some training steps of a detector.
 
     Args:
         first: How many steps are made before.
-        count: How many are profiled.
+        count: How many are timed; one more is profiled.
         cuda: Whether they run on a GPU.
 
     Yields:
-        Filled when they have been made: `profile`; `seconds` by the clock; and `waits`, how often each line of code
-        waited for the GPU in the step before.
+        Filled when they have been made: `seconds` by the clock, and `parts`, milliseconds per step of each; `profile`
+        of the kernels of the next step, `profiled` seconds; `waits`, how often each line of code waited for the GPU in
+        the step before; and `missing` parts.
     """
     done: dict[str, Any] = {}
-    step, number = BaseModel.train_step, 0
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    recorder = profile(activities=activities)
+    step, number, clocks = BaseModel.train_step, 0, StreamClocks(cuda)
+    recorder = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
 
     def watched(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal number
-        if number == first - 1:
+        number += 1
+        if number == first:
             with waits_told(done, cuda):
                 result = step(self, *args, **options)
-        else:
-            if number == first:
-                recorder.__enter__()
-                done["start"] = _now(cuda)
+            clocks.milliseconds()
+            done["start"] = _now(cuda)
+        elif number <= first + count:
             result = step(self, *args, **options)
-        number += 1
-        if number == first + count:
-            done["seconds"] = _now(cuda) - done.pop("start")
-            recorder.__exit__(None, None, None)
+            if number == first + count:
+                done["parts"] = {part: ms / count for part, ms in clocks.milliseconds().items()}
+                done["seconds"] = _now(cuda) - done.pop("start")
+        elif number == first + count + 1:
+            start = _now(cuda)
+            with recorder:
+                result = step(self, *args, **options)
+                done["profiled"] = _now(cuda) - start
             done["profile"] = recorder
+        else:
+            result = step(self, *args, **options)
         return result
 
-    with patch.object(BaseModel, "train_step", watched):
+    with patch.object(BaseModel, "train_step", watched), clocks.running(PARTS):
         yield done
+    done["missing"] = clocks.missing
 
 
 @contextmanager
@@ -175,33 +247,31 @@ def _now(cuda: bool) -> float:
 
 
 def profile_cells(done: Mapping[str, Any], count: int, file: Path) -> dict[str, object]:
-    """How busy the GPU is, and what makes it wait; the table of operators goes into a file."""
+    """Parts of a step, how busy the GPU is, and what makes it wait; the table of kernels goes into a file."""
     recorder = done["profile"]
     totals = recorder.key_averages()
     calls: dict[str, int] = defaultdict(int)
     for entry in totals:
         calls[entry.key] += entry.count
-    tables = []
-    for order in ("self_cuda_time_total", "self_cpu_time_total"):
-        try:
-            tables.append(totals.table(sort_by=order, row_limit=30, max_name_column_width=80))
-        except Exception as error:  # another torch has other names
-            tables.append(f"{order}: {error}")
+    try:
+        table = totals.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=80)
+    except Exception as error:  # another torch has other names
+        table = str(error)
     waits = done.get("waits", Counter())
     lines = [f"{times:5} {place}" for place, times in waits.most_common()]
-    file.write_text("\n".join(["Lines that waited for the GPU in one step:", *lines, "", *tables]))
+    file.write_text("\n".join(["Lines that waited for the GPU in one step:", *lines, "", table]))
     ours = sum(times for place, times in waits.items() if place.startswith(HERE))
     copies = sum(calls[name] for name in calls if name.startswith("Memcpy DtoH"))
     return {
         "s/step": done["seconds"] / count,
-        "GPU busy, %": 100 * _busy(recorder.events()) / done["seconds"],
-        "per step: aten::item": calls["aten::item"] / count,
-        "nonzero": calls["aten::nonzero"] / count,
-        "copies to host": copies / count,
+        "GPU busy, %": 100 * _busy(recorder.events()) / done["profiled"],
+        **{f"{part}, ms": ms for part, ms in done["parts"].items()},
+        "copies to host": copies,
         "lines that wait, times: kdpipe's": ours,
         "others'": sum(waits.values()) - ours,
-        "stream waits": calls["cudaStreamSynchronize"] / count,
-        "kernels": sum(calls[name] for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel")) / count,
+        "stream waits": calls["cudaStreamSynchronize"],
+        "kernels": sum(calls[name] for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel")),
+        **({"not found": ", ".join(done["missing"])} if done["missing"] else {}),
     }
 
 

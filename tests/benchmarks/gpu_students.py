@@ -107,8 +107,8 @@ class Students:
 
     def profile(self, family: str, teacher: str, rois: str, *, amp: bool = False) -> dict[str, object]:
         """What a few steps of a training are made of."""
-        first, count = self.size.left_out, 1 if self.size.tiny else 3
-        command = self.training(family, teacher, rois, first + count, amp=amp)
+        first, count = self.size.left_out, 1 if self.size.tiny else 5
+        command = self.training(family, teacher, rois, first + count + 1, amp=amp)
         with profiled_steps(first, count, self.device.is_gpu) as done:
             self._run_training(command)
         file = self.out / f"profile-{family}-{teacher}-{rois}{'-amp' if amp else ''}.txt"
