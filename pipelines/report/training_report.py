@@ -36,13 +36,15 @@ def training_facts(groups: Sequence[TrainingGroup], found: Found) -> list[tuple[
     if plain is not None and plain.ap is not None and plain is not best:
         facts.append(("Without distillation", f"{plain.ap:.3f}"))
     if best is not None and best.ap is not None and not best.first.is_teacher:
-        facts.append(("Distilled" if best.is_distilled else "AP", f"{best.ap:.3f}"))
+        count = sum(group.is_distilled for group in groups)
+        distilled = f"Distilled, best of {count}" if count > 1 else "Distilled"
+        facts.append((distilled if best.is_distilled else "AP", f"{best.ap:.3f}"))
         gain = best.gain_over(plain) if plain is not None and best is not plain else None
         if gain is not None:
             noise = " (within noise)" if gain.within_noise else ""
             facts.append(("Gain", f"{100 * gain.mean:+.1f} points{noise}"))
-    count = sum(len(group.trainings) for group in groups)
-    return [*facts, ("Trainings", str(count))] if count > 1 else facts
+    trainings = sum(len(group.trainings) for group in groups)
+    return [*facts, ("Trainings", str(trainings))] if trainings > 1 else facts
 
 
 def _best(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
