@@ -13,7 +13,7 @@ def convolve_rois(
     """A convolution of RoI features, whose number changes from step to step.
 
     On a GPU by a matrix product over all windows: cuDNN looks for an algorithm whenever a number of RoIs is new to it,
-    which takes the processor a millisecond or more, forward and for either gradient, while the GPU has nothing to do.
+    forward and for either gradient, and the GPU waits meanwhile.
 
     Args:
         roi_features: Tensor[R, C, H, W], best channels last in memory.
