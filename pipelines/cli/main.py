@@ -13,11 +13,11 @@ import click
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.cli.cache import cache_teacher_command, inspect_command, verify_command
 from kdpipe.pipelines.cli.compare import compare_command
-from kdpipe.pipelines.cli.options import PATH
+from kdpipe.pipelines.cli.demo import demo_command
 from kdpipe.pipelines.cli.report import report_command
 from kdpipe.pipelines.cli.training import evaluate_command, train_student_command, train_teacher_command
 from kdpipe.pipelines.runtime.console import command_console, error_text, robust_output, stop
-from kdpipe.pipelines.runtime.launch import check_alone, is_first
+from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.runtime.memory import memory_shortage
 
 __all__ = ["main"]
@@ -48,17 +48,6 @@ def doctor_command() -> None:
     sys.exit(run_doctor(command_console(shared=False)))
 
 
-@cli.command("demo")
-@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for what it makes.")
-@click.option("--fresh", is_flag=True, help="Delete what an earlier demo left there.")
-def demo_command(out: Path, fresh: bool) -> None:
-    """Draw a data set, train a teacher, cache it, and train a student with and without distillation."""
-    check_alone(os.environ, "The demo")
-    from kdpipe.pipelines.demo.run import run_demo
-
-    run_demo(out, fresh=fresh, console=command_console())
-
-
 for command in (
     cache_teacher_command,
     train_student_command,
@@ -68,6 +57,7 @@ for command in (
     verify_command,
     inspect_command,
     report_command,
+    demo_command,
 ):
     cli.add_command(command)
 
