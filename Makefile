@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test test-slow test-gpu docs bench clean
 
 help:
-	@echo "make demo       draw a data set, train a teacher, cache it, train a student with and without distillation"
+	@echo "make demo       cache a teacher that comes with kdpipe, train a student with and without it, compare, report"
 	@echo "make test       ruff, mypy and the tests that take seconds"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
