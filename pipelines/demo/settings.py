@@ -73,7 +73,7 @@ class DemoSettings:
     val: int = 100
     size: tuple[int, int] = (128, 160)
     student: Width = field(default_factory=lambda: Width(16, 32, 128))
-    epochs: int = 10
+    epochs: int = 12
     teacher: Width = field(default_factory=lambda: Width(24, 48, 256))
     teacher_train: int = 1600
     teacher_epochs: int = 12
