@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.cli.demo import run_command
+from kdpipe.pipelines.cli.demo import demo_command, run_command
 from kdpipe.pipelines.cli.training import train_student_command
 from kdpipe.pipelines.commands.evaluate import evaluate
 from kdpipe.pipelines.commands.options import EvaluateOptions
@@ -180,6 +181,22 @@ def test_commands_are_shown_and_their_failure_is_passed_on(tmp_path: Path, capsy
     assert f"$ kdpipe cache-teacher --ckpt {tmp_path}/missing.pth" in capsys.readouterr().out
     with pytest.raises(click.UsageError, match="compare needs either --cache or --teacher-ckpt"):
         run_command(["compare", "--work-dir", str(tmp_path)])
+
+
+def test_the_option_makes_the_teacher_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Path]] = []
+    for module, name in (("run", "run_demo"), ("train_teacher", "train_teacher")):
+        monkeypatch.setattr(
+            f"kdpipe.pipelines.demo.{module}.{name}", lambda out, run, name=name, **more: asked.append((name, out))
+        )
+    out = ["--out", str(tmp_path)]
+    for options in ([], ["--train-teacher"]):
+        result = CliRunner().invoke(demo_command, [*out, *options], catch_exceptions=False)
+        assert result.exit_code == 0
+    assert asked == [("run_demo", tmp_path), ("train_teacher", tmp_path)]
+    result = CliRunner().invoke(demo_command, [*out, "--train-teacher", "--fresh"])
+    assert result.exit_code == 2
+    assert "choose another --out" in result.output
 
 
 def test_the_teacher_that_is_shipped_is_small_and_half_precision() -> None:
