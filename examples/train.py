@@ -1,9 +1,8 @@
 """Train the config distil.py."""
 
+import kdpipe.pipelines  # noqa: F401  first: mmcv's ops, in the loader workers too
 from mmengine.config import Config
 from mmengine.runner import Runner
-
-import kdpipe.pipelines  # noqa: F401  first: mmcv's ops, in the loader workers too
 
 if __name__ == "__main__":
     cfg = Config.fromfile("distil.py")

@@ -147,4 +147,6 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
     assert [name for name in cli.commands if f"kdpipe {name}" not in reference] == []
+    assert "--cache PATH|URL" in reference
+    assert "UNSET" not in reference
     assert "<math" in (tmp_path / "site" / "explanation" / "equations" / "index.html").read_text(encoding="utf-8")
