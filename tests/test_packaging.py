@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cache", "distill", "pipelines")
 # Names under which distributions are imported, where they differ.
 IMPORTED_AS = {
+    "google-crc32c": "google_crc32c",
     "mmcv-lite": "mmcv",
     "opencv-python": "cv2",
     "pillow": "PIL",
