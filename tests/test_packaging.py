@@ -23,7 +23,6 @@ IMPORTED_AS = {
 }
 # Distributions that no module of ours imports, and who does.
 IMPORTED_BY_OTHERS = {
-    "numcodecs": "zarr: its codecs",
     "setuptools": "mmengine: pkg_resources",
     "tensorboard": "mmengine: TensorboardVisBackend",
 }
