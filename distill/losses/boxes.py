@@ -57,8 +57,13 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """
     least = 1e-7  # square pixels; two boxes without area have an IoU of 0
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
-    common = (high - low).clamp(min=0).prod(dim=-1)
-    union = sum((x[..., 2:] - x[..., :2]).prod(dim=-1) for x in (boxes, others)) - common
+    common = _area((high - low).clamp(min=0))
+    union = sum(_area(x[..., 2:] - x[..., :2]) for x in (boxes, others)) - common
     low, high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
-    around = (high - low).prod(dim=-1)
+    around = _area(high - low)
     return common / (union + least) - (around - union) / (around + least)
+
+
+def _area(sides: Tensor) -> Tensor:
+    """Tensor[...] of Tensor[..., 2]. Not by `prod`, whose gradient asks a GPU whether there are zeros."""
+    return sides[..., 0] * sides[..., 1]

@@ -65,7 +65,7 @@ class Students:
         else:
             command = ["train-student", "--student", str(config), "--cache", str(self.teachers.cache(teacher))]
         if teacher != "plain":
-            command += ["--rois", rois, *(["--methods", METHODS[teacher]] if teacher in METHODS else [])]
+            command += ["--no-report", "--rois", rois, *(["--methods", METHODS[teacher]] if teacher in METHODS else [])]
             if size.rois is not None and (rois == "teacher" or family != "faster-rcnn"):
                 command += ["-o", f"distill.rois.num={size.rois}"]
         command += ["--recipe", "paper", "--epochs", "1", "--lr", "1e-5", *(["--amp"] if amp else [])]

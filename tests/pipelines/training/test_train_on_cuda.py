@@ -79,7 +79,7 @@ class Trainings:
     def command(self, work_dir: str, family: str, *options: object) -> tuple[object, ...]:
         each_step = ("-o", "default_hooks.logger.interval=1", "-o", "distill.ckd.queue_size=256")
         student = ("--student", self._folder / f"{family}.py", "-o", f"load_from={self._starts[family]}")
-        return self._kit.student_command(self._folder / work_dir, *each_step, *student, *options)
+        return self._kit.student_command(self._folder / work_dir, "--no-report", *each_step, *student, *options)
 
     def run(self, work_dir: str, family: str, *options: object) -> dict[str, float]:
         """Train in this process; what was logged of the first step."""
