@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from kdpipe.cache.read.reader import open_cache
@@ -42,6 +43,7 @@ def test_the_script_reads_targets(kit: "Kit", work: Path, forks: "Forks") -> Non
     assert {line.split("  ")[1] for line in best} <= set(kit.classes)
 
 
+@pytest.mark.slow
 def test_the_tasks_of_the_array_make_one_cache(kit: "Kit", work: Path, tmp_path: Path) -> None:
     """Each task of a Slurm array runs the script by itself; here with sbatch's variables and without a scheduler."""
     script, cache = EXAMPLES / "cache_array.sbatch", tmp_path / "array.zarr"

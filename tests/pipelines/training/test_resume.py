@@ -75,7 +75,8 @@ def test_another_schedule_goes_on_where_it_would_be(
     ended = kit.run(*command(kit, work / "w", *kit.val, *options, "--resume"))
     assert f"Changed: {message}." in ended.out
     assert "student: 2 of" in ended.out
-    assert rates(work / "w") == pytest.approx(expected_rates, rel=1e-6)
+    # of this run: one that begins in the second of the other shares its log
+    assert rates(work / "w")[-len(expected_rates) :] == pytest.approx(expected_rates, rel=1e-6)
     epochs = int(str(options[1]))
     newest = load(work / "w" / f"epoch_{epochs}.pth")
     assert newest["meta"]["iter"] == epochs * (len(expected_rates) // (epochs - 2))
