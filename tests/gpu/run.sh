@@ -22,8 +22,8 @@ status=0
 export python out
 grep -rl --include='test_*.py' 'mark\.cuda' tests | xargs -P 8 -I FILE bash -c '
     timeout -s INT -k 10 "${TEST_SECONDS:-240}" "$python" -m pytest -q -m cuda -rs --durations=5 --timeout=120 -W default \
-        --disable-warnings -p no:cacheprovider FILE >"$out/$(basename FILE .py).log" 2>&1' || status=1
-cat "$out"/test_*.log >"$out/tests.log" && rm "$out"/test_*.log
+        --disable-warnings -p no:cacheprovider FILE >"$out/$(echo FILE | tr / -).log" 2>&1' || status=1
+cat "$out"/tests-*.log >"$out/tests.log" && rm "$out"/tests-*.log
 cat "$out/tests.log"
 "$python" tests/benchmarks/gpu.py --out "$out" "$@" 2>&1 | tee "$out/benchmark.log" || status=1
 exit "$status"
