@@ -37,7 +37,9 @@ class TeacherKeys:
     @staticmethod
     def join(parts: Sequence["TeacherKeys"]) -> "TeacherKeys":
         """All of several, in their order; float16 beside float32 becomes that."""
-        return TeacherKeys(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(TeacherKeys)))
+        with no_autocast(parts[0].boxes):  # autocast knows no float64
+            columns = [torch.cat([getattr(part, field.name) for part in parts]) for field in fields(TeacherKeys)]
+        return TeacherKeys(*columns)
 
 
 class TeacherQueue(nn.Module):

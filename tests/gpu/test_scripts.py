@@ -25,9 +25,9 @@ def test_wheels_are_installed_and_tests_and_benchmark_run(tmp_path: Path) -> Non
     assert fetched.returncode == 0, fetched.stderr
     assert {wheel.name.split("-")[0] for wheel in wheels.glob("*.whl")} >= {"mmdet", "mmengine", "mmcv_lite", "zarr"}
 
-    ran = run("run.sh", wheels, out, "--device", "cpu", "--small", "--only", "train/faster-rcnn/float32")
+    ran = run("run.sh", wheels, out, "--device", "cpu", "--small", "--only", "teacher/x101/forward")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     tests = (out / "tests.log").read_text()
     assert "needs a CUDA device" in tests
     assert "failed" not in tests
-    assert "train/faster-rcnn/float32/plain" in (out / "gpu.jsonl").read_text()
+    assert "teacher/x101/forward pass" in (out / "gpu.jsonl").read_text()

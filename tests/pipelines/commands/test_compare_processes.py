@@ -45,9 +45,18 @@ def trainings(work_dir: Path) -> list[int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def undisturbed(kit: "Kit", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = kit.start(*command(kit, "w"), cwd=folder)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    return folder / "w"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_ended_it_goes_on(kit: "Kit", work: Path, number: int) -> None:
+def test_ended_it_goes_on(kit: "Kit", work: Path, undisturbed: Path, number: int) -> None:
     """By Ctrl-C or at once: no training goes on alone, and the same command goes on to what is undisturbed."""
     process = kit.start(*command(kit, "w"), cwd=work)
     while not any((work / "w").glob("*/*/seed-0/last_checkpoint")):
@@ -67,10 +76,7 @@ def test_ended_it_goes_on(kit: "Kit", work: Path, number: int) -> None:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     assert any("of 12 epochs are done; the others follow" in log.read_text() for log in (work / "w").glob("*/*/*.log"))
-    process = kit.start(*command(kit, "undisturbed"), cwd=work)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, out + err
-    assert same(work / "w", work / "undisturbed")
+    assert same(work / "w", undisturbed)
 
 
 @pytest.mark.slow

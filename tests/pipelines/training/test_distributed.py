@@ -168,20 +168,15 @@ main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("retinanet", ("--amp",)), ("fcos", ()), ("retinanet", ("--rois", "teacher", "--missing-view", "skip"))],
+    [("retinanet", ("--amp",)), ("fcos", ()), ("retinanet", ("--rois", "teacher"))],
 )
 def test_dense_students_in_two_processes(
     kit: "Kit", work: Path, forks: "Forks", closed_port: int, family: str, options: Any
 ) -> None:
-    """Also where one of them has no positive RoI: objects too small for any predicted box, or a flipped image."""
-    boxes = json.loads(kit.ann.read_text())["annotations"]
-    one = boxes[0]["image_id"]
-    small = [{**x, "bbox": [*x["bbox"][:2], 2, 2], "area": 4} if x["image_id"] == one else x for x in boxes]
-    ann = kit.annotations(work / "small.json", annotations=small)
-    cache = work / "x.zarr"
-    kit.run("cache-teacher", "--ckpt", kit.teacher, "--ann-file", ann, "--img-dir", kit.img, *kit.VIEW, "--out", cache)
+    """Also where one of them has no RoI: a flipped image."""
     (work / "student.py").write_text(kit.dense(family).pretty_text)
-    recipe = ("--cache", cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0, *PAPER)
+    recipe = ("--cache", kit.cache, "--student", "student.py", "--epochs", 2, "--batch-size", 1, "--workers", 0, *PAPER)
+    options = (*options, "--missing-view", "skip")
     more = ("--methods", "sgfi,ckd,pred", "--work-dir", "w", "-o", "distill.ckd.queue_size=4096", "--seed", 1)
     processes = two_processes(forks, work, closed_port, KEEP, "train-student", *recipe, *more, *options)
     assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
