@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(kit: "Kit", work_dir: str, *options: object) -> tuple[object, ...]:
-    small = ("--recipe", "paper", "--epochs", 12, "--batch-size", 1, "--workers", 1, *kit.val)
+    small = ("--recipe", "paper", "--epochs", 6, "--batch-size", 1, "--workers", 1, *kit.val)
     which = ("--student", kit.student, "--methods", "none", "--methods", "sgfi,pred", "--jobs", 2)
     return ("compare", "--cache", kit.cache, *which, *small, "--work-dir", work_dir, *options)
 
@@ -75,7 +75,7 @@ def test_ended_it_goes_on(kit: "Kit", work: Path, undisturbed: Path, number: int
     process = kit.start(*command(kit, "w"), cwd=work)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
-    assert any("of 12 epochs are done; the others follow" in log.read_text() for log in (work / "w").glob("*/*/*.log"))
+    assert any("of 6 epochs are done; the others follow" in log.read_text() for log in (work / "w").glob("*/*/*.log"))
     assert same(work / "w", undisturbed)
 
 
