@@ -13,8 +13,8 @@ from kdpipe.pipelines.commands.options import RayOptions
 from kdpipe.pipelines.commands.ray_tasks import PartJob, make_part, node_faults
 from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.options import DataOptions
-from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
-from kdpipe.pipelines.runtime.ray_cluster import Nodes, own_versions, ray_cluster
+from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text, first_line
+from kdpipe.pipelines.runtime.ray_cluster import Nodes, ray_cluster
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.parts import PartMaker
 
@@ -44,24 +44,20 @@ def deal_parts(maker: PartMaker, job: PartJob, options: RayOptions, console: Con
             again.
     """
     with ray_cluster(options.address or "auto") as ray:
-        gpus = float("GPU" in ray.cluster_resources()) if options.gpus is None else options.gpus
-        cpus = 1.0 if options.cpus is None else options.cpus
-        return _Deal(ray, maker, job.to_json(), cpus, gpus, console).run()
+        return _Deal(ray, maker, job.to_json(), Nodes(ray, options.cpus, options.gpus, console), console).run()
 
 
 class _Deal:
     """The parts of one run, each of which is waiting, being made, or done."""
 
-    def __init__(self, ray: Any, maker: PartMaker, job: str, cpus: float, gpus: float, console: Console) -> None:
-        self._ray, self._writer, self._job, self._console = ray, maker.writer, job, console
-        self._cpus, self._gpus, self._nodes = cpus, gpus, Nodes(ray, cpus, gpus)
+    def __init__(self, ray: Any, maker: PartMaker, job: str, nodes: Nodes, console: Console) -> None:
+        self._ray, self._writer, self._job, self._nodes, self._console = ray, maker.writer, job, nodes, console
         # Ray by itself ends a worker with a GPU after each task, and with it the teacher that it loaded.
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=0, max_retries=0)
+        remote = ray.remote(num_cpus=nodes.cpus, num_gpus=nodes.gpus, max_calls=0, max_retries=0)
         self._make = remote(make_part)
         self._todo = deque(maker.missing)
         self._tasks: dict[Any, int] = {}
         self._lost: Counter[int] = Counter()
-        self._slots_before = 1
         self.images = self.bytes = 0
 
     def run(self) -> int:
@@ -70,12 +66,13 @@ class _Deal:
         todo = sum(len(self._writer.parts[index]) for index in self._todo)
         if todo < images:
             self._console.print(f"{images - todo} of {images} images are cached already")
-        self._check_nodes()
+        needs = "checkpoint, images and cache under the same paths (a shared disk, or an object store for the cache)"
+        self._nodes.check(node_faults, self._job, verb="make parts", needs=needs)
         done, start, look, slots = 0, time.monotonic(), 0.0, 0
         with ProgressBar(self._console, "cache teacher", todo) as progress:
             while self._todo or self._tasks:
                 if time.monotonic() >= look:
-                    slots, look = self._slots(), time.monotonic() + _LOOK_SECONDS
+                    slots, look = self._nodes.slots(), time.monotonic() + _LOOK_SECONDS
                 while self._todo and len(self._tasks) < max(1, slots) * (1 + _WAITING):
                     index = self._todo.popleft()
                     self._tasks[self._make.remote(self._job, index)] = index
@@ -110,7 +107,7 @@ class _Deal:
         Raises:
             KdpipeError: It ended too many.
         """
-        what, reason = "worker", (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what, reason = "worker", first_line(error)
         if isinstance(error, self._ray.exceptions.NodeDiedError):
             what = "node"
         else:
@@ -123,29 +120,6 @@ class _Deal:
             )
         self._console.print(f"A {what} was lost while it made part {index}, which is dealt again: {reason}")
         self._todo.appendleft(index)
-
-    def _slots(self) -> int:
-        """How many tasks can run at once."""
-        slots = self._nodes.slots()
-        if not slots and self._slots_before:
-            self._console.print(f"No node has {self._cpus:g} CPUs and {self._gpus:g} GPUs: waiting for one.")
-        self._slots_before = slots
-        return slots
-
-    def _check_nodes(self) -> None:
-        """Ask each node that tasks may run on whether it can make parts.
-
-        Raises:
-            KdpipeError: Some cannot, for the reasons that are named.
-        """
-        faults, asked = self._nodes.faults(node_faults, self._job, own_versions())
-        if faults:
-            lines = "".join(f"\n  {line}" for line in faults)
-            raise KdpipeError(
-                f"{len(faults)} of {asked} nodes of the cluster cannot make parts:{lines}\nEach needs "
-                "the same kdpipe and torch, and checkpoint, images and cache under the same paths (a shared disk, or "
-                "an object store for the cache)."
-            )
 
 
 def part_job(

@@ -17,6 +17,7 @@ from kdpipe.pipelines.compare.teacher_ap import TeacherAP, known_ap
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint
 from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale
+from kdpipe.pipelines.runtime.console import first_line
 
 __all__ = ["check_place", "compare", "write_summary"]
 
@@ -127,8 +128,7 @@ def _complexities(rows: Sequence[Row]) -> tuple[dict[str, Complexity], list[str]
             try:
                 known[key] = complexity(config, scale)
             except (KdpipeError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                lines.append(f"{row.name}: no parameters and GFLOPs: {reason}")
+                lines.append(f"{row.name}: no parameters and GFLOPs: {first_line(error)}")
                 continue
         found[row.name] = known[key]
     return found, lines

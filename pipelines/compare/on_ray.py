@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.compare.cells import Cell
 from kdpipe.pipelines.compare.process import Outcome
 from kdpipe.pipelines.compare.ray_cell import cell_faults, run_cell
-from kdpipe.pipelines.runtime.ray_cluster import Nodes, own_versions
+from kdpipe.pipelines.runtime.console import first_line
+from kdpipe.pipelines.runtime.ray_cluster import Nodes
 
 __all__ = ["RayEngine"]
 
@@ -33,15 +33,12 @@ class RayEngine:
     """
 
     def __init__(self, ray: Any, cpus: float | None, gpus: float | None, console: Console) -> None:
-        self._ray, self._console = ray, console
-        self._cpus = 1.0 if cpus is None else cpus
-        self._gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
-        self._nodes = Nodes(ray, self._cpus, self._gpus)
-        self._run = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0)(run_cell)
+        self._ray, self._nodes = ray, Nodes(ray, cpus, gpus, console)
+        self._run = ray.remote(num_cpus=self._nodes.cpus, num_gpus=self._nodes.gpus, max_retries=0)(run_cell)
         self._tasks: dict[Any, Cell] = {}
         self._lost: Counter[str] = Counter()  # times that a cell lost its process or machine
         self._ended: Counter[str] = Counter()  # of these, those in which the machine stayed
-        self._slots, self._next_look, self._is_told = 1, 0.0, False
+        self._slots, self._next_look = 1, 0.0
 
     def check_nodes(self, cells: Sequence[Cell], work_dir: Path) -> None:
         """Ask each node whether it sees what the cells need.
@@ -56,20 +53,12 @@ class RayEngine:
         work_dir.mkdir(parents=True, exist_ok=True)
         values = [value for cell in cells for value in cell.command["options"].values()]
         paths = {value for value in values if isinstance(value, str) and value.startswith("/")}
-        faults, asked = self._nodes.faults(cell_faults, sorted({*paths, str(work_dir.absolute())}), own_versions())
-        if faults:
-            lines = "".join(f"\n  {line}" for line in faults)
-            raise KdpipeError(
-                f"{len(faults)} of {asked} nodes of the cluster cannot train:{lines}\nEach needs the same kdpipe and "
-                "torch, and cache, images, configs and work directory under the same paths (a shared disk)."
-            )
+        needs = "cache, images, configs and work directory under the same paths (a shared disk)"
+        self._nodes.check(cell_faults, sorted({*paths, str(work_dir.absolute())}), verb="train", needs=needs)
 
     def has_room(self) -> bool:
         if time.monotonic() >= self._next_look:
             self._slots, self._next_look = self._nodes.slots(), time.monotonic() + _LOOK_SECONDS
-            if not self._slots and not self._is_told:
-                self._console.print(f"No node has {self._cpus:g} CPUs and {self._gpus:g} GPUs: waiting for one.")
-            self._is_told = not self._slots
         return len(self._tasks) < self._slots
 
     def start(self, cell: Cell) -> None:
@@ -94,8 +83,8 @@ class RayEngine:
             self._ended[cell.name] += not isinstance(error, errors.NodeDiedError)
             if self._ended[cell.name] < _ATTEMPTS:
                 return None
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return Outcome(1, f"it ended its worker {_ATTEMPTS} times, most likely because memory ran out: {reason}")
+            times = f"it ended its worker {_ATTEMPTS} times"
+            return Outcome(1, f"{times}, most likely because memory ran out: {first_line(error)}")
 
     def stop(self) -> None:
         for task in self._tasks:

@@ -23,6 +23,7 @@ __all__ = [
     "bytes_text",
     "command_console",
     "error_text",
+    "first_line",
     "nobody_reads",
     "plain",
     "robust_output",
@@ -203,6 +204,11 @@ def error_text(error: BaseException) -> str:
     if not text.startswith("Caught ") or "Original Traceback" not in text:
         return text
     return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

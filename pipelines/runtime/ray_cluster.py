@@ -8,9 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdpipe.cache.errors import KdpipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Nodes", "own_versions", "ray_cluster", "version_faults"]
 
@@ -43,17 +46,29 @@ class Nodes:
 
     Args:
         ray: The module, connected.
+        cpus: Of a task; None is one.
+        gpus: Of a task; None is one where the cluster has any.
+        console: Told where tasks have to wait for a node.
+
+    Attributes:
         cpus: Of a task.
         gpus: Of a task.
     """
 
-    def __init__(self, ray: Any, cpus: float, gpus: float) -> None:
-        self._ray = ray
-        self._needs = {"CPU": cpus, "GPU": gpus}
+    def __init__(self, ray: Any, cpus: float | None, gpus: float | None, console: "Console") -> None:
+        self._ray, self._console = ray, console
+        self.cpus = 1.0 if cpus is None else cpus
+        self.gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
+        self._needs = {"CPU": self.cpus, "GPU": self.gpus}
+        self._is_told = False
 
     def slots(self) -> int:
         """How many tasks can run at once."""
-        return sum(self._slots_of(node) for node in self._alive())
+        slots = sum(self._slots_of(node) for node in self._alive())
+        if not slots and not self._is_told:
+            self._console.print(f"No node has {self.cpus:g} CPUs and {self.gpus:g} GPUs: waiting for one.")
+        self._is_told = not slots
+        return slots
 
     def _slots_of(self, node: dict[str, Any]) -> int:
         fits: list[int] = [
@@ -64,15 +79,17 @@ class Nodes:
     def _alive(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
-    def faults(self, look: Callable[..., list[str]], *args: Any) -> tuple[list[str], int]:
+    def check(self, look: Callable[[Any, dict[str, str]], list[str]], what: Any, *, verb: str, needs: str) -> None:
         """Ask each node that tasks may run on why it cannot take part.
 
         Args:
-            look: Is run there, and says why; empty where it can.
-            args: Of it.
+            look: Is run there with `what` and the versions of this machine, and says why; empty where it can.
+            what: Of the tasks.
+            verb: What nodes are to do, for a message.
+            needs: What it needs beside the same versions, for a message.
 
-        Returns:
-            A line per node that cannot; and how many were asked.
+        Raises:
+            KdpipeError: Some cannot, for the reasons that are named.
         """
         asked, lines = {}, []
         for node in self._alive():
@@ -80,7 +97,7 @@ class Nodes:
                 strategies = self._ray.util.scheduling_strategies
                 here = strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 remote = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(look)
-                asked[remote.remote(*args)] = node
+                asked[remote.remote(what, own_versions())] = node
         for task, node in asked.items():
             try:
                 problems = self._ray.get(task)
@@ -89,8 +106,13 @@ class Nodes:
                     continue
                 problems = [(str(getattr(error, "cause", error)).strip().splitlines() or ["no answer"])[-1]]
             if problems:
-                lines.append(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {'; '.join(problems)}")
-        return lines, len(asked)
+                place = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                lines.append(f"\n  {place}: {'; '.join(problems)}")
+        if lines:
+            raise KdpipeError(
+                f"{len(lines)} of {len(asked)} nodes of the cluster cannot {verb}:{''.join(lines)}\nEach needs the "
+                f"same kdpipe and torch, and {needs}."
+            )
 
 
 @contextmanager
