@@ -10,38 +10,15 @@ from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.commands import cache_on_ray
+from kdpipe.pipelines.runtime.ray_cluster import Nodes
+from tests.pipelines.commands.ray_stand_in import NodeDiedError, RayError, RayStandIn, RayTaskError
 
 
-class RayError(Exception):
-    pass
-
-
-class RayTaskError(RayError):
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
-
-
-class NodeDiedError(RayError):
-    pass
-
-
-class StandIn:
-    """What of Ray is used, in this process: a task is run when it is asked for its result."""
-
-    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, NodeDiedError=NodeDiedError)
-
+class StandIn(RayStandIn):
     def __init__(self, *resources: dict[str, float], answer: Callable[[int], Any]) -> None:
-        self._nodes = [
-            {"Alive": True, "NodeID": name, "Resources": each, "NodeManagerHostname": name, "NodeManagerAddress": "::1"}
-            for name, each in zip("abcd", resources, strict=False)
-        ]
-        self.answer, self.most, self.made = answer, 0, list[int]()
+        super().__init__(*resources)
+        self.answer, self.made = answer, list[int]()
         self.faults: dict[str, Any] = {}
-        affinity = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
-        self.util = SimpleNamespace(scheduling_strategies=affinity)
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return self._nodes
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         def submit(*args: Any) -> Callable[[], Any]:
@@ -56,16 +33,6 @@ class StandIn:
         self.made.append(index)
         return self.answer(index)
 
-    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
-        self.most = max(self.most, len(tasks))
-        return tasks[:1], tasks[1:]
-
-    def get(self, task: Callable[[], Any]) -> Any:
-        found = task()
-        if isinstance(found, Exception):
-            raise found
-        return found
-
 
 def deal(ray: StandIn, parts: int = 12, cpus: float = 1, gpus: float = 0) -> tuple[int, str]:
     """Deal parts of two images; returns the images that were added, and what was said."""
@@ -73,7 +40,8 @@ def deal(ray: StandIn, parts: int = 12, cpus: float = 1, gpus: float = 0) -> tup
         writer=SimpleNamespace(parts=[range(2 * i, 2 * i + 2) for i in range(parts)]), missing=range(parts)
     )
     said = io.StringIO()
-    images = cache_on_ray._Deal(ray, maker, "{}", cpus, gpus, Console(file=said, soft_wrap=True)).run()
+    console = Console(file=said, soft_wrap=True)
+    images = cache_on_ray._Deal(ray, maker, "{}", Nodes(ray, cpus, gpus, console), console).run()
     return images, said.getvalue()
 
 

@@ -21,6 +21,7 @@ from kdpipe.pipelines.compare.on_ray import RayEngine
 from kdpipe.pipelines.compare.process import CellProcess, Outcome
 from kdpipe.pipelines.runtime.ray_cluster import own_versions
 from kdpipe.pipelines.training.work_dir import WorkDir
+from tests.pipelines.commands.ray_stand_in import NodeDiedError, RayError, RayStandIn, RayTaskError
 
 if TYPE_CHECKING:
     from tests.pipelines.commands.conftest import Nodes
@@ -30,35 +31,13 @@ if TYPE_CHECKING:
 EPOCHS = 20  # of real trainings: some are left when something is lost
 
 
-class RayError(Exception):
-    pass
-
-
-class RayTaskError(RayError):
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
-
-
-class NodeDiedError(RayError):
-    pass
-
-
-class StandIn:
-    """What of Ray is used, in this process: a task is run when it is asked for its result."""
-
-    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, NodeDiedError=NodeDiedError)
-
+class StandIn(RayStandIn):
     def __init__(self, answer: Callable[[str, float], Any], **resources: float) -> None:
-        self.answer, self.resources, self.most, self.cancelled = answer, resources, 0, list[Any]()
-        affinity = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
-        self.util = SimpleNamespace(scheduling_strategies=affinity)
+        super().__init__(resources)
+        self.answer, self.resources, self.cancelled = answer, resources, list[Any]()
 
     def cluster_resources(self) -> dict[str, float]:
         return self.resources
-
-    def nodes(self) -> list[dict[str, Any]]:
-        place = {"NodeID": "a", "NodeManagerHostname": "a", "NodeManagerAddress": "::1"}
-        return [{"Alive": True, "Resources": self.resources, **place}]
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         def submit(*args: Any) -> Callable[[], Any]:
@@ -68,16 +47,6 @@ class StandIn:
             return lambda: self.answer(args[2].rpartition("/")[2], args[3])
 
         return lambda function: SimpleNamespace(remote=submit)
-
-    def wait(self, tasks: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-        self.most = max(self.most, len(tasks))
-        return tasks[:1], tasks[1:]
-
-    def get(self, task: Callable[[], Any]) -> Any:
-        found = task()
-        if isinstance(found, Exception):
-            raise found
-        return found
 
     def cancel(self, task: Any) -> None:
         self.cancelled.append(task)
