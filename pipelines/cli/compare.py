@@ -102,8 +102,8 @@ def compare_command(
     secret = {_SECRET: given.pop(_SECRET)} if _SECRET in given else {}
     builder = RowBuilder(given, secret, work_dir.absolute(), options["seed"] or 0, seeds or named.seeds or 1)
     rows = [each for row in named.rows for each in builder.rows(row)]
+    check_place(work_dir, rows)
     if print_commands:
-        check_place(work_dir, rows)
         for row in rows:
             for cell in row.cells:
                 click.echo(cell.line)
@@ -117,7 +117,6 @@ def compare_command(
         if ray.address is None:
             engine = LocalEngine(jobs)
         else:
-            check_place(work_dir, rows)
             engine = RayEngine(stack.enter_context(ray_cluster(ray.address)), ray.cpus, ray.gpus, console)
             engine.check_nodes([cell for row in rows for cell in row.cells], work_dir)
         is_complete = compare(rows, work_dir, engine, teacher, console)

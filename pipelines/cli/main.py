@@ -20,7 +20,7 @@ from kdpipe.pipelines.runtime.console import command_console, error_text, robust
 from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.runtime.memory import memory_shortage
 
-__all__ = ["main"]
+__all__ = ["EXIT_INTERRUPTED", "main"]
 
 EXIT_ERROR, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 3, 130
 

@@ -101,8 +101,7 @@ def methods_folder(methods: str) -> str:
 
 def is_finished(cell: Cell) -> bool:
     """Whether it was trained to its end."""
-    work = WorkDir(cell.folder)
-    return work.record() is not None and work.read("result.json") is not None
+    return WorkDir(cell.folder).is_finished
 
 
 def check_cell(cell: Cell) -> None:
@@ -115,7 +114,7 @@ def check_cell(cell: Cell) -> None:
     """
     work = WorkDir(cell.folder)
     record = work.record()
-    if record is None or not (work.has_checkpoint or is_finished(cell)):
+    if record is None or not (work.has_checkpoint or work.is_finished):
         return
     begun = record.get("command")
     if begun is None:

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,9 @@ def merged(first: Arguments, *more: Arguments) -> Arguments:
     return result
 
 
-def argument_words(arguments: Arguments, options: Iterable[str] | None = None) -> list[str]:
-    """Options as words of a command line.
-
-    Args:
-        arguments: The options.
-        options: Only these; None takes all.
-    """
+def argument_words(arguments: Arguments) -> list[str]:
+    """Options as words of a command line."""
     words = []
     for option, values in arguments.items():
-        if options is None or option in options:
-            words += [option] if not values else [word for value in values for word in (option, value)]
+        words += [option] if not values else [word for value in values for word in (option, value)]
     return words

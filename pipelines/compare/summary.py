@@ -22,8 +22,6 @@ from kdpipe.pipelines.training.work_dir import WorkDir
 
 __all__ = ["csv_text", "notes", "student_checkpoint", "summarize", "summary_tables"]
 
-_STATES = ("done", "failed", "unfinished")
-
 
 def summarize(
     rows: Sequence[Row],
@@ -50,7 +48,7 @@ def summarize(
 
 def _cell_values(cell: Cell, failed: Mapping[str, Outcome]) -> dict[str, Any]:
     result = WorkDir(cell.folder).read("result.json") if is_finished(cell) else None
-    state = _STATES[0] if result is not None else _STATES[1] if cell.name in failed else _STATES[2]
+    state = "done" if result is not None else "failed" if cell.name in failed else "unfinished"
     values = {"seed": cell.seed, "folder": str(cell.folder), "state": state}
     if result is None:
         return values | ({"message": failed[cell.name].message} if cell.name in failed else {})

@@ -45,7 +45,7 @@ def train_teacher(out: Path, run: RunCommand, *, console: Console, settings: Dem
     config = detector_config(ORIGIN, settings.teacher, settings.teacher_epochs, settings.teacher_train, settings)
     draw(shapes, settings.teacher_train, settings, console)
     write_config(folder / "teacher.py", config)
-    if work.record() is None or work.read("result.json") is None:
+    if not work.is_finished:
         words = ["train-teacher", "--config", str(folder / "teacher.py"), "--seed", str(settings.seed)]
         words += ["--scale", f"{settings.size[1]}x{settings.size[0]}"]
         words += [*data_words(shapes, "train"), *data_words(shapes, "val"), "--work-dir", str(work.path)]

@@ -57,6 +57,11 @@ class WorkDir:
         """Whether there is something to resume."""
         return (self.path / "last_checkpoint").exists()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a training was trained to its end."""
+        return self.record() is not None and self.read("result.json") is not None
+
     def is_busy(self) -> bool:
         """Whether a training is running there."""
         if not (self.folder / _LOCK).exists():
