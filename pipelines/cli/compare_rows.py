@@ -11,7 +11,7 @@ from rich.console import Console
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.distill.methods import expand_methods
-from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, given_options
+from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, absolute_path, given_options
 from kdpipe.pipelines.cli.training import method_names, train_student_command
 from kdpipe.pipelines.compare.cells import PLAIN, Cell, Row, methods_folder
 from kdpipe.pipelines.compare.grid import Arguments, GridRow, argument_words, merged
@@ -22,8 +22,6 @@ from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
 from kdpipe.pipelines.training.training_record import config_digest
 
 __all__ = ["RowBuilder"]
-
-_PATH_OR_NAME = ("--cache", "--student", "--teacher-config")
 
 
 class RowBuilder:
@@ -58,13 +56,14 @@ class RowBuilder:
         cache = self._cache(context)
         teacher = None if cache is None else CachedTrainingTeacher(cache)
         methods = list(dict.fromkeys(self._methods(row, config, context, teacher)))
-        arguments = self._absolute(arguments)
+        arguments, digest = self._absolute(arguments), config_digest(config)
+        record = None if teacher is None else teacher.record
         found = []
         for each in methods:
             folder = self._work_dir / row.name / methods_folder(each)
-            command = {"config": config_digest(config)}
+            with_methods = merged(arguments, {"--methods": [each]})
             cells = [
-                self._cell(row.name, merged(arguments, {"--methods": [each]}), folder, seed, command, teacher)
+                self._cell(row.name, with_methods, folder / f"seed-{seed}", seed, digest, record)
                 for seed in self._seeds
             ]
             found.append(Row(row.name, each, str(context.params["student"]), cells, row.baseline))
@@ -76,17 +75,16 @@ class RowBuilder:
         self,
         name: str,
         arguments: Arguments,
-        methods_folder: Path,
+        folder: Path,
         seed: int,
-        command: dict[str, Any],
-        teacher: CachedTrainingTeacher | None,
+        digest: str,
+        teacher: dict[str, Any] | None,
     ) -> Cell:
-        folder = methods_folder / f"seed-{seed}"
         places = {"--seed": [str(seed)], "--work-dir": [str(folder)], "--auto-resume": [], "--no-report": []}
         words, secret = argument_words(merged(arguments, places)), argument_words(self._secret)
         options = given_options(self._parsed(name, [*words, *secret]))
-        record = None if teacher is None else teacher.record
-        return Cell(seed, folder, ("train-student", *words), {**command, "options": options}, record, tuple(secret))
+        command = {"config": digest, "options": options}
+        return Cell(seed, folder, ("train-student", *words), command, teacher, tuple(secret))
 
     def _parsed(self, name: str, words: list[str]) -> click.Context:
         """The options of a training, as train-student understands them.
@@ -101,7 +99,6 @@ class RowBuilder:
 
     def _cache(self, context: click.Context) -> TeacherCache | None:
         """The cache of a training, opened once; None for one beside its teacher."""
-
         options = context.params
         if (options["cache"] is None) == (options["teacher_ckpt"] is None):
             raise click.UsageError("compare needs either --cache or --teacher-ckpt, for all or for each row of a grid.")
@@ -136,14 +133,5 @@ class RowBuilder:
     @staticmethod
     def _absolute(arguments: Arguments) -> Arguments:
         """Options with absolute paths, so that their command line is right in any folder."""
-        paths = {
-            opt for option in train_student_command.params if isinstance(option.type, click.Path) for opt in option.opts
-        }
-
-        def is_path(option: str, text: str) -> bool:
-            return option in paths or (option in _PATH_OR_NAME and Path(text).exists())
-
-        return {
-            option: [str(Path(text).absolute()) if is_path(option, text) else text for text in values]
-            for option, values in arguments.items()
-        }
+        options = {word: option for option in train_student_command.params for word in option.opts}
+        return {word: [absolute_path(options[word], text) for text in values] for word, values in arguments.items()}

@@ -9,7 +9,14 @@ from click.core import ParameterSource
 from kdpipe.pipelines.cli.options import EPOCHS, PATH, PLACE, Bytes, combined, store_option
 from kdpipe.pipelines.training.options import SCHEDULES
 
-__all__ = ["DEFAULT_STUDENT", "METHODS_HELP", "distillation_options", "given_options", "teacher_options"]
+__all__ = [
+    "DEFAULT_STUDENT",
+    "METHODS_HELP",
+    "absolute_path",
+    "distillation_options",
+    "given_options",
+    "teacher_options",
+]
 
 DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 METHODS_HELP = (
@@ -21,6 +28,7 @@ _PLACES = (
     *("work_dir", "resume", "auto_resume", "workers", "store_options", "local_copy", "local_bytes"),
     *("trust", "strict_data", "no_report"),
 )
+_PATH_OR_NAME = ("cache", "student", "teacher_config")
 
 teacher_options = combined(
     click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ..."),
@@ -69,18 +77,16 @@ def given_options(context: click.Context) -> dict[str, Any]:
     Args:
         context: Of a command line of `train-student`.
     """
-    given = {
-        name: value
+    options = {option.name: option for option in context.command.params}
+    return {
+        name: list(value) if isinstance(value, tuple) else absolute_path(options[name], value)
         for name, value in context.params.items()
         if name not in _PLACES and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
-    places = {option.name for option in context.command.params if isinstance(option.type, click.Path)}
-    return {name: _json_value(value, is_path=name in (*places, "student", "cache")) for name, value in given.items()}
 
 
-def _json_value(value: Any, *, is_path: bool) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, Path) or (is_path and Path(value).exists()):
+def absolute_path(option: click.Parameter, value: Any) -> Any:
+    """A value of an option of `train-student`: where it is a path, that as absolute text; any other as it is."""
+    if isinstance(option.type, click.Path) or (option.name in _PATH_OR_NAME and Path(value).exists()):
         return str(Path(value).absolute())
     return value

@@ -15,6 +15,8 @@ import pytest
 from kdpipe.cache.errors import CacheError, KdpipeError
 from kdpipe.pipelines.cli import main as cli
 from kdpipe.pipelines.cli import options as cli_options
+from kdpipe.pipelines.cli.student_options import given_options
+from kdpipe.pipelines.cli.training import train_student_command
 from kdpipe.pipelines.runtime.console import Stop, error_text
 from kdpipe.pipelines.teacher.teacher import Teacher
 
@@ -96,6 +98,18 @@ def test_names_come_in_the_order_of_the_format() -> None:
 
 
 @pytest.mark.usefixtures("work")
+def test_what_is_recorded_of_a_command_holds_in_any_folder(work: Path) -> None:
+    (work / "mine.py").touch()
+    paths = ["--teacher-ckpt", "t.pth", "--teacher-config", "mine.py", "--student", "of_the_zoo"]
+    context = train_student_command.make_context("train-student", [*paths, "--scale", "128x96", "--work-dir", "w"])
+    assert given_options(context) == {
+        "teacher_ckpt": str(work / "t.pth"),
+        "teacher_config": str(work / "mine.py"),
+        "student": "of_the_zoo",
+        "scale": [128, 96],
+    }
+
+
 def test_debug_raises_what_is_a_message_otherwise(kit: "Kit") -> None:
     assert "There is no cache at x.zarr" in kit.refused("train-student", "--cache", "x.zarr")
     with pytest.raises(CacheError, match=r"There is no cache at x\.zarr"):
