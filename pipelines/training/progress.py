@@ -132,7 +132,7 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
 
 class PeakMemoryHook(Hook):  # type: ignore[misc]
-    """Looks at the peak of the GPU's memory after each step, before mmengine's log forgets it.
+    """Looks at the peak of the GPU's memory after each step, before mmengine's log forgets it, and at the end.
 
     Attributes:
         peak: Most bytes that this process held at a time: on the GPU where there is one, else of main memory.
@@ -146,7 +146,7 @@ class PeakMemoryHook(Hook):  # type: ignore[misc]
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._look()
 
-    def after_test(self, runner: Any) -> None:
+    def after_train(self, runner: Any) -> None:
         self._look()
 
     def _look(self) -> None:
