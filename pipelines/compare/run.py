@@ -13,6 +13,7 @@ from kdpipe.pipelines.compare.cells import Cell, is_finished
 from kdpipe.pipelines.compare.display import Display
 from kdpipe.pipelines.compare.process import INTERRUPTED, CellProcess, Outcome
 from kdpipe.pipelines.runtime.console import stop
+from kdpipe.pipelines.runtime.machine import cores
 
 __all__ = ["Engine", "LocalEngine", "run_cells"]
 
@@ -128,11 +129,6 @@ def run_cells(cells: Sequence[Cell], done: int, engine: Engine, console: Console
             engine.stop()
             raise
     return failed
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def gpu_names(environment: Mapping[str, str]) -> list[str]:

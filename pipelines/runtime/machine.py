@@ -2,7 +2,12 @@
 
 import os
 
-__all__ = ["shared_memory"]
+__all__ = ["cores", "shared_memory"]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shared_memory() -> int | None:

@@ -14,6 +14,7 @@ import torch
 from mmengine.registry import FUNCTIONS
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.runtime.machine import cores
 
 __all__ = ["default_workers", "end_workers", "init_worker", "preload_workers"]
 
@@ -31,10 +32,9 @@ def default_workers() -> int:
 
     A GPU takes images faster than a CPU does, and leaves the cores to those who read them.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's, of this machine
-    cores //= max(int(processes), 1) if processes.isdecimal() else 1
-    return max(1, min(_MOST_FOR_GPU if torch.cuda.is_available() else _MOST_WORKERS, cores // 2))
+    own_cores = cores() // (max(int(processes), 1) if processes.isdecimal() else 1)
+    return max(1, min(_MOST_FOR_GPU if torch.cuda.is_available() else _MOST_WORKERS, own_cores // 2))
 
 
 def preload_workers() -> None:
