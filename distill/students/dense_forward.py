@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 from torch.nn import functional
 
@@ -79,7 +80,7 @@ class DenseForward:
         for image, truth in enumerate(self.ground_truth):
             objectness = [student.objectness(level[image].detach()) for level in self.scores]
             boxes, of = propose(objectness, partial(self._boxes, image))
-            gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
+            gt_boxes = get_box_tensor(truth.bboxes)
             is_predicted, partner = pair_boxes(gt_boxes, self._boxes(image), student.pair_iou)
             sample = sample_rois(
                 torch.cat([boxes, gt_boxes]),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 
 from kdpipe.cache.errors import present
@@ -89,7 +90,7 @@ class LiveTeacher:
         if not self.at_rois:
             return no_rois(self.spec, self.needs, "exact", maps).to(image.device)
         proposals = self.teacher.proposals(pyramid, image_sample)
-        gt_boxes = getattr(truth.bboxes, "tensor", truth.bboxes).to(proposals)
+        gt_boxes = get_box_tensor(truth.bboxes).to(proposals)
         roi_sample = sample_rois(
             torch.cat([proposals, gt_boxes]),
             len(proposals),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
+from mmdet.structures.bbox import get_box_tensor
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
@@ -129,7 +130,7 @@ class AddTeacherTargets:
             self.cache.targets(sample.img_id, cached_view(spec, matrix)[0], fields=("boxes",)),
             matrix,
             sample.img_shape,
-            getattr(truth.bboxes, "tensor", truth.bboxes),
+            get_box_tensor(truth.bboxes),
             truth.labels,
             self.roi_sampling,
             spec.num_classes,
@@ -144,7 +145,7 @@ class AddTeacherTargets:
             sample.img_id,
             matrix,
             sample.img_shape,
-            getattr(truth.bboxes, "tensor", truth.bboxes),
+            get_box_tensor(truth.bboxes),
             truth.labels,
             needs=self.needs,
             sampling=self.roi_sampling if self.at_rois else None,
