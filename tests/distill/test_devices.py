@@ -33,6 +33,7 @@ from kdpipe.distill.rois.sampling import RoiSampling, best_overlap, sample_rois
 from kdpipe.distill.teacher.any_box import TeacherView, apply_teacher_head
 from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.pyramids import StoredPyramid, TeacherPyramids
+from kdpipe.pipelines.teacher.arithmetic import full_precision
 
 if TYPE_CHECKING:
     from tests.distill.conftest import OtherDevices, Pair
@@ -44,10 +45,8 @@ Results = list[Tensor]
 @pytest.fixture(autouse=True)
 def _float32_is_float32() -> Iterator[None]:
     """Without TensorFloat-32, whose products have 10 bits."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    with full_precision(torch.device("cuda")):
+        yield
 
 
 class Made:

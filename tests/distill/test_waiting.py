@@ -41,6 +41,7 @@ from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.targets import RoiTargets
 from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
+from kdpipe.pipelines.teacher.arithmetic import full_precision
 
 if TYPE_CHECKING:
     from tests.distill.conftest import OtherDevices, Pair
@@ -437,11 +438,8 @@ def test_losses_of_maps_do_not_wait_on_cuda(kind: str, pair: "type[Pair]") -> No
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
 def test_losses_at_cached_rois_are_those_of_the_cpu(kind: str, pair: "type[Pair]") -> None:
-    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
-    try:
+    with full_precision(torch.device("cuda")):
         expected, found = (step(pair, kind, "cached", device)() for device in ("cpu", "cuda"))
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     names = [name for name in expected if name in ("loss_sgfi", "loss_ckd") or name.startswith(("loss_kd", "kd_"))]
     assert len(names) >= 8
     for name in names:
