@@ -132,17 +132,18 @@ class Kit:
         assert "Internal" not in ended.err
         return ended.err
 
-    @staticmethod
-    def interrupt_second_epoch(patch: pytest.MonkeyPatch) -> None:
-        """Let trainings stop, as by Ctrl-C, at the first step of their second epoch."""
+    def interrupted(self, *args: object, code: int = 130) -> Ended:
+        """Run a command whose trainings stop, as by Ctrl-C, at the first step of their second epoch."""
         begin = SeedStepHook.before_train_iter
 
-        def interrupted(self: SeedStepHook, runner: Any, *args: Any, **options: Any) -> None:
+        def stop_early(self: SeedStepHook, runner: Any, *args: Any, **options: Any) -> None:
             begin(self, runner, *args, **options)
             if runner.epoch == 1:
                 raise KeyboardInterrupt
 
-        patch.setattr(SeedStepHook, "before_train_iter", interrupted)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SeedStepHook, "before_train_iter", stop_early)
+            return self.run(*args, code=code)
 
     @staticmethod
     def start(*args: object, cwd: Path, **environment: str) -> "subprocess.Popen[str]":

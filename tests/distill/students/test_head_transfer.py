@@ -35,6 +35,15 @@ def with_norms(config: Any) -> Any:
     return config
 
 
+def with_heads(pair: "type[Pair]", norms: bool, method: str) -> tuple[DistilledDetector, dict[str, Tensor]]:
+    """A student that has begun with the heads of a teacher, and these."""
+    config = with_norms(pair.student()) if norms else pair.student()
+    heads = heads_of(config)
+    model = DistilledDetector(config, pair.spec.to_json(), (method,), pair.source(heads))
+    model.init_weights()
+    return model, heads
+
+
 def train(pair: "type[Pair]", model: DistilledDetector, steps: int = 3) -> torch.optim.SGD:
     """Some steps with momentum and a weight decay that nothing survives unchanged."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.5)
@@ -52,10 +61,7 @@ def train(pair: "type[Pair]", model: DistilledDetector, steps: int = 3) -> torch
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_heads_are_the_teachers_from_first_to_last_step(pair: "type[Pair]", norms: bool) -> None:
-    config = with_norms(pair.student()) if norms else pair.student()
-    heads = heads_of(config)
-    model = DistilledDetector(config, pair.spec.to_json(), ("ht",), pair.source(heads))
-    model.init_weights()
+    model, heads = with_heads(pair, norms, "ht")
     before = {name: value.clone() for name, value in model.student.state_dict().items()}
     optimizer = train(pair, model)
     after = model.student.state_dict()
@@ -72,10 +78,7 @@ def test_heads_are_the_teachers_from_first_to_last_step(pair: "type[Pair]", norm
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_inherited_heads_begin_as_the_teachers_and_learn(pair: "type[Pair]", norms: bool) -> None:
-    config = with_norms(pair.student()) if norms else pair.student()
-    heads = heads_of(config)
-    model = DistilledDetector(config, pair.spec.to_json(), ("inherit",), pair.source(heads))
-    model.init_weights()
+    model, heads = with_heads(pair, norms, "inherit")
     assert all(torch.equal(model.student.state_dict()[name], value) for name, value in heads.items())
     train(pair, model)
     after = model.student.state_dict()
@@ -83,7 +86,7 @@ def test_inherited_heads_begin_as_the_teachers_and_learn(pair: "type[Pair]", nor
     assert unchanged == []
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ContractError, match=r"\(ht\) or learn on \(inherit\)"):
-        DistilledDetector(config, pair.spec.to_json(), ("ht", "inherit"), pair.source(heads))
+        DistilledDetector(pair.student(), pair.spec.to_json(), ("ht", "inherit"), pair.source(heads))
 
 
 def test_a_mask_branch_is_trained_as_always(pair: "type[Pair]") -> None:

@@ -172,12 +172,10 @@ def same(one: Path, other: Path) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_stopped_it_goes_on(kit: "Kit", work: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_it_goes_on(kit: "Kit", work: Path, started: list[list[str]]) -> None:
     kit.run(*command(kit, "--methods", "pred", "--work-dir", "undisturbed", epochs=2))
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        out = kit.run(*command(kit, "--methods", "pred", epochs=2), code=1).out
-        assert "student/pred/seed-0: failed: it was interrupted, and can go on" in out
+    out = kit.interrupted(*command(kit, "--methods", "pred", epochs=2), code=1).out
+    assert "student/pred/seed-0: failed: it was interrupted, and can go on" in out
     out = kit.run(*command(kit, "--methods", "pred", epochs=2)).out
     place = Path("student", "pred", "seed-0")
     assert "1 of 2 epochs are done; the others follow" in (work / "w" / place.with_name("seed-0.log")).read_text()

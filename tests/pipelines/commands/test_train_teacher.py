@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 
 from kdpipe.cache.read.reader import open_cache
@@ -36,14 +35,12 @@ def command(kit: "Kit", work_dir: Path) -> tuple[object, ...]:
     return (*start, "--epochs", 2, "--batch-size", 4, "--workers", 0, "--work-dir", work_dir, *narrow)
 
 
-def test_trains_resumes_and_teaches(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_resumes_and_teaches(kit: "Kit", work: Path) -> None:
     ended = kit.run(*command(kit, work / "straight"))
     ap = json.loads((work / "straight" / "result.json").read_text())["ap"]
     assert f"{work / 'straight' / 'teacher.pth'}: AP {ap:.3f}" in ended.out.replace("\n", "")
 
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*command(kit, work / "resumed"), code=130)
+    kit.interrupted(*command(kit, work / "resumed"))
     assert "already holds a training" in kit.refused(*command(kit, work / "resumed"))
     kit.run(*command(kit, work / "resumed"), "--resume")
     register_safe_types()

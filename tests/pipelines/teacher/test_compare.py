@@ -140,6 +140,12 @@ class BloodCells:
     def cached(self, dtype: str, family: str = "faster-rcnn") -> DistilledDetector:
         return self.detector({"type": "CachedTargets", "cache": str(self.cache(dtype))}, family)
 
+    def pyramid(self, number: int, flip: bool) -> tuple[Tensor, ...]:
+        """The teacher's of a photograph, which it sees at 160 x 120."""
+        image = read_image(self.img / self.data.images[number].file_name)
+        with torch.no_grad():
+            return self.teacher.pyramid(image, (120, 160), flip)[0]
+
     def live(self, family: str = "faster-rcnn") -> DistilledDetector:
         return self.detector(LiveTeacher(self.teacher, open_cache(self.cache("float32")).spec), family)
 
@@ -185,6 +191,11 @@ def rois_of(cells: BloodCells, flip: bool) -> BatchRois:
     boxes[::10] = torch.tensor([0.0, 0.0, 160.0, 120.0])
     rois = torch.cat([torch.arange(60)[:, None] // 15, boxes], dim=1)
     return BatchRois(rois, torch.zeros(60, dtype=torch.int64), torch.arange(60) % 3 == 0)
+
+
+def scaled(scale: float, flip: bool) -> Any:
+    """From a photograph of 640 x 480 to the same at so many times its size, perhaps flipped."""
+    return np.array([[-scale, 0, 640 * scale], [0, scale, 0], [0, 0, 1]]) if flip else np.diag([scale, scale, 1.0])
 
 
 def warped(target: Any, strides: Any, spec: Any) -> list[TeacherMap]:
@@ -272,8 +283,7 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     info = cells.data.images[0]
     assert (info.width, info.height) == (640, 480)
     crop = np.array([[1.0, 0, -130], [0, 1, -70], [0, 0, 1]])
-    scale = np.array([[-1.5, 0, 960], [0, 1.5, 0], [0, 0, 1]]) if flip else np.diag([1.5, 1.5, 1.0])
-    view = read_teacher_view(cache, info.image_id, crop @ scale, missing_view="mirror")
+    view = read_teacher_view(cache, info.image_id, crop @ scaled(1.5, flip), missing_view="mirror")
     mirrored = flip and views == "identity"
     assert view.view == ("mirrored" if mirrored else "exact")
 
@@ -287,9 +297,8 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
     teacher_boxes = boxes
     if mirrored:
         teacher_boxes = torch.stack([160 - boxes[:, 2], boxes[:, 1], 160 - boxes[:, 0], boxes[:, 3]], dim=1)
-    image = read_image(cells.img / info.file_name)
+    pyramid = cells.pyramid(0, flip and not mirrored)
     with torch.no_grad():
-        pyramid, _ = cells.teacher.pyramid(image, (120, 160), flip and not mirrored)
         expected = cells.teacher.model.roi_head._bbox_forward(pyramid, bbox2roi([teacher_boxes]))
     features, deltas = expected["bbox_feats"], expected["bbox_pred"].reshape(-1, 3, 4)
     if mirrored:
@@ -301,15 +310,14 @@ def test_boxes_of_a_scaled_and_cropped_view_are_found_in_the_teachers(
 
 def test_a_pyramid_moves_in_storage_type_and_without_what_is_not_needed(cells: BloodCells) -> None:
     cache = open_cache(cells.cache("int8"))
-    matrix = np.diag([0.25, 0.25, 1.0])
+    matrix = scaled(0.25, flip=False)
     view = read_teacher_view(cache, cells.data.images[1].image_id, matrix, missing_view="mirror").to("cpu")
     levels = [level for level in view.pyramid if level is not None]
     assert [level.dtype for level in levels] == [torch.int8] * len(view.pyramid) == [torch.int8] * 4  # and no P6
     assert [tuple(level.shape[1:]) for level in levels] == [(32, 40), (16, 20), (8, 10), (4, 5)]
     assert view.scale is not None
-    flipped = np.array([[-0.25, 0, 160], [0, 0.25, 0], [0, 0, 1]])
     one = open_cache(cells.cache("float32", "identity"))
-    skipped = read_teacher_view(one, cells.data.images[1].image_id, flipped, missing_view="skip")
+    skipped = read_teacher_view(one, cells.data.images[1].image_id, scaled(0.25, flip=True), missing_view="skip")
     assert (skipped.view, skipped.pyramid) == ("skipped", ())
 
 
@@ -344,13 +352,10 @@ def test_maps_are_those_that_the_teacher_makes_of_what_the_student_sees(
 ) -> None:
     """Where the flipped view is cached, exactly; where it is not, the mirrored map of the one that is."""
     cache = open_cache(cells.cache("float32", views))
-    info = cells.data.images[0]
-    matrix = np.array([[-0.25, 0, 160], [0, 0.25, 0], [0, 0, 1]]) if flip else np.diag([0.25, 0.25, 1.0])
-    view = read_teacher_view(cache, info.image_id, matrix, missing_view="mirror", levels=range(5))
+    matrix = scaled(0.25, flip)
+    view = read_teacher_view(cache, cells.data.images[0].image_id, matrix, missing_view="mirror", levels=range(5))
     mirrored = flip and views == "identity"
-    image = read_image(cells.img / info.file_name)
-    with torch.no_grad():
-        pyramid, _ = cells.teacher.pyramid(image, (120, 160), flip and not mirrored)
+    pyramid = cells.pyramid(0, flip and not mirrored)
     strides = cache.spec.strides
     for stride, level, actual in zip(strides, pyramid, warped(view, strides, cache.spec), strict=True):
         expected = level.flip(-1) if mirrored else level  # 160 pixels are whole cells, up to P5

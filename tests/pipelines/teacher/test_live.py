@@ -32,12 +32,10 @@ def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> 
     assert compared > 100
 
 
-def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_and_refuses_another_teacher(kit: "Kit", work: Path) -> None:
     options = ("--epochs", 2, "--methods", "cls")
     kit.run(*kit.online_command(work / "straight", *options))
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*kit.online_command(work / "w", *options), code=130)
+    kit.interrupted(*kit.online_command(work / "w", *options))
     kit.run(*kit.online_command(work / "w", *options, "--resume"))
     one, two = (torch.load(work / x / "student.pth", weights_only=True)["state_dict"] for x in ("straight", "w"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -99,13 +99,11 @@ def test_a_config_of_the_zoo_by_name(kit: "Kit", work: Path) -> None:
     assert {"loss_sgfi", "loss_ckd"} <= log(work / "w")[0].keys()
 
 
-def test_resumed_is_undisturbed(kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_undisturbed(kit: "Kit", work: Path) -> None:
     options = ("--methods", "sgfi,ckd,pred", "--epochs", 2)
     train(kit, work, "retinanet", "straight", *options)
     command = kit.student_command(work / "w", *QUEUE, "--student", student(kit, work, "retinanet"), *options)
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*command, code=130)
+    kit.interrupted(*command)
     kit.run(*command, "--resume")
     one, two = weights(work / "straight"), weights(work / "w")
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -29,18 +29,20 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("methods", ["ht", "sgfi,ckd,pred,ht"])
-def test_the_teachers_heads_end_up_in_the_student(
-    kit: "Kit", work: Path, like_teacher: Path, methods: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--methods", methods, "--student", like_teacher, "--epochs", 2, "-o", "distill.ckd.queue_size=256")
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*kit.student_command(work / "w", *options), code=130)
+def train_with_a_stop(kit: "Kit", work: Path, *options: object) -> dict[str, torch.Tensor]:
+    """Weights of a training that went on after an interruption, in `w`: those of one that was left alone."""
+    kit.interrupted(*kit.student_command(work / "w", *options))
     kit.train_student(work / "w", *options, "--resume")
     kit.train_student(work / "straight", *options)
     student, straight = (load(work / name / "student.pth")["state_dict"] for name in ("w", "straight"))
     assert all(torch.equal(student[name], straight[name]) for name in student)
+    return dict(student)
+
+
+@pytest.mark.parametrize("methods", ["ht", "sgfi,ckd,pred,ht"])
+def test_the_teachers_heads_end_up_in_the_student(kit: "Kit", work: Path, like_teacher: Path, methods: str) -> None:
+    options = ("--methods", methods, "--student", like_teacher, "--epochs", 2, "-o", "distill.ckd.queue_size=256")
+    student = train_with_a_stop(kit, work, *options)
     first = load(work / "w" / "epoch_1.student.pth")["state_dict"]
     head = open_cache(kit.cache).head()
     assert len(head) == 14
@@ -53,17 +55,9 @@ def test_the_teachers_heads_end_up_in_the_student(
     assert with_momentum == len(checkpoint["optimizer"]["param_groups"][0]["params"]) - len(head)
 
 
-def test_inherited_heads_learn_on_also_after_an_interruption(
-    kit: "Kit", work: Path, like_teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inherited_heads_learn_on_also_after_an_interruption(kit: "Kit", work: Path, like_teacher: Path) -> None:
     options = ("--methods", "dist,inherit", "--student", like_teacher, "--epochs", 2)
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*kit.student_command(work / "w", *options), code=130)
-    kit.train_student(work / "w", *options, "--resume")
-    kit.train_student(work / "straight", *options)
-    student, straight = (load(work / name / "student.pth")["state_dict"] for name in ("w", "straight"))
-    assert all(torch.equal(student[name], straight[name]) for name in student)
+    student = train_with_a_stop(kit, work, *options)
     for name, value in open_cache(kit.cache).head().items():
         moved = (student[name] - value).norm() / value.norm().clamp(min=1)
         assert 0 < moved < 0.5, name

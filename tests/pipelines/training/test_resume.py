@@ -185,15 +185,11 @@ def test_a_checkpoint_from_elsewhere(trained: Path, kit: "Kit", work: Path) -> N
         pytest.param("StochasticWeightAverage", marks=pytest.mark.slow),
     ],
 )
-def test_averaged_weights_are_measured_saved_and_resumed(
-    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_averaged_weights_are_measured_saved_and_resumed(kit: "Kit", work: Path, kind: str) -> None:
     hooks = with_hooks(kit, work, {"type": "EMAHook", "ema_type": kind})
     run = ("--methods", "cls", "--epochs", 2, *hooks, *kit.val)
     kit.run(*kit.student_command(work / "straight", *run))
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*kit.student_command(work / "w", *run), code=130)
+    kit.interrupted(*kit.student_command(work / "w", *run))
     kit.run(*kit.student_command(work / "w", *run, "--resume"))
     straight, resumed = (load(work / x / "epoch_2.pth") for x in ("straight", "w"))
     averaged = load(work / "w" / "student.pth")["state_dict"]

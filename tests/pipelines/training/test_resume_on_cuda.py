@@ -73,13 +73,11 @@ def weights(work_dir: Path) -> dict[str, Tensor]:
 
 
 def straight_and_resumed(
-    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, *options: object
+    kit: "Kit", work: Path, *options: object
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """What is logged of two epochs of two steps, and of the same with a stop between them."""
     kit.train_student(work / "straight", "--epochs", 2, *LOGGED, *options)
-    with monkeypatch.context() as patch:
-        kit.interrupt_second_epoch(patch)
-        kit.run(*kit.student_command(work / "stopped", "--epochs", 2, *LOGGED, *options), code=130)
+    kit.interrupted(*kit.student_command(work / "stopped", "--epochs", 2, *LOGGED, *options))
     kit.train_student(work / "stopped", "--epochs", 2, *LOGGED, *options, "--resume")
     straight, resumed = rows(work / "straight"), rows(work / "stopped")
     assert len(straight) == len(resumed) == 4
@@ -88,22 +86,20 @@ def straight_and_resumed(
 
 @pytest.mark.parametrize("family", ["faster", "retinanet"])
 def test_a_resumed_training_has_the_losses_of_the_undisturbed_one(
-    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, students: dict[str, Any], family: str
+    kit: "Kit", work: Path, students: dict[str, Any], family: str
 ) -> None:
-    for step, (one, two) in enumerate(
-        zip(*straight_and_resumed(kit, work, monkeypatch, *students[family]), strict=True)
-    ):
+    for step, (one, two) in enumerate(zip(*straight_and_resumed(kit, work, *students[family]), strict=True)):
         # sums on a GPU have no order: after a few steps another box may be in the sample
         assert losses(two) == pytest.approx(losses(one), rel=(1e-6, 1e-3, 0.1, 0.1)[step]), step
 
 
 @pytest.mark.parametrize("family", ["faster", "retinanet"])
 def test_a_deterministic_training_is_the_same_to_the_last_bit(
-    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch, students: dict[str, Any], family: str
+    kit: "Kit", work: Path, students: dict[str, Any], family: str
 ) -> None:
     options = ("-o", "randomness.deterministic=True", *students[family])
     with torch.compiler.set_stance("force_eager"):  # torchvision compiles its deterministic RoIAlign, to save memory
-        straight, resumed = straight_and_resumed(kit, work, monkeypatch, *options)
+        straight, resumed = straight_and_resumed(kit, work, *options)
     assert [losses(row) for row in straight] == [losses(row) for row in resumed]
     one, two = weights(work / "straight"), weights(work / "stopped")
     assert all(torch.equal(one[name], two[name]) for name in one)
