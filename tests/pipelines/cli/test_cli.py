@@ -52,7 +52,7 @@ def test_help_of_a_command(kit: "Kit", name: str) -> None:
 
 
 def test_help_does_not_wait_for_heavy_imports() -> None:
-    heavy = "{'torch', 'zarr', 'tensorstore', 'mmdet', 'mmcv'}"
+    heavy = "{'torch', 'zarr', 'tensorstore', 'mmdet', 'mmcv', 'matplotlib', 'scipy', 'jinja2', 'ray'}"
     code = f"import sys, kdpipe.pipelines.cli.main; print(*sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
