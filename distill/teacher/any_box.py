@@ -1,4 +1,4 @@
-"""The teacher's pyramid of an image, which can be head_rois about any box of the student's view of that image."""
+"""The teacher's pyramid of an image, which can be asked about any box of the student's view of that image."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdpipe.cache.errors import present
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features, relative_matrix
+from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
 from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.rois.mixing import whose_rois
 from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
-from kdpipe.distill.teacher.cached_boxes import cached_view
+from kdpipe.distill.teacher.cached_boxes import cached_view, read_maps
 from kdpipe.distill.teacher.heads.build import BoxHead, FrozenTeacher
 from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.pyramids import TeacherPyramids, TeacherRois
@@ -28,10 +27,10 @@ from kdpipe.distill.teacher.targets import map_tensors
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The teacher's pyramid of one image, of which its box head can be head_rois about any box: `ImageTargets`.
+    """The teacher's pyramid of one image, of which its box head can be asked about any box: `ImageTargets`.
 
     Attributes:
-        view: `exact`, `mirrored` or `skipped` (nothing is head_rois of it).
+        view: `exact`, `mirrored` or `skipped` (nothing is asked of it).
         matrix: `[3, 3]` float64, pixels of the student's network input -> pixels of the teacher's.
         pyramid: Per level Tensor[C, h_l, w_l] in storage type; None for one that neither the teacher's RoI head reads
             nor losses compare. The last of these are left out.
@@ -96,10 +95,9 @@ def read_teacher_view(
     if mirrored and missing_view == "skip":
         return TeacherView("skipped", np.eye(3))
     wanted = sorted(range(cache.spec.head_levels) if levels is None else levels)
-    cached = cache.targets(image_id, view, fields=("features",), levels=wanted, rows=())
-    pyramid = present(cached.features, f"the pyramid of image {image_id}")[: wanted[-1] + 1]
-    relative = relative_matrix(matrix, cached.matrix)
-    return TeacherView("mirrored" if mirrored else "exact", relative, pyramid, cached.scale, cached.input_size)
+    maps = read_maps(cache, image_id, view, matrix, wanted)
+    pyramid = maps.levels[: wanted[-1] + 1]
+    return TeacherView("mirrored" if mirrored else "exact", maps.matrix, pyramid, maps.scale, maps.size)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def read_roi_targets(
     if mirrored and missing_view == "skip":
         return no_rois(spec, needs, "skipped")
     if sampling is None:
-        maps = _read_maps(cache, image_id, view, matrix, map_levels)
+        maps = read_maps(cache, image_id, view, matrix, map_levels)
         return no_rois(spec, needs, "mirrored" if mirrored else "exact", maps)
 
     fields = ["boxes", *(name for name in ("logits", "deltas", "embeddings") if name in needs)]
@@ -103,13 +103,24 @@ def read_roi_targets(
         teacher_boxes = map_boxes(cached.boxes[positives], cached.matrix)
         levels |= set(assign_levels(teacher_boxes, spec.finest_scale, spec.roi_levels).tolist())
         targets = replace(targets, teacher_boxes=teacher_boxes)
-    return replace(targets, maps=_read_maps(cache, image_id, view, matrix, levels)) if levels else targets
+    return replace(targets, maps=read_maps(cache, image_id, view, matrix, levels)) if levels else targets
 
 
-def _read_maps(
+def read_maps(
     cache: TeacherCache, image_id: int, view: str, matrix: npt.NDArray[np.float64], levels: Collection[int]
 ) -> StoredMaps:
-    """Levels of the pyramid of an image in one of the cached views; `matrix` takes original pixels to the student's."""
+    """Read levels of the pyramid of an image, and nothing else.
+
+    Args:
+        cache: The teacher's cache, of the `pyramid` tier.
+        image_id: COCO image id.
+        view: Which of the cached views.
+        matrix: `[3, 3]` original pixels -> the student's network input.
+        levels: Which.
+
+    Raises:
+        CacheError: The image or its pyramid is not in the cache, or its data is damaged.
+    """
     cached = cache.targets(image_id, view, fields=("features",), levels=sorted(levels), rows=())
     features = present(cached.features, f"the pyramid of image {image_id}")
     return StoredMaps(relative_matrix(matrix, cached.matrix), features, cached.scale, cached.input_size)
