@@ -138,9 +138,7 @@ class RoiPairs:
         """
         rois = self.paired
         boxes = rois.boxes.float()
-        for image, sample in enumerate(self.samples):
-            truth = sample.gt_instances.bboxes
-            truth = getattr(truth, "tensor", truth).to(boxes)
+        for image, truth in enumerate([x.to(boxes) for x in self.gt_boxes]):
             if len(truth):
                 nearest = truth[best_overlap(rois.boxes, truth)[1]]
                 boxes = torch.where((rois.image_index == image)[:, None], nearest, boxes)
@@ -153,19 +151,21 @@ class RoiPairs:
         return roi_align_levels(stage.pyramid, stage.strides, rois, self.spec.roi_size)
 
     @property
+    def _student_pyramids(self) -> StudentPyramids:
+        return StudentPyramids(self.stage.pyramid, self.stage.strides, self.spec)
+
+    @property
     def student_assigned_roi_features(self) -> Tensor:
         """Tensor[P, C of the student, size, size], of the positives, each from one level: `StudentPyramids`."""
-        pyramids = StudentPyramids(self.stage.pyramid, self.stage.strides, self.spec)
-        return pyramids.roi_align(self.rois.rois[self.rois.positive_rows])
+        return self._student_pyramids.roi_align(self.rois.rois[self.rois.positive_rows])
 
     @property
     def student_rois(self) -> TeacherRois:
         """All R RoIs, with the student's pyramids that a box head of the teacher's can look at."""
-        pyramids = StudentPyramids(self.stage.pyramid, self.stage.strides, self.spec)
         index = self.rois.image_index
         boxes = self.rois.boxes.float()
         sizes = torch.tensor([sample.img_shape[1::-1] for sample in self.samples], dtype=boxes.dtype)  # [B, 2] (w, h)
-        return TeacherRois(pyramids, index, boxes, sizes.to(boxes.device, non_blocking=True)[index])
+        return TeacherRois(self._student_pyramids, index, boxes, sizes.to(boxes.device, non_blocking=True)[index])
 
     @property
     def box_head(self) -> BoxHead:
