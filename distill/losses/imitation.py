@@ -82,12 +82,14 @@ class MaskedImitation(nn.Module):
         return masked_imitation_loss(adapted, [teacher_maps[stride].values for stride in self.strides], masks)
 
 
-class WholeImitation(nn.Module):
-    """Imitation of all cells (Chen et al. 2017), `whole`. Arguments as `MaskedImitation`."""
-
+class _Imitation(nn.Module):
     def __init__(self, student_channels: int, teacher_channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.imitate = MaskedImitation(student_channels, teacher_channels, strides)
+
+
+class WholeImitation(_Imitation):
+    """Imitation of all cells (Chen et al. 2017), `whole`. Arguments as `MaskedImitation`."""
 
     def forward(self, student_maps: StudentMaps, teacher_maps: TeacherMaps) -> Tensor:
         """The loss; arguments as of `MaskedImitation`."""
@@ -95,12 +97,8 @@ class WholeImitation(nn.Module):
         return loss
 
 
-class BoxMaskImitation(nn.Module):
+class BoxMaskImitation(_Imitation):
     """Imitation of the cells in annotated boxes (`box_mask`), `gt-mask`. Arguments as `MaskedImitation`."""
-
-    def __init__(self, student_channels: int, teacher_channels: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        self.imitate = MaskedImitation(student_channels, teacher_channels, strides)
 
     def forward(self, student_maps: StudentMaps, teacher_maps: TeacherMaps, gt_boxes: Sequence[Tensor]) -> Tensor:
         """The loss.
@@ -114,12 +112,8 @@ class BoxMaskImitation(nn.Module):
         return loss
 
 
-class GaussianMaskImitation(nn.Module):
+class GaussianMaskImitation(_Imitation):
     """Imitation under a Gaussian in each annotated box (`gaussian_mask`), `gaussian-mask`. Arguments as before."""
-
-    def __init__(self, student_channels: int, teacher_channels: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        self.imitate = MaskedImitation(student_channels, teacher_channels, strides)
 
     def forward(self, student_maps: StudentMaps, teacher_maps: TeacherMaps, gt_boxes: Sequence[Tensor]) -> Tensor:
         """The loss.
@@ -133,12 +127,8 @@ class GaussianMaskImitation(nn.Module):
         return loss
 
 
-class AnchorMaskImitation(nn.Module):
+class AnchorMaskImitation(_Imitation):
     """Imitation of the cells with an anchor near an object (`anchor_mask`), `anchor-mask`. Arguments as before."""
-
-    def __init__(self, student_channels: int, teacher_channels: int, strides: Sequence[int]) -> None:
-        super().__init__()
-        self.imitate = MaskedImitation(student_channels, teacher_channels, strides)
 
     def forward(
         self,
