@@ -1,6 +1,6 @@
 """Every op on each device, in each precision and layout, forward and backward, against float64 on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mmcv.ops as mmcv_ops  # of the bridge, which `tests/conftest.py` put in
@@ -10,14 +10,6 @@ from torch import Tensor, nn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 PRECISIONS = ["float32", "float16", "autocast"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int, low: float = -1.0, high: float = 1.0) -> Tensor:

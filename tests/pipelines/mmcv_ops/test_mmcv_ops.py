@@ -1,7 +1,7 @@
 """Each op through mmcv's own wrappers, against a plain loop written from its definition."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mmcv.ops as mmcv_ops  # of the bridge, which `tests/conftest.py` put in
@@ -16,15 +16,6 @@ from kdpipe.pipelines.mmcv_ops.roi import _in_windows
 
 Array = npt.NDArray[Any]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0, low: float = -1.0, high: float = 1.0) -> Tensor:
