@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.distill.losses.masks import Anchor, anchor_mask, box_mask, gaussian_mask
-from kdpipe.distill.losses.numeric import check_dims, check_shape, full_precision, no_autocast
+from kdpipe.distill.losses.numeric import check_level, full_precision, no_autocast
 from kdpipe.distill.outputs import TeacherMap
 
 StudentMaps = Mapping[int, Tensor]  # by stride, Tensor[B, C, h, w]
@@ -35,10 +35,7 @@ def masked_imitation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], 
     """
     errors, counts = [], []
     for adapted, target, mask in zip(student, teacher, masks, strict=True):
-        check_dims("a level of the student", adapted, "[B, C, h, w]")
-        fit = f"the student's level {list(adapted.shape)}"
-        check_shape("a level of the teacher", target, tuple(adapted.shape), fit)
-        check_shape("a mask", mask, (adapted.shape[0], *adapted.shape[2:]), fit)
+        check_level(adapted, target, mask)
         with no_autocast(adapted):
             s, t, weight = full_precision(adapted, target.detach(), mask.detach())
             errors.append(((s - t).square().sum(dim=1) * weight).sum())

@@ -93,3 +93,20 @@ def check_dims(what: str, found: Tensor, layout: str) -> None:
     """
     if found.dim() != layout.count(",") + 1:
         raise LossInputError(f"{what} has shape {list(found.shape)}; expected {layout}.")
+
+
+def check_level(student: Tensor, teacher: Tensor, mask: Tensor) -> None:
+    """Raise unless feature maps of a level, and the mask that they are compared under, fit together.
+
+    Args:
+        student: Should be Tensor[B, C, h, w].
+        teacher: The same.
+        mask: Should be Tensor[B, h, w].
+
+    Raises:
+        LossInputError: naming what does not fit.
+    """
+    check_dims("a level of the student", student, "[B, C, h, w]")
+    fit = f"the student's level {list(student.shape)}"
+    check_shape("a level of the teacher", teacher, tuple(student.shape), fit)
+    check_shape("a mask", mask, (student.shape[0], *student.shape[2:]), fit)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdpipe.distill.losses.numeric import check_dims, check_shape, full_precision, no_autocast, standardize
+from kdpipe.distill.losses.numeric import check_level, full_precision, no_autocast, standardize
 from kdpipe.distill.outputs import TeacherMap
 
 
@@ -30,10 +30,7 @@ def pearson_imitation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor],
     """
     losses = []
     for level, target, mask in zip(student, teacher, masks, strict=True):
-        check_dims("a level of the student", level, "[B, C, h, w]")
-        fit = f"the student's level {list(level.shape)}"
-        check_shape("a level of the teacher", target, tuple(level.shape), fit)
-        check_shape("a mask", mask, (level.shape[0], *level.shape[2:]), fit)
+        check_level(level, target, mask)
         with no_autocast(level):
             s, t, inside = full_precision(level, target.detach(), mask.detach()[:, None])  # the mask [B, 1, h, w]
             difference = standardize(s, 1, inside) - standardize(t, 1, inside)
