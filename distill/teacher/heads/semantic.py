@@ -10,6 +10,7 @@ from torch.nn import functional
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.losses.numeric import no_autocast
 from kdpipe.distill.rois.align import roi_align_assigned
+from kdpipe.distill.rows import rows_of_each
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError, moved_to, parameters_of
 from kdpipe.distill.teacher.pyramids import TeacherPyramids, TeacherRois
 
@@ -53,7 +54,7 @@ class SemanticBranch:
         if not isinstance(rois.pyramids, TeacherPyramids):
             raise TeacherHeadError("The teacher's semantic branch reads the whole of its own pyramid, and no other's.")
         maps = {image: self.map_of(levels) for image, levels in rois.pyramids.levels().items()}
-        rows_of = {image: (rois.image_index == image).nonzero().squeeze(1) for image in maps}
+        rows_of = rows_of_each(rois.image_index, max(maps, default=-1) + 1)
 
         def fused_features(boxes: Tensor) -> Tensor:
             features = rois.features_at(boxes).clone()
