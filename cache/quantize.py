@@ -63,17 +63,19 @@ def quantize4(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple
     return packed, scale.to(scale_dtype)
 
 
-def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The float values of the result of `quantize` or `quantize4`, on the device of `values`.
+def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The float values of the result of `quantize` or `quantize4`, or of floats; on the device of `values`.
 
     Args:
-        values: [..., C, H, W] int8, or [..., ceil(C / 2), H, W] uint8.
-        scale: [..., C].
+        values: [..., C, H, W] int8, or [..., ceil(C / 2), H, W] uint8; or floats, which have no scale.
+        scale: [..., C], or None.
         dtype: of the result; the product is taken in float32.
 
     Returns:
         [..., C, H, W] of `dtype`.
     """
+    if scale is None:
+        return values.to(dtype)
     if values.dtype == torch.uint8:
         codes = torch.cat([values & 15, values >> 4], dim=-3)[..., : scale.shape[-1], :, :].to(torch.int8)
         values = (codes >> 1) ^ -(codes & 1)

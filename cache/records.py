@@ -265,4 +265,4 @@ def _beside(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
 
 def _to_float(values: Tensor, scale: Tensor | None, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
     values = values if device is None else values.to(device)
-    return values.to(dtype) if scale is None else dequantize(values, scale, dtype)
+    return dequantize(values, scale, dtype)

@@ -71,8 +71,7 @@ class WarpedMaps(Mapping[int, TeacherMap]):
                     inside.append(student.new_zeros(height, width, dtype=torch.float32))
                 else:
                     stored = present(image.levels[level], f"the feature map of stride {stride}")
-                    scale = None if image.scale is None else image.scale[level]
-                    features = stored.float() if scale is None else dequantize(stored, scale)
+                    features = dequantize(stored, None if image.scale is None else image.scale[level])
                     warped, is_inside = warp_map(features, stride, image.matrix, image.size, (height, width))
                     values.append(warped)
                     inside.append(is_inside.float())

@@ -118,7 +118,7 @@ class TeacherRois:
 
 def _full_precision(levels: Sequence[Tensor | None], scale: Tensor | None) -> list[Tensor]:
     given = [(index, level) for index, level in enumerate(levels) if level is not None]
-    return [level.float() if scale is None else dequantize(level, scale[index]) for index, level in given]
+    return [dequantize(level, None if scale is None else scale[index]) for index, level in given]
 
 
 def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
@@ -131,4 +131,4 @@ def _stack(images: Sequence[StoredPyramid], level: int) -> Tensor | None:
     if on_cpu(values):
         values = values.contiguous(memory_format=torch.channels_last)  # while an element is a byte
     scales = [scale[level] for _, scale in images if scale is not None]
-    return dequantize(values, torch.stack(scales)) if scales else values.float()
+    return dequantize(values, torch.stack(scales) if scales else None)

@@ -114,12 +114,10 @@ def teacher_roi_features(targets: Sequence[RoiTargets], spec: CacheSpec) -> Tens
     of_image = dict(zip(rois, pooled.split([len(boxes) for boxes in rois.values()]), strict=True)) if rois else {}
     parts = []
     for index, target in enumerate(targets):
-        features = target.roi_features
-        if features is None:
+        if target.roi_features is not None:
+            features = dequantize(target.roi_features, target.roi_scale)
+        else:
             features = of_image.get(index, pooled[:0])  # none where there is no pyramid
-        elif target.roi_scale is not None:
-            features = dequantize(features, target.roi_scale)
-        features = features.float()
         parts.append(mirror_features(features) if target.view == "mirrored" else features)
     return torch.cat(parts)
 

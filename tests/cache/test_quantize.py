@@ -141,3 +141,10 @@ def test_rows_have_a_scale_each() -> None:
     assert ((dequantize_rows(steps, scale) - x).abs() <= 0.5 * scale[:, None] * (1 + 1e-5)).all()
     assert dequantize_rows(x.half(), None).dtype == torch.float32
     assert [part.shape for part in quantize_rows(x[:0])] == [(0, 33), (0,)]
+
+
+def test_floats_have_no_scale() -> None:
+    values = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).half()
+    restored = dequantize(values, None)
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored.half(), values)
