@@ -7,12 +7,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from kdpipe.distill.methods import LOSSES
 from kdpipe.pipelines.report.figures import COLORS, GREYS, Figure, ink, new_canvas, paper
 from kdpipe.pipelines.report.trainings import Training, TrainingGroup
 
 __all__ = ["ap_figures", "group_colors", "loss_figures", "share_figures", "time_figure"]
 
 _LABEL = 26  # characters of a label that an axis has room for
+_OF_DISTILLATION = {loss.log_name for loss in LOSSES.values()}
 
 
 def group_colors(groups: Sequence[TrainingGroup]) -> dict[str, str]:
@@ -105,11 +107,9 @@ def _legend(canvas: Canvas, axes: Sequence[Axes]) -> None:
 
 def loss_figures(groups: Sequence[TrainingGroup]) -> list[Figure]:
     """Every loss over the training: the detector's own together, and those of the distillation."""
-    names = list(dict.fromkeys(name for group in groups for name in _losses(group.first)))
-    distilled = {name for group in groups if group.is_distilled for name in _losses(group.first)}
-    plain_names = [name for group in groups if not group.is_distilled for name in _losses(group.first)]
-    own = [name for name in names if name in plain_names or _is_own(name)]
-    of_distillation = [name for name in names if name in distilled and name not in own]
+    names = list(dict.fromkeys(name for group in groups for name in group.first.logged("loss")))
+    own = [name for name in names if name not in _OF_DISTILLATION]
+    of_distillation = [name for name in names if name in _OF_DISTILLATION]
     kinds = {
         "losses": ("The detector's own losses", own),
         "distillation-losses": ("Distillation losses", of_distillation),
@@ -124,14 +124,6 @@ def loss_figures(groups: Sequence[TrainingGroup]) -> list[Figure]:
         for name, (title, chosen) in kinds.items()
         if chosen
     ]
-
-
-def _losses(training: Training) -> list[str]:
-    return training.logged("loss")
-
-
-def _is_own(name: str) -> bool:
-    return name == "loss" or not any(part in name for part in ("sgfi", "ckd", "kd_"))
 
 
 def _draw_losses(groups: Sequence[TrainingGroup], names: Sequence[str]) -> Canvas:
@@ -168,11 +160,10 @@ def _draw_shares(training: Training) -> Canvas:
     epochs = sorted({epoch for curve in curves.values() for epoch in curve})
     values = [[curve.get(epoch, 0.0) for epoch in epochs] for curve in curves.values()]
     labels = [name.removeprefix("share_") for name in curves]
-    own = [not _is_own(label) for label in labels]  # distillation in full colour
     colors = [COLORS[number % len(COLORS)] for number in range(len(labels))]
     areas = axes.stackplot(epochs, values, labels=labels, colors=colors)
-    for area, is_distillation in zip(areas, own, strict=True):
-        area.set_alpha(0.95 if is_distillation else 0.45)
+    for area, label in zip(areas, labels, strict=True):  # distillation in full colour
+        area.set_alpha(0.95 if f"loss_{label}" in _OF_DISTILLATION else 0.45)
     axes.set_ylim(0, 1)
     axes.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1e-6))
     axes.set_xlabel("epoch")

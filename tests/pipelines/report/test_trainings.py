@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.distill.methods import LOSSES
 from kdpipe.pipelines.report.provenance import command_line
-from kdpipe.pipelines.report.training_figures import group_colors
+from kdpipe.pipelines.report.training_figures import group_colors, loss_figures
 from kdpipe.pipelines.report.trainings import find_trainings, group_trainings, names_beside
 
 
@@ -81,6 +82,14 @@ def test_a_log_of_several_starts(tmp_path: Path) -> None:
     assert found.curve("ap") == [(1.0, 0.1), (2.0, 0.2)]
     assert found.logged("loss_") == ["loss_sgfi"]
     assert found.curve("nothing") == []
+
+
+@pytest.mark.parametrize("name", [loss.log_name for loss in LOSSES.values()])
+def test_each_distillation_loss_is_drawn_with_those_of_the_distillation(tmp_path: Path, name: str) -> None:
+    work = training(tmp_path / "a", methods=("sgfi",))
+    log(work, "20260101_000000", {"loss": 2.0, "loss_bbox": 1.0, name: 1.0, "epoch": 1, "step": 1})
+    figures = loss_figures(group_trainings(find_trainings(work)))
+    assert [figure.name for figure in figures] == ["losses", "distillation-losses"]
 
 
 def test_a_folder_without_trainings(tmp_path: Path) -> None:
