@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from scipy.stats import t
 
-__all__ = ["LEAST_PAIRS", "Gain", "Spread", "paired_gain", "spread"]
+__all__ = ["LEAST_PAIRS", "Gain", "Spread", "gap_closed", "paired_gain", "spread"]
 
 LEAST_PAIRS = 3  # for an interval
 _CONFIDENCE = 0.95
@@ -77,3 +77,23 @@ def paired_gain(values: Mapping[int, float], baseline: Mapping[int, float]) -> G
         return Gain(mean, count, None)
     half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * statistics.stdev(gains) / math.sqrt(count)
     return Gain(mean, count, (mean - half, mean + half))
+
+
+def gap_closed(values: Mapping[int, float], baseline: Mapping[int, float], target: float | None) -> float | None:
+    """Share of the distance from a baseline to a target, over seeds that both have.
+
+    Args:
+        values: Figure per seed.
+        baseline: The same of what is compared with.
+        target: What they are on the way to, such as the teacher's AP.
+
+    Returns:
+        The share; None where the target is not known or not above the baseline, or no seed is in both.
+    """
+    seeds = values.keys() & baseline.keys()
+    if target is None or not seeds:
+        return None
+    before = statistics.fmean(baseline[seed] for seed in seeds)
+    if target <= before:
+        return None
+    return (statistics.fmean(values[seed] for seed in seeds) - before) / (target - before)

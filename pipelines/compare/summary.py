@@ -15,7 +15,7 @@ from rich.text import Text
 from kdpipe.pipelines.compare.cells import Cell, Row, is_finished
 from kdpipe.pipelines.compare.complexity import Complexity
 from kdpipe.pipelines.compare.process import Outcome
-from kdpipe.pipelines.compare.statistics import LEAST_PAIRS, paired_gain, spread
+from kdpipe.pipelines.compare.statistics import LEAST_PAIRS, gap_closed, paired_gain, spread
 from kdpipe.pipelines.compare.teacher_ap import TeacherAP
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 from kdpipe.pipelines.training.work_dir import WorkDir
@@ -70,6 +70,7 @@ def _row_values(
 ) -> dict[str, Any]:
     ap, baseline = spread(list(aps[row.name].values())), row.find_baseline(rows)
     gain = None if baseline is None else paired_gain(aps[row.name], aps[baseline.name])
+    teacher_ap = None if teacher is None else teacher.ap
     return {
         "student": row.student,
         "methods": row.methods,
@@ -77,7 +78,7 @@ def _row_values(
         "ap": None if ap is None else asdict(ap),
         "baseline": None if baseline is None else baseline.name,
         "gain": None if gain is None else {**asdict(gain), "within_noise": gain.within_noise},
-        "gap_closed": None if baseline is None else _gap_closed(aps[row.name], aps[baseline.name], teacher),
+        "gap_closed": None if baseline is None else gap_closed(aps[row.name], aps[baseline.name], teacher_ap),
         "seconds_per_step": _median(cells, "seconds_per_step"),
         "peak_memory": _median(cells, "peak_memory"),
         "parameters": None if cost is None else cost.parameters,
@@ -85,20 +86,6 @@ def _row_values(
         "input_size": None if cost is None else list(cost.size),
         "cells": cells,
     }
-
-
-def _gap_closed(aps: Mapping[int, float], plain: Mapping[int, float], teacher: TeacherAP | None) -> float | None:
-    """Share of the distance from the plain student to the teacher, over seeds that both have.
-
-    None where the teacher's AP is not known, or is not above the plain student's.
-    """
-    seeds = aps.keys() & plain.keys()
-    if teacher is None or not seeds:
-        return None
-    before = statistics.fmean(plain[seed] for seed in seeds)
-    if teacher.ap <= before:
-        return None
-    return (statistics.fmean(aps[seed] for seed in seeds) - before) / (teacher.ap - before)
 
 
 def _median(cells: Sequence[Mapping[str, Any]], name: str) -> float | None:

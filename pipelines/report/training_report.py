@@ -58,8 +58,12 @@ def _best(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
 def _plain(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
     """The students without distillation that belong beside the best distilled ones."""
     best = _best(groups)
-    plain = [group for group in groups if group.is_plain]
-    return next((group for group in plain if best and group.first.student == best.first.student), None)
+    return None if best is None else _same_without_distillation(best, groups)
+
+
+def _same_without_distillation(group: TrainingGroup, groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
+    """The same student without distillation, which may be this one."""
+    return next((each for each in groups if each.is_plain and each.first.student == group.first.student), None)
 
 
 def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Section]:
@@ -86,7 +90,10 @@ def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Sec
 
 def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
     columns = ["methods", "AP", "±", "gain", "gap closed", *_MORE_COLUMNS]
-    rows = [_row(group, _beside(group, groups), found.teacher_ap) for group in groups]
+    rows = [
+        _row(group, _same_without_distillation(group, groups) if group.is_distilled else None, found.teacher_ap)
+        for group in groups
+    ]
     caption = (
         "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, of "
         "seeds that both have; from three on with Student's t interval of 95 %, within noise where that holds 0. Gap "
@@ -104,11 +111,6 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
     return Table(columns, rows, caption)
 
 
-def _beside(group: TrainingGroup, groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
-    plain = [other for other in groups if other.is_plain and other.first.student == group.first.student]
-    return plain[0] if plain and group.is_distilled else None
-
-
 def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | None) -> list[Cell | str]:
     gain = None if plain is None else group.gain_over(plain)
     memory = _mean(group, "peak_memory")
@@ -118,7 +120,7 @@ def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | 
         _number(group.ap, strong=True),
         _number(statistics.stdev(group.aps) if len(group.aps) > 1 else None),
         _gain(gain),
-        _share(_gap_closed(group, plain, teacher_ap)),
+        _share(None if plain is None else group.gap_closed(plain, teacher_ap)),
         *(_number(_metric(group, name)) for name in ("bbox_mAP_50", "bbox_mAP_75")),
         _number(_mean(group, "seconds_per_step"), digits=2),
         Cell(NOTHING, -math.inf) if memory is None else Cell(bytes_text(memory), memory),
@@ -136,13 +138,6 @@ def _gain(gain: Gain | None) -> Cell:
         low, high = (100 * end for end in gain.interval)
         text += f" ({low:+.1f} to {high:+.1f}{', within noise' if gain.within_noise else ''})"
     return Cell(text, gain.mean)
-
-
-def _gap_closed(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | None) -> float | None:
-    if plain is None or plain.ap is None or teacher_ap is None or teacher_ap <= plain.ap:
-        return None
-    gain = group.gain_over(plain)
-    return None if gain is None else gain.mean / (teacher_ap - plain.ap)
 
 
 def _share(share: float | None) -> Cell:

@@ -12,7 +12,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import digest_json
 from kdpipe.pipelines.compare.results import find_trainings as trainings_below
 from kdpipe.pipelines.compare.results import read_losses, read_validations
-from kdpipe.pipelines.compare.statistics import Gain, paired_gain
+from kdpipe.pipelines.compare.statistics import Gain, gap_closed, paired_gain
 from kdpipe.pipelines.data.provenance import recorded_entry
 from kdpipe.pipelines.training.work_dir import WorkDir
 
@@ -156,6 +156,10 @@ class TrainingGroup:
     def gain_over(self, other: "TrainingGroup") -> Gain | None:
         """What AP gains over that of others, over seeds that both have; None where there is none."""
         return paired_gain(self._ap_of_seed(), other._ap_of_seed())
+
+    def gap_closed(self, other: "TrainingGroup", teacher_ap: float | None) -> float | None:
+        """The gain as a share of the distance from others to the teacher, over the same seeds; None where unknown."""
+        return gap_closed(self._ap_of_seed(), other._ap_of_seed(), teacher_ap)
 
     @property
     def ap(self) -> float | None:

@@ -6,7 +6,7 @@ import random
 import pytest
 from scipy.stats import ttest_rel
 
-from kdpipe.pipelines.compare.statistics import paired_gain, spread
+from kdpipe.pipelines.compare.statistics import gap_closed, paired_gain, spread
 
 # 97.5 % points for 2, 3, 4, 9 degrees of freedom, as printed in textbooks
 TABLE = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
@@ -64,3 +64,10 @@ def test_spread() -> None:
     assert single is not None
     assert single.deviation is None
     assert spread([]) is None
+
+
+def test_the_gap_is_that_of_seeds_that_both_have() -> None:
+    assert gap_closed({0: 0.4, 1: 0.6, 2: 0.9}, {0: 0.2, 1: 0.4, 7: 0.0}, 0.8) == pytest.approx(0.2 / 0.5)
+    assert gap_closed({0: 0.4}, {0: 0.2}, 0.2) is None
+    assert gap_closed({0: 0.4}, {0: 0.2}, None) is None
+    assert gap_closed({0: 0.4}, {1: 0.2}, 0.8) is None
