@@ -16,6 +16,7 @@ from kdpipe.cache.errors import present
 from kdpipe.cache.format.head import HEAD
 from kdpipe.cache.format.layout import part_layout
 from kdpipe.cache.format.record import Files, read_head_record, read_part_record, whole_files
+from kdpipe.cache.read.choice import evenly_chosen
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.read.root import read_root
 from kdpipe.cache.records import TeacherTargets
@@ -113,9 +114,8 @@ def _objects(cache: TeacherCache) -> dict[str, Any] | None:
     """How many boxes have RoI features, and how often these are as many as may have; None in tiers without these."""
     if "roi_features" not in cache.spec.fields:
         return None
-    positions = np.unique(np.linspace(0, len(cache) - 1, min(_LOOKED_AT, len(cache))).round().astype(int))
     indices = [
-        cache.index(image_id, view) for image_id in cache.image_ids[positions].tolist() for view in cache.spec.views
+        cache.index(image_id, view) for image_id in evenly_chosen(cache, _LOOKED_AT) for view in cache.spec.views
     ]
     counts = [index.num_objects for index in indices]
     return {

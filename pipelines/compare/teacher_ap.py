@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.compare.cells import Cell
-from kdpipe.pipelines.data.provenance import recorded_entry
+from kdpipe.pipelines.data.provenance import recorded_path
 from kdpipe.pipelines.training.work_dir import WorkDir
 
 __all__ = ["TeacherAP", "checkpoint_of", "known_ap"]
@@ -39,5 +39,4 @@ def known_ap(teacher: Path, cells: Sequence[Cell]) -> TeacherAP | None:
 
 def checkpoint_of(cache: TeacherCache) -> Path | None:
     """The checkpoint that a cache was made from."""
-    path = recorded_entry(cache.metadata, "teacher", "checkpoint")
-    return Path(path) if isinstance(path, str) else None
+    return recorded_path(cache.metadata, "teacher", "checkpoint")

@@ -1,6 +1,7 @@
 """What a cache records of the teacher and the data that it was made of."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -15,7 +16,7 @@ from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.configs import config_from_file, find_config
 from kdpipe.pipelines.detectors.mmdet2 import for_inference
 
-__all__ = ["recorded_config", "recorded_data", "recorded_entry"]
+__all__ = ["recorded_config", "recorded_data", "recorded_entry", "recorded_path"]
 
 
 def recorded_entry(values: Mapping[str, Any], *names: str) -> Any:
@@ -24,6 +25,12 @@ def recorded_entry(values: Mapping[str, Any], *names: str) -> Any:
     for name in names:
         entry = entry.get(name) if isinstance(entry, Mapping) else None
     return entry
+
+
+def recorded_path(values: Mapping[str, Any], *names: str) -> Path | None:
+    """The same of an entry that is a path."""
+    entry = recorded_entry(values, *names)
+    return Path(entry) if isinstance(entry, str) else None
 
 
 def recorded_config(cache: TeacherCache, config: str | None, *, trust: bool = False) -> Config:

@@ -13,13 +13,14 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from kdpipe.cache.errors import KdpipeError, present
+from kdpipe.cache.read.choice import evenly_chosen
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.store.location import Location
 from kdpipe.pipelines.commands.inspect import describe_cache
 from kdpipe.pipelines.commands.options import ReportOptions
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.data.options import DataOptions
-from kdpipe.pipelines.data.provenance import recorded_config, recorded_data, recorded_entry
+from kdpipe.pipelines.data.provenance import recorded_config, recorded_data, recorded_entry, recorded_path
 from kdpipe.pipelines.data.voc_ap import Detections
 from kdpipe.pipelines.report.figures import COLORS, Figure, new_canvas
 from kdpipe.pipelines.report.page import Cell, Section, Table
@@ -59,7 +60,7 @@ def cache_page(
     answers = _scores(cache)
     try:
         data = recorded_data(cache, DataOptions(img_dir=options.img_dir))
-        ids = _evenly(cache, _MEASURED)
+        ids = evenly_chosen(cache, _MEASURED)
         metrics = cached_ap(cache, recorded_config(cache, None), data, console, ids)
         facts.insert(0, ("Teacher AP", f"{metrics['bbox_mAP']:.3f}"))
         answers.tables.append(_accuracy(metrics, len(ids), len(cache)))
@@ -68,13 +69,6 @@ def cache_page(
     sections = [_content(values), answers]
     sections.append(_pictures(cache, options.img_dir, console))
     return facts, [section for section in [*sections, _made_of(cache, values)] if not section.is_empty]
-
-
-def _evenly(cache: TeacherCache, count: int) -> list[int]:
-    """Ids of so many images, evenly chosen."""
-    positions = np.unique(np.linspace(0, len(cache) - 1, min(count, len(cache))).round().astype(int))
-    ids: list[int] = cache.image_ids[positions].tolist() if len(cache) else []
-    return ids
 
 
 def _content(values: Mapping[str, Any]) -> Section:
@@ -122,7 +116,7 @@ def _draw_bytes(disk: Mapping[str, int]) -> Canvas:
 def _scores(cache: TeacherCache) -> Section:
     """How sure the teacher is of its boxes."""
     section = Section("scores", "What the teacher says")
-    ids = _evenly(cache, 256)
+    ids = evenly_chosen(cache, 256)
     if not ids:
         return section
     view = cache.spec.views[0]
@@ -168,9 +162,8 @@ def _accuracy(metrics: Mapping[str, float], measured: int, cached: int) -> Table
 def _pictures(cache: TeacherCache, img_dir: Path | None, console: Console) -> Section:
     """Some images with annotated objects, and what the teacher finds."""
     section = Section("images", "Images with the teacher's boxes")
-    recorded = recorded_entry(cache.metadata, "data", "img_dir")
-    folder = img_dir or (Path(recorded) if isinstance(recorded, str) else None)
-    ids = _evenly(cache, _IMAGES)
+    folder = img_dir or recorded_path(cache.metadata, "data", "img_dir")
+    ids = evenly_chosen(cache, _IMAGES)
     if folder is None or not ids:
         section.notes.append("The cache does not record where its images are: say so (--img-dir).")
         return section

@@ -15,7 +15,7 @@ from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.pipelines.commands.evaluate import evaluate
 from kdpipe.pipelines.commands.options import EvaluateOptions, ReportOptions
 from kdpipe.pipelines.data.options import DataOptions
-from kdpipe.pipelines.data.provenance import recorded_entry
+from kdpipe.pipelines.data.provenance import recorded_entry, recorded_path
 from kdpipe.pipelines.detectors.checkpoints import load_checkpoint
 from kdpipe.pipelines.detectors.configs import config_from_checkpoint
 from kdpipe.pipelines.report.trainings import Training
@@ -73,9 +73,8 @@ def validation_images(training: Training, img_dir: Path | None) -> ValidationIma
         return None
     if img_dir is None and training.checkpoint.is_file():
         config = config_from_checkpoint(load_checkpoint(training.checkpoint, trust=False))
-        dataset: Any = recorded_entry({} if config is None else config.to_dict(), "val_dataloader", "dataset")
-        place = recorded_entry(dataset, "data_prefix", "img")
-        img_dir = Path(place) if isinstance(place, str) else None
+        values = {} if config is None else config.to_dict()
+        img_dir = recorded_path(values, "val_dataloader", "dataset", "data_prefix", "img")
     return ValidationImages(ann_file, img_dir, digest)
 
 
@@ -120,8 +119,7 @@ def teacher_results(
     weights = recorded_entry(cache.identity, "teacher", "weights")
     kept = training.path / "kdpipe" / f"teacher-{str(weights)[:12]}-{images.digest[:12]}.bbox.json"
     if not kept.is_file():
-        recorded = recorded_entry(cache.metadata, "teacher", "checkpoint")
-        path = options.teacher_ckpt or (Path(recorded) if isinstance(recorded, str) else None)
+        path = options.teacher_ckpt or recorded_path(cache.metadata, "teacher", "checkpoint")
         if path is None or not path.is_file():
             raise KdpipeError(f"the teacher's checkpoint is not there ({path}): name it (--teacher-ckpt)")
         _check_inference(options)

@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from kdpipe.cache.errors import KdpipeError, present
+from kdpipe.cache.read.choice import evenly_chosen
 from kdpipe.cache.read.reader import TeacherCache
-from kdpipe.pipelines.data.provenance import recorded_entry
+from kdpipe.pipelines.data.provenance import recorded_path
 from kdpipe.pipelines.report.figures import Figure, ink, new_canvas
 from kdpipe.pipelines.report.page import Section
 from kdpipe.pipelines.report.pictures import show_image, small_image
@@ -108,15 +109,13 @@ class _Images:
     """Images of a cache that the figures are of, and where their files are."""
 
     def __init__(self, cache: TeacherCache, img_dir: Path | None) -> None:
-        recorded = recorded_entry(cache.metadata, "data", "img_dir")
-        folder = Path(recorded) if isinstance(recorded, str) else None
+        folder = recorded_path(cache.metadata, "data", "img_dir")
         if folder is None or not folder.is_dir():  # --img-dir may name the validation images, which lie elsewhere
             folder = img_dir
         if folder is None or not folder.is_dir():
             raise KdpipeError(f"the images of the cache are not there ({folder}): say where they are (--img-dir)")
-        positions = np.unique(np.linspace(0, len(cache) - 1, min(_IMAGES, len(cache))).round().astype(int))
         self.cache, self.folder = cache, folder
-        self.ids: list[int] = cache.image_ids[positions].tolist()
+        self.ids = evenly_chosen(cache, _IMAGES)
 
     def path(self, image_id: int) -> Path:
         return self.folder / self.cache.index(image_id, "identity").file_name

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kdpipe.cache.errors import CacheError, present
 from kdpipe.cache.identity import difference, digest_tensors
+from kdpipe.cache.read.choice import evenly_chosen
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.records import TeacherRecord, TeacherTargets
 from kdpipe.cache.spec import CacheSpec
@@ -139,10 +139,10 @@ def compare_with_teacher(
         KdpipeError: an image cannot be read, or the cache is damaged.
     """
     errors = {field: FieldError() for field in cache.spec.fields}
-    positions = np.unique(np.linspace(0, len(cache) - 1, min(sample, len(cache))).round().astype(int))
+    image_ids = evenly_chosen(cache, sample)
     start = time.perf_counter()
-    with ProgressBar(console, "live teacher", len(positions)) as progress:
-        for done, image_id in enumerate(cache.image_ids[positions].tolist(), 1):
+    with ProgressBar(console, "live teacher", len(image_ids)) as progress:
+        for done, image_id in enumerate(image_ids, 1):
             for view in cache.spec.views:
                 cached = cache.targets(image_id, view)
                 image = read_image(data.img_dir / cached.file_name, cached.original_size, teacher.pixels.decoding)
