@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from kdpipe.pipelines.report.accuracy import IOUS, SIZES, Accuracy
@@ -108,14 +109,14 @@ def _draw_sizes(accuracies: Mapping[str, Accuracy], colors: Mapping[str, str]) -
     return canvas
 
 
-def _bars(axes: object, values: Mapping[str, npt.NDArray[np.float64]], colors: Mapping[str, str]) -> None:
+def _bars(axes: Axes, values: Mapping[str, npt.NDArray[np.float64]], colors: Mapping[str, str]) -> None:
     """Horizontal bars, a group per entry of the values."""
     height = 0.8 / len(values)
     for place, (name, each) in enumerate(values.items()):
         rows = np.arange(len(each)) + (place - (len(values) - 1) / 2) * height
-        axes.barh(rows, np.nan_to_num(each), height=0.9 * height, color=colors.get(name, ink()), label=short(name))  # type: ignore[attr-defined]
-    axes.invert_yaxis()  # type: ignore[attr-defined]
-    axes.grid(axis="y", visible=False)  # type: ignore[attr-defined]
+        axes.barh(rows, np.nan_to_num(each), height=0.9 * height, color=colors.get(name, ink()), label=short(name))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
 
 
 def _draw_ious(accuracies: Mapping[str, Accuracy], colors: Mapping[str, str]) -> Canvas:

@@ -104,10 +104,15 @@ class Training:
         """What was logged of steps, as `read_losses` gives it."""
         return read_losses(self.path)
 
+    @cached_property
+    def validations(self) -> list[dict[str, Any]]:
+        """What was logged of validations, as `read_validations` gives it."""
+        return read_validations(self.path)
+
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Epochs done, and a value that was logged then, such as `loss_sgfi`, `time` or `ap`."""
         if name == "ap":
-            return [(float(row["epoch"]), float(row["coco/bbox_mAP"])) for row in read_validations(self.path)]
+            return [(float(row["epoch"]), float(row["coco/bbox_mAP"])) for row in self.validations]
         steps = max((row["step"] / row["epoch"] for row in self.losses), default=1.0)  # per epoch
         return [
             (row["step"] / steps, float(row[name])) for row in self.losses if isinstance(row.get(name), int | float)
