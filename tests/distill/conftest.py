@@ -15,7 +15,14 @@ from torch import Tensor
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.teacher.any_box import TeacherView
-from kdpipe.pipelines.detectors.configs import find_config
+from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
+
+OTHERS = {
+    "cascade_rcnn": "cascade-rcnn_r50_fpn_1x_coco",
+    "retinanet": "retinanet_r18_fpn_1x_coco",
+    "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco",
+    "atss": "atss_r50_fpn_1x_coco",
+}
 
 
 class HeadOnly:
@@ -93,6 +100,28 @@ class Pair:
         model.roi_head.bbox_head.update(in_channels=8, fc_out_channels=16, num_classes=cls.classes)
         model.train_cfg.rcnn.sampler.num = 16
         model.train_cfg.rpn_proposal.max_per_img = 20
+        return model
+
+    @classmethod
+    def student_of(cls, family: str) -> Any:
+        """Config of a narrow detector: `faster_rcnn`, or one of `OTHERS`."""
+        narrow = cls.student()
+        if family == "faster_rcnn":
+            return narrow
+        model = find_config(OTHERS[family]).model
+        model.backbone = narrow.backbone
+        if family == "cascade_rcnn":
+            model.neck, model.rpn_head = narrow.neck, narrow.rpn_head
+            model.roi_head.bbox_roi_extractor.out_channels = 8
+            for head in model.roi_head.bbox_head:
+                head.update(in_channels=8, fc_out_channels=16)
+            model.train_cfg.rpn_proposal.max_per_img = 20
+        else:
+            model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
+            model.bbox_head.update(in_channels=8, feat_channels=12, stacked_convs=2)
+            if family != "retinanet":
+                model.bbox_head.norm_cfg = {"type": "GN", "num_groups": 2, "requires_grad": True}
+        set_num_classes(model, cls.classes)
         return model
 
     @classmethod

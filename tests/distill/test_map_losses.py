@@ -16,7 +16,6 @@ from kdpipe.distill.students.build import student_of
 from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.targets import RoiTargets, no_rois
-from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair
@@ -24,43 +23,16 @@ if TYPE_CHECKING:
 MAP_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.of_maps)
 LOG = {name: LOSSES[name].log_name for name in MAP_LOSSES}
 P7 = 128
-DENSE = {
-    "retinanet": "retinanet_r18_fpn_1x_coco",
-    "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco",
-    "atss": "atss_r50_fpn_1x_coco",
-}
 
 # mmdet's own heads use what is deprecated
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{what}:UserWarning") for what in ("num_anchors", "meshgrid")]
-
-
-def student(pair: "type[Pair]", family: str) -> Any:
-    """Config of a narrow student."""
-    narrow = pair.student()
-    if family == "faster-rcnn":
-        return narrow
-    if family == "cascade":
-        model = find_config("cascade-rcnn_r50_fpn_1x_coco").model
-        model.rpn_head = narrow.rpn_head
-        model.roi_head.bbox_roi_extractor.out_channels = 8
-        for head in model.roi_head.bbox_head:
-            head.update(in_channels=8, fc_out_channels=16)
-    else:
-        model = find_config(DENSE[family]).model
-        model.bbox_head.update(in_channels=8, feat_channels=12, stacked_convs=2)
-        if family != "retinanet":
-            model.bbox_head.norm_cfg = {"type": "GN", "num_groups": 2, "requires_grad": True}
-    model.backbone = narrow.backbone
-    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
-    set_num_classes(model, pair.classes)
-    return model
 
 
 def detector(pair: "type[Pair]", family: str, *methods: str, **options: Any) -> DistilledDetector:
     torch.manual_seed(0)
     spec: CacheSpec = options.pop("spec", pair.spec)
     source = pair.source(pair.state(pair.head()))
-    model = DistilledDetector(student(pair, family), spec.to_json(), methods, source, **options)
+    model = DistilledDetector(pair.student_of(family), spec.to_json(), methods, source, **options)
     model.init_weights()
     return model.train()
 
@@ -85,7 +57,7 @@ def step(pair: "type[Pair]", model: DistilledDetector, targets: list[Any]) -> di
     return result
 
 
-@pytest.mark.parametrize("family", ["faster-rcnn", "retinanet", "fcos", "atss"])
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "fcos", "atss"])
 @pytest.mark.parametrize("source", [view, roi_targets])
 def test_they_compare_the_levels_that_both_have(pair: "type[Pair]", family: str, source: Any) -> None:
     model = detector(pair, family, *MAP_LOSSES)
@@ -95,7 +67,7 @@ def test_they_compare_the_levels_that_both_have(pair: "type[Pair]", family: str,
     with torch.no_grad():
         levels = model.student.extract_feat(prepared["inputs"])
     student_maps = dict(zip(of_student.strides, levels, strict=True))
-    common = (4, 8, 16, 32, 64) if family == "faster-rcnn" else (8, 16, 32, 64)
+    common = (4, 8, 16, 32, 64) if family == "faster_rcnn" else (8, 16, 32, 64)
     ones = {stride: torch.ones(2, 64 // stride, 64 // stride) for stride in common}
     teacher_maps = {
         stride: TeacherMap(torch.stack([pyramid(pair, seed)[level] for seed in (1, 2)]), ones[stride])
@@ -127,7 +99,7 @@ def test_they_compare_the_levels_that_both_have(pair: "type[Pair]", family: str,
 
 def test_the_masks_differ(pair: "type[Pair]") -> None:
     """The same initial f_adapt for all of them, so that only the masks are left."""
-    model = detector(pair, "faster-rcnn", *MAP_LOSSES)
+    model = detector(pair, "faster_rcnn", *MAP_LOSSES)
     masked = [name for name in MAP_LOSSES if name != "pkd"]
     for name in masked:
         getattr(model, name).load_state_dict(model.whole.state_dict())
@@ -136,19 +108,19 @@ def test_the_masks_differ(pair: "type[Pair]") -> None:
 
 
 def test_beside_losses_at_rois(pair: "type[Pair]") -> None:
-    model = detector(pair, "faster-rcnn", "sgfi", "pkd", "cls")
+    model = detector(pair, "faster_rcnn", "sgfi", "pkd", "cls")
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
     assert {"loss_sgfi", "loss_pkd", "loss_kd_cls"} <= losses.keys()
-    alone = step(pair, detector(pair, "faster-rcnn", "pkd"), [view(pair, 1), view(pair, 2)])
+    alone = step(pair, detector(pair, "faster_rcnn", "pkd"), [view(pair, 1), view(pair, 2)])
     assert losses["kd_positive"] > 0
     assert losses.keys() - alone.keys() >= {"loss_sgfi", "loss_kd_cls"}
 
 
 def test_images_that_are_left_out_count_nothing(pair: "type[Pair]") -> None:
     skipped = TeacherView("skipped", np.eye(3))
-    one = step(pair, detector(pair, "faster-rcnn", *MAP_LOSSES), [view(pair, 1), skipped])
-    both = step(pair, detector(pair, "faster-rcnn", *MAP_LOSSES), [view(pair, 1), view(pair, 2)])
-    model = detector(pair, "faster-rcnn", *MAP_LOSSES)
+    one = step(pair, detector(pair, "faster_rcnn", *MAP_LOSSES), [view(pair, 1), skipped])
+    both = step(pair, detector(pair, "faster_rcnn", *MAP_LOSSES), [view(pair, 1), view(pair, 2)])
+    model = detector(pair, "faster_rcnn", *MAP_LOSSES)
     none = step(pair, model, [skipped, skipped])
     for name in LOG.values():
         assert one[name].item() != both[name].item() > 0
@@ -160,7 +132,7 @@ def test_images_that_are_left_out_count_nothing(pair: "type[Pair]") -> None:
 
 
 def test_a_cascade_compares_its_pyramid_once(pair: "type[Pair]") -> None:
-    model = detector(pair, "cascade", "whole", "sgfi")
+    model = detector(pair, "cascade_rcnn", "whole", "sgfi")
     losses = step(pair, model, [view(pair, 1), view(pair, 2)])
     module = model.whole
     prepared = model.data_preprocessor.student(pair.batch(2), True)
@@ -176,7 +148,7 @@ def test_a_cascade_compares_its_pyramid_once(pair: "type[Pair]") -> None:
 
 
 def test_a_weight_of_the_user_is_in_place_of_the_default(pair: "type[Pair]") -> None:
-    assert detector(pair, "faster-rcnn", "gt-mask", "pkd", "cls", weights={"pkd": 2.0}).weights == {
+    assert detector(pair, "faster_rcnn", "gt-mask", "pkd", "cls", weights={"pkd": 2.0}).weights == {
         "gt-mask": 0.01,
         "pkd": 2.0,
         "cls": 1.0,
@@ -201,20 +173,20 @@ def test_what_is_needed_of_a_cache(pair: "type[Pair]") -> None:
 def test_nothing_in_common_is_refused(pair: "type[Pair]") -> None:
     only_p2 = replace(pair.spec, levels=(0,))
     with pytest.raises(ContractError, match=r"'pkd' compares levels of the same stride from stride 8 up.*\[4\]"):
-        detector(pair, "faster-rcnn", "pkd", spec=only_p2)
+        detector(pair, "faster_rcnn", "pkd", spec=only_p2)
     with pytest.raises(ContractError, match=r"'whole' compares levels of the same stride, .*\[8, 16, 32, 64, 128\]"):
         detector(pair, "retinanet", "whole", spec=only_p2)
-    detector(pair, "faster-rcnn", "whole", spec=only_p2)
+    detector(pair, "faster_rcnn", "whole", spec=only_p2)
 
 
 def test_anchors_are_the_students_own_or_those_of_an_rpn(pair: "type[Pair]") -> None:
     anchors = {}
-    for family, count in (("faster-rcnn", 3), ("retinanet", 9), ("fcos", 3), ("atss", 1)):
+    for family, count in (("faster_rcnn", 3), ("retinanet", 9), ("fcos", 3), ("atss", 1)):
         student = student_of(detector(pair, family).student)
         with student.watch() as forward:
             anchors[family] = forward.stages[0].base_anchors
         assert list(anchors[family]) == list(student.strides)
         assert {len(level) for level in anchors[family].values()} == {count}
     for stride in (8, 64):
-        assert anchors["fcos"][stride] == anchors["faster-rcnn"][stride]
+        assert anchors["fcos"][stride] == anchors["faster_rcnn"][stride]
     assert list(anchors["fcos"]) == [8, 16, 32, 64, P7]

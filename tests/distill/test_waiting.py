@@ -40,7 +40,6 @@ from kdpipe.distill.losses.sgfi import SGFI
 from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.targets import RoiTargets
-from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 from kdpipe.pipelines.teacher.arithmetic import full_precision
 
 if TYPE_CHECKING:
@@ -251,39 +250,12 @@ def test_losses_run_where_waiting_is_an_error(name: str) -> None:
 # Whole steps
 
 
-def student(pair: "type[Pair]", kind: str) -> Any:
-    """Config of a narrow detector."""
-    narrow = pair.student()
-    if kind == "faster_rcnn":
-        return narrow
-    names = {
-        "cascade_rcnn": "cascade-rcnn_r50_fpn_1x_coco",
-        "retinanet": "retinanet_r18_fpn_1x_coco",
-        "fcos": "fcos_r50-caffe_fpn_gn-head_1x_coco",
-    }
-    model = find_config(names[kind]).model
-    model.backbone = narrow.backbone
-    if kind == "cascade_rcnn":
-        model.neck, model.rpn_head = narrow.neck, narrow.rpn_head
-        model.roi_head.bbox_roi_extractor.out_channels = 8
-        for head in model.roi_head.bbox_head:
-            head.update(in_channels=8, fc_out_channels=16)
-        model.train_cfg.rpn_proposal.max_per_img = 20
-    else:
-        model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
-        model.bbox_head.update(in_channels=8, feat_channels=12, stacked_convs=2)
-        if kind == "fcos":
-            model.bbox_head.norm_cfg = {"type": "GN", "num_groups": 2, "requires_grad": True}
-    set_num_classes(model, pair.classes)
-    return model
-
-
 def detector(pair: "type[Pair]", kind: str) -> DistilledDetector:
     torch.manual_seed(0)
     methods = ("sgfi", "ckd", "pred", "reg") if kind == "faster_rcnn" else ("sgfi", "ckd", "cls")
     options: dict[str, Any] = {"ckd": {"dim": 8, "queue_size": 64}, "roi_sampling": {"num": 32}, "share_interval": 1}
     source = pair.source(pair.state(pair.head()))
-    model = DistilledDetector(student(pair, kind), pair.spec.to_json(), methods, source, **options)
+    model = DistilledDetector(pair.student_of(kind), pair.spec.to_json(), methods, source, **options)
     model.init_weights()
     if kind in ("retinanet", "fcos"):  # boxes as large as objects, as after some training
         for name, weight in model.student.bbox_head.named_parameters():
@@ -393,7 +365,7 @@ def step_of_maps(pair: "type[Pair]", kind: str, device: str) -> Callable[[], dic
     torch.manual_seed(0)
     source, methods = pair.source({}), ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "pkd")
     options: dict[str, Any] = {"share_interval": 0}
-    model = DistilledDetector(student(pair, kind), pair.spec.to_json(), methods, source, **options).to(device).train()
+    model = DistilledDetector(pair.student_of(kind), pair.spec.to_json(), methods, source, **options).to(device).train()
     prepared = model.data_preprocessor.student(pair.batch(2), True)
     pyramids = [
         tuple(normal("cpu", seed, pair.channels, 64 // x, 64 // x).to(device) for x in pair.spec.strides)
@@ -410,10 +382,10 @@ def step_of_maps(pair: "type[Pair]", kind: str, device: str) -> Callable[[], dic
     return losses
 
 
-MAP_STUDENTS = ("faster_rcnn", "cascade_rcnn", "retinanet", "fcos")
+FAMILIES = ("faster_rcnn", "cascade_rcnn", "retinanet", "fcos")
 
 
-@pytest.mark.parametrize("kind", MAP_STUDENTS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_of_maps_do_not_wait(kind: str, pair: "type[Pair]", other_devices: "OtherDevices") -> None:
     losses, asked = step_of_maps(pair, kind, "cpu"), Counter[str]()
     with other_devices.ways(), watch_cpu(asked):
@@ -423,7 +395,7 @@ def test_losses_of_maps_do_not_wait(kind: str, pair: "type[Pair]", other_devices
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", MAP_STUDENTS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_of_maps_do_not_wait_on_cuda(kind: str, pair: "type[Pair]") -> None:
     losses, asked = step_of_maps(pair, kind, "cuda"), Counter[str]()
     first = losses()
@@ -436,7 +408,7 @@ def test_losses_of_maps_do_not_wait_on_cuda(kind: str, pair: "type[Pair]") -> No
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_at_cached_rois_are_those_of_the_cpu(kind: str, pair: "type[Pair]") -> None:
     with full_precision(torch.device("cuda")):
         expected, found = (step(pair, kind, "cached", device)() for device in ("cpu", "cuda"))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
-from mmdet.utils import register_all_modules
 from torch import Tensor
 
 from kdpipe.distill.detector import DistilledDetector
@@ -18,7 +17,6 @@ from kdpipe.distill.teacher.any_box import TeacherView
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.targets import RoiTargets
-from kdpipe.pipelines.detectors.configs import find_config, set_num_classes
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair
@@ -28,18 +26,10 @@ WEIGHTS = (0.8, 0.5, 0.25)
 
 
 def config(pair: "type[Pair]") -> Any:
-    register_all_modules(init_default_scope=True)
-    model, narrow = find_config("cascade-rcnn_r50_fpn_1x_coco").model, pair.student()
+    model = pair.student_of("cascade_rcnn")
     model.roi_head.stage_loss_weights = list(WEIGHTS)
-    for part in ("backbone", "neck", "rpn_head"):
-        model[part] = narrow[part]
-    model.roi_head.bbox_roi_extractor.out_channels = 8
-    for head in model.roi_head.bbox_head:
-        head.update(in_channels=8, fc_out_channels=16)
     for stage in model.train_cfg.rcnn:
         stage.sampler.num = 16
-    model.train_cfg.rpn_proposal.max_per_img = 20
-    set_num_classes(model, pair.classes)
     return model
 
 
