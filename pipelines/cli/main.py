@@ -7,6 +7,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -90,9 +91,10 @@ def _run(args: list[str], *, debug: bool) -> None:
             error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        _end_interrupted()
     except Exception as error:
+        if _was_interrupted(error):
+            _end_interrupted()
         if debug:
             raise
         message = _user_message(error)
@@ -102,6 +104,20 @@ def _run(args: list[str], *, debug: bool) -> None:
             sys.exit(EXIT_INTERNAL)
         click.echo(f"Error: {message}", err=True)
         sys.exit(EXIT_ERROR)
+
+
+def _end_interrupted() -> NoReturn:
+    click.echo("Interrupted.", err=True)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt led to an error, as where mmengine makes a SyntaxError of one while it formats a config."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _user_message(error: Exception) -> str | None:

@@ -139,6 +139,19 @@ def test_a_fault_of_kdpipe_is_told_apart(kit: "Kit", work: Path, monkeypatch: py
         kit.run("--debug", "train-student", "--cache", "x.zarr")
 
 
+def test_interrupt_that_mmengine_takes_for_a_syntax_error(
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it formats a config."""
+
+    def interrupted(text: str, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("mmengine.config.config.FormatCode", interrupted)
+    ended = kit.run(*kit.student_command(work / "w"), code=130)
+    assert ended.err.strip() == "Interrupted."
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised in a callback of Python's own it is lost; the work that goes on notices all the same."""
