@@ -4,10 +4,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy.stats import t
 
-__all__ = ["LEAST_PAIRS", "Gain", "Spread", "gap_closed", "paired_gain", "spread"]
+__all__ = ["LEAST_PAIRS", "Gain", "Spread", "gap_closed", "median_of", "paired_gain", "spread"]
 
 LEAST_PAIRS = 3  # for an interval
 _CONFIDENCE = 0.95
@@ -97,3 +98,9 @@ def gap_closed(values: Mapping[int, float], baseline: Mapping[int, float], targe
     if target <= before:
         return None
     return (statistics.fmean(values[seed] for seed in seeds) - before) / (target - before)
+
+
+def median_of(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Median of a figure over the results that have it; None where none has."""
+    values = [result[name] for result in results if result.get(name) is not None]
+    return statistics.median(values) if values else None

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from rich.text import Text
 from kdpipe.pipelines.compare.cells import Cell, Row, is_finished
 from kdpipe.pipelines.compare.complexity import Complexity
 from kdpipe.pipelines.compare.process import Outcome
-from kdpipe.pipelines.compare.statistics import LEAST_PAIRS, gap_closed, paired_gain, spread
+from kdpipe.pipelines.compare.statistics import LEAST_PAIRS, gap_closed, median_of, paired_gain, spread
 from kdpipe.pipelines.compare.teacher_ap import TeacherAP
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 from kdpipe.pipelines.training.work_dir import WorkDir
@@ -79,18 +78,13 @@ def _row_values(
         "baseline": None if baseline is None else baseline.name,
         "gain": None if gain is None else {**asdict(gain), "within_noise": gain.within_noise},
         "gap_closed": None if baseline is None else gap_closed(aps[row.name], aps[baseline.name], teacher_ap),
-        "seconds_per_step": _median(cells, "seconds_per_step"),
-        "peak_memory": _median(cells, "peak_memory"),
+        "seconds_per_step": median_of(cells, "seconds_per_step"),
+        "peak_memory": median_of(cells, "peak_memory"),
         "parameters": None if cost is None else cost.parameters,
         "gflops": None if cost is None else cost.gflops,
         "input_size": None if cost is None else list(cost.size),
         "cells": cells,
     }
-
-
-def _median(cells: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [cell[name] for cell in cells if cell.get(name) is not None]
-    return statistics.median(values) if values else None
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -109,7 +103,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
             _ap_text(row["ap"]),
             f"{0 if row['ap'] is None else row['ap']['count']} of {len(row['cells'])}",
             _gain_text(row["gain"]),
-            "" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %",
+            "" if row["gap_closed"] is None else f"{round(100 * row['gap_closed'])} %",
         )
         costs.add_row(
             *name,

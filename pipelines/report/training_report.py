@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from kdpipe.cache.errors import KdpipeError
-from kdpipe.pipelines.compare.statistics import Gain
+from kdpipe.pipelines.compare.statistics import Gain, median_of
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.report.accuracy import class_names
 from kdpipe.pipelines.report.accuracy_figures import accuracy_figures, class_table, gain_figure
@@ -113,7 +113,8 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
 
 def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | None) -> list[Cell | str]:
     gain = None if plain is None else group.gain_over(plain)
-    memory = _mean(group, "peak_memory")
+    results = [training.result for training in group.trainings]
+    memory = median_of(results, "peak_memory")
     states = {training.state for training in group.trainings}
     return [
         group.first.methods_text if group.label.endswith(group.first.methods_text) else group.label,
@@ -122,7 +123,7 @@ def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | 
         _gain(gain),
         _share(None if plain is None else group.gap_closed(plain, teacher_ap)),
         *(_number(_metric(group, name)) for name in ("bbox_mAP_50", "bbox_mAP_75")),
-        _number(_mean(group, "seconds_per_step"), digits=2),
+        _number(median_of(results, "seconds_per_step"), digits=2),
         Cell(NOTHING, -math.inf) if memory is None else Cell(bytes_text(memory), memory),
         ", ".join(str(training.seed) for training in group.trainings),
         group.first.student,
@@ -141,12 +142,7 @@ def _gain(gain: Gain | None) -> Cell:
 
 
 def _share(share: float | None) -> Cell:
-    return Cell(NOTHING, -math.inf) if share is None else Cell(f"{100 * share:.0f} %", share)
-
-
-def _mean(group: TrainingGroup, name: str) -> float | None:
-    values = [float(training.result[name]) for training in group.trainings if training.result.get(name) is not None]
-    return statistics.mean(values) if values else None
+    return Cell(NOTHING, -math.inf) if share is None else Cell(f"{round(100 * share)} %", share)
 
 
 def _metric(group: TrainingGroup, name: str) -> float | None:
