@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, PAAHead, RetinaHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
@@ -74,7 +75,8 @@ class DenseStudent:
 
         def keep_outputs(scores: Sequence[Tensor], regression: Sequence[Tensor], *others: Any, **options: Any) -> Any:
             forward.scores, forward.regression = list(scores), list(regression)
-            forward.ground_truth, forward.metas = others[-3], others[-2]  # then those to ignore
+            truths, forward.metas = others[-3], others[-2]  # then those to ignore
+            forward.ground_truth = [(get_box_tensor(truth.bboxes), truth.labels) for truth in truths]
             return loss_by_feat(scores, regression, *others, **options)
 
         hooks = [self.detector.neck.register_forward_hook(lambda _, inputs, levels: forward.start(levels))]

@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +34,8 @@ class DenseForward:
         localization: The same of the localisation branch.
         scores: Per level Tensor[B, A * K, h_l, w_l], class scores of the head.
         regression: Per level Tensor[B, A * E, h_l, w_l], encoded boxes.
-        ground_truth: Of each image, `bboxes` and `labels` of the ground truth, pixels of the network input.
+        ground_truth: Of each image, boxes Tensor[G, 4] (x1, y1, x2, y2, pixels of the network input) and labels
+            int64[G] of the ground truth.
         metas: Of each image, `img_shape` among others.
     """
 
@@ -51,7 +51,7 @@ class DenseForward:
         self.localization: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.regression: list[Tensor] = []
-        self.ground_truth: Sequence[Any] = ()
+        self.ground_truth: Sequence[tuple[Tensor, Tensor]] = ()
         self.metas: Sequence[Any] = ()
 
     def start(self, levels: Sequence[Tensor]) -> None:
@@ -77,16 +77,15 @@ class DenseForward:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # follows the seed of the step, and takes no number from it
         rois, labels, positive, has_partner, predictions = [], [], [], [], []
-        for image, truth in enumerate(self.ground_truth):
+        for image, (gt_boxes, gt_labels) in enumerate(self.ground_truth):
             objectness = [student.objectness(level[image].detach()) for level in self.scores]
             boxes, of = propose(objectness, partial(self._boxes, image))
-            gt_boxes = get_box_tensor(truth.bboxes)
             is_predicted, partner = pair_boxes(gt_boxes, self._boxes(image), student.pair_iou)
             sample = sample_rois(
                 torch.cat([boxes, gt_boxes]),
                 len(boxes),
                 gt_boxes,
-                truth.labels,
+                gt_labels,
                 sampling=student.sampling,
                 num_classes=student.num_classes,
                 generator=generator,
@@ -113,7 +112,7 @@ class DenseForward:
         """
         images = rois[:, 0].long()
         has_partner, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
-        for image, rows in enumerate(rows_of_each(images, len(self.ground_truth))):
+        for image, rows in enumerate(rows_of_each(images, len(self.metas))):
             has_partner[rows], predictions[rows] = pair_boxes(
                 rois[rows, 1:], self._boxes(image), self._student.pair_iou
             )

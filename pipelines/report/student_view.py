@@ -113,7 +113,7 @@ class TrainedStudent:
                 watched: Any = forward
                 scores, regression = self.model.bbox_head(pyramid)[:2]
                 watched.scores, watched.regression = list(scores), list(regression)
-                watched.metas, watched.ground_truth = [sample.metainfo], [None]
+                watched.metas = [sample.metainfo]
         width, height = sample.metainfo["scale_factor"]
         return StudentView(forward.stages[0], np.diag([width, height, 1.0]), sample.metainfo["img_shape"][:2])
 

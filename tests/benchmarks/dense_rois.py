@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 STUDENTS = {"RetinaNet": "retinanet_r18_fpn_1x_coco", "FCOS": "fcos_r50-caffe_fpn_gn-head_1x_coco"}
 SIZE, IMAGES, OBJECTS, CACHED = (800, 1333), 2, 20, 512
@@ -47,9 +46,7 @@ def measure(name: str, what: str, rounds: int) -> None:
         forward.scores.append(torch.randn(IMAGES, student.num_anchors * student.num_classes, h, w))
         forward.classification.append(torch.randn(IMAGES, *student.embedding_dims, h, w))
     forward.metas = [{"img_shape": SIZE}] * IMAGES
-    forward.ground_truth = [
-        SimpleNamespace(bboxes=boxes(OBJECTS), labels=torch.zeros(OBJECTS, dtype=torch.int64)) for _ in range(IMAGES)
-    ]
+    forward.ground_truth = [(boxes(OBJECTS), torch.zeros(OBJECTS, dtype=torch.int64)) for _ in range(IMAGES)]
     rois = torch.cat([torch.arange(IMAGES).repeat_interleave(CACHED)[:, None], boxes(IMAGES * CACHED)], dim=1)
 
     def step() -> int:

@@ -293,16 +293,16 @@ def test_proposals_are_those_of_an_rpn_and_the_ground_truth(pair: "type[Pair]", 
     forward.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
     sampled, paired, outputs = forward.sampled()
     assert len(outputs.logits) == int(paired.sum())
-    for image, truth in enumerate(forward.ground_truth):
+    for image, (gt_boxes, gt_labels) in enumerate(forward.ground_truth):
         of_image = sampled.image_index == image
         boxes = DenseStudent(model.student).boxes(forward.regression, image, forward.metas[image]["img_shape"])
         expected = [boxes[index].tolist() for index in naive_proposals(model, forward, image)]
-        expected += truth.bboxes.tolist()
+        expected += gt_boxes.tolist()
         assert len(expected) > 30
         assert sorted(sampled.boxes[of_image].tolist()) == sorted(expected)
         by_location = [level[image].flatten(1).T for level in forward.scores]  # [h_l * w_l, A * K]
         logits = torch.cat([level.reshape(-1, 3) for level in by_location])
-        for box, label in zip(truth.bboxes.tolist(), truth.labels.tolist(), strict=True):
+        for box, label in zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True):
             row = sampled.boxes[of_image].tolist().index(box)
             overlaps = [naive_iou(box, other) for other in boxes.tolist()]
             assert sampled.labels[of_image][row] == label
@@ -321,8 +321,8 @@ def test_predicted_boxes_are_part_of_the_graph(pair: "type[Pair]", family: str) 
     assert outputs.boxes is not None
     rois, boxes = sampled.select(paired), clip_boxes_to_image(outputs.boxes, (64, 64))
     is_truth = torch.zeros(len(rois), dtype=torch.bool)
-    for image, truth in enumerate(forward.ground_truth):
-        same = (rois.boxes[:, None] == truth.bboxes).all(dim=2).any(dim=1)
+    for image, (gt_boxes, _) in enumerate(forward.ground_truth):
+        same = (rois.boxes[:, None] == gt_boxes).all(dim=2).any(dim=1)
         is_truth |= same & (rois.image_index == image)
     torch.testing.assert_close(boxes[~is_truth], rois.boxes[~is_truth], atol=1e-4, rtol=0)
     overlaps = [naive_iou(*both) for both in zip(boxes[is_truth].tolist(), rois.boxes[is_truth].tolist(), strict=True)]
@@ -384,7 +384,7 @@ def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
     forward = watched(pair, detector(pair, "retinanet", *METHODS))
     forward.metas[1]["img_shape"] = (44, 60)  # the second image is padded to the batch
     sampled = forward.sampled()[0]
-    for image, truth in enumerate(forward.ground_truth):
+    for image, (gt_boxes, gt_labels) in enumerate(forward.ground_truth):
         rows = (sampled.rois[:, 0] == image).nonzero().squeeze(1).tolist()
         assert len(rows) == 32
         assert 0 < sum(sampled.positive[rows].tolist()) <= 8
@@ -393,9 +393,9 @@ def test_rois_are_matched_and_sampled_one_to_three(pair: "type[Pair]") -> None:
             high, wide = ((64, 64), (44, 60))[image]
             assert 0 <= box[0] < box[2] <= wide
             assert 0 <= box[1] < box[3] <= high
-            overlaps = [naive_iou(box, gt) for gt in truth.bboxes.tolist()]
+            overlaps = [naive_iou(box, gt) for gt in gt_boxes.tolist()]
             assert bool(sampled.positive[row]) == (max(overlaps) >= 0.5)
-            expected = truth.labels[overlaps.index(max(overlaps))] if max(overlaps) >= 0.5 else 3
+            expected = gt_labels[overlaps.index(max(overlaps))] if max(overlaps) >= 0.5 else 3
             assert int(sampled.labels[row]) == int(expected)
 
 
