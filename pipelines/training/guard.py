@@ -1,4 +1,4 @@
-"""Stops a training of no more use: a loss that is not finite, or always 0. Warns of one that collapsed."""
+"""Stops a training of no more use: a loss that is not finite, or always 0. Says which one collapsed or dominates."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from kdpipe.distill.methods import loss_name
 from kdpipe.pipelines.training.runner import RunnerError
 from kdpipe.pipelines.training.schedule import WARMUP_STEPS
 
-__all__ = ["CollapseHook", "FiniteHook", "UsefulLossesHook"]
+__all__ = ["CollapseHook", "FiniteHook", "SharesHook", "UsefulLossesHook"]
 
 _PATIENCE = 100  # steps within which a loss has to say something
 _SPREAD = 0.9  # mean cosine above which boxes are hardly told apart
+_SHARE, _DOMINATES = "share_", 0.5  # what is logged of a loss's gradient, and the part of one that has the last word
 _DENSE_PATIENCE = 1000  # the boxes of an untrained dense student may meet no object for long
 
 
@@ -122,6 +123,42 @@ class CollapseHook(Hook):  # type: ignore[misc]
                 f"{float(spread):.3f}. Leave ckd out of --methods, or try -o distill.ckd.centre=True."
             )
             _warn(warning, runner, self._console)
+
+
+class SharesHook(Hook):  # type: ignore[misc]
+    """Says in the end how much of the gradient at the pyramid each loss had, and which distillation loss dominates.
+
+    A mean over the second half of the training. A loss dominates with more than half of the gradient.
+
+    Args:
+        console: Where it is said; it is in the log, too.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._looks: list[dict[str, float]] = []
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if outputs and 2 * runner.iter >= runner.max_iters:
+            shares = {name: value for name, value in outputs.items() if name.startswith(_SHARE)}
+            if shares:
+                self._looks.append(_numbers(shares))
+
+    def after_train(self, runner: Any) -> None:
+        if not self._looks:
+            return
+        names = dict.fromkeys(name for look in self._looks for name in look)
+        means = {name: sum(look.get(name, 0.0) for look in self._looks) / len(self._looks) for name in names}
+        ordered = sorted(means.items(), key=lambda item: -item[1])
+        line = f"Gradient at the pyramid, second half (steps looked at: {len(self._looks)}): " + ", ".join(
+            f"{name.removeprefix(_SHARE)} {100 * share:.0f} %" for name, share in ordered
+        )
+        learned = {loss_name(loss).removeprefix("loss_"): loss for loss in getattr(_bare(runner), "weights", {})}
+        first, share = ordered[0]
+        if (loss := learned.get(first.removeprefix(_SHARE))) is not None and share > _DOMINATES:
+            line += f". {loss} dominates: if AP does not gain by it, weigh it less (-o distill.weights.{loss})"
+        self._console.print(f"{line}.", markup=False, highlight=False)
+        runner.logger.info(f"{line}.")
 
 
 def _warn(warning: str, runner: Any, console: Console) -> None:

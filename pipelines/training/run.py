@@ -27,7 +27,7 @@ from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.training.config import own_config, training_config, world_size
 from kdpipe.pipelines.training.data import left_out_by, pipeline_of
 from kdpipe.pipelines.training.faults import training_faults
-from kdpipe.pipelines.training.guard import CollapseHook, FiniteHook, UsefulLossesHook
+from kdpipe.pipelines.training.guard import CollapseHook, FiniteHook, SharesHook, UsefulLossesHook
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.training.progress import PeakMemoryHook, ProgressHook
@@ -241,6 +241,7 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
         FiniteHook(),
         UsefulLossesHook(console),
         CollapseHook(console),
+        SharesHook(console),
         PlainCheckpointHook(name, recorded.pretty_text),
         WorkDirHook(work, record, progress),
     ):

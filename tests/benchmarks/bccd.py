@@ -1,264 +1,408 @@
-"""Does distillation from a cache help on real images? One command trains everything and prints a table.
+"""What distillation from a cache gains on real photographs: one command per question trains everything, in pairs.
 
-    python tests/benchmarks/bccd.py --data path/to/bccd --out /tmp/bccd --study methods
+    python tests/benchmarks/bccd.py --out /tmp/bccd --study dense --seeds 6
+    python tests/benchmarks/bccd.py --out /tmp/bccd --study dense --seeds 6 --test
+    python tests/benchmarks/bccd.py --out /tmp/bccd --study dense --seeds 4 --data-set cards
 
-A ResNet-18 teacher and students of a quarter of its width, from scratch, at 256 x 192, on the photographs of bccd: one
-teacher, its cache, and from that cache, by `kdpipe compare`, one student per row of the study and seed. Started again,
-it goes on from where it was stopped; the table is written to `STUDY.md` in the output folder, the grid to `STUDY.toml`.
-Seconds per step mean something only with `--jobs 1` on an idle machine.
+Per data set teachers from scratch at 256 x 192 and their caches, made once; from these, by `kdpipe compare`, students
+of a quarter of the width at 192 x 144, one per row of the study and seed. Of a seed, all begin with the same weights
+and see the same images in the same order and views, so that what a row gains is a mean over pairs.
+
+Arms are chosen by AP on the photographs for validation (bccd has some); `--test` measures on the others what is
+trained already, and trains nothing. Started again, a command goes on from where it was stopped. Its table is written
+to `DATASET/STUDY.md` in the output folder. Seconds per step mean something only with `--jobs 1` on an idle machine.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
+from bccd_models import (  # type: ignore[import-not-found]
+    CASCADE,
+    FASTER,
+    FCOS,
+    RETINANET,
+    fcos,
+    options,
+    retinanet,
+    two_stage,
+)
+
+from kdpipe.pipelines.compare.cells import methods_folder
+from kdpipe.pipelines.compare.statistics import paired_gain
 
 KDPIPE = (sys.executable, "-m", "kdpipe.pipelines.cli")
-SCALE = "256x192"
+ROIS = 64
 ALL = "sgfi,ckd,pred"
 # Of a teacher whose head is class-agnostic, as that of mmdet's cascades.
 ALL_AGNOSTIC = "sgfi,ckd,cls,reg"
-FASTER, CASCADE = "faster-rcnn_r50_fpn_1x_coco", "cascade-rcnn_r50_fpn_1x_coco"
-FCOS = "fcos_r50-caffe_fpn_gn-head_1x_coco"
-# From scratch, nothing arrives through RetinaNet's narrow head without normalisation: it gets that of FCOS.
-RETINANET = """_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
-model = dict(bbox_head=dict(norm_cfg=dict(type="GN", num_groups=32, requires_grad=True)))
-"""
+CANDIDATES = ("sgfi,box", "sgfi,cross")
 
 
-def options(values: Mapping[str, Any]) -> list[str]:
-    """Overrides of a config, for the command line."""
-    return [part for key, value in values.items() for part in ("-o", f"{key}={value}")]
+@dataclass(frozen=True)
+class DataSet:
+    """Photographs, and what suits the objects in them.
+
+    Attributes:
+        images: Their folder.
+        validation: Annotations of the photographs that arms are chosen by.
+        rpn_scale, dense_scale: Side of the anchors of an RPN, and of RetinaNet, in strides.
+        teacher: Channels of backbone and pyramid, width of the box head.
+    """
+
+    images: str
+    validation: str
+    rpn_scale: int
+    dense_scale: int
+    teacher: tuple[int, int, int]
+
+    def two_stage(self, *sizes: int) -> list[str]:
+        found: list[str] = two_stage(*sizes, anchor_scale=self.rpn_scale, rois=ROIS)
+        return found
 
 
-def backbone(base: int, pyramid: int) -> dict[str, Any]:
-    """A ResNet-18 of that width, from scratch, and its pyramid."""
-    return {
-        "model.backbone.depth": 18,
-        "model.backbone.base_channels": base,
-        "model.backbone.frozen_stages": -1,
-        "model.backbone.norm_cfg.requires_grad": True,
-        "model.backbone.norm_eval": False,
-        "model.backbone.init_cfg": None,
-        "model.neck.in_channels": [base, 2 * base, 4 * base, 8 * base],
-        "model.neck.out_channels": pyramid,
-    }
-
-
-def two_stage(base: int, pyramid: int, hidden: int, stages: int = 0) -> list[str]:
-    """Options that make mmdet's Faster R-CNN, or Cascade R-CNN of so many stages, a small one."""
-    heads = [f"bbox_head.{stage}" for stage in range(stages)] or ["bbox_head"]
-    samplers = [f"rcnn.{stage}.sampler" for stage in range(stages)] or ["rcnn.sampler"]
-    values = {
-        **backbone(base, pyramid),
-        "model.rpn_head.in_channels": pyramid,
-        "model.rpn_head.feat_channels": pyramid,
-        "model.rpn_head.anchor_generator.scales": [4],
-        "model.roi_head.bbox_roi_extractor.out_channels": pyramid,
-        "model.roi_head.bbox_roi_extractor.finest_scale": 28,
-        **{f"model.roi_head.{head}.in_channels": pyramid for head in heads},
-        **{f"model.roi_head.{head}.fc_out_channels": hidden for head in heads},
-        "model.train_cfg.rpn_proposal.nms_pre": 500,
-        "model.train_cfg.rpn_proposal.max_per_img": 200,
-        **{f"model.train_cfg.{sampler}.num": 128 for sampler in samplers},
-        "model.test_cfg.rpn.nms_pre": 500,
-        "model.test_cfg.rpn.max_per_img": 200,
-    }
-    return options(values)
-
-
-def one_stage(name: str, base: int, pyramid: int) -> list[str]:
-    """Options that make mmdet's RetinaNet or FCOS a small one."""
-    values = {
-        **backbone(base, pyramid),
-        "model.bbox_head.in_channels": pyramid,
-        "model.bbox_head.feat_channels": pyramid,
-    }
-    if name == "retinanet":
-        values["model.bbox_head.anchor_generator.octave_base_scale"] = 2
-    return options(values)
+DATA = {
+    "bccd": DataSet("JPEGImages", "val.json", 4, 2, (64, 128, 512)),
+    "cards": DataSet("images", "test.json", 8, 4, (32, 128, 256)),
+}
+# teacher -> its config, stages of a cascade, its widths where they are others
+TEACHERS: dict[str, tuple[str, int, tuple[int, int, int] | None]] = {
+    "teacher": (FASTER, 0, None),
+    "cascade-teacher": (CASCADE, 3, None),
+    "equal-teacher": (FASTER, 0, (16, 64, 256)),
+}
+OBJECTS = ("--targets", "objects", "--dtype", "int8")
+# cache -> its teacher, and options of `cache-teacher`
+CACHES = {
+    "pyramid": ("teacher", ["--dtype", "int8", "--proposals", "256"]),
+    "pyramid-int4": ("teacher", ["--dtype", "int4", "--proposals", "256"]),
+    "objects": ("teacher", [*OBJECTS, "--views", "identity"]),
+    "objects-both-views": ("teacher", [*OBJECTS, "--views", "identity,hflip"]),
+    "cascade": ("cascade-teacher", ["--dtype", "int4", "--proposals", "256"]),
+    "equal": ("equal-teacher", [*OBJECTS, "--views", "identity,hflip"]),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Students of a grid that differ in their methods only, and the teacher of their cache."""
+    """Students of a study that differ in their losses only.
+
+    Attributes:
+        name: Of the row.
+        methods: As `--methods` has them, each of which is trained.
+        student: Its config, and options of the command line that make it small.
+        cache: The teacher's.
+        rois: Who chooses the RoIs.
+        distill: Options of the distillation.
+        baseline: Row with the student without distillation, where it is not this one.
+    """
 
     name: str
     methods: Sequence[str]
-    overrides: Sequence[str]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    teacher: str = "teacher"
-    cache: str = "bccd.zarr"
+    student: tuple[str, Sequence[str]]
+    cache: str = "objects-both-views"
+    rois: str = "teacher"
+    distill: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
 
-    def toml(self, out: Path) -> str:
+    def toml(self, folder: Path) -> str:
         """The row, as `kdpipe compare --grid` has it."""
-        place = {} if "teacher-ckpt" in self.options else {"cache": str(out / self.cache)}
-        values = {"methods": list(self.methods), "cfg-options": self.overrides[1::2], **place, **self.options}
+        config, overrides = self.student
+        distill = {"rois.num": ROIS, **self.distill} if self.rois == "teacher" else self.distill
+        values: dict[str, Any] = {
+            "student": config,
+            "methods": list(self.methods),
+            "cache": str(folder / f"{self.cache}.zarr"),
+            "rois": self.rois,
+            "cfg-options": [*overrides, *options({f"distill.{key}": value for key, value in distill.items()})][1::2],
+        }
+        if self.baseline is not None:
+            values["baseline"] = self.baseline
         return f"[rows.{self.name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
-def studies(out: Path) -> dict[str, list[Row]]:
-    small, wide, three = two_stage(16, 64, 256), two_stage(16, 128, 512), two_stage(16, 64, 256, 3)
-    methods, mine = ("sgfi", "ckd", "pred", ALL), {"rois": "student"}
+@dataclass(frozen=True)
+class Study:
+    """A question, as rows.
+
+    Attributes:
+        epochs: Of each student.
+        rows: What is trained.
+        differences: Pairs of rows (`name, methods`) of which the difference answers it, beside the gain over `none`.
+    """
+
+    epochs: int
+    rows: Sequence[Row]
+    differences: Sequence[tuple[str, str]] = ()
+
+
+def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
+    """All questions.
+
+    Args:
+        data_set: Of which photographs.
+        folder: Where its caches lie.
+    """
+    small = FASTER, data_set.two_stage(16, 64, 256)
+    wide = FASTER, data_set.two_stage(16, 128, 512)
+    cascade = CASCADE, data_set.two_stage(16, 64, 256, 3)
+    dense = {
+        "retinanet": (str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)),
+        "fcos": (FCOS, fcos(16, 64)),
+    }
     plain = Row("plain", ["none"], small)
-    cascade: dict[str, Any] = {"overrides": three, "teacher": "cascade-teacher", "cache": "cascade.zarr"}
-    online = {"rois": "student", "scale": SCALE}
+    pyramid: dict[str, Any] = {"cache": "pyramid-int4", "rois": "student", "baseline": "plain"}
+    alone = ("sgfi", "ckd", "pred")
+    masks = ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "roifi", "sgfi")
     return {
-        "methods": [plain, Row("teacher-rois", methods, [*small, "-o", "distill.rois.num=96"], {"rois": "teacher"})],
-        "rois": [
-            plain,
-            Row("student-rois", methods, small, mine),
-            Row(
-                "online",
-                [ALL],
-                small,
-                {**online, "teacher-ckpt": str(out / "teacher" / "teacher.pth"), "baseline": "plain"},
-            ),
-        ],
-        "views": [
-            plain,
-            Row("student-rois", [ALL], small, mine),
-            Row("exact", [ALL], small, mine, cache="both-views.zarr"),
-            Row("skipped", [ALL], small, {**mine, "missing-view": "skip"}),
-        ],
-        "ht": [Row("wide", ["none", "ht", ALL, f"{ALL},ht"], wide, mine)],
-        "cascade": [
-            Row("cascade", ["none", ALL_AGNOSTIC], options={**mine, "student": CASCADE}, **cascade),
-            Row(
-                "cascade-online",
-                [ALL_AGNOSTIC],
-                options={
-                    **online,
-                    "student": CASCADE,
-                    "teacher-ckpt": str(out / "cascade-teacher" / "teacher.pth"),
-                    "baseline": "cascade",
-                },
-                **cascade,
-            ),
-        ],
-        "dense": [
-            Row(
-                name,
-                ["none", "sgfi", "ckd", "pred", "sgfi,ckd"],
-                [*one_stage(name, 16, 64), "-o", "distill.rois.num=128"],
-                {"student": config, "rois": "teacher"},
-            )
-            for name, config in (("retinanet", str(out / "retinanet.py")), ("fcos", FCOS))
-        ],
+        "two-stage": Study(
+            12,
+            [
+                plain,
+                Row("teacher-rois", [*alone, ALL, *CANDIDATES], small, baseline="plain"),
+                Row("student-rois", [*alone, ALL, *CANDIDATES], small, **pyramid),
+            ],
+            [("teacher-rois, " + ALL, "student-rois, " + ALL)],
+        ),
+        "dense": Study(36, [Row(name, ["none", *alone, ALL, *CANDIDATES], each) for name, each in dense.items()]),
+        "dense-12-epochs": Study(12, [Row(name, ["none", ALL, *CANDIDATES], each) for name, each in dense.items()]),
+        "masks": Study(
+            12,
+            [plain, Row("pyramid", masks, small, cache="pyramid-int4", baseline="plain")],
+            [("pyramid, sgfi", f"pyramid, {name}") for name in masks if name != "sgfi"],
+        ),
+        "rois": Study(
+            12,
+            [
+                plain,
+                Row("teacher-rois", [ALL, "hard"], small, cache="pyramid-int4", baseline="plain"),
+                Row("student-rois", [ALL], small, **pyramid),
+                Row("first-third", [ALL], small, distill={"roi_mix": "first"}, **pyramid),
+                Row("union", [ALL], small, distill={"roi_mix": "union"}, **pyramid),
+            ],
+            [(f"{name}, {ALL}", f"student-rois, {ALL}") for name in ("teacher-rois", "first-third", "union")],
+        ),
+        "boxes": Study(
+            12,
+            [plain, Row("teacher-rois", ["cls", "cls,reg", "cls,careg", "cls,box"], small, baseline="plain")],
+            [("teacher-rois, cls,careg", "teacher-rois, cls,reg")],
+        ),
+        "tiers": Study(
+            12,
+            [
+                plain,
+                Row("pyramid-student-rois", [ALL], small, "pyramid", "student", baseline="plain"),
+                Row("pyramid-int4-student-rois", [ALL], small, **pyramid),
+                Row("pyramid-teacher-rois", [ALL], small, "pyramid", baseline="plain"),
+                Row("objects", [ALL, "ckd"], small, "objects", baseline="plain"),
+                Row("objects-both-views", [ALL, "ckd"], small, baseline="plain"),
+            ],
+            [
+                (f"pyramid-int4-student-rois, {ALL}", f"pyramid-student-rois, {ALL}"),
+                (f"objects, {ALL}", f"pyramid-student-rois, {ALL}"),
+                (f"objects, {ALL}", f"pyramid-teacher-rois, {ALL}"),
+                *((f"objects-both-views, {each}", f"objects, {each}") for each in (ALL, "ckd")),
+            ],
+        ),
+        "contrast": Study(
+            12,
+            [
+                plain,
+                *(
+                    Row(name, ["ckd"], small, distill=each, baseline="plain")
+                    for name, each in (
+                        ("ckd", {}),
+                        ("centre", {"ckd.centre": True}),
+                        ("teacher-detached", {"ckd.teacher_gradient": "none"}),
+                        ("queue-detached", {"ckd.teacher_gradient": "batch"}),
+                        ("no-same-class", {"ckd.same_class_negatives": False}),
+                        ("nonlinear", {"ckd.projection": "nonlinear"}),
+                        ("queue-of-one-step", {"ckd.queue_size": 512}),
+                    )
+                ),
+            ],
+        ),
+        "head-transfer": Study(
+            12,
+            [
+                Row(
+                    "wide",
+                    ["none", "ht", "inherit", ALL, f"{ALL},ht", f"{ALL},inherit"],
+                    wide,
+                    **{**pyramid, "baseline": None},
+                )
+            ],
+        ),
+        "cascade": Study(
+            12,
+            [
+                Row("cascade", ["none", ALL_AGNOSTIC], cascade, "cascade", "student"),
+                Row("stagewise", [ALL_AGNOSTIC], cascade, "cascade", "student", {"stagewise": True}, "cascade"),
+            ],
+            [(f"stagewise, {ALL_AGNOSTIC}", f"cascade, {ALL_AGNOSTIC}")],
+        ),
+        "equal-teacher": Study(12, [plain, Row("equal", [ALL], small, "equal", baseline="plain")]),
     }
 
 
-def run(arguments: Sequence[str], log: Path) -> float:
-    """Run kdpipe with its output in a file; returns the seconds it took."""
+def run(arguments: Sequence[str], log: Path) -> None:
+    """Run kdpipe with its output in a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     with log.open("a") as output:
         code = subprocess.run([*KDPIPE, *arguments], stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
         raise click.ClickException(f"kdpipe {arguments[0]} failed:\n{log.read_text()[-2000:]}")
-    return time.perf_counter() - start
 
 
-def train(arguments: Sequence[str], work_dir: Path, epochs: int) -> None:
-    """Train where that is not done yet; AP is measured after the last epoch only."""
+def places(data: Path, data_set: DataSet, annotations: str) -> list[str]:
+    return ["--ann-file", str(data / annotations), "--img-dir", str(data / data_set.images)]
+
+
+def train_teacher(data: Path, data_set: DataSet, name: str, work_dir: Path) -> None:
+    """Train a teacher where that is not done yet."""
     if (work_dir / "result.json").exists():
         return
-    resume = ["--resume"] if (work_dir / "last_checkpoint").exists() else []
-    schedule = ["--recipe", "paper", "--epochs", str(epochs), "--batch-size", "8", "--lr", "0.02"]
-    places = ["-o", f"train_cfg.val_interval={epochs}", "--work-dir", str(work_dir)]
-    run([*arguments, *schedule, *places, *resume], work_dir.with_suffix(".log"))
+    config, stages, widths = TEACHERS[name]
+    model = two_stage(*(widths or data_set.teacher), stages, anchor_scale=data_set.rpn_scale)
+    schedule = ["--recipe", "paper", "--epochs", "24", "--batch-size", "8", "--lr", "0.02", "--scale", "256x192"]
+    where = [*places(data, data_set, "train.json"), "--val-ann-file", str(data / "test.json")]
+    once = ["-o", "train_cfg.val_interval=24", "--auto-resume", "--work-dir", str(work_dir)]
+    run(["train-teacher", "--config", config, *model, *schedule, *where, *once], work_dir.with_suffix(".log"))
 
 
-def train_teacher(data: Path, out: Path, name: str) -> None:
-    images = str(data / "JPEGImages")
-    places = ["--ann-file", str(data / "train.json"), "--img-dir", images, "--val-ann-file", str(data / "test.json")]
-    model = ["--config", CASCADE, *two_stage(64, 128, 512, 3)] if name == "cascade-teacher" else None
-    model = model or ["--config", FASTER, *two_stage(64, 128, 512)]
-    train(["train-teacher", *model, *places, "--scale", SCALE], out / name, 24)
+def prepare(data: Path, data_set: DataSet, folder: Path, caches: Sequence[str]) -> None:
+    """Train the teachers of some caches, and make these."""
+    for name in caches:
+        teacher, arguments = CACHES[name]
+        train_teacher(data, data_set, teacher, folder / teacher)
+        record = folder / f"{name}.json"
+        if not record.exists():
+            where = ["--ckpt", str(folder / teacher / "teacher.pth"), *places(data, data_set, "train.json")]
+            place = folder / f"{name}.zarr"
+            run(
+                ["cache-teacher", *where, *arguments, "--scale", "256x192", "--out", str(place)],
+                place.with_suffix(".log"),
+            )
+            size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            record.write_text(json.dumps({"bytes": size}))
 
 
-def cache(data: Path, out: Path, teacher: str, name: str) -> None:
-    record = out / f"{name}.json"
-    if record.exists():
-        return
-    places = ["--ann-file", str(data / "train.json"), "--img-dir", str(data / "JPEGImages")]
-    views = ["--views", "identity,hflip"] if name == "both-views.zarr" else []
-    arguments = ["cache-teacher", "--ckpt", str(out / teacher / "teacher.pth"), *places, "--scale", SCALE, *views]
-    seconds = run([*arguments, "--proposals", "200", "--out", str(out / name)], out / f"{name}.log")
-    size = sum(file.stat().st_size for file in (out / name).rglob("*") if file.is_file())
-    record.write_text(json.dumps({"bytes": size, "seconds": seconds}))
-
-
-def grid(data: Path, out: Path, study: str) -> str:
+def grid(data: Path, data_set: DataSet, folder: Path, study: Study, rows: Sequence[Row]) -> str:
     """The rows of a study, as `kdpipe compare --grid` has them. AP is measured after the last epoch only."""
-    epochs = 36 if study == "dense" else 12
-    images = str(data / "JPEGImages")
+    images = str(data / data_set.images)
     values = {
-        **{"recipe": "paper", "epochs": epochs, "batch-size": 8, "lr": 0.02, "student": FASTER},
+        **{"recipe": "paper", "epochs": study.epochs, "batch-size": 8, "lr": 0.02, "scale": "192x144", "workers": 0},
         **{"ann-file": str(data / "train.json"), "img-dir": images},
-        **{"val-ann-file": str(data / "test.json"), "val-img-dir": images},
-        "cfg-options": ["distill.ckd.queue_size=8192", f"train_cfg.val_interval={epochs}"],
+        **{"val-ann-file": str(data / data_set.validation), "val-img-dir": images},
+        "cfg-options": [f"train_cfg.val_interval={study.epochs}"],
     }
     shared = "[options]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-    return "\n".join([shared, *(row.toml(out) for row in studies(out)[study])])
+    return "\n".join([shared, *(row.toml(folder) for row in rows)])
 
 
-def table(out: Path, summary: Mapping[str, Any]) -> str:
-    """What `compare` found, as Markdown."""
-    lines = []
-    for record in sorted(out.glob("*.zarr.json")):
-        cached = json.loads(record.read_text())
-        lines += [f"{record.stem}: {cached['bytes'] / 2**20:.1f} MiB in {cached['seconds']:.0f} s, start included."]
-    for result in sorted(out.glob("*teacher/result.json")):
-        lines += [f"{result.parent.name}: AP {json.loads(result.read_text())['ap']:.3f}."]
-    lines += [
-        "",
-        "| student | methods | AP, mean | lowest to highest | seeds | gain | s per step | peak memory, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+def test_ap(data: Path, data_set: DataSet, student: Path) -> None:
+    """Measure a finished student on the test photographs, once: `test.json` in its folder."""
+    record = student / "test.json"
+    if record.exists():
+        return
+    log = student / "test.log"
+    log.unlink(missing_ok=True)
+    where = places(data, data_set, "test.json")
+    run(["evaluate", "--ckpt", str(student / "student.pth"), *where, "--scale", "192x144"], log)
+    match = re.search(r"[01]\.\d{3}", log.read_text())
+    if match is None:
+        raise click.ClickException(f"{log} holds no AP.")
+    record.write_text(json.dumps({"ap": float(match.group())}))
+
+
+def measured(folder: Path, study: Study, record: str) -> dict[str, dict[int, float]]:
+    """AP by seed of each row (`name, methods`) of a study, from the files of that name in the folders of students."""
+    return {
+        f"{row.name}, {methods}": {
+            int(file.parent.name.removeprefix("seed-")): json.loads(file.read_text())["ap"]
+            for file in sorted((folder / row.name / methods_folder(methods)).glob(f"seed-*/{record}"))
+        }
+        for row in study.rows
+        for methods in row.methods
+    }
+
+
+def points(aps: Mapping[int, float], beside: Mapping[int, float]) -> str:
+    """Mean difference of the seeds that both have, in points, with its 95 % interval."""
+    gain = paired_gain(aps, beside)
+    if gain is None:
+        return ""
+    if gain.interval is None:
+        return f"{100 * gain.mean:+.1f}"
+    return f"{100 * gain.mean:+.1f} ({100 * gain.interval[0]:+.1f} to {100 * gain.interval[1]:+.1f})"
+
+
+def table(study: Study, aps: Mapping[str, Mapping[int, float]]) -> str:
+    """AP by seed of each row (`name, methods`), and what they gain, as Markdown."""
+    lines = ["| student, losses | AP | of each seed | points over none, 95 % |", "|---|---|---|---|"]
+    for row in study.rows:
+        for methods in row.methods:
+            name = f"{row.name}, {methods}"
+            if values := aps[name]:
+                gain = "" if methods == "none" else points(values, aps[f"{row.baseline or row.name}, none"])
+                every = ", ".join(f"{values[seed]:.3f}" for seed in sorted(values))
+                lines.append(f"| {name} | {sum(values.values()) / len(values):.3f} | {every} | {gain} |")
+    differences = [
+        f"- {one} less {other}: {points(aps[one], aps[other])}"
+        for one, other in study.differences
+        if aps[one] and aps[other]
     ]
-    for row in summary["rows"]:
-        ap, gain = row["ap"], row["gain"]
-        if ap is None:
-            continue
-        interval = f" ({gain['interval'][0]:+.3f} to {gain['interval'][1]:+.3f})" if gain and gain["interval"] else ""
-        gained = f"{gain['mean']:+.3f}{interval}" if gain else ""
-        lines.append(
-            f"| {row['student']} | {row['methods']} | {ap['mean']:.3f} | {ap['lowest']:.3f} to {ap['highest']:.3f} "
-            f"| {ap['count']} | {gained} | {row['seconds_per_step']:.2f} | {row['peak_memory'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *([""] if differences else []), *differences]) + "\n"
+
+
+def asked(name: str, only: Sequence[str]) -> bool:
+    return not only or any(text in name for text in only)
 
 
 @click.command()
-@click.option("--data", type=click.Path(exists=True, path_type=Path), default=Path("../shared/data/bccd"))
+@click.option("--data", type=click.Path(exists=True, path_type=Path), default=Path("../shared/data"))
+@click.option("--data-set", "name", type=click.Choice(list(DATA)), default="bccd", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--study", type=click.Choice(list(studies(Path()))), default="methods", show_default=True)
-@click.option("--seeds", type=int, default=3, show_default=True)
-@click.option(
-    "--jobs", type=int, default=1, show_default=True, help="Students at once; the cores are shared among them."
-)
-def main(data: Path, out: Path, study: str, seeds: int, jobs: int) -> None:
-    """Train the teacher, cache it, train all students of a study, print its table."""
-    out, data = out.absolute(), data.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "retinanet.py").write_text(RETINANET)
-    rows = studies(out)[study]
-    for teacher in dict.fromkeys(row.teacher for row in rows):
-        train_teacher(data, out, teacher)
-    for row in rows:
-        cache(data, out, row.teacher, row.cache)
-    (out / f"{study}.toml").write_text(grid(data, out, study))
-    places = ["--grid", str(out / f"{study}.toml"), "--work-dir", str(out / "students")]
-    command = [*KDPIPE, "compare", *places, "--seeds", str(seeds), "--jobs", str(jobs)]
-    code = subprocess.run(command).returncode
-    (out / f"{study}.md").write_text(table(out, json.loads((out / "students" / "compare.json").read_text())))
-    click.echo((out / f"{study}.md").read_text())
+@click.option("--study", "question", type=click.Choice(list(studies(DATA["bccd"], Path()))), required=True)
+@click.option("--only", multiple=True, help='Only rows "name, methods" that hold this, and those without distillation.')
+@click.option("--seeds", type=int, default=6, show_default=True)
+@click.option("--jobs", type=int, default=2, show_default=True, help="Students at once, with one thread each.")
+@click.option("--test", is_flag=True, help="Measure on the test photographs what is trained, and train nothing.")
+def main(
+    data: Path, name: str, out: Path, question: str, only: Sequence[str], seeds: int, jobs: int, test: bool
+) -> None:
+    """Train teachers, cache them, train all students of a study, print its table."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    data_set, folder, data = DATA[name], out.absolute() / name, data.absolute() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "retinanet.py").write_text(RETINANET)
+    study = studies(data_set, folder)[question]
+    rows = [
+        replace(row, methods=[each for each in row.methods if each == "none" or asked(f"{row.name}, {each}", only)])
+        for row in study.rows
+    ]
+    rows = [row for row in rows if row.methods]
+    work, code = folder / question, 0
+    if test:
+        for row in rows:
+            for methods in row.methods:
+                for result in sorted((work / row.name / methods_folder(methods)).glob("seed-*/result.json")):
+                    test_ap(data, data_set, result.parent)
+    else:
+        prepare(data, data_set, folder, list(dict.fromkeys(row.cache for row in rows)))
+        (folder / f"{question}.toml").write_text(grid(data, data_set, folder, study, rows))
+        command = ["compare", "--grid", str(folder / f"{question}.toml"), "--work-dir", str(work)]
+        code = subprocess.run([*KDPIPE, *command, "--seeds", str(seeds), "--jobs", str(jobs)]).returncode
+    text = table(study, measured(work, study, "test.json" if test else "result.json"))
+    (folder / f"{question}{'.test' if test else ''}.md").write_text(text)
+    click.echo(text)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,16 +113,30 @@ def test_a_short_training_in_which_nothing_is_learned_says_so(kit: "Kit", work: 
 
 
 def test_shares_of_the_gradient_are_in_the_log(kit: "Kit", work: Path) -> None:
-    kit.train_student(work / "w", "--methods", "sgfi,cls", "-o", "distill.share_interval=2", "--epochs", 2)
+    ended = kit.train_student(work / "w", "--methods", "sgfi,cls", "-o", "distill.share_interval=2", "--epochs", 2)
+    said = " ".join(ended.out.split()).partition("Gradient at the pyramid, second half (steps looked at: 1): ")[2]
+    shares = {name: int(share) for name, share in re.findall(r"(\w+) (\d+) %", said)}
+    assert shares.keys() == {"cls", "bbox", "rpn_cls", "rpn_bbox", "sgfi", "kd_cls"}
+    assert 97 <= sum(shares.values()) <= 103
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
     (file,) = (work / "w").glob("*/vis_data/scalars.json")
     text = file.read_text()
     names = ("cls", "bbox", "rpn_cls", "rpn_bbox", "sgfi", "kd_cls")
     assert all(f'"share_{name}"' in text for name in names)
-    kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.share_interval=0", "--epochs", 2)
+    ended = kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.share_interval=0", "--epochs", 2)
+    assert "Gradient at the pyramid" not in ended.out
     (file,) = (work / "v").glob("*/vis_data/scalars.json")
     assert "share_" not in file.read_text()
     one, two = (torch.load(work / x / "epoch_1.student.pth", weights_only=True)["state_dict"] for x in "wv")
     assert all(torch.equal(one[name], two[name]) for name in one)  # looking changes nothing
+
+
+def test_a_loss_that_dominates_is_named(kit: "Kit", work: Path) -> None:
+    options = ("--methods", "sgfi,cls", "-o", "distill.share_interval=1")
+    ended = kit.train_student(work / "w", *options, "-o", "distill.weights.sgfi=100")
+    assert "sgfi dominates: if AP does not gain by it" in " ".join(ended.out.split())
+    ended = kit.train_student(work / "v", *options, "-o", "distill.weights.sgfi=0.001")
+    assert "sgfi dominates" not in ended.out
 
 
 class FakeRunner:
