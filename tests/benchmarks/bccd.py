@@ -43,7 +43,6 @@ ROIS = 64
 ALL = "sgfi,ckd,pred"
 # Of a teacher whose head is class-agnostic, as that of mmdet's cascades.
 ALL_AGNOSTIC = "sgfi,ckd,cls,reg"
-CANDIDATES = ("sgfi,box", "sgfi,cross")
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class Row:
         cache: The teacher's.
         rois: Who chooses the RoIs.
         distill: Options of the distillation.
+        lr: Peak rate.
         baseline: Row with the student without distillation, where it is not this one.
     """
 
@@ -110,6 +110,7 @@ class Row:
     cache: str = "objects-both-views"
     rois: str = "teacher"
     distill: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 0.02
     baseline: str | None = None
 
     def toml(self, folder: Path) -> str:
@@ -121,6 +122,7 @@ class Row:
             "methods": list(self.methods),
             "cache": str(folder / f"{self.cache}.zarr"),
             "rois": self.rois,
+            "lr": self.lr,
             "cfg-options": [*overrides, *options({f"distill.{key}": value for key, value in distill.items()})][1::2],
         }
         if self.baseline is not None:
@@ -153,26 +155,33 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
     small = FASTER, data_set.two_stage(16, 64, 256)
     wide = FASTER, data_set.two_stage(16, 128, 512)
     cascade = CASCADE, data_set.two_stage(16, 64, 256, 3)
-    dense = {
-        "retinanet": (str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)),
-        "fcos": (FCOS, fcos(16, 64)),
-    }
+    alone = ("sgfi", "ckd", "pred")
+    two_stage_methods = [*alone, ALL, f"{ALL},cross", f"{ALL},box"]
+    dense_methods = ["none", *alone, ALL, f"{ALL},cross", f"{ALL},box"]
+    dense = [
+        Row(
+            "retinanet",
+            dense_methods,
+            (str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)),
+        ),
+        Row("fcos", dense_methods, (FCOS, fcos(16, 64)), lr=0.01),
+        Row("fcos-at-0.02", dense_methods, (FCOS, fcos(16, 64))),
+    ]
     plain = Row("plain", ["none"], small)
     pyramid: dict[str, Any] = {"cache": "pyramid-int4", "rois": "student", "baseline": "plain"}
-    alone = ("sgfi", "ckd", "pred")
     masks = ("whole", "gt-mask", "anchor-mask", "gaussian-mask", "roifi", "sgfi")
     return {
         "two-stage": Study(
             12,
             [
                 plain,
-                Row("teacher-rois", [*alone, ALL, *CANDIDATES], small, baseline="plain"),
-                Row("student-rois", [*alone, ALL, *CANDIDATES], small, **pyramid),
+                Row("teacher-rois", two_stage_methods, small, baseline="plain"),
+                Row("student-rois", two_stage_methods, small, **pyramid),
             ],
             [("teacher-rois, " + ALL, "student-rois, " + ALL)],
         ),
-        "dense": Study(36, [Row(name, ["none", *alone, ALL, *CANDIDATES], each) for name, each in dense.items()]),
-        "dense-12-epochs": Study(12, [Row(name, ["none", ALL, *CANDIDATES], each) for name, each in dense.items()]),
+        "dense": Study(36, dense),
+        "dense-12-epochs": Study(12, dense),
         "masks": Study(
             12,
             [plain, Row("pyramid", masks, small, cache="pyramid-int4", baseline="plain")],
@@ -244,7 +253,9 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
             12,
             [
                 Row("cascade", ["none", ALL_AGNOSTIC], cascade, "cascade", "student"),
-                Row("stagewise", [ALL_AGNOSTIC], cascade, "cascade", "student", {"stagewise": True}, "cascade"),
+                Row(
+                    "stagewise", [ALL_AGNOSTIC], cascade, "cascade", "student", {"stagewise": True}, baseline="cascade"
+                ),
             ],
             [(f"stagewise, {ALL_AGNOSTIC}", f"cascade, {ALL_AGNOSTIC}")],
         ),
@@ -298,7 +309,7 @@ def grid(data: Path, data_set: DataSet, folder: Path, study: Study, rows: Sequen
     """The rows of a study, as `kdpipe compare --grid` has them. AP is measured after the last epoch only."""
     images = str(data / data_set.images)
     values = {
-        **{"recipe": "paper", "epochs": study.epochs, "batch-size": 8, "lr": 0.02, "scale": "192x144", "workers": 0},
+        **{"recipe": "paper", "epochs": study.epochs, "batch-size": 8, "scale": "192x144", "workers": 0},
         **{"ann-file": str(data / "train.json"), "img-dir": images},
         **{"val-ann-file": str(data / data_set.validation), "val-img-dir": images},
         "cfg-options": [f"train_cfg.val_interval={study.epochs}"],
@@ -362,8 +373,19 @@ def table(study: Study, aps: Mapping[str, Mapping[int, float]]) -> str:
     return "\n".join([*lines, *([""] if differences else []), *differences]) + "\n"
 
 
-def asked(name: str, only: Sequence[str]) -> bool:
-    return not only or any(text in name for text in only)
+def asked_for(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    """Rows with those of their methods that hold one of the texts (`name, methods`), and what these gain over."""
+    if not only:
+        return list(rows)
+    asked = {row.name: [x for x in row.methods if any(text in f"{row.name}, {x}" for text in only)] for row in rows}
+    baselines = {row.baseline or row.name for row in rows if asked[row.name]}
+    found = [
+        replace(
+            row, methods=[x for x in row.methods if x in asked[row.name] or (x == "none" and row.name in baselines)]
+        )
+        for row in rows
+    ]
+    return [row for row in found if row.methods]
 
 
 @click.command()
@@ -384,11 +406,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "retinanet.py").write_text(RETINANET)
     study = studies(data_set, folder)[question]
-    rows = [
-        replace(row, methods=[each for each in row.methods if each == "none" or asked(f"{row.name}, {each}", only)])
-        for row in study.rows
-    ]
-    rows = [row for row in rows if row.methods]
+    rows = asked_for(study.rows, only)
     work, code = folder / question, 0
     if test:
         for row in rows:
