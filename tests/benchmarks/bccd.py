@@ -374,10 +374,10 @@ def table(study: Study, aps: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def asked_for(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """Rows with those of their methods that hold one of the texts (`name, methods`), and what these gain over."""
+    """The rows that are named, whole or as `name, methods`, and what these gain over."""
     if not only:
         return list(rows)
-    asked = {row.name: [x for x in row.methods if any(text in f"{row.name}, {x}" for text in only)] for row in rows}
+    asked = {row.name: [x for x in row.methods if {row.name, f"{row.name}, {x}"} & set(only)] for row in rows}
     baselines = {row.baseline or row.name for row in rows if asked[row.name]}
     found = [
         replace(
