@@ -393,7 +393,7 @@ def asked_for(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
 @click.option("--data-set", "name", type=click.Choice(list(DATA)), default="bccd", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--study", "question", type=click.Choice(list(studies(DATA["bccd"], Path()))), required=True)
-@click.option("--only", multiple=True, help='Only rows "name, methods" that hold this, and those without distillation.')
+@click.option("--only", multiple=True, help='Only this row, or "row, methods", and what it gains over.')
 @click.option("--seeds", type=int, default=6, show_default=True)
 @click.option("--jobs", type=int, default=2, show_default=True, help="Students at once, with one thread each.")
 @click.option("--test", is_flag=True, help="Measure on the test photographs what is trained, and train nothing.")
