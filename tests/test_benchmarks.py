@@ -1,5 +1,6 @@
 """Benchmarks that can only be run elsewhere still run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from kdpipe.pipelines.compare.grid import read_grid
 
 BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
 
@@ -43,3 +46,34 @@ def test_gpu_benchmark_without_a_gpu_is_a_usage_error(tmp_path: Path) -> None:
     )
     assert ended.returncode == 2
     assert "no CUDA device" in ended.stderr
+
+
+@pytest.mark.parametrize("data_set", ["bccd", "cards"])
+def test_questions_of_ap_are_grids(data_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every study is a grid that `compare` reads, and every row gains over a student without distillation."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bccd = importlib.import_module("bccd")
+    for name, study in bccd.studies(bccd.DATA[data_set], tmp_path).items():
+        file = tmp_path / f"{name}.toml"
+        file.write_text(bccd.grid(tmp_path, bccd.DATA[data_set], tmp_path, study, study.rows))
+        rows = {row.name: row for row in read_grid(file).rows}
+        assert rows.keys() == {row.name for row in study.rows}
+        aps = {f"{row.name}, {methods}": {0: 0.25, 1: 0.5} for row in study.rows for methods in row.methods}
+        aps |= {row: {0: 0.375, 2: 1.0} for row in aps if not row.endswith(", none")}
+        lines = [line for line in bccd.table(study, aps).splitlines() if line.startswith("| ")][1:]
+        assert len(lines) == len(aps)
+        assert all(line.endswith("|  |" if ", none |" in line else "| +12.5 |") for line in lines)
+        for one, other in study.differences:
+            assert {one, other} <= aps.keys()
+            assert f"- {one} less {other}: +0.0" in bccd.table(study, aps)
+
+
+def test_rows_that_are_asked_for_bring_what_they_gain_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bccd = importlib.import_module("bccd")
+    rows = bccd.studies(bccd.DATA["bccd"], Path())["two-stage"].rows
+    names = [(row.name, list(row.methods)) for row in bccd.asked_for(rows, ["student-rois, sgfi"])]
+    assert names == [("plain", ["none"]), ("student-rois", ["sgfi"])]
+    whole = [(row.name, list(row.methods)) for row in bccd.asked_for(rows, ["teacher-rois"])]
+    assert whole == [("plain", ["none"]), ("teacher-rois", list(rows[1].methods))]
+    assert bccd.asked_for(rows, []) == list(rows)

@@ -157,7 +157,7 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
     cascade = CASCADE, data_set.two_stage(16, 64, 256, 3)
     alone = ("sgfi", "ckd", "pred")
     two_stage_methods = [*alone, ALL, f"{ALL},cross", f"{ALL},box"]
-    dense_methods = ["none", *alone, ALL, f"{ALL},cross", f"{ALL},box"]
+    dense_methods = ["none", *alone, ALL, f"{ALL},cross", "sgfi,cross"]
     dense = [
         Row(
             "retinanet",
@@ -165,7 +165,7 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
             (str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)),
         ),
         Row("fcos", dense_methods, (FCOS, fcos(16, 64)), lr=0.01),
-        Row("fcos-at-0.02", dense_methods, (FCOS, fcos(16, 64))),
+        Row("fcos-high-rate", dense_methods, (FCOS, fcos(16, 64))),
     ]
     plain = Row("plain", ["none"], small)
     pyramid: dict[str, Any] = {"cache": "pyramid-int4", "rois": "student", "baseline": "plain"}
@@ -402,7 +402,7 @@ def main(
 ) -> None:
     """Train teachers, cache them, train all students of a study, print its table."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    data_set, folder, data = DATA[name], out.absolute() / name, data.absolute() / name
+    data_set, folder, data = DATA[name], out.resolve() / name, data.resolve() / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "retinanet.py").write_text(RETINANET)
     study = studies(data_set, folder)[question]
