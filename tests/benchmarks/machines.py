@@ -5,7 +5,7 @@
 A small Faster R-CNN with random weights sees drawn pictures; each process has one thread. Every engine makes the same
 cache, by turns, round after round. The pace is that between the first and the last tenth of the parts, by the times of
 their records: what it takes to start and to load the teacher is told apart from it. Srun needs Slurm's programs and the
-script that starts two nodes on this machine (`--slurm`); it is left out where these are not there.
+script that starts two nodes on this machine (`--slurm`); where these are not there it is left out, which is said.
 """
 
 import os
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -102,8 +102,9 @@ def slurm(tool: Path, folder: Path) -> Iterator[dict[str, str] | None]:
 @click.command()
 @click.option("--images", default=600, show_default=True, help="Drawn pictures; five go into a part.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--only", multiple=True, help="These engines, beside two shards.")
 @click.option("--slurm", "tool", type=Path, default=ROOT.parent / "shared" / "tools" / "slurm.sh", help="See above.")
-def main(images: int, rounds: int, tool: Path) -> None:
+def main(images: int, rounds: int, only: Sequence[str], tool: Path) -> None:
     """Print a table, in Markdown."""
     with tempfile.TemporaryDirectory(prefix="kdpipe-machines-") as name, slurm(tool, Path(name) / "slurm") as env:
         folder = Path(name)
@@ -122,6 +123,12 @@ def main(images: int, rounds: int, tool: Path) -> None:
         }
         if env is not None:
             engines["srun"] = lambda: processes([["srun", "-n2", *KDPIPE, *command]], folder, **env)
+        else:
+            click.echo(f"Without srun: it needs Slurm's programs, and {tool}.")
+        if unknown := set(only) - set(engines):
+            raise click.UsageError(f"--only {', '.join(unknown)}: there are {', '.join(engines)}.")
+        if only:
+            engines = {name: start for name, start in engines.items() if name in {"two shards", *only}}
         runs: dict[str, list[Run]] = {engine: [] for engine in engines}
         contents = set()
         for _ in range(rounds):
