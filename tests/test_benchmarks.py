@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from kdpipe.pipelines.cli.main import cli
 from kdpipe.pipelines.compare.grid import read_grid
 
 BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
@@ -77,3 +79,37 @@ def test_rows_that_are_asked_for_bring_what_they_gain_over(monkeypatch: pytest.M
     whole = [(row.name, list(row.methods)) for row in bccd.asked_for(rows, ["teacher-rois"])]
     assert whole == [("plain", ["none"]), ("teacher-rois", list(rows[1].methods))]
     assert bccd.asked_for(rows, []) == list(rows)
+
+
+def test_what_questions_of_ap_ask_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers, also those that were stopped, caches, and the last look at the test photographs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bccd = importlib.import_module("bccd")
+    data_set = bccd.DATA["bccd"]
+    (tmp_path / data_set.images).mkdir()
+    for name in ("teacher", "cascade-teacher", "student"):
+        (tmp_path / name).mkdir()
+    for name in (
+        "train.json",
+        "test.json",
+        "teacher/teacher.pth",
+        "cascade-teacher/teacher.pth",
+        "student/student.pth",
+    ):
+        (tmp_path / name).write_text("{}")
+    asked = []
+
+    def run(arguments: list[str], log: Path) -> None:
+        assert isinstance(cli, click.Group)
+        context = cli.commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+        asked.append((arguments[0], context.params.get("resume")))
+        log.write_text("AP 0.500")
+
+    monkeypatch.setattr(bccd, "run", run)
+    bccd.prepare(tmp_path, data_set, tmp_path, ["pyramid", "cascade"])
+    (tmp_path / "teacher" / "last_checkpoint").write_text("epoch_1.pth")
+    bccd.train_teacher(tmp_path, data_set, "teacher", tmp_path / "teacher")
+    bccd.test_ap(tmp_path, data_set, tmp_path / "student")
+    made = [("train-teacher", False), ("cache-teacher", None)]
+    assert asked == [*made, *made, ("train-teacher", True), ("evaluate", None)]
+    assert json.loads((tmp_path / "student" / "test.json").read_text()) == {"ap": 0.5}

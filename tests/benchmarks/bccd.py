@@ -284,8 +284,9 @@ def train_teacher(data: Path, data_set: DataSet, name: str, work_dir: Path) -> N
     model = two_stage(*(widths or data_set.teacher), stages, anchor_scale=data_set.rpn_scale)
     schedule = ["--recipe", "paper", "--epochs", "24", "--batch-size", "8", "--lr", "0.02", "--scale", "256x192"]
     where = [*places(data, data_set, "train.json"), "--val-ann-file", str(data / "test.json")]
-    once = ["-o", "train_cfg.val_interval=24", "--auto-resume", "--work-dir", str(work_dir)]
-    run(["train-teacher", "--config", config, *model, *schedule, *where, *once], work_dir.with_suffix(".log"))
+    once = ["-o", "train_cfg.val_interval=24", "--work-dir", str(work_dir)]
+    again = ["--resume"] if (work_dir / "last_checkpoint").exists() else []
+    run(["train-teacher", "--config", config, *model, *schedule, *where, *once, *again], work_dir.with_suffix(".log"))
 
 
 def prepare(data: Path, data_set: DataSet, folder: Path, caches: Sequence[str]) -> None:
