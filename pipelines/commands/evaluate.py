@@ -28,7 +28,7 @@ from kdpipe.pipelines.detectors.mmdet2 import dataset_paths, kept_ratio_scale, t
 from kdpipe.pipelines.runtime.console import silent_stdout
 from kdpipe.pipelines.training.config import set_validation
 from kdpipe.pipelines.training.loading import complete_images
-from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX, ProgressHook, ap_metrics
+from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX, ProgressHook, ap_metrics, ap_text
 from kdpipe.pipelines.training.reading import pipeline_decoding
 from kdpipe.pipelines.training.runner import QuietRunner
 from kdpipe.pipelines.training.voc_metric import with_voc_metric
@@ -129,7 +129,7 @@ def load_detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:
 def metrics_tables(metrics: Mapping[str, float]) -> list[Table]:
     """COCO's AP over IoU and over object sizes; and Pascal VOC's, where it was measured."""
     table = Table(*_TITLES)
-    table.add_row(*(f"{metrics[name]:.3f}" for name in AP_NAMES))
+    table.add_row(*(ap_text(metrics[name]) for name in AP_NAMES))
     if VOC_PREFIX + voc_name(VOC_IOUS[0], VOC_MODES[0]) not in metrics:
         return [table]
     voc = Table("Pascal VOC", *(f"AP@{iou}" for iou in VOC_IOUS))

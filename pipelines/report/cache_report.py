@@ -27,13 +27,13 @@ from kdpipe.pipelines.report.page import Cell, Section, Table
 from kdpipe.pipelines.report.pictures import LEAST_SCORE, draw_box, show_image, small_image
 from kdpipe.pipelines.runtime.console import bytes_text
 from kdpipe.pipelines.teacher.decode import cached_ap, cached_detections
+from kdpipe.pipelines.training.progress import AP_NAMES, ap_text
 
 __all__ = ["cache_page"]
 
 _IMAGES = 12  # that are shown
 _MEASURED = 2000  # images, evenly chosen
 _SIZES = ("AP", "AP50", "AP75", "small", "medium", "large")
-_METRICS = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
 
 
 def cache_page(
@@ -156,7 +156,7 @@ def _draw_scores(proposals: npt.NDArray[np.float32], objects: npt.NDArray[np.flo
 def _accuracy(metrics: Mapping[str, float], measured: int, cached: int) -> Table:
     of = f"all {cached:,}" if measured == cached else f"{measured:,} of {cached:,}, evenly chosen"
     caption = f"AP from what is cached alone, on {of} images. The teacher was trained on these, as a rule."
-    return Table(_SIZES, [[Cell(f"{metrics[name]:.3f}", metrics[name]) for name in _METRICS]], caption)
+    return Table(_SIZES, [[Cell(ap_text(metrics[name]), metrics[name]) for name in AP_NAMES]], caption)
 
 
 def _pictures(cache: TeacherCache, img_dir: Path | None, console: Console) -> Section:

@@ -13,7 +13,7 @@ from rich.console import Console
 from kdpipe.pipelines.data.voc_ap import VOC_IOUS, VOC_MODES, voc_name
 from kdpipe.pipelines.runtime.console import ProgressBar, stop
 
-__all__ = ["AP_NAMES", "VOC_PREFIX", "PeakMemoryHook", "ProgressHook", "ap_metrics"]
+__all__ = ["AP_NAMES", "VOC_PREFIX", "PeakMemoryHook", "ProgressHook", "ap_metrics", "ap_text"]
 
 AP_NAMES = ("bbox_mAP", "bbox_mAP_50", "bbox_mAP_75", "bbox_mAP_s", "bbox_mAP_m", "bbox_mAP_l")
 VOC_PREFIX = "voc_"  # of the names of Pascal VOC's metrics
@@ -30,6 +30,11 @@ def ap_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     coco = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "coco/" in name}
     voc = {VOC_PREFIX + name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items() if "voc/" in name}
     return (coco or dict.fromkeys(AP_NAMES, 0.0)) | voc
+
+
+def ap_text(value: float) -> str:
+    """AP for a table; a dash where there are no objects of that size, of which pycocotools says -1."""
+    return "—" if value < 0 else f"{value:.3f}"
 
 
 class ProgressHook(Hook):  # type: ignore[misc]

@@ -53,6 +53,8 @@ def test_prints_a_table(kit: "Kit", work: Path, trained: Path) -> None:
     ap = json.loads((trained / "result.json").read_text())["ap"]
     assert all(name in ended.out for name in ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"))
     assert f"{ap:.3f}" in ended.out
+    assert "—" in ended.out, "there are no large objects"
+    assert "-1.000" not in ended.out
     assert ended.err == ""
     assert not list(work.iterdir())
 
