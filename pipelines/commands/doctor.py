@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kdpipe.pipelines.mmcv_ops.bridge import extension_names, extension_state
 from kdpipe.pipelines.runtime.console import bytes_text
-from kdpipe.pipelines.runtime.machine import shared_memory
+from kdpipe.pipelines.runtime.machine import cores, shared_memory
 
 __all__ = ["Check", "Environment", "diagnose", "inspect_environment", "run_doctor"]
 
@@ -50,7 +50,7 @@ class Environment:
         failures: Module that does not import -> the error.
         ops: Whose ops mmcv runs, None without a mmcv that imports; `ops_error` says why compiled ones do not load.
         asked: Compiled functions that mmcv asks for; `bridged` are those that kdpipe brings.
-        cores, memory: Of this machine; memory in bytes, 0 where unknown.
+        cores, memory: Cores that this process may use; bytes of this machine, 0 where unknown.
         gpus: (name, bytes of memory) of each CUDA device that torch can use.
         shared_memory: Bytes of /dev/shm, None where there is none.
         has_nvidia_driver: Whether there is a driver, usable by torch or not.
@@ -88,7 +88,7 @@ def inspect_environment() -> Environment:
         ops_error=error,
         asked=extension_names(),
         bridged=() if {"torch", "torchvision"} & set(failures) else _bridged(),
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
         gpus=() if "torch" in failures else _gpus(),
         has_nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
