@@ -20,8 +20,8 @@ __all__ = [
 
 DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 METHODS_HELP = (
-    "Losses by name, such as sgfi,ckd,pred (an unknown one lists all); none; or default, which is sgfi,ckd,pred, or "
-    "sgfi,ckd,cls,reg where teacher or student gives one box for all classes."
+    "Losses by name, such as sgfi,ckd,pred (an unknown one lists all); none; or default, which is sgfi,ckd,pred, "
+    "sgfi,ckd,cls,reg where teacher or student gives one box for all classes, sgfi,cross for a student without anchors."
 )
 # What decides where and how fast a training runs, and not what is learned.
 _PLACES = (

@@ -6,7 +6,7 @@ from mmengine.config import Config, ConfigDict
 from rich.console import Console
 
 from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
+from kdpipe.distill.methods import ANCHOR_FREE_METHODS, CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
 from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.pipelines.detectors.configs import apply_options
@@ -33,9 +33,10 @@ def choose_methods(
     """
     if asked is not None:
         return asked
-    if "roi_head" not in config.model:
-        return DEFAULT_METHODS
     model = apply_options(config, model_options(options)).model
+    if "roi_head" not in model:
+        has_anchors = "anchor_generator" in model.get("bbox_head", {})
+        return DEFAULT_METHODS if has_anchors else _of_anchor_free(spec, console)
     agnostic = {
         "the teacher": spec.class_agnostic,
         "the student": any(head.get("reg_class_agnostic") for head in dictionaries(model.roi_head.get("bbox_head"))),
@@ -48,6 +49,14 @@ def choose_methods(
         f"class; that of {who} is for all classes."
     )
     return CLASS_AGNOSTIC_METHODS
+
+
+def _of_anchor_free(spec: CacheSpec, console: Console) -> Sequence[str]:
+    """Those of FCOS and its kind."""
+    methods = tuple(name for name in ANCHOR_FREE_METHODS if name != "cross" or not spec.semantic)
+    unfit = "" if methods == ANCHOR_FREE_METHODS else ", without cross, which the head of HTC cannot serve"
+    console.print(f"Methods: {','.join(methods)}, which suit a student without anchors{unfit}.")
+    return methods
 
 
 def choose_roi_source(

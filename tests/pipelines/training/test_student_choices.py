@@ -45,3 +45,22 @@ def test_methods_that_suit_teacher_and_student(
     assert bool(out.getvalue()) == bool(who)
     for requested in (["pred"], [], ["sgfi", "careg"]):  # what was asked for stays, and is refused where it cannot be
         assert choose_methods(requested, config, options, spec, console) == requested
+
+
+@pytest.mark.parametrize(
+    ("student", "semantic", "methods"),
+    [
+        ("fcos_r50-caffe_fpn_gn-head_1x_coco", (), ("sgfi", "cross")),
+        ("fcos_r50-caffe_fpn_gn-head_1x_coco", (1, 14), ("sgfi",)),  # the head of HTC cannot serve cross
+        ("atss_r50_fpn_1x_coco", (), PRED),
+        (DENSE, (1, 14), PRED),
+    ],
+)
+def test_methods_of_dense_students(
+    kit: "Kit", student: str, semantic: tuple[int, ...], methods: tuple[str, ...]
+) -> None:
+    out = io.StringIO()
+    spec = replace(open_cache(kit.cache).spec, semantic=semantic)
+    assert choose_methods(None, find_config(student), (), spec, Console(file=out, width=500)) == methods
+    assert ("without anchors" in out.getvalue()) == (methods != PRED)
+    assert ("HTC" in out.getvalue()) == (methods == ("sgfi",))
