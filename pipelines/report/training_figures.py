@@ -1,9 +1,9 @@
 """Figures of how trainings went: AP, losses, what each loss does to the gradient, and time."""
 
+import statistics
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -60,7 +60,7 @@ def _draw_bars(groups: Sequence[TrainingGroup], teacher_ap: float | None) -> Can
     colors = group_colors(groups)
     canvas, (axes,) = new_canvas(1.1 + 0.42 * len(groups))
     for row, group in enumerate(groups):
-        mean, color = float(np.mean(group.aps)), colors.get(group.label, ink())
+        mean, color = statistics.mean(group.aps), colors.get(group.label, ink())
         axes.barh(row, mean, height=0.62, color=color, alpha=0.35)
         axes.plot(group.aps, [row] * len(group.aps), "o", color=color, markersize=6)
         behind = {"facecolor": paper(), "edgecolor": "none", "pad": 1.5}

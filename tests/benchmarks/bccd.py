@@ -16,6 +16,7 @@ to `DATASET/STUDY.md` in the output folder. Seconds per step mean something only
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -365,7 +366,7 @@ def table(study: Study, aps: Mapping[str, Mapping[int, float]]) -> str:
             if values := aps[name]:
                 gain = "" if methods == "none" else points(values, aps[f"{row.baseline or row.name}, none"])
                 every = ", ".join(f"{values[seed]:.3f}" for seed in sorted(values))
-                lines.append(f"| {name} | {sum(values.values()) / len(values):.3f} | {every} | {gain} |")
+                lines.append(f"| {name} | {statistics.fmean(values.values()):.3f} | {every} | {gain} |")
     differences = [
         f"- {one} less {other}: {points(aps[one], aps[other])}"
         for one, other in study.differences

@@ -9,7 +9,7 @@ import pytest
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.methods import LOSSES
 from kdpipe.pipelines.report.provenance import command_line
-from kdpipe.pipelines.report.training_figures import group_colors, loss_figures
+from kdpipe.pipelines.report.training_figures import ap_figures, group_colors, loss_figures
 from kdpipe.pipelines.report.trainings import find_trainings, group_trainings, names_beside
 
 
@@ -47,6 +47,13 @@ def test_seeds_belong_together_and_students_without_distillation_come_first(tmp_
     ]
     assert groups[1].ap == pytest.approx(0.45)
     assert groups[0].first.student == "FCOS ResNet-18"
+
+
+def test_a_mean_between_two_decimals_is_rounded_in_one_way(tmp_path: Path) -> None:
+    for seed, ap in enumerate((0.345, 0.389, 0.358, 0.362)):  # the mean is 0.3635, as floats or a little more
+        training(tmp_path / f"seed-{seed}", seed=seed, ap=ap)
+    (group,) = group_trainings(find_trainings(tmp_path))
+    assert f">{group.ap:.3f}<" in ap_figures([group], None)[0].html
 
 
 def test_what_methods_do_not_tell_apart_is_told_by_student_or_folder(tmp_path: Path) -> None:
