@@ -137,7 +137,8 @@ def test_bdd_in_every_command(kit: "Kit", work: Path) -> None:
     measured = kit.run("evaluate", "--ckpt", "s/student.pth", "--bdd", val, "--img-dir", kit.val_img).out
     assert "Pascal VOC" not in measured
     assert [cell.strip() for cell in measured.splitlines()[3].split("│")[1:-1]] == [
-        f"{value:.3f}" for value in ap.values()
+        "—" if value < 0 else f"{value:.3f}"
+        for value in ap.values()  # of a size without objects
     ]
     moved = bdd.rename(work / "moved.json")
     again = kit.student_command(work / "s2", "--methods", "cls", cache=work / "det_train.zarr")
