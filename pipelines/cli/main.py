@@ -1,5 +1,6 @@
 """The command line: `kdpipe cache-teacher`, `train-student`, `train-teacher`, `evaluate`, `verify`, `inspect`, ..."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -107,6 +108,8 @@ def _run(args: list[str], *, debug: bool) -> None:
 
 
 def _end_interrupted() -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()  # in a log of both streams, what was printed before stands before
     click.echo("Interrupted.", err=True)
     sys.exit(EXIT_INTERRUPTED)
 

@@ -152,6 +152,25 @@ def test_interrupt_that_mmengine_takes_for_a_syntax_error(
     assert ended.err.strip() == "Interrupted."
 
 
+def test_interrupted_is_the_last_line_of_a_log(tmp_path: Path) -> None:
+    """Of both streams, even after a print that Python still holds back."""
+    program = """
+import click
+from kdpipe.pipelines.cli import main as cli
+
+@cli.cli.command("interrupted")
+def interrupted():
+    print("before")
+    raise KeyboardInterrupt
+
+cli.main(["interrupted"])
+"""
+    log = tmp_path / "log"
+    with log.open("w") as both:
+        code = subprocess.run([sys.executable, "-c", program], stdout=both, stderr=both).returncode
+    assert (code, log.read_text().split()) == (130, ["before", "Interrupted."])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised in a callback of Python's own it is lost; the work that goes on notices all the same."""
