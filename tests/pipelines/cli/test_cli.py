@@ -166,8 +166,9 @@ def interrupted():
 cli.main(["interrupted"])
 """
     log = tmp_path / "log"
+    held_back = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with log.open("w") as both:
-        code = subprocess.run([sys.executable, "-c", program], stdout=both, stderr=both).returncode
+        code = subprocess.run([sys.executable, "-c", program], stdout=both, stderr=both, env=held_back).returncode
     assert (code, log.read_text().split()) == (130, ["before", "Interrupted."])
 
 
