@@ -88,6 +88,19 @@ CACHES = {
     "cascade": ("cascade-teacher", ["--dtype", "int4", "--proposals", "256"]),
     "equal": ("equal-teacher", [*OBJECTS, "--views", "identity,hflip"]),
 }
+# What was tried with `ckd`.
+CKD: dict[str, dict[str, Any]] = {
+    "ckd": {},
+    "centre": {"ckd.centre": True},
+    "teacher-detached": {"ckd.teacher_gradient": "none"},
+    "queue-detached": {"ckd.teacher_gradient": "batch"},
+    "no-same-class": {"ckd.same_class_negatives": False},
+    "from-a-third": {"ckd.start": 104},
+    "nonlinear": {"ckd.projection": "nonlinear"},
+    "queue-of-one-step": {"ckd.queue_size": 512},
+}
+# Weights at which the losses have equal shares of the gradient at the pyramid (of the teacher's RoIs, on bccd).
+EQUAL_SHARES = {"weights.sgfi": 3.1, "weights.ckd": 0.41, "weights.careg": 1.3, "weights.cls": 2.2}
 
 
 @dataclass(frozen=True)
@@ -159,12 +172,9 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
     alone = ("sgfi", "ckd", "pred")
     two_stage_methods = [*alone, ALL, f"{ALL},cross", f"{ALL},box"]
     dense_methods = ["none", *alone, ALL, f"{ALL},cross", "sgfi,cross"]
+    anchors = str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)
     dense = [
-        Row(
-            "retinanet",
-            dense_methods,
-            (str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)),
-        ),
+        Row("retinanet", dense_methods, anchors),
         Row("fcos", dense_methods, (FCOS, fcos(16, 64)), lr=0.01),
         Row("fcos-high-rate", dense_methods, (FCOS, fcos(16, 64))),
     ]
@@ -222,22 +232,23 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
             ],
         ),
         "contrast": Study(
+            12, [plain, *(Row(name, ["ckd"], small, distill=each, baseline="plain") for name, each in CKD.items())]
+        ),
+        "contrast-dense": Study(
+            12,
+            [
+                Row("plain", ["none"], anchors),
+                *(Row(name, ["ckd", ALL], anchors, distill=each, baseline="plain") for name, each in CKD.items()),
+            ],
+        ),
+        "balance": Study(
             12,
             [
                 plain,
-                *(
-                    Row(name, ["ckd"], small, distill=each, baseline="plain")
-                    for name, each in (
-                        ("ckd", {}),
-                        ("centre", {"ckd.centre": True}),
-                        ("teacher-detached", {"ckd.teacher_gradient": "none"}),
-                        ("queue-detached", {"ckd.teacher_gradient": "batch"}),
-                        ("no-same-class", {"ckd.same_class_negatives": False}),
-                        ("nonlinear", {"ckd.projection": "nonlinear"}),
-                        ("queue-of-one-step", {"ckd.queue_size": 512}),
-                    )
-                ),
+                Row("as-it-is", [ALL], small, baseline="plain"),
+                Row("equal-shares", [ALL], small, distill=EQUAL_SHARES, baseline="plain"),
             ],
+            [(f"equal-shares, {ALL}", f"as-it-is, {ALL}")],
         ),
         "head-transfer": Study(
             12,
