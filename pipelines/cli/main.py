@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from kdpipe.pipelines.runtime.memory import memory_shortage
 __all__ = ["EXIT_INTERRUPTED", "main"]
 
 EXIT_ERROR, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 3, 130
+_SECONDS_OF_AN_IMPORT = 0.05  # after which it is looked at again
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -65,8 +67,24 @@ for command in (
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run as Ctrl-C does: files are left whole, helper processes are ended."""
+    """SIGTERM ends a run as Ctrl-C does: files are left whole, helper processes are ended.
+
+    An import is finished first: cut off in that of torch, the process would abort.
+    """
+    if _importing(frame):
+        again = threading.Timer(_SECONDS_OF_AN_IMPORT, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     stop.ask()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main(args: list[str] | None = None) -> None:

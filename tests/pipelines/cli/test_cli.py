@@ -173,6 +173,27 @@ cli.main(["interrupted"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_is_finished_before_an_interrupt(number: int, tmp_path: Path) -> None:
+    """That of torch would abort."""
+    (tmp_path / "slow.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(0.2)\n")
+    program = """
+import time
+from kdpipe.pipelines.cli import main as cli
+
+@cli.cli.command("interrupted")
+def interrupted():
+    import slow
+    print("imported", flush=True)
+    time.sleep(60)
+    print("went on", flush=True)
+
+cli.main(["interrupted"])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr.split()) == (130, ["imported"], ["Interrupted."])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_that_python_drops(kit: "Kit", work: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised in a callback of Python's own it is lost; the work that goes on notices all the same."""
 
