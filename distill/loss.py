@@ -22,7 +22,6 @@ class Sizes:
         student_dim: Length of the student's embeddings.
         teacher_dim: Length of the teacher's.
         anchors: Boxes that one of the student's embeddings stands for.
-        num_classes: K, which is the label of background.
         strides: Of the levels that the pyramids of both have.
     """
 
@@ -31,7 +30,6 @@ class Sizes:
     student_dim: int
     teacher_dim: int
     anchors: int
-    num_classes: int
     strides: tuple[int, ...] = ()
 
 

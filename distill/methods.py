@@ -176,7 +176,7 @@ def stage_sizes(student: Student, stage: int, spec: CacheSpec) -> Sizes:
     """
     dims = student.embedding_dims[stage], spec.embedding_dim
     strides = common_strides(spec, student.strides)
-    return Sizes(student.channels, spec.channels, *dims, student.num_anchors, spec.num_classes, strides)
+    return Sizes(student.channels, spec.channels, *dims, student.num_anchors, strides)
 
 
 def check_student(student: Student, spec: CacheSpec, losses: Sequence[str]) -> None:

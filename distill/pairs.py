@@ -200,7 +200,7 @@ class RoiPairs:
         embeddings = present(self.teacher.embeddings, "the teacher's embeddings")[self.rows]
         frames = ImageFrames.of(self.samples, embeddings.device)
         boxes, image_ids = frames.original_boxes(self.paired.rois), frames.image_ids[self.paired.image_index]
-        return TeacherKeys(embeddings.float(), boxes, image_ids, self.labels)
+        return TeacherKeys(embeddings.float(), boxes, image_ids)
 
     @property
     def teacher_logits(self) -> Tensor | None:

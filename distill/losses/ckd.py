@@ -21,7 +21,6 @@ from kdpipe.distill.losses.numeric import (
 from kdpipe.distill.rows import in_order, rows_of_each
 
 PROJECTIONS = ("linear", "nonlinear")
-TEACHER_GRADIENTS = ("all", "batch", "none")
 
 
 def ckd_loss(student: Tensor, keys: Tensor, exclude: Tensor | None = None, temperature: float = 0.07) -> Tensor:
@@ -108,12 +107,6 @@ class CKD(nn.Module):
         anchors: boxes A that one of the student's embeddings stands for.
         exclude_iou: boxes of one image that overlap more are no negatives of each other.
         projection: f_theta: `linear`, or `nonlinear`: a hidden layer with ReLU before it (table 11).
-        centre: subtract the mean of the keys' embeddings from all embeddings before f_theta.
-        teacher_gradient: which keys f_theta learns from, beside the student's side: `all`, those of the `batch`, or
-            `none`.
-        same_class_negatives: whether boxes of the same class of objects are negatives of each other.
-        num_classes: the label of background; needed where boxes of the same class are not.
-        start: steps before the first in which the loss counts; the queue fills meanwhile.
 
     Raises:
         LossInputError: an option that is out of its range.
@@ -129,24 +122,13 @@ class CKD(nn.Module):
         anchors: int = 1,
         exclude_iou: float = 0.5,
         projection: str = "linear",
-        centre: bool = False,
-        teacher_gradient: str = "all",
-        same_class_negatives: bool = True,
-        num_classes: int | None = None,
-        start: int = 0,
     ) -> None:
         super().__init__()
         _check_temperature(temperature)
-        for name, value, known in (
-            ("projection", projection, PROJECTIONS),
-            ("teacher_gradient", teacher_gradient, TEACHER_GRADIENTS),
-        ):
-            if value not in known:
-                raise LossInputError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
-        if not 0 <= exclude_iou <= 1 or start < 0:
-            raise LossInputError(f"exclude_iou is {exclude_iou} and start {start}; expected 0 to 1, and at least 0.")
-        if num_classes is None and not same_class_negatives:
-            raise LossInputError("To leave out negatives of the same class, CKD needs num_classes, found None.")
+        if projection not in PROJECTIONS:
+            raise LossInputError(f"projection is {projection!r}; expected one of {', '.join(PROJECTIONS)}.")
+        if not 0 <= exclude_iou <= 1:
+            raise LossInputError(f"exclude_iou is {exclude_iou}; expected 0 to 1.")
         lifted = student_dim != teacher_dim or anchors > 1
         self.lift = nn.Linear(student_dim, anchors * teacher_dim) if lifted else nn.Identity()
         self.f_theta: nn.Module = nn.Linear(teacher_dim, dim)
@@ -155,8 +137,6 @@ class CKD(nn.Module):
         self.queue = TeacherQueue(teacher_dim, queue_size)
         self.student_dim, self.teacher_dim, self.anchors = student_dim, teacher_dim, anchors
         self.temperature, self.exclude_iou = temperature, exclude_iou
-        self.centre, self.teacher_gradient, self.start = centre, teacher_gradient, start
-        self.same_class_negatives, self.num_classes = same_class_negatives, num_classes
 
     def forward(
         self, student_embeddings: Tensor, teacher_keys: TeacherKeys, anchors: Tensor | None = None
@@ -174,44 +154,28 @@ class CKD(nn.Module):
         Raises:
             LossInputError: shapes that do not fit.
         """
-        num_boxes, counts = len(student_embeddings), self.queue.steps >= self.start
+        num_boxes = len(student_embeddings)
         for name, found, dim in (
             ("student_embeddings", student_embeddings, self.student_dim),
             ("the teacher's embeddings", teacher_keys.embeddings, self.teacher_dim),
         ):
             check_shape(name, found, (num_boxes, dim), f"{num_boxes} student embeddings and a length of {dim}")
         others, new = of_all_ranks(teacher_keys) if self.training else (teacher_keys[:0], teacher_keys[:0])
-        batch = num_boxes + len(others.boxes)
         keys = TeacherKeys.join([teacher_keys, others, self.queue.keys()])
         with no_autocast(student_embeddings):
-            student, projected = self._project(student_embeddings, keys.embeddings.detach(), anchors, batch)
-            student, projected = unit_rows(student), unit_rows(projected)
-            exclude = NoNegatives(
-                teacher_keys, keys, self.exclude_iou, None if self.same_class_negatives else self.num_classes
-            )
+            dtype = next(self.f_theta.parameters()).dtype
+            student = unit_rows(self.f_theta(self.lifted(student_embeddings.to(dtype), anchors)))
+            projected = unit_rows(self.f_theta(keys.embeddings.detach().to(dtype)))
+            exclude = NoNegatives(teacher_keys, keys, self.exclude_iou)
             loss, is_nearest = sliced_ckd_loss(student, projected, exclude, self.temperature)
         if self.training:
             self.queue.push(new)
         return CKDResult(
-            loss * counts,
+            loss,
             is_nearest.sum() / max(num_boxes, 1),
             mean_cosine(projected.detach()),
             self.queue.count.to(loss),
         )
-
-    def _project(
-        self, student: Tensor, embeddings: Tensor, anchors: Tensor | None, batch: int
-    ) -> tuple[Tensor, Tensor]:
-        """f_theta of both sides, Tensor[N, dim] and Tensor[N + M, dim]."""
-        dtype = next(self.f_theta.parameters()).dtype
-        student, embeddings = self.lifted(student.to(dtype), anchors), embeddings.to(dtype)
-        if self.centre and len(embeddings):
-            mean = embeddings.mean(dim=0)
-            student, embeddings = student - mean, embeddings - mean
-        learned = {"all": len(embeddings), "batch": batch, "none": 0}[self.teacher_gradient]
-        with torch.no_grad():
-            rest = self.f_theta(embeddings[learned:])
-        return self.f_theta(student), torch.cat([self.f_theta(embeddings[:learned]), rest])
 
     def lifted(self, embeddings: Tensor, anchors: Tensor | None = None) -> Tensor:
         """The student's embeddings in the teacher's dimension, each by the slice of the layer that is its anchor's.

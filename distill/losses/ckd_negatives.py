@@ -51,22 +51,17 @@ class NoNegatives:
         own: of N boxes.
         keys: M of all boxes.
         iou: keys of the same object are no negatives, see `same_object`.
-        background: keys of the same class are no negatives either, except for those of this label. None: they are.
     """
 
     own: TeacherKeys
     keys: TeacherKeys
     iou: float
-    background: int | None = None
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Some rows, Tensor[n, M] bool."""
-        own, keys, (columns, near) = self.own[rows], self.keys, self._near
-        same = torch.zeros(len(own.boxes), len(keys.boxes), dtype=torch.bool, device=own.boxes.device)
+        own, (columns, near) = self.own[rows], self._near
+        same = torch.zeros(len(own.boxes), len(self.keys.boxes), dtype=torch.bool, device=own.boxes.device)
         same[:, columns] = same_object(own.boxes, own.image_ids, near.boxes, near.image_ids, self.iou)
-        if self.background is not None:
-            is_object = own.labels != self.background
-            same |= (own.labels[:, None] == keys.labels) & is_object[:, None]
         return same
 
     @cached_property

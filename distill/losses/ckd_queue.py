@@ -22,13 +22,11 @@ class TeacherKeys:
         embeddings: Tensor[N, D], input of the teacher's classifier layer.
         boxes: Tensor[N, 4] float32 (x1, y1, x2, y2), pixels of the original image, whatever the student's view of it.
         image_ids: Tensor[N] int64.
-        labels: Tensor[N] int64 in [0, number of classes], the latter for background.
     """
 
     embeddings: Tensor
     boxes: Tensor
     image_ids: Tensor
-    labels: Tensor
 
     def __getitem__(self, rows: slice | Tensor) -> "TeacherKeys":
         """Those of a slice, a mask, or of row numbers."""
@@ -46,7 +44,7 @@ class TeacherQueue(nn.Module):
     """The last embeddings that the teacher gave on all ranks, oldest out first. Part of the state dict.
 
     A checkpoint of a queue of another size, as it has with other ranks or another batch, gives the newest that fit in.
-    Memory: 2 D + 32 bytes for each, 85 MB for 40,960 of length 1,024.
+    Memory: 2 D + 24 bytes for each, 85 MB for 40,960 of length 1,024.
 
     Args:
         dim: length D of an embedding.
@@ -59,10 +57,8 @@ class TeacherQueue(nn.Module):
     embeddings: Tensor
     boxes: Tensor
     image_ids: Tensor
-    labels: Tensor
     count: Tensor
     cursor: Tensor
-    steps: Tensor
 
     def __init__(self, dim: int, size: int) -> None:
         super().__init__()
@@ -71,8 +67,7 @@ class TeacherQueue(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, dim, dtype=torch.float16))
         self.register_buffer("boxes", torch.zeros(size, 4))
         self.register_buffer("image_ids", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("labels", torch.zeros(size, dtype=torch.int64))
-        for name in ("count", "cursor", "steps"):
+        for name in ("count", "cursor"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self._held: int | None = 0  # `count`, for which no device is waited for; None where it is not known
 
@@ -99,7 +94,6 @@ class TeacherQueue(nn.Module):
             getattr(self, field.name)[rows] = values.to(getattr(self, field.name))
         self.cursor.copy_((self.cursor + count) % size)
         self.count.copy_((self.count + count).clamp(max=size))
-        self.steps += 1
         self._held = None if self._held is None else min(self._held + count, size)
 
     def keys(self) -> TeacherKeys:
@@ -159,10 +153,10 @@ def of_all_ranks(own: TeacherKeys) -> tuple[TeacherKeys, TeacherKeys]:
         dist.all_gather(counts, count)
         lengths = torch.cat(counts).tolist()  # the one time that the device is waited for
         half = own.embeddings.clamp(-_LARGEST, _LARGEST).half()
-        # a float64 holds pixels of float32 and whole numbers up to 2^53: one message for the three
-        places = torch.cat([own.boxes.double(), own.image_ids[:, None].double(), own.labels[:, None].double()], dim=1)
+        # a float64 holds pixels of float32 and whole numbers up to 2^53: one message for both
+        places = torch.cat([own.boxes.double(), own.image_ids[:, None].double()], dim=1)
         embeddings, places = _gather(half, lengths), _gather(places, lengths)
-        every = TeacherKeys(embeddings, places[:, :4].float(), places[:, 4].long(), places[:, 5].long())
+        every = TeacherKeys(embeddings, places[:, :4].float(), places[:, 4].long())
     start = sum(lengths[: dist.get_rank()])
     return TeacherKeys.join([every[:start], every[start + len(own.boxes) :]]), every
 

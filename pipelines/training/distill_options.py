@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from kdpipe.distill.losses.ckd import PROJECTIONS, TEACHER_GRADIENTS
+from kdpipe.distill.losses.ckd import PROJECTIONS
 from kdpipe.distill.losses.shares import SHARE_INTERVAL
 from kdpipe.distill.methods import LOSSES, ContractError
 from kdpipe.distill.rois.mixing import ROI_MIXES
@@ -70,10 +70,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ckd.branch": _one_of(CKD_BRANCHES),
     "ckd.pair_iou": ("a number from 0.5 to 1", lambda value: _is_number(value) and 0.5 <= value <= 1),
     "ckd.projection": _one_of(PROJECTIONS),
-    "ckd.centre": _YES_OR_NO,
-    "ckd.teacher_gradient": _one_of(TEACHER_GRADIENTS),
-    "ckd.same_class_negatives": _YES_OR_NO,
-    "ckd.start": _whole(0, 2**31),
     "share_interval": _whole(0, 2**31),
 }
 _WEIGHT = "a finite number of at least 0", lambda value: _is_number(value) and value >= 0

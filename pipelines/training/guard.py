@@ -65,7 +65,6 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
             weights = getattr(_bare(runner), "weights", {})
             self._silent = {loss_name(loss) for loss, weight in weights.items() if weight}
             self._patience = _DENSE_PATIENCE if getattr(_bare(runner), "dense", False) else _PATIENCE
-            self._patience += getattr(getattr(_bare(runner), "ckd", None), "start", 0)
         if self._steps >= self._patience or not outputs:
             return
         self._steps += 1
@@ -120,7 +119,7 @@ class CollapseHook(Hook):  # type: ignore[misc]
             warning = (
                 f"The loss ckd teaches next to nothing: in the last {self._high} steps, the mean cosine between the "
                 f"projected embeddings of different boxes (ckd_spread) was above {_SPREAD}; now it is "
-                f"{float(spread):.3f}. Leave ckd out of --methods, or try -o distill.ckd.centre=True."
+                f"{float(spread):.3f}. Leave ckd out of --methods."
             )
             _warn(warning, runner, self._console)
 

@@ -91,11 +91,6 @@ CACHES = {
 # What was tried with `ckd`.
 CKD: dict[str, dict[str, Any]] = {
     "ckd": {},
-    "centre": {"ckd.centre": True},
-    "teacher-detached": {"ckd.teacher_gradient": "none"},
-    "queue-detached": {"ckd.teacher_gradient": "batch"},
-    "no-same-class": {"ckd.same_class_negatives": False},
-    "from-a-third": {"ckd.start": 104},
     "nonlinear": {"ckd.projection": "nonlinear"},
     "queue-of-one-step": {"ckd.queue_size": 512},
 }

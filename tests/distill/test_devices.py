@@ -78,7 +78,7 @@ class Made:
 
     def keys(self, count: int, dim: int = 20) -> TeacherKeys:
         ids = self.whole(4, count).sort().values
-        return TeacherKeys(self.normal(count, dim), self.boxes(count), ids, self.whole(4, count))
+        return TeacherKeys(self.normal(count, dim), self.boxes(count), ids)
 
 
 def gradients(value: Tensor, made: Made, learned: list[Tensor]) -> Results:
@@ -128,7 +128,7 @@ def samples(made: Made, pair: "type[Pair]") -> Results:
 def negatives(made: Made, pair: "type[Pair]") -> Results:
     keys = made.keys(200)
     own = keys[:50]
-    rows = NoNegatives(own, keys, 0.3, background=3)[10:40]
+    rows = NoNegatives(own, keys, 0.3)[10:40]
     return [same_object(own.boxes, own.image_ids, keys.boxes, keys.image_ids, 0.3), rows]
 
 
@@ -141,8 +141,7 @@ def sgfi(made: Made, pair: "type[Pair]") -> Results:
 
 def ckd(made: Made, pair: "type[Pair]") -> Results:
     """The fourth step, whose keys are of the first three, and fill the queue more than once."""
-    options: dict[str, Any] = {"centre": True, "projection": "nonlinear", "same_class_negatives": False}
-    module = filled(CKD(12, 20, dim=8, queue_size=100, anchors=3, num_classes=3, **options), made)
+    module = filled(CKD(12, 20, dim=8, queue_size=100, anchors=3, projection="nonlinear"), made)
     for _ in range(4):
         student = made.learned(40, 12)
         result = module(student, made.keys(40), made.whole(3, 40))

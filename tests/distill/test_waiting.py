@@ -168,7 +168,7 @@ def normal(device: str, seed: int, *shape: int) -> Tensor:
 def keys(device: str, count: int) -> TeacherKeys:
     corner = normal(device, 1, count, 2).abs() * 50
     ids = torch.arange(count, device=device)
-    return TeacherKeys(normal(device, 3, count, 20), torch.cat([corner, corner + 20], dim=1), ids // 10, ids % 4)
+    return TeacherKeys(normal(device, 3, count, 20), torch.cat([corner, corner + 20], dim=1), ids // 10)
 
 
 def loss_functions(device: str) -> dict[str, Callable[[], Tensor]]:
@@ -177,12 +177,12 @@ def loss_functions(device: str) -> dict[str, Callable[[], Tensor]]:
     logits, of_logits, labels = (
         normal(device, 3, 20, 4).requires_grad_(),
         normal(device, 4, 20, 4),
-        keys(device, 20).labels,
+        torch.arange(20, device=device) % 4,
     )
     deltas, of_deltas = normal(device, 5, 20, 3, 4).requires_grad_(), normal(device, 6, 20, 3, 4)
     embeddings, anchors = normal(device, 7, 20, 12).requires_grad_(), labels % 3
     sgfi, ckd = SGFI(8, 6).to(device), CKD(12, 20, dim=8, queue_size=50).to(device)
-    of_anchors = CKD(12, 20, dim=8, queue_size=50, anchors=3, same_class_negatives=False, num_classes=3).to(device)
+    of_anchors = CKD(12, 20, dim=8, queue_size=50, anchors=3).to(device)
     coder = [0.0] * 4, [0.1] * 4, [0.0] * 4, [0.2] * 4
     return {
         "sgfi": lambda: sgfi(features, of_teacher).loss,

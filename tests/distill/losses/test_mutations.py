@@ -278,14 +278,12 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
     (
         ckd,
         MODULE_OF_CKD,
-        {"projection": "linear", "centre": True, "same_class_negatives": False},
+        {"projection": "linear"},
         {
             "the queue is not asked": (
                 "TeacherKeys.join([teacher_keys, others, self.queue.keys()])",
                 "TeacherKeys.join([teacher_keys, others])",
             ),
-            "the student is not centred": ("student - mean, embeddings - mean", "student, embeddings - mean"),
-            "background is a class": ("None if self.same_class_negatives else self.num_classes", "-1"),
             "nothing joins the queue": ("self.queue.push(new)", "pass"),
         },
     ),

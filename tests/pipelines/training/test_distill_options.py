@@ -31,10 +31,6 @@ VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "ckd.branch": (("localization", "combined"), ("both", 1)),
     "ckd.pair_iou": ((0.5, 0.7, 1), (0.49, 1.1)),
     "ckd.projection": (("linear", "nonlinear"), ("cubic", 2)),
-    "ckd.centre": ((True, False), (1, "yes")),
-    "ckd.teacher_gradient": (("all", "batch", "none"), ("some", True)),
-    "ckd.same_class_negatives": ((True, False), (0, "no")),
-    "ckd.start": ((0, 500), (-1, 0.5)),
     "share_interval": ((0, 50), (-1, 0.5)),
     "transforms": (("[MyJitter]", "['MyJitter']"), (1, "{'a': 1}")),
 }
