@@ -94,8 +94,11 @@ CKD: dict[str, dict[str, Any]] = {
     "nonlinear": {"ckd.projection": "nonlinear"},
     "queue-of-one-step": {"ckd.queue_size": 512},
 }
-# Weights at which the losses have equal shares of the gradient at the pyramid (of the teacher's RoIs, on bccd).
-EQUAL_SHARES = {"weights.sgfi": 3.1, "weights.ckd": 0.41, "weights.careg": 1.3, "weights.cls": 2.2}
+# Weights at which the distillation losses have equal shares of the gradient at the pyramid (the teacher's RoIs, bccd).
+EQUAL_SHARES = {
+    "two-stage": {"weights.sgfi": 3.1, "weights.ckd": 0.41, "weights.careg": 1.3, "weights.cls": 2.2},
+    "fcos": {"weights.sgfi": 3.2, "weights.ckd": 0.39, "weights.cls": 7.2},
+}
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,11 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
     two_stage_methods = [*alone, ALL, f"{ALL},cross", f"{ALL},box"]
     dense_methods = ["none", *alone, ALL, f"{ALL},cross", "sgfi,cross"]
     anchors = str(folder / "retinanet.py"), retinanet(16, 64, data_set.dense_scale)
+    points_only = FCOS, fcos(16, 64)
     dense = [
         Row("retinanet", dense_methods, anchors),
-        Row("fcos", dense_methods, (FCOS, fcos(16, 64)), lr=0.01),
-        Row("fcos-high-rate", dense_methods, (FCOS, fcos(16, 64))),
+        Row("fcos", dense_methods, points_only, lr=0.01),
+        Row("fcos-high-rate", dense_methods, points_only),
     ]
     plain = Row("plain", ["none"], small)
     pyramid: dict[str, Any] = {"cache": "pyramid-int4", "rois": "student", "baseline": "plain"}
@@ -241,7 +245,15 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
             [
                 plain,
                 Row("as-it-is", [ALL], small, baseline="plain"),
-                Row("equal-shares", [ALL], small, distill=EQUAL_SHARES, baseline="plain"),
+                Row("equal-shares", [ALL], small, distill=EQUAL_SHARES["two-stage"], baseline="plain"),
+            ],
+            [(f"equal-shares, {ALL}", f"as-it-is, {ALL}")],
+        ),
+        "balance-dense": Study(
+            36,
+            [
+                Row("as-it-is", ["none", ALL], points_only, lr=0.01),
+                Row("equal-shares", [ALL], points_only, distill=EQUAL_SHARES["fcos"], lr=0.01, baseline="as-it-is"),
             ],
             [(f"equal-shares, {ALL}", f"as-it-is, {ALL}")],
         ),
