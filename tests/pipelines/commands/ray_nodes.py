@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ def serve() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
     print(json.dumps(cluster.address), flush=True)
     nodes: dict[int, Any] = {}
+
+    def wait_for_all() -> None:
+        """Until the head and these nodes are alive, and no other. Those of `ray start` are not known to `cluster`."""
+        while len(cluster.global_state._live_node_ids()) != 1 + len(nodes):
+            time.sleep(0.1)
+
     for line in sys.stdin:
         request = json.loads(line)
         if "hide" in request:
+            wait_for_all()
             ray = [str(Path(sys.executable).with_name("ray")), "start", f"--address={cluster.address}", "--block"]
             ray += [
                 f"--node-ip-address={HOME}",
@@ -38,7 +46,7 @@ def serve() -> None:
             mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', request["hide"]]
             with open(os.devnull, "w") as nowhere:  # noqa: PTH123
                 nodes[request["add"]] = subprocess.Popen([*mount, *ray], stdout=nowhere, start_new_session=True)
-            cluster.wait_for_nodes()
+            wait_for_all()
         elif "add" in request:
             nodes[request["add"]] = cluster.add_node(num_cpus=1, **here)
         else:

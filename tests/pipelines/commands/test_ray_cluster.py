@@ -100,7 +100,7 @@ def test_a_path_that_one_node_lacks(kit: "Kit", parts: "Parts", work: Path, node
         _, err = process.communicate(timeout=300)
     finally:
         nodes.ask(remove=4)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert "1 of 3 nodes of the cluster cannot make parts:" in err
     assert f"{work / 'data' / 'images'} is not there" in err
     assert len(parts.committed(work / "x.zarr")) == 0
