@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from kdpipe.pipelines.cli.main import EXIT_INTERRUPTED, main
+from kdpipe.pipelines.cli.main import end_interrupted, main
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -16,5 +16,5 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(sys.argv[1]):  # it has ended already
-        sys.exit(EXIT_INTERRUPTED)
+        end_interrupted()
     main(sys.argv[2:])

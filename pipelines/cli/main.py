@@ -23,7 +23,7 @@ from kdpipe.pipelines.runtime.console import command_console, error_text, robust
 from kdpipe.pipelines.runtime.launch import is_first
 from kdpipe.pipelines.runtime.memory import memory_shortage
 
-__all__ = ["EXIT_INTERRUPTED", "main"]
+__all__ = ["end_interrupted", "main"]
 
 EXIT_ERROR, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 3, 130
 _SECONDS_OF_AN_IMPORT = 0.05  # after which it is looked at again
@@ -110,10 +110,10 @@ def _run(args: list[str], *, debug: bool) -> None:
             error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _end_interrupted()
+        end_interrupted()
     except Exception as error:
         if _was_interrupted(error):
-            _end_interrupted()
+            end_interrupted()
         if debug:
             raise
         message = _user_message(error)
@@ -125,7 +125,13 @@ def _run(args: list[str], *, debug: bool) -> None:
         sys.exit(EXIT_ERROR)
 
 
-def _end_interrupted() -> NoReturn:
+def end_interrupted() -> NoReturn:
+    """End as a command does that was interrupted. Signals that come now are not heard: it is ending already.
+
+    Linux sends that of a parent's death once for each of its threads.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()  # in a log of both streams, what was printed before stands before
     click.echo("Interrupted.", err=True)

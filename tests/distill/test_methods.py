@@ -84,7 +84,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.full((teacher_channels,), start))
 
     def forward(self, teacher_roi_features: Tensor, student_logits: Tensor, labels: Tensor) -> Result:
-        assert len(student_logits) == len(labels)
+        assert student_logits.shape == (len(labels), 3 + 1)  # classes of `pair`, and background
         height = (teacher_roi_features.mean(dim=(2, 3)) * self.scale).sum()
         return Result(height + 0 * student_logits.sum(), height.detach(), self.scale.detach())
 

@@ -71,9 +71,7 @@ def test_ended_it_goes_on(kit: "Kit", work: Path, undisturbed: Path, number: int
         time.sleep(0.05)
     assert not any((work / "w").glob("*/*/seed-0/result.json"))
     logs = [log.read_text() for log in (work / "w").glob("*/*/seed-0.log")]
-    if number == signal.SIGINT:  # where `compare` itself is killed, a training that has not begun ends without a word
-        assert all(log.rstrip().endswith("Interrupted.") for log in logs), "\n\n".join(logs)
-    assert not any("Error" in log for log in logs), "\n\n".join(logs)
+    assert all(log.rstrip().endswith("Interrupted.") for log in logs), "\n\n".join(logs)
     process = kit.start(*command(kit, "w"), cwd=work)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
