@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from mmdet.registry import MODELS
-from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ from kdpipe.distill.methods import (
 )
 from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
-from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.students.build import is_dense, student_of
 from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
@@ -38,12 +36,6 @@ from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.source import CachedTargets, ImageTargets, TargetSource
 
 MODELS.register_module(module=CachedTargets)
-
-
-def progress() -> float:
-    """Share of the running training that is over; of none, 0."""
-    hub = MessageHub.get_current_instance()
-    return float(hub.get_info("iter", 0) / max(hub.get_info("max_iters", 0), 1))
 
 
 @MODELS.register_module()
@@ -66,7 +58,6 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             `pair_iou`, the least IoU of a cached box with the predicted one that it is paired with (for `cls`, too).
         roi_sampling: Options of `RoiSampling`, for the RoIs that a dense student chooses.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
-        roi_mix: One of `ROI_MIXES`: whose RoIs are looked at where the student chooses them.
         stagewise: Whether each stage of a cascade is told what that stage of a cascade teacher says, where the student
             chooses the RoIs.
 
@@ -86,7 +77,6 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         ckd: Mapping[str, Any] | None = None,
         roi_sampling: Mapping[str, Any] | None = None,
         share_interval: int = SHARE_INTERVAL,
-        roi_mix: str = ROI_MIXES[0],
         stagewise: bool = False,
     ) -> None:
         detector = student if isinstance(student, nn.Module) else MODELS.build(student)
@@ -113,9 +103,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             raise ContractError(f"Weights of losses are finite and at least 0; found {wrong}.")
         needs = needed_fields(self.losses, self.dense)
         asks_student = reads_student(self.losses, self.dense)
-        self.frozen_teacher = FrozenTeacher(
-            self.spec, needs, source.head_state, asks_student, roi_mix, progress, stagewise
-        )
+        self.frozen_teacher = FrozenTeacher(self.spec, needs, source.head_state, asks_student, stagewise)
         self.frozen_teacher.check_stages(len(self._watched_student().embedding_dims))
         if "cross" in self.losses:
             self.frozen_teacher.check_crossed()

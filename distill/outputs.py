@@ -1,7 +1,6 @@
 """RoIs of a batch, and what the box heads of student and teacher say of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -58,15 +57,6 @@ class BatchRois:
             return self
         return BatchRois(self.rois[rows], self.labels[rows], self.positive[rows])
 
-    @staticmethod
-    def join(parts: "Sequence[BatchRois]") -> "BatchRois":
-        """One part after the other."""
-        rois, labels, positive = (
-            torch.cat([getattr(x, name) for x in parts]) for name in ("rois", "labels", "positive")
-        )
-        counts = [x.num_positive for x in parts if x.num_positive is not None]
-        return BatchRois(rois, labels, positive, sum(counts) if len(counts) == len(parts) else None)
-
 
 @dataclass(frozen=True)
 class HeadOutputs:
@@ -107,12 +97,6 @@ class StudentOutputs:
         """Those of some rows."""
         others = (_at(values, rows) for values in (self.deltas, self.anchors, self.boxes))
         return StudentOutputs(self.embeddings[rows], self.logits[rows], *others)
-
-    @staticmethod
-    def join(parts: "Sequence[StudentOutputs]") -> "StudentOutputs":
-        """Those of one part of the RoIs after the other."""
-        values = ([getattr(part, field.name) for part in parts] for field in fields(StudentOutputs))
-        return StudentOutputs(*(None if x[0] is None else torch.cat(x) for x in values))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
 """The teacher's pyramid of an image, which can be asked about any box of the student's view of that image."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import map_boxes, mirror_deltas, mirror_features
 from kdpipe.distill.losses.numeric import no_autocast
-from kdpipe.distill.outputs import BatchRois, Rows, StudentOutputs, TeacherOutputs
+from kdpipe.distill.outputs import BatchRois, TeacherOutputs
 from kdpipe.distill.pairs import RoiPairs
-from kdpipe.distill.rois.mixing import whose_rois
 from kdpipe.distill.rows import row_numbers
 from kdpipe.distill.students.protocol import StudentStage
 from kdpipe.distill.teacher.cached_boxes import cached_view, read_maps
@@ -36,10 +34,6 @@ class TeacherView:
             nor losses compare. The last of these are left out.
         scale: Tensor[L, C] float32 of an int8 pyramid, or None.
         size: (height, width) of the teacher's network input without padding, pixels; a cascade keeps boxes inside.
-        boxes: Tensor[S, 4] float32 (x1, y1, x2, y2), a sample of the cached boxes, pixels of the student's network
-            input; none where only the student's RoIs are looked at.
-        labels: Tensor[S] int64 of these, number of classes = background.
-        positive: Tensor[S] bool of these.
     """
 
     view: str
@@ -47,9 +41,6 @@ class TeacherView:
     pyramid: tuple[Tensor | None, ...] = ()
     scale: Tensor | None = None
     size: tuple[int, int] = (0, 0)
-    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
-    labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    positive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @property
     def maps(self) -> StoredMaps | None:
@@ -162,7 +153,7 @@ class TeacherViewBatch:
         if not teacher.at_rois:
             none = BatchRois.none(stage.pyramid[0].device)
             return RoiPairs(stage, teacher.spec, none, slice(None), None, TeacherOutputs(), maps=maps)
-        rois, rows, outputs = self._rois_of(stage)
+        rois, rows, outputs = stage.sampled()
         if any(view.view == "skipped" for view in self._views):
             is_kept = torch.tensor([view.view != "skipped" for view in self._views])
             kept = is_kept.to(rois.rois.device, non_blocking=True)[rois.image_index]  # [R]
@@ -170,22 +161,3 @@ class TeacherViewBatch:
             rois, rows = rois.select(kept), rows if isinstance(rows, slice) else rows[kept]
         answers = apply_teacher_head(self._views, rois, teacher.head_for(stage.index), teacher.spec, teacher.needs)
         return RoiPairs(stage, teacher.spec, rois, row_numbers(rows), outputs, answers, maps=maps)
-
-    def _rois_of(self, stage: StudentStage) -> tuple[BatchRois, Rows, StudentOutputs]:
-        """The RoIs of this step, which of them the student has something to say of, and what."""
-        of_student, of_teacher = whose_rois(self._teacher.roi_mix, self._teacher.progress())
-        parts = [stage.sampled()] if of_student else []
-        if of_teacher:
-            rois = self._cached_rois()
-            parts.append((rois, *stage.outputs_at(rois.rois)))
-        if len(parts) == 1:
-            return parts[0]
-        every, rows, outputs = zip(*parts, strict=True)
-        masks = [x for x in rows if isinstance(x, Tensor)]  # of a dense student; another speaks of all RoIs
-        return BatchRois.join(every), torch.cat(masks) if masks else slice(None), StudentOutputs.join(outputs)
-
-    def _cached_rois(self) -> BatchRois:
-        """The sampled boxes of the cache, of all images."""
-        boxes = [functional.pad(view.boxes, (1, 0), value=image) for image, view in enumerate(self._views)]
-        labels, positive = ([getattr(view, name) for view in self._views] for name in ("labels", "positive"))
-        return BatchRois(torch.cat(boxes), torch.cat(labels), torch.cat(positive))

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from kdpipe.cache.errors import present
 from kdpipe.cache.read.reader import TeacherCache
-from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.views import is_flipped, map_boxes, mirror_deltas, relative_matrix, visible_boxes
 from kdpipe.distill.rois.align import assign_levels
-from kdpipe.distill.rois.sampling import RoiSampling, SampledRois, sample_rois
+from kdpipe.distill.rois.sampling import RoiSampling, sample_rois
 from kdpipe.distill.teacher.maps import StoredMaps
 from kdpipe.distill.teacher.targets import RoiTargets, no_rois
 
@@ -77,8 +76,20 @@ def read_roi_targets(
     if "roi_features" in needs and "roi_features" in spec.fields:
         fields.append("roi_features")
     cached = cache.targets(image_id, view, fields=fields)
-    options = sampling, spec.num_classes, generator
-    sample, rows = sample_cached(cached, matrix, size, gt_boxes, gt_labels, *options)
+    boxes = map_boxes(cached.boxes, matrix)
+    visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
+    sample = sample_rois(
+        boxes[visible],
+        int((visible < cached.num_proposals + cached.num_jittered).sum()),
+        gt_boxes,
+        gt_labels,
+        sampling=sampling,
+        num_classes=spec.num_classes,
+        generator=generator,
+        # positives are drawn from boxes that have RoI features, where these are read
+        eligible=None if cached.roi_rows is None else torch.isin(visible, cached.roi_rows),
+    )
+    rows = visible[sample.rows]
     num_positive = int(sample.positive.sum())
     deltas = _at(cached.deltas, rows)
     if deltas is not None and mirrored:
@@ -124,46 +135,6 @@ def read_maps(
     cached = cache.targets(image_id, view, fields=("features",), levels=sorted(levels), rows=())
     features = present(cached.features, f"the pyramid of image {image_id}")
     return StoredMaps(relative_matrix(matrix, cached.matrix), features, cached.scale, cached.input_size)
-
-
-def sample_cached(
-    cached: TeacherTargets,
-    matrix: npt.NDArray[np.float64],
-    size: tuple[int, int],
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    sampling: RoiSampling,
-    num_classes: int,
-    generator: torch.Generator,
-) -> tuple[SampledRois, Tensor]:
-    """Sample those cached boxes of an image that the student sees.
-
-    Args:
-        cached: The boxes; and their RoI features, where these are read: positives are drawn from boxes that have some.
-        matrix: `[3, 3]` original pixels -> the student's network input.
-        size: `(h, w)` of the student's network input without padding.
-        gt_boxes: Tensor[G, 4] (x1, y1, x2, y2), pixels of the student's network input.
-        gt_labels: Tensor[G] int64.
-        sampling: Of the RoIs.
-        num_classes: K, the label of background.
-        generator: Source of randomness.
-
-    Returns:
-        The sample, in the student's view, and which of the cached boxes these are, Tensor[S] int64.
-    """
-    boxes = map_boxes(cached.boxes, matrix)
-    visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
-    sample = sample_rois(
-        boxes[visible],
-        int((visible < cached.num_proposals + cached.num_jittered).sum()),
-        gt_boxes,
-        gt_labels,
-        sampling=sampling,
-        num_classes=num_classes,
-        generator=generator,
-        eligible=None if cached.roi_rows is None else torch.isin(visible, cached.roi_rows),
-    )
-    return sample, visible[sample.rows]
 
 
 def _at(values: Tensor | None, rows: Tensor) -> Tensor | None:

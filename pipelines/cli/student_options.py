@@ -55,7 +55,7 @@ distillation_options = combined(
         "--rois",
         "roi_source",
         type=click.Choice(["teacher", "student"]),
-        help="Who chooses the RoIs. Default: the student, where the cache can serve that.",
+        help="Who chooses the RoIs. Default: the teacher, of a cache; the student, where the teacher runs.",
     ),
     click.option(
         "--ckd-branch",

@@ -10,7 +10,6 @@ from mmengine.config import Config, ConfigDict
 from kdpipe.distill.losses.ckd import PROJECTIONS
 from kdpipe.distill.losses.shares import SHARE_INTERVAL
 from kdpipe.distill.methods import LOSSES, ContractError
-from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.training.config import world_size
@@ -21,7 +20,6 @@ __all__ = ["DISTILL_DEFAULTS", "ckd_queue_size", "distill_options", "other_optio
 
 DISTILL_DEFAULTS: dict[str, Any] = {
     "rois": ROI_SAMPLING,
-    "roi_mix": ROI_MIXES[0],
     "stagewise": False,
     "weights": {},
     "sgfi": LOSSES["sgfi"].options,
@@ -56,7 +54,6 @@ _SHARE = "a number from 0 to 1", lambda value: _is_number(value) and 0 <= value 
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rois.num": _whole(1, 2**16),
     "rois.positive_fraction": _SHARE,
-    "roi_mix": _one_of(ROI_MIXES),
     "stagewise": _YES_OR_NO,
     "sgfi.kernel_size": ("an odd whole number from 1 to 31", lambda value: _whole(1, 31)[1](value) and value % 2 == 1),
     "sgfi.normalize": _YES_OR_NO,

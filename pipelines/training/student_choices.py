@@ -7,7 +7,6 @@ from rich.console import Console
 
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.distill.methods import ANCHOR_FREE_METHODS, CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
-from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
@@ -66,7 +65,8 @@ def choose_roi_source(
 
     Args:
         teacher: The teacher.
-        asked: `teacher` or `student`; None takes the student's where the teacher can say what it says of any box.
+        asked: `teacher` or `student`; None takes those of a cached teacher, and the student's where the teacher runs in
+            every step and can say what it says of any box.
         distill: As `distill_options` gives them.
         dense: For a student that predicts boxes densely.
         console: Where it is said.
@@ -74,27 +74,19 @@ def choose_roi_source(
     Raises:
         ContractError: The RoIs that were asked for cannot be served; or options are for those of the teacher.
     """
-    roi_source, why = (
-        asked or "student",
-        "asked for" if asked else f"{teacher.name} can be asked about any box",
-    )
+    default = ("student", "without a cache") if teacher.cache is None else ("teacher", "with a cache")
+    roi_source, why = (asked, "asked for") if asked else (default[0], f"the default {default[1]}")
     if roi_source == "student" and (reason := teacher.refusal().removesuffix(".")):
         if asked:
             raise ContractError(f"{teacher.name} cannot serve --rois student: {reason}. Use --rois teacher.")
         roi_source, why = "teacher", f"{teacher.name} cannot be asked about those of the student: {reason}"
-    if distill.roi_mix != ROI_MIXES[0] and (roi_source == "teacher" or teacher.cache is None):
-        raise ContractError(
-            f"distill.roi_mix={distill.roi_mix} puts cached boxes beside those that the student chooses: it needs a "
-            f"cache that can be asked about any box, and --rois student. Here, {teacher.name} is asked about the RoIs "
-            f"of the {roi_source}. Leave it out."
-        )
     if distill.stagewise and roi_source == "teacher":
         raise ContractError(
             "distill.stagewise asks one stage of the teacher at a time, about the RoIs of the student; of its own RoIs "
             "the teacher says what all of its stages say together. Leave it out, or add --rois student."
         )
     for name, value in distill.rois.items():
-        if roi_source == "student" and distill.roi_mix == ROI_MIXES[0] and not dense and value != ROI_SAMPLING[name]:
+        if roi_source == "student" and not dense and value != ROI_SAMPLING[name]:
             raise ContractError(
                 f"distill.rois.{name} is for RoIs that the teacher chose, and with --rois student the student's own "
                 "sampler decides (model.train_cfg.rcnn.sampler). Leave it out, or add --rois teacher."

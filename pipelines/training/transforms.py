@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ from mmdet.structures.bbox import get_box_tensor
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.distill.methods import expand_methods, looks_at_rois, map_levels, needed_fields
-from kdpipe.distill.rois.mixing import ROI_MIXES
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
-from kdpipe.distill.teacher.cached_boxes import cached_view, read_roi_targets, sample_cached
+from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
 from kdpipe.pipelines.data.images import ImageError
 from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
@@ -71,7 +69,6 @@ class AddTeacherTargets:
         methods: Those of the `DistilledDetector`, or its losses: they say what is read.
         roi_source: `teacher` or `student`: who chooses the RoIs.
         roi_sampling: Options of `RoiSampling`, for RoIs of the teacher.
-        roi_mix: One of `ROI_MIXES`: whether the teacher's RoIs are looked at beside those of the student.
         missing_view: `mirror` or `skip`, for flipped images whose flipped view is not cached.
         student_strides: Of the student's pyramid: for losses that compare whole feature maps, only levels of these are
             read. None reads all that the losses can compare.
@@ -87,7 +84,6 @@ class AddTeacherTargets:
         missing_view: str = "mirror",
         student_strides: Sequence[int] | None = None,
         allow_partial: bool = False,
-        roi_mix: str = "none",
     ) -> None:
         if missing_view not in MISSING_VIEWS:
             raise KdpipeError(f"missing_view is {missing_view!r}; expected one of {', '.join(MISSING_VIEWS)}.")
@@ -97,9 +93,6 @@ class AddTeacherTargets:
         losses = expand_methods(methods)
         self.needs, self.at_rois, self.roi_source = needed_fields(losses), looks_at_rois(losses), roi_source
         self.map_levels = map_levels(losses, self.cache.spec, student_strides)
-        if roi_mix not in ROI_MIXES:
-            raise KdpipeError(f"roi_mix is {roi_mix!r}; expected one of {', '.join(ROI_MIXES)}.")
-        self.roi_mix = roi_mix
         self.roi_sampling, self.missing_view = RoiSampling(**(roi_sampling or {})), missing_view
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -122,21 +115,7 @@ class AddTeacherTargets:
 
     def _read_view(self, sample: Any, matrix: npt.NDArray[np.float64]) -> TeacherView:
         levels = {*(range(self.cache.spec.head_levels) if self.at_rois else ()), *self.map_levels}
-        view = read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view, levels=levels)
-        if self.roi_mix == "none" or view.view == "skipped" or not self.at_rois:
-            return view
-        spec, truth = self.cache.spec, sample.gt_instances
-        chosen, _ = sample_cached(
-            self.cache.targets(sample.img_id, cached_view(spec, matrix)[0], fields=("boxes",)),
-            matrix,
-            sample.img_shape,
-            get_box_tensor(truth.bboxes),
-            truth.labels,
-            self.roi_sampling,
-            spec.num_classes,
-            torch.default_generator,
-        )
-        return replace(view, boxes=chosen.boxes, labels=chosen.labels, positive=chosen.positive)
+        return read_teacher_view(self.cache, sample.img_id, matrix, missing_view=self.missing_view, levels=levels)
 
     def _read_rois(self, sample: Any, matrix: npt.NDArray[np.float64]) -> RoiTargets:
         truth = sample.gt_instances

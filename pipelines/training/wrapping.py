@@ -53,7 +53,7 @@ def with_distillation(
     cfg = copy.deepcopy(cfg)
     check_named(distill.transforms, training_pipelines(cfg))
     if roi_source is not None:
-        sampling = {"roi_source": roi_source, "roi_sampling": distill.rois, "roi_mix": distill.roi_mix}
+        sampling = {"roi_source": roi_source, "roi_sampling": distill.rois}
         targets = {"methods": list(losses), **sampling, "missing_view": missing_view}
         if student_strides is not None and any(LOSSES[loss].of_maps for loss in losses):
             targets["student_strides"] = list(student_strides)
@@ -70,7 +70,6 @@ def with_distillation(
         "ckd": {**distill.ckd, "queue_size": size},
         "roi_sampling": distill.rois,
         "share_interval": distill.share_interval,
-        "roi_mix": distill.roi_mix,
         "stagewise": distill.stagewise,
     }
     return cfg

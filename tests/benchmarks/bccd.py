@@ -129,8 +129,7 @@ class Row:
     def toml(self, folder: Path) -> str:
         """The row, as `kdpipe compare --grid` has it."""
         config, overrides = self.student
-        cached_boxes = self.rois == "teacher" or "roi_mix" in self.distill
-        distill = {"rois.num": ROIS, **self.distill} if cached_boxes else self.distill
+        distill = {"rois.num": ROIS, **self.distill} if self.rois == "teacher" else self.distill
         values: dict[str, Any] = {
             "student": config,
             "methods": list(self.methods),
@@ -206,13 +205,8 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
                 Row("teacher-rois", [ALL, "hard"], small, cache="pyramid-int4", baseline="plain"),
                 Row("four-times", [ALL], small, "pyramid-int4", distill={"rois.num": 4 * ROIS}, baseline="plain"),
                 Row("student-rois", [ALL], small, **pyramid),
-                Row("first-third", [ALL], small, distill={"roi_mix": "first"}, **pyramid),
-                Row("union", [ALL], small, distill={"roi_mix": "union"}, **pyramid),
             ],
-            [
-                (f"{name}, {ALL}", f"student-rois, {ALL}")
-                for name in ("teacher-rois", "four-times", "first-third", "union")
-            ],
+            [(f"{name}, {ALL}", f"student-rois, {ALL}") for name in ("teacher-rois", "four-times")],
         ),
         "boxes": Study(
             12,

@@ -46,8 +46,6 @@ class FrozenTeacher:
         needs: What the losses read of it: some of `logits`, `deltas`, `embeddings`, `roi_features`, `features`.
         head_state: Gives the weights of its heads; called when the box head is asked for the first time.
         asks_student: Whether a loss reads what the student says of the RoIs.
-        roi_mix: Whose RoIs are looked at where the student chooses them: one of `ROI_MIXES`.
-        progress: Gives the share of the training that is over.
         stagewise: Whether a stage of a cascade student is told what the same stage of a cascade teacher says.
     """
 
@@ -55,8 +53,6 @@ class FrozenTeacher:
     needs: frozenset[str]
     head_state: Callable[[], Mapping[str, Tensor]]
     asks_student: bool = True
-    roi_mix: str = "none"
-    progress: Callable[[], float] = float
     stagewise: bool = False
 
     @property

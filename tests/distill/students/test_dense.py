@@ -506,19 +506,6 @@ def test_cached_rois_without_a_partner_are_counted_and_left_to_sgfi(pair: "type[
     assert int(model.ckd.queue.count) == 3
 
 
-def test_cached_boxes_beside_those_of_the_student(pair: "type[Pair]") -> None:
-    model = detector(pair, "fcos", *METHODS, roi_mix="union")
-    near = DenseStudent(model.student).boxes(watched(pair, model).regression, 0, (64, 64))[[5, 20, 40]]
-    boxes = torch.cat([near, torch.tensor([[0.0, 0.0, 2.0, 2.0]])])
-    labels, positive = torch.full((4,), 3), torch.zeros(4, dtype=torch.bool)
-    beside = replace(view(pair, 1), boxes=boxes, labels=labels, positive=positive)
-    own = step(pair, detector(pair, "fcos", *METHODS), [view(pair, 1), view(pair, 2)])
-    both = step(pair, model, [beside, view(pair, 2)])
-    added = {name: both[name] - own[name] for name in ("kd_negative", "kd_positive", "kd_unpaired")}
-    assert added == {"kd_negative": 4, "kd_positive": 0, "kd_unpaired": 1}
-    assert int(model.ckd.queue.count) == 64
-
-
 def test_skipped_images_are_left_out(pair: "type[Pair]") -> None:
     model = detector(pair, "retinanet", *METHODS)
     losses = step(pair, model, [view(pair, 1), view(pair, 2, "skipped")])

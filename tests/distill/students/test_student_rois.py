@@ -1,8 +1,6 @@
 """RoIs that the student chose: taken from its own loss, which does not notice."""
 
 import copy
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import torch
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS
-from mmengine.logging import MessageHub
 from torch import Tensor
 
 from kdpipe.distill.detector import DistilledDetector
@@ -119,45 +116,6 @@ def test_the_control_is_the_students_own_loss(pair: "type[Pair]") -> None:
     """At its own RoIs, the box head's loss with the annotations is the one that it has anyway."""
     losses = step(pair, detector(pair, "hard"), [view(pair, 1), view(pair, 2)])
     torch.testing.assert_close(losses["loss_hard"], losses["loss_cls"] + losses["loss_bbox"])
-
-
-@pytest.fixture
-def progress() -> Iterator[MessageHub]:
-    """That of the running training."""
-    hub = MessageHub.get_current_instance()
-    hub.update_info("max_iters", 9)
-    yield hub
-    hub.pop_info("iter")
-    hub.pop_info("max_iters")
-
-
-def test_the_teachers_rois_first_then_those_of_the_student_or_both(pair: "type[Pair]", progress: MessageHub) -> None:
-    g = torch.Generator().manual_seed(0)
-    corner = torch.rand(6, 2, generator=g) * 30
-    boxes, labels = torch.cat([corner, corner + 20], dim=1), torch.tensor([1, 2, 3, 3, 3, 3])
-    views = [replace(view(pair, seed), boxes=boxes, labels=labels, positive=labels < 3) for seed in (1, 2)]
-
-    def counted(mix: str, views: list[TeacherView] = views) -> tuple[dict[str, Tensor], int, int]:
-        losses = step(pair, detector(pair, *METHODS, roi_mix=mix), views)
-        return losses, int(losses["kd_positive"]), int(losses["kd_negative"])
-
-    own, own_positive, own_negative = counted("none")
-    for progress_iter, is_early in ((0, True), (2, True), (3, False), (8, False)):
-        progress.update_info("iter", progress_iter)
-        losses, *counts = counted("first")
-        assert counts == ([4, 8] if is_early else [own_positive, own_negative])
-        assert torch.equal(losses["loss_kd_cls"], own["loss_kd_cls"]) != is_early
-    progress.update_info("iter", 0)
-    early, both = counted("first")[0], counted("union")
-    assert both[1:] == (own_positive + 4, own_negative + 8)
-    count = own_positive + own_negative
-    for name in ("loss_kd_cls", "loss_kd_careg"):
-        expected = (own[name] * count + early[name] * 12) / (count + 12)
-        torch.testing.assert_close(both[0][name], expected)
-    mean = (own["loss_sgfi"] * own_positive + early["loss_sgfi"] * 4) / (own_positive + 4)
-    torch.testing.assert_close(both[0]["loss_sgfi"], mean)
-    half = counted("union", [views[0], view(pair, 2, "skipped")])
-    assert half[1] + half[2] == 16 + 6
 
 
 def test_with_weights_zero_the_gradients_are_those_of_plain_mmdet(pair: "type[Pair]") -> None:

@@ -81,7 +81,7 @@ def test_a_quarter_of_the_width(kit: "Kit", work: Path) -> None:
         *("train-student", "--cache", kit.cache, "--student", R50, "--work-dir", work / "w", "--epochs", 1),
         *("--workers", 0, "--methods", "sgfi,cls", *options),
     )
-    assert "RoIs: those of the student" in ended.out
+    assert "RoIs: those of the teacher" in ended.out
     assert (work / "w" / "student.pth").is_file()
 
 

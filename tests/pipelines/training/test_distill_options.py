@@ -19,7 +19,6 @@ NO_NUMBER = ("nan", "inf", "-inf", "text", "None", "True", "[1]", "''", "1e999")
 VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "rois.num": ((1, 512), (0, -1, 1.5, "512.0", 10**9)),
     "rois.positive_fraction": ((0, 0.25, 1), (-0.1, 1.01)),
-    "roi_mix": (("none", "first", "union"), ("both", 1)),
     "stagewise": ((True, False), (1, "yes")),
     "weights.sgfi": ((0, 0.5, 3, 1e38), (-1, -1e-9)),
     "sgfi.kernel_size": ((1, 3), (0, 2, -1, 1.0, 33)),
@@ -78,7 +77,7 @@ def test_the_queue_holds_the_rois_of_ten_steps_of_all_processes(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("distill.colour=1", r"Unknown option distill\.colour. There are: rois, roi_mix, stagewise, weights"),
+        ("distill.colour=1", r"Unknown option distill\.colour. There are: rois, stagewise, weights"),
         ("distill.ckd.colour=1", r"Unknown option distill\.ckd\.colour. There are: dim"),
         ("distill.sgfi.anchors=2", r"Unknown option distill\.sgfi\.anchors"),
         ("distill.rois.colour=1", r"Unknown option distill\.rois\.colour"),
