@@ -191,8 +191,10 @@ def test_levels_that_are_not_there(kit: "Kit", work: Path) -> None:
     message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,ckd", cache=work / "x.zarr"))
     assert "'sgfi' needs" in message
     assert "lacks P2 (it holds P3, P4, P5, P6)" in message
-    ended = kit.train_student(work / "w", "--methods", "ckd,pred", cache=work / "x.zarr")
-    assert "its pyramid lacks P2, which the teacher's RoI head reads" in ended.out
+    options = ("--methods", "ckd,pred")
+    message = kit.refused(*kit.student_command(work / "w", *options, "--rois", "student", cache=work / "x.zarr"))
+    assert "its pyramid lacks P2, which the teacher's RoI head reads" in message
+    kit.train_student(work / "w", *options, cache=work / "x.zarr")
     assert "spec.levels: found [1, 2, 3, 4], wanted nothing" in kit.refused(*command, "--dtype", "int4")
 
 

@@ -17,7 +17,7 @@ def test_the_student_is_that_of_a_cache(kit: "Kit", work: Path, epochs: int) -> 
     exact = ("--dtype", "float32", "--views", "identity,hflip", "--out", cache)
     kit.run("cache-teacher", *kit.source, *kit.VIEW, *exact)
     options = ("--epochs", epochs, "--lr", 0.002, "-o", "distill.ckd.queue_size=256")
-    kit.train_student(work / "cached", *options, cache=cache)
+    kit.train_student(work / "cached", *options, "--rois", "student", cache=cache)
     ended = kit.run(*kit.online_command(work / "online", *options))
     assert "RoIs: those of the student" in ended.out
     weights = [

@@ -76,7 +76,8 @@ def test_boxes_that_meet_no_object_yet_do_not_end_a_training(kit: "Kit", work: P
     config = Config.fromfile(path)
     del config.model.bbox_head.init_cfg
     path.write_text(config.pretty_text)
-    kit.run(*kit.student_command(work / "w", *QUEUE, "--student", path, "--methods", "sgfi,ckd"))
+    options = (*QUEUE, "--student", path, "--methods", "sgfi,ckd", "--rois", "student")
+    kit.run(*kit.student_command(work / "w", *options))
     for row in log(work / "w"):
         assert row["kd_positive"] == row["kd_unpaired"] > 0
         assert row["loss_ckd"] > 0
@@ -157,7 +158,7 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
     cache = work / "x.zarr"
     kit.run("cache-teacher", *kit.source, *kit.VIEW, "--dtype", "float32", "--views", "identity,hflip", "--out", cache)
     options = ("--methods", "sgfi,ckd,pred", "--epochs", 3, "--lr", 0.002)
-    train(kit, work, "retinanet", "cached", *options, cache=cache)
+    train(kit, work, "retinanet", "cached", *options, "--rois", "student", cache=cache)
     beside = ("--student", student(kit, work, "retinanet"), *QUEUE, *options)
     kit.run(*kit.online_command(work / "live", *beside))
     for step, (cached, live) in enumerate(zip(log(work / "cached"), log(work / "live"), strict=True)):

@@ -77,6 +77,9 @@ def test_weights_that_are_not_finite_are_not_saved(kit: "Kit", work: Path) -> No
     assert not list((work / "w").glob("*.pth"))
 
 
+AT_STUDENT = ("--rois", "student")
+
+
 @pytest.fixture
 def _nothing_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing_positive(views: Any, rois: BatchRois, *args: Any) -> TeacherOutputs:
@@ -89,12 +92,12 @@ def _nothing_positive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_nothing_positive")
 def test_a_loss_that_contributes_nothing(kit: "Kit", work: Path) -> None:
-    message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,cls"))
+    message = kit.refused(*kit.student_command(work / "w", "--methods", "sgfi,cls", *AT_STUDENT))
     assert "loss_sgfi was 0 in every step so far" in message
     assert "0 positive" in message
     assert "8 exact" in message or "mirrored" in message
     assert not (work / "w" / "student.pth").exists()
-    kit.train_student(work / "v", "--methods", "sgfi,cls", "-o", "distill.weights.sgfi=0")
+    kit.train_student(work / "v", "--methods", "sgfi,cls", *AT_STUDENT, "-o", "distill.weights.sgfi=0")
 
 
 @pytest.mark.usefixtures("_nothing_positive")
@@ -102,12 +105,12 @@ def test_a_short_training_in_which_nothing_is_learned_says_so(kit: "Kit", work: 
     """Of a dense student, whose boxes may need some time: a warning on the console, and the student is kept."""
     config = kit.dense("fcos")
     (work / "student.py").write_text(config.pretty_text)
-    ended = kit.train_student(work / "w", "--student", work / "student.py", "--methods", "sgfi,cls")
+    ended = kit.train_student(work / "w", "--student", work / "student.py", "--methods", "sgfi,cls", *AT_STUDENT)
     _, line = " ".join(ended.out.split()).split("Warning: ")
     assert line.startswith("loss_sgfi was 0 in every step so far: nothing is learned from it")
     assert "0 positive" in line
     assert (work / "w" / "student.pth").exists()
-    ended = kit.train_student(work / "v", "--student", work / "student.py", "--methods", "cls")
+    ended = kit.train_student(work / "v", "--student", work / "student.py", "--methods", "cls", *AT_STUDENT)
     assert "Warning" not in ended.out
 
 
