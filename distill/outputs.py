@@ -11,7 +11,7 @@ Rows = Tensor | slice  # a mask, row numbers, or a slice
 
 @dataclass(frozen=True)
 class BatchRois:
-    """R RoIs of a batch; those of an image that were drawn together lie together, the positives first.
+    """R RoIs of a batch; those of an image lie together, its positives first.
 
     Attributes:
         rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the student's network input.

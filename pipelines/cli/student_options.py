@@ -55,7 +55,7 @@ distillation_options = combined(
         "--rois",
         "roi_source",
         type=click.Choice(["teacher", "student"]),
-        help="Who chooses the RoIs. Default: the teacher, of a cache; the student, where the teacher runs.",
+        help="Who chooses the RoIs. Default: the teacher with --cache, the student with --teacher-ckpt.",
     ),
     click.option(
         "--ckd-branch",
