@@ -55,7 +55,7 @@ LOSSES: dict[str, Loss] = {
 HEAD_TRANSFER, INHERITANCE = HEAD_METHODS = "ht", "inherit"
 DEFAULT_METHODS = ("sgfi", "ckd", "pred")
 CLASS_AGNOSTIC_METHODS = ("sgfi", "ckd", "cls", "reg")  # where there is one box for all classes
-ANCHOR_FREE_METHODS = ("sgfi", "cross")  # of a dense student whose locations predict a box without anchors
+DENSE_METHODS = ("sgfi", "cross")  # of a student that predicts boxes densely
 METHODS = (*DEFAULT_METHODS, *(name for name in LOSSES if name not in DEFAULT_METHODS), *HEAD_METHODS)
 
 _TIER_FOR = {

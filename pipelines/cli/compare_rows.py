@@ -125,7 +125,7 @@ class RowBuilder:
                     raise click.UsageError(
                         f"student {row.name}: name its methods; the default ones follow the teacher of a cache only."
                     )
-                chosen = choose_methods(None, config, context.params["overrides"], teacher.spec, Console(quiet=True))
+                chosen = choose_methods(None, config, context.params["overrides"], teacher, Console(quiet=True))
             expand_methods(chosen, "roi_head" not in config.model)  # refused before anything is trained
             names.append(",".join(chosen) or PLAIN)
         return names

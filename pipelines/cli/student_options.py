@@ -21,7 +21,7 @@ __all__ = [
 DEFAULT_STUDENT = "faster-rcnn_r50_fpn_1x_coco"
 METHODS_HELP = (
     "Losses by name, such as sgfi,ckd,pred (an unknown one lists all); none; or default, which is sgfi,ckd,pred, "
-    "sgfi,ckd,cls,reg where teacher or student gives one box for all classes, sgfi,cross for a student without anchors."
+    "sgfi,ckd,cls,reg where teacher or student gives one box for all classes, sgfi,cross for a dense student."
 )
 # What decides where and how fast a training runs, and not what is learned.
 _PLACES = (

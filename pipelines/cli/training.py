@@ -122,7 +122,7 @@ def train_student_command(
     elif teacher_ckpt is not None:
         info, source = prepare_live_teacher(teacher_ckpt, teacher_config, data, trust=trust)
         teacher = LiveTrainingTeacher(info)
-    chosen_methods = choose_methods(named_methods, config, training.overrides, teacher.spec, console)
+    chosen_methods = choose_methods(named_methods, config, training.overrides, teacher, console)
     command = {"options": given_options(click.get_current_context()), "config": config_digest(config)}
     training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
     work_dir = work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen_methods) or 'none'}"

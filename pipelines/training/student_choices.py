@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from mmengine.config import Config, ConfigDict
 from rich.console import Console
 
-from kdpipe.cache.spec import CacheSpec
-from kdpipe.distill.methods import ANCHOR_FREE_METHODS, CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, ContractError
+from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, DENSE_METHODS, ContractError
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
@@ -19,7 +18,7 @@ ROI_SAMPLING = {"num": RoiSampling.num, "positive_fraction": RoiSampling.positiv
 
 
 def choose_methods(
-    asked: Sequence[str] | None, config: Config, options: Sequence[str], spec: CacheSpec, console: Console
+    asked: Sequence[str] | None, config: Config, options: Sequence[str], teacher: TrainingTeacher, console: Console
 ) -> Sequence[str]:
     """The methods of a training: those asked for, or those that suit teacher and student, which is said.
 
@@ -27,17 +26,16 @@ def choose_methods(
         asked: Some of `METHODS`, or None.
         config: mmdet config of the student.
         options: `KEY=VALUE` overrides of it.
-        spec: What the teacher is.
+        teacher: The teacher.
         console: Where it is said.
     """
     if asked is not None:
         return asked
     model = apply_options(config, model_options(options)).model
     if "roi_head" not in model:
-        has_anchors = "anchor_generator" in model.get("bbox_head", {})
-        return DEFAULT_METHODS if has_anchors else _of_anchor_free(spec, console)
+        return _of_dense(teacher, console)
     agnostic = {
-        "the teacher": spec.class_agnostic,
+        "the teacher": teacher.spec.class_agnostic,
         "the student": any(head.get("reg_class_agnostic") for head in dictionaries(model.roi_head.get("bbox_head"))),
     }
     if not any(agnostic.values()):
@@ -50,11 +48,12 @@ def choose_methods(
     return CLASS_AGNOSTIC_METHODS
 
 
-def _of_anchor_free(spec: CacheSpec, console: Console) -> Sequence[str]:
-    """Those of FCOS and its kind."""
-    methods = tuple(name for name in ANCHOR_FREE_METHODS if name != "cross" or not spec.semantic)
-    unfit = "" if methods == ANCHOR_FREE_METHODS else ", without cross, which the head of HTC cannot serve"
-    console.print(f"Methods: {','.join(methods)}, which suit a student without anchors{unfit}.")
+def _of_dense(teacher: TrainingTeacher, console: Console) -> Sequence[str]:
+    """Those of a student that predicts boxes densely."""
+    reason = "The head of HTC cannot serve it." if teacher.spec.semantic else teacher.head_refusal()
+    methods = tuple(name for name in DENSE_METHODS if name != "cross" or not reason)
+    unfit = f" Without cross: {reason}" if reason else ""
+    console.print(f"Methods: {','.join(methods)}, which suit a dense student.{unfit}", markup=False)
     return methods
 
 

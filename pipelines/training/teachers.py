@@ -11,6 +11,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.identity import difference
 from kdpipe.cache.read.reader import TeacherCache
 from kdpipe.cache.spec import CacheSpec
+from kdpipe.distill.teacher.heads.build import frozen_head
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.distill.teacher.source import CachedTargets, check_serves_student_rois
 from kdpipe.pipelines.data.class_matching import match_classes
@@ -61,6 +62,9 @@ class TrainingTeacher(Protocol):
 
     def refusal(self) -> str:
         """Why it cannot be asked about boxes that the student chose; empty where it can."""
+
+    def head_refusal(self) -> str:
+        """Why its box head cannot be rebuilt from its weights; empty where it can."""
 
     def with_data(
         self, data: DetectionData, begun: Mapping[str, Any], work_dir: Path, console: Console
@@ -161,6 +165,13 @@ class CachedTrainingTeacher:
             return str(error)
         return ""
 
+    def head_refusal(self) -> str:
+        try:
+            frozen_head(self.cache.head(), self.spec)
+        except KdpipeError as error:  # of another kind, or damaged
+            return str(error)
+        return ""
+
     def with_data(
         self, data: DetectionData, begun: Mapping[str, Any], work_dir: Path, console: Console
     ) -> tuple[DetectionData, list[int] | None]:
@@ -251,6 +262,9 @@ class LiveTrainingTeacher:
         """Its record is known with the data only."""
 
     def refusal(self) -> str:
+        return self._info.refusal
+
+    def head_refusal(self) -> str:
         return self._info.refusal
 
     def with_data(

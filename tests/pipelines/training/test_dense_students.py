@@ -172,7 +172,7 @@ def test_cached_training_is_that_beside_the_live_teacher(kit: "Kit", work: Path)
 
 
 def test_beside_a_live_teacher_at_its_own_rois(kit: "Kit", work: Path) -> None:
-    options = ("--student", student(kit, work, "retinanet"), *QUEUE, "--epochs", 1)
+    options = ("--student", student(kit, work, "retinanet"), *QUEUE, "--epochs", 1, "--methods", "sgfi,ckd,pred")
     ended = kit.run(*kit.online_command(work / "w", *options, "--rois", "teacher", "-o", "distill.rois.num=32"))
     assert "RoIs: those of the teacher (asked for)." in ended.out
     for row in log(work / "w"):

@@ -2,14 +2,16 @@
 
 import io
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.detectors.configs import find_config
 from kdpipe.pipelines.training.student_choices import choose_methods
+from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -18,6 +20,13 @@ R50, CASCADE, DENSE = "faster-rcnn_r50_fpn_1x_coco", "cascade-mask-rcnn_r50_fpn_
 AGNOSTIC = ("model.roi_head.bbox_head.reg_class_agnostic=True",)
 AWARE = tuple(f"model.roi_head.bbox_head.{stage}.reg_class_agnostic=False" for stage in range(3))
 PRED, REG = ("sgfi", "ckd", "pred"), ("sgfi", "ckd", "cls", "reg")
+
+
+def cached_teacher(kit: "Kit", **known: Any) -> CachedTrainingTeacher:
+    """That of a cache, of which something else is known."""
+    cache = open_cache(kit.cache)
+    cache.spec = replace(cache.spec, **known)
+    return CachedTrainingTeacher(cache)
 
 
 @pytest.mark.parametrize(
@@ -31,36 +40,43 @@ PRED, REG = ("sgfi", "ckd", "pred"), ("sgfi", "ckd", "cls", "reg")
         (CASCADE, (), True, REG, "the teacher and the student"),
         (CASCADE, AWARE, False, PRED, ""),
         (CASCADE, AWARE[:2], False, REG, "the student"),
-        (DENSE, (), True, PRED, ""),  # its pred is cls
     ],
 )
 def test_methods_that_suit_teacher_and_student(
     kit: "Kit", student: str, options: tuple[str, ...], agnostic_teacher: bool, methods: tuple[str, ...], who: str
 ) -> None:
     out = io.StringIO()
-    spec = replace(open_cache(kit.cache).spec, class_agnostic=agnostic_teacher)
+    teacher = cached_teacher(kit, class_agnostic=agnostic_teacher)
     config, console = find_config(student), Console(file=out, width=500)
-    assert choose_methods(None, config, options, spec, console) == methods
+    assert choose_methods(None, config, options, teacher, console) == methods
     assert (f"that of {who} is for all classes" in out.getvalue()) == bool(who)
     assert bool(out.getvalue()) == bool(who)
     for requested in (["pred"], [], ["sgfi", "careg"]):  # what was asked for stays, and is refused where it cannot be
-        assert choose_methods(requested, config, options, spec, console) == requested
+        assert choose_methods(requested, config, options, teacher, console) == requested
 
 
+@pytest.mark.parametrize("student", ["fcos_r50-caffe_fpn_gn-head_1x_coco", DENSE, "atss_r50_fpn_1x_coco"])
 @pytest.mark.parametrize(
-    ("student", "semantic", "methods"),
+    ("known", "head", "methods", "reason"),
     [
-        ("fcos_r50-caffe_fpn_gn-head_1x_coco", (), ("sgfi", "cross")),
-        ("fcos_r50-caffe_fpn_gn-head_1x_coco", (1, 14), ("sgfi",)),  # the head of HTC cannot serve cross
-        ("atss_r50_fpn_1x_coco", (), PRED),
-        (DENSE, (1, 14), PRED),
+        ({}, {}, ("sgfi", "cross"), ""),
+        ({"semantic": (1, 14)}, {}, ("sgfi",), "The head of HTC cannot serve it."),
+        ({}, {"roi_head.bbox_head.shared_convs.0.conv.weight": torch.zeros(1)}, ("sgfi",), "cannot be rebuilt"),
     ],
 )
 def test_methods_of_dense_students(
-    kit: "Kit", student: str, semantic: tuple[int, ...], methods: tuple[str, ...]
+    kit: "Kit",
+    monkeypatch: pytest.MonkeyPatch,
+    student: str,
+    known: dict[str, Any],
+    head: dict[str, torch.Tensor],
+    methods: tuple[str, ...],
+    reason: str,
 ) -> None:
-    out = io.StringIO()
-    spec = replace(open_cache(kit.cache).spec, semantic=semantic)
-    assert choose_methods(None, find_config(student), (), spec, Console(file=out, width=500)) == methods
-    assert ("without anchors" in out.getvalue()) == (methods != PRED)
-    assert ("HTC" in out.getvalue()) == (methods == ("sgfi",))
+    out, teacher = io.StringIO(), cached_teacher(kit, **known)
+    state = teacher.cache.head() | head
+    monkeypatch.setattr(teacher.cache, "head", lambda: state)
+    assert choose_methods(None, find_config(student), (), teacher, Console(file=out, width=500)) == methods
+    assert out.getvalue().startswith(f"Methods: {','.join(methods)}, which suit a dense student.")
+    assert reason in out.getvalue()
+    assert ("Without cross" in out.getvalue()) == bool(reason)
