@@ -64,7 +64,11 @@ class TrainingTeacher(Protocol):
         """Why it cannot be asked about boxes that the student chose; empty where it can."""
 
     def head_refusal(self) -> str:
-        """Why its box head cannot be rebuilt from its weights; empty where it can."""
+        """Why its box head cannot be rebuilt from its weights; empty where it can.
+
+        Raises:
+            CacheError: It is missing in the cache, or damaged.
+        """
 
     def with_data(
         self, data: DetectionData, begun: Mapping[str, Any], work_dir: Path, console: Console
@@ -168,7 +172,7 @@ class CachedTrainingTeacher:
     def head_refusal(self) -> str:
         try:
             frozen_head(self.cache.head(), self.spec)
-        except KdpipeError as error:  # of another kind, or damaged
+        except TeacherHeadError as error:
             return str(error)
         return ""
 

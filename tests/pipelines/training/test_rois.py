@@ -78,7 +78,12 @@ def test_a_damaged_head_is_said(kit: "Kit", work: Path) -> None:
     message = kit.refused(*kit.student_command(work / "w", "--rois", "student", cache=cache))
     assert "The teacher's head" in message
     assert "damaged" in message
-    kit.train_student(work / "w", "--methods", "cls", cache=cache)  # at the cached boxes, nobody asks the head
+    dense = ("--student", kit.DENSE["retinanet"], "-o", "model.backbone.init_cfg=None")
+    message = kit.refused(*kit.student_command(work / "w", *dense, cache=cache))  # whose default methods ask the head
+    assert "The teacher's head" in message
+    assert "damaged" in message
+    ended = kit.train_student(work / "w", "--methods", "cls", cache=cache)  # at the cached boxes, nobody asks it
+    assert "RoIs: those of the teacher" in ended.out
 
 
 def test_a_head_that_does_not_give_what_is_cached_is_found(kit: "Kit", monkeypatch: pytest.MonkeyPatch) -> None:

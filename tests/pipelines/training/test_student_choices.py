@@ -22,6 +22,12 @@ AWARE = tuple(f"model.roi_head.bbox_head.{stage}.reg_class_agnostic=False" for s
 PRED, REG = ("sgfi", "ckd", "pred"), ("sgfi", "ckd", "cls", "reg")
 
 
+# of a head that gives one box for all classes
+ONE_BOX = {
+    f"roi_head.bbox_head.fc_reg.{name}": torch.zeros(4, *shape) for name, shape in (("weight", (8,)), ("bias", ()))
+}
+
+
 def cached_teacher(kit: "Kit", **known: Any) -> CachedTrainingTeacher:
     """That of a cache, of which something else is known."""
     cache = open_cache(kit.cache)
@@ -60,6 +66,7 @@ def test_methods_that_suit_teacher_and_student(
     ("known", "head", "methods", "reason"),
     [
         ({}, {}, ("sgfi", "cross"), ""),
+        ({"class_agnostic": True}, ONE_BOX, ("sgfi", "cross"), ""),
         ({"semantic": (1, 14)}, {}, ("sgfi",), "The head of HTC cannot serve it."),
         ({}, {"roi_head.bbox_head.shared_convs.0.conv.weight": torch.zeros(1)}, ("sgfi",), "cannot be rebuilt"),
     ],
