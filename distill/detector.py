@@ -25,6 +25,7 @@ from kdpipe.distill.methods import (
     reads_student,
     stage_sizes,
 )
+from kdpipe.distill.outputs import BatchRois
 from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois.sampling import RoiSampling
@@ -184,10 +185,14 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         with self._watched_student().watch() as forward:
             losses: dict[str, Any] = self.student.loss(inputs, data_samples)
         batch = targets[0].batch(targets, self.frozen_teacher)
+        rois: BatchRois | None = None
+        of_rois: dict[str, Tensor] = {}
         for stage in forward.stages:
             pairs = replace(batch.pair_with(stage), samples=data_samples, frozen_teacher=self.frozen_teacher)
             is_first = stage.index == 0
-            for name, value, logged in self._distill(pairs):
+            if pairs.rois is not rois:
+                rois, of_rois = pairs.rois, {}
+            for name, value, logged in self._distill(pairs, of_rois):
                 losses |= {name: value, **logged} if is_first else {name: losses[name] + value}
             if is_first:
                 losses |= self._counts(pairs, targets)
@@ -196,14 +201,24 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         self._steps += 1
         return losses
 
-    def _distill(self, pairs: RoiPairs) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Name in the log and weighted value of each loss at a stage, and what is logged beside it."""
+    def _distill(self, pairs: RoiPairs, of_rois: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Name in the log and weighted value of each loss at a stage, and what is logged beside it.
+
+        Args:
+            pairs: Of the stage.
+            of_rois: Values of losses that say the same at every stage that has these RoIs; gets those of this one.
+        """
         stage = pairs.stage
         for name, loss in self._in_order():
             if loss.of_maps and stage.index:
                 continue  # a cascade has one pyramid
-            inputs = {x: getattr(pairs, x) for x in loss.inputs(self.dense)}
-            value, logged = loss_and_log(name, self._distill_loss(name, stage.index)(**inputs))
+            logged: dict[str, Tensor] = {}
+            value = of_rois.get(name)
+            if value is None:
+                inputs = {x: getattr(pairs, x) for x in loss.inputs(self.dense)}
+                value, logged = loss_and_log(name, self._distill_loss(name, stage.index)(**inputs))
+                if not reads_student([name], self.dense):
+                    of_rois[name] = value
             yield loss.log_name, value * (self.weights[name] * stage.weight), logged
 
     def _counts(self, pairs: RoiPairs, targets: Sequence[ImageTargets]) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Loss:
         per_class: Whether it needs a box for each class.
         weight: Where the user gives none.
         finest_stride: Of the levels that it compares, if it compares feature maps.
+        least_roi_size: Cells per side that RoI features must have, if it compares these.
     """
 
     log_name: str
@@ -58,6 +59,7 @@ class Loss:
     per_class: bool = False
     weight: float = 1.0
     finest_stride: int = 0
+    least_roi_size: int = 1
 
     @property
     def has_parameters(self) -> bool:

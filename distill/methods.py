@@ -34,7 +34,7 @@ IMITATION_WEIGHT = 0.01  # FGFI's, for an error that is a sum over channels
 PKD_WEIGHT = 6.0  # mmrazor's, for a RetinaNet taught by a Mask R-CNN Swin
 
 LOSSES: dict[str, Loss] = {
-    "sgfi": Loss("loss_sgfi", SGFI, SGFI),
+    "sgfi": Loss("loss_sgfi", SGFI, SGFI, least_roi_size=7),
     "ckd": Loss("loss_ckd", CKD, CKD, per_stage=True),
     "cls": Loss("loss_kd_cls", classification_kd_loss, dense_classification_kd_loss),
     "reg": Loss("loss_kd_reg", regression_kd_loss, regression_kd_loss),
@@ -232,6 +232,12 @@ def check_contract(spec: CacheSpec, losses: Sequence[str]) -> None:
                     f"cache lacks {missing} (it holds {', '.join(map(spec.level_name, spec.levels))}). Leave {loss} "
                     "out of --methods, or cache the teacher again with --targets objects, or with these levels."
                 )
+        if spec.roi_size < (least := LOSSES[loss].least_roi_size):
+            raise ContractError(
+                f"The loss {loss!r} needs RoI features of at least {least} x {least} cells, and those of this teacher "
+                f"have {spec.roi_size} x {spec.roi_size}. Leave {loss} out of --methods; roifi compares features of "
+                "any size."
+            )
         if LOSSES[loss].per_class and spec.class_agnostic:
             raise ContractError(
                 "Class-aware localisation KD (pred, careg) needs one box per class, and the cached teacher is "

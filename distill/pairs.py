@@ -180,7 +180,7 @@ class RoiPairs:
     @cached_property
     def teacher_maps(self) -> WarpedMaps:
         """The teacher's pyramids in the student's view, by stride, for the levels that both have."""
-        return WarpedMaps(self.maps, self.spec, self.student_maps)
+        return WarpedMaps(self.maps, self.spec, self.student_maps, [sample.img_shape[:2] for sample in self.samples])
 
     @cached_property
     def gt_boxes(self) -> list[Tensor]:

@@ -76,7 +76,8 @@ class SGFI(nn.Module):
     """Parameters of SGFI: f_adapt, f_embed and the temperature. Needed in training only.
 
     f_embed is two 3 x 3 convolutions of stride 2 without padding, each followed by ReLU, of widths C/2 and C/4, which
-    takes 7 x 7 RoI features to one key. The temperature is the exponential of a parameter, so that it stays positive.
+    takes RoI features of 7 x 7 to 10 x 10 cells to one key of C/4 numbers, and larger ones to a longer key. The
+    temperature is the exponential of a parameter, so that it stays positive.
 
     Args:
         student_channels: channels of the student's pyramid.
@@ -122,8 +123,8 @@ class SGFI(nn.Module):
         a fraction of the arithmetic and memory (tests/benchmarks/losses.md).
 
         Args:
-            student_roi_features: Tensor[R, L, student channels, 7, 7].
-            teacher_roi_features: Tensor[R, teacher channels, 7, 7]; gets no gradient.
+            student_roi_features: Tensor[R, L, student channels, H, W], of 7 cells or more per side.
+            teacher_roi_features: Tensor[R, teacher channels, H, W]; gets no gradient.
 
         Returns:
             The loss, and what it says of the levels.
@@ -140,12 +141,12 @@ class SGFI(nn.Module):
         return self._loss_and_weights(student_roi_features, teacher_roi_features)[1]
 
     def _loss_and_weights(self, student_roi_features: Tensor, teacher_roi_features: Tensor) -> tuple[Tensor, Tensor]:
-        check_dims("student_roi_features", student_roi_features, "[R, L, C, 7, 7]")
-        num_rois, num_levels = student_roi_features.shape[:2]
-        expected = (num_rois, num_levels, self.adapt.in_channels, 7, 7)
+        check_dims("student_roi_features", student_roi_features, "[R, L, C, H, W]")
+        num_rois, num_levels, _, *cells = student_roi_features.shape
+        expected = (num_rois, num_levels, self.adapt.in_channels, *cells)
         fit = f"an adapter of {self.adapt.in_channels} channels"
         check_shape("student_roi_features", student_roi_features, expected, fit)
-        of_teacher = (num_rois, self.adapt.out_channels, 7, 7)
+        of_teacher = (num_rois, self.adapt.out_channels, *cells)
         check_shape("teacher_roi_features", teacher_roi_features, of_teacher, f"{num_rois} RoIs")
         with no_autocast(student_roi_features):
             features = student_roi_features, teacher_roi_features.detach()
@@ -169,7 +170,7 @@ class SGFI(nn.Module):
         return loss, alpha
 
     def _adapted_keys(self, roi_features: Tensor) -> Tensor:
-        """Keys Tensor[N, key] of adapted features, out of those of the student, Tensor[N, student channels, 7, 7].
+        """Keys Tensor[N, key] of adapted features, out of those of the student, Tensor[N, student channels, H, W].
 
         f_adapt and the first convolution of f_embed, with nothing between them, are one convolution.
         """

@@ -1,5 +1,6 @@
 """How much each loss has to say at the pyramid: the figures by which weights of losses are chosen."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from kdpipe.distill.losses.numeric import no_autocast
 
 SHARE_INTERVAL = 50  # steps from one look to the next
 _SCALE = 1024.0  # of gradients, which float16 would round to zero
+_LOSS = re.compile("loss_|_?loss")  # mmengine adds up whatever has this in its name
 
 
 def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -22,7 +24,7 @@ def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dic
         pyramid: Levels that the losses were computed from.
 
     Returns:
-        `share_NAME` without `loss_` -> scalar in [0, 1]; nothing where the pyramid learns nothing.
+        `share_NAME` without `loss` -> scalar in [0, 1]; nothing where the pyramid learns nothing.
     """
     levels = [level for level in pyramid if level.requires_grad]
     norms: dict[str, Tensor] = {}
@@ -36,4 +38,4 @@ def gradient_shares(losses: Mapping[str, Any], pyramid: Sequence[Tensor]) -> dic
     if not norms:
         return {}
     whole = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return {f"share_{name.removeprefix('loss_')}": norm / whole for name, norm in norms.items()}
+    return {f"share_{_LOSS.sub('', name)}": norm / whole for name, norm in norms.items()}

@@ -21,9 +21,11 @@ class StudentPyramids:
     """
 
     def __init__(self, pyramid: Sequence[Tensor], strides: Sequence[int], spec: CacheSpec) -> None:
-        count = max(1, sum(stride <= spec.strides[spec.roi_levels - 1] for stride in strides))
-        self._pyramid, self._strides, self._spec = pyramid[:count], strides[:count], spec
-        self._finest_scale = spec.finest_scale * strides[0] / spec.strides[0]
+        finest, coarsest = spec.strides[0], spec.strides[spec.roi_levels - 1]
+        stop = max(1, sum(stride <= coarsest for stride in strides))
+        start = min(sum(stride < finest for stride in strides), stop - 1)
+        self._pyramid, self._strides, self._spec = pyramid[start:stop], strides[start:stop], spec
+        self._finest_scale = spec.finest_scale * self._strides[0] / finest
 
     def roi_align(self, rois: Tensor, size: int | None = None) -> Tensor:
         """RoIAlign with the settings of the teacher's own extractor.

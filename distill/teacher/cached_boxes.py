@@ -78,8 +78,10 @@ def read_roi_targets(
     cached = cache.targets(image_id, view, fields=fields)
     boxes = map_boxes(cached.boxes, matrix)
     visible = visible_boxes(boxes, size).nonzero().squeeze(1)  # rows that a crop left in the image
+    height, width = size
+    shown = boxes[visible].clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))  # as annotations are
     sample = sample_rois(
-        boxes[visible],
+        shown,
         int((visible < cached.num_proposals + cached.num_jittered).sum()),
         gt_boxes,
         gt_labels,
@@ -95,7 +97,7 @@ def read_roi_targets(
     if deltas is not None and mirrored:
         deltas = mirror_deltas(deltas)
     targets = RoiTargets(
-        boxes=sample.boxes,
+        boxes=boxes[rows],  # whole: of these the teacher speaks
         labels=sample.labels,
         num_positive=num_positive,
         view="mirrored" if mirrored else "exact",

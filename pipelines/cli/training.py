@@ -88,7 +88,7 @@ def train_student_command(
     from kdpipe.pipelines.data.find import cached_source, training_data
     from kdpipe.pipelines.detectors.configs import find_config
     from kdpipe.pipelines.teacher.live import prepare_live_teacher
-    from kdpipe.pipelines.training.student_choices import choose_methods
+    from kdpipe.pipelines.training.student_choices import choose_methods, choose_scale
     from kdpipe.pipelines.training.teachers import CachedTrainingTeacher, LiveTrainingTeacher
     from kdpipe.pipelines.training.training_record import config_digest
     from kdpipe.pipelines.training.work_dir import WorkDir
@@ -124,7 +124,8 @@ def train_student_command(
         teacher = LiveTrainingTeacher(info)
     chosen_methods = choose_methods(named_methods, config, training.overrides, teacher, console)
     command = {"options": given_options(click.get_current_context()), "config": config_digest(config)}
-    training = _with_recipe(replace(training, scale=training.scale or teacher.spec.scale), student, config)
+    scale = choose_scale(training, config, teacher, console)
+    training = _with_recipe(replace(training, scale=scale), student, config)
     work_dir = work_dir or Path("work_dirs") / f"{Path(student).stem}_{'-'.join(chosen_methods) or 'none'}"
     result = train_student(
         config,

@@ -88,7 +88,7 @@ class LiveTeacher:
         pyramid, image_sample = self._see(image)
         maps = StoredMaps(np.eye(3), _levels(pyramid), None, (image.shape[1], image.shape[2]))
         if not self.at_rois:
-            return no_rois(self.spec, self.needs, "exact", maps).to(image.device)
+            return no_rois(self.spec, self.needs, "exact", maps).to(pyramid[0].device)
         proposals = self.teacher.proposals(pyramid, image_sample)
         gt_boxes = get_box_tensor(truth.bboxes).to(proposals)
         roi_sample = sample_rois(

@@ -9,11 +9,13 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.mask_check import check_masks
 from kdpipe.pipelines.detectors.configs import apply_known_options, apply_options, set_num_classes
 from kdpipe.pipelines.detectors.literal_config import ConfigError
+from kdpipe.pipelines.detectors.mmdet2 import kept_ratio_scale
 from kdpipe.pipelines.training.data import (
     annotation_copy,
     coco_dataset,
@@ -22,7 +24,7 @@ from kdpipe.pipelines.training.data import (
     training_samplers,
     with_filter,
 )
-from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.options import MULTI_SCALE, TrainingOptions
 from kdpipe.pipelines.training.recipe import set_recipe
 from kdpipe.pipelines.training.replaced import report_replaced
 from kdpipe.pipelines.training.run_settings import set_run
@@ -37,7 +39,7 @@ __all__ = [
     "world_size",
 ]
 
-MULTI_SCALE = (0.8, 1.0)  # 2x-ms: the short side is drawn from this range of the full scale (640 to 800 pixels)
+_SCALES = (0.8, 1.0)  # of `MULTI_SCALE`: the short side is drawn from this range of the full scale (640 to 800 pixels)
 
 _BATCHES = "Its loaders hand samples on as mmdet's pipelines make them. Leave it out."
 # What overrides of the config cannot change.
@@ -109,7 +111,7 @@ def _detector_config(
         "batch_size": batch_size,
         **loader,
         **training_samplers(config),
-        "dataset": training_dataset(config, train, options.scale, MULTI_SCALE if options.schedule == "2x-ms" else None),
+        "dataset": training_dataset(config, train, *_training_scales(config, options)),
     }
     if val is None:
         _set_test_view(cfg, train.class_names, options.scale)
@@ -120,6 +122,25 @@ def _detector_config(
     set_run(cfg, config, seed)
     cfg.launcher = "pytorch" if world_size() > 1 else "none"
     return cfg
+
+
+def _training_scales(
+    config: Config, options: TrainingOptions
+) -> tuple[tuple[int, int] | None, tuple[float, float] | None]:
+    """The scale that replaces the resizing of training images, and the range of factors that it is drawn from.
+
+    Raises:
+        KdpipeError: Several scales are asked for, and it is not known of what.
+    """
+    if options.schedule != MULTI_SCALE:
+        return options.scale, None
+    scale = kept_ratio_scale(config, options.scale)
+    if scale is None:
+        raise KdpipeError(
+            f"--schedule {MULTI_SCALE} takes factors of a scale, and the test pipeline of the config has none that "
+            "keeps the ratio. Name it: --scale 1333x800."
+        )
+    return scale, _SCALES
 
 
 def with_overrides(cfg: Config, options: TrainingOptions) -> Config:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from rich.console import Console
@@ -47,8 +48,8 @@ class FiniteHook(Hook):  # type: ignore[misc]
 class UsefulLossesHook(Hook):  # type: ignore[misc]
     """Ends the training when a distillation loss that was asked for has been exactly 0 from the beginning.
 
-    Looks once, after 100 steps or the first epoch; a weight of 0 is taken as meant. A dense student has 1,000 steps,
-    and a training that is shorter than these ends with a warning.
+    Looks once, after 100 steps or the first epoch, at what all processes saw; a weight of 0 is taken as meant. A dense
+    student has 1,000 steps, and a training that is shorter than these ends with a warning.
 
     Args:
         console: Where the warning is shown; it is in the log, too.
@@ -71,18 +72,25 @@ class UsefulLossesHook(Hook):  # type: ignore[misc]
         self._silent = {name for name, value in _numbers({n: outputs[n] for n in self._silent}).items() if value == 0}
         for name in ("positive", "negative", "unpaired", "exact", "mirrored", "skipped"):
             self._counts[name] = self._counts.get(name, 0) + int(outputs.get(f"kd_{name}", 0))
-        if self._steps == self._patience and self._silent:
+        if self._steps == self._patience and self._is_silent_everywhere():
             raise RunnerError(self._report())
 
     def after_train_epoch(self, runner: Any) -> None:
         if self._patience == _PATIENCE and self._steps < _PATIENCE:
             self._steps = _PATIENCE
-            if self._silent:
+            if self._is_silent_everywhere():
                 raise RunnerError(self._report())
 
     def after_train(self, runner: Any) -> None:
-        if self._silent and self._steps < self._patience:
+        if self._steps < self._patience and self._is_silent_everywhere():
             _warn(self._report(), runner, self._console)
+
+    def _is_silent_everywhere(self) -> bool:
+        """Whether a loss was 0 in all processes, with whose counts it is reported. All of them ask this at one step."""
+        of_all = all_gather_object((self._silent or set(), self._counts))
+        self._silent = set.intersection(*(silent for silent, _ in of_all))
+        self._counts = {name: sum(counts.get(name, 0) for _, counts in of_all) for name in self._counts}
+        return bool(self._silent)
 
     def _report(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self._counts.items())

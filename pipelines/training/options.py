@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-__all__ = ["AMP_TYPES", "SCHEDULES", "TrainingOptions"]
+__all__ = ["AMP_TYPES", "MULTI_SCALE", "SCHEDULES", "TrainingOptions"]
 
 AMP_TYPES = ("auto", "bfloat16", "float16")
-SCHEDULES = {"1x": 12, "2x-ms": 24}  # epochs
+MULTI_SCALE = "2x-ms"
+SCHEDULES = {"1x": 12, MULTI_SCALE: 24}  # epochs
 
 
 @dataclass(frozen=True)

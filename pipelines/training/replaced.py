@@ -9,6 +9,8 @@ from rich.markup import escape
 
 from kdpipe.pipelines.detectors.config_types import type_name
 from kdpipe.pipelines.training.data import dataset_kinds, dropped_keys
+from kdpipe.pipelines.training.transform_types import step_name
+from kdpipe.pipelines.training.transforms import resizing_steps
 
 __all__ = ["replaced_parts", "report_replaced"]
 
@@ -62,6 +64,9 @@ def replaced_parts(config: Config, used: Config) -> list[str]:
     before, after = (" of ".join(dataset_kinds(each)) for each in (config_dataset or {}, used_dataset))
     if before != after:
         lines.append(f"train_dataloader.dataset {before} -> {after}")
+    before, after = (_resizing(each or {}) for each in (config_dataset, used_dataset))
+    if before != after:
+        lines.append(f"resizing {before} -> {after}")
     return lines + [f"train_dataloader.dataset.{key}" for key in dropped_keys(config_dataset or {})]
 
 
@@ -83,6 +88,23 @@ def _differences(path: str, config_value: Any, used: Any) -> Iterator[str]:
                 yield from _differences(f"{path}.{key}", value, used.get(key))
     else:
         yield f"{path} {_text(config_value)} -> {_text(used)}"
+
+
+def _resizing(dataset: Mapping[str, Any]) -> str:
+    """The steps that resize training images, each with its scales."""
+    return ", ".join(
+        dict.fromkeys(
+            " ".join([step_name(step), _scales(step.get("scales", step.get("scale", step.get("scale_factor"))))])
+            for step in resizing_steps(dataset)
+        )
+    )
+
+
+def _scales(value: Any) -> str:
+    """One scale or several, as `WxH`."""
+    if isinstance(value, list | tuple) and all(isinstance(x, int) for x in value):
+        return "x".join(map(str, value))
+    return " ".join(map(_scales, value)) if isinstance(value, list | tuple) else _text(value)
 
 
 def _text(value: Any) -> str:

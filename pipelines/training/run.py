@@ -28,6 +28,7 @@ from kdpipe.pipelines.training.config import own_config, training_config, world_
 from kdpipe.pipelines.training.data import left_out_by, pipeline_of
 from kdpipe.pipelines.training.faults import training_faults
 from kdpipe.pipelines.training.guard import CollapseHook, FiniteHook, SharesHook, UsefulLossesHook
+from kdpipe.pipelines.training.monitored import check_monitored
 from kdpipe.pipelines.training.options import TrainingOptions
 from kdpipe.pipelines.training.plain_checkpoints import PlainCheckpointHook, SameBuffersHook
 from kdpipe.pipelines.training.progress import PeakMemoryHook, ProgressHook
@@ -228,6 +229,7 @@ def _train(cfg: Config, recorded: Config, work: WorkDir, record: Mapping[str, An
         cfg.param_scheduler = cosine_schedule(runner.max_iters)
     elif doubt := doubt_of_warmup(cfg.param_scheduler, runner.max_iters):
         console.print(f"Warning: {doubt}")
+    check_monitored(cfg.get("val_evaluator"), runner.hooks, cfg.param_scheduler)
     runner.set_schedule(cfg.param_scheduler)
     recorded.param_scheduler = cfg.param_scheduler
     recorded = FormattedConfig(recorded)

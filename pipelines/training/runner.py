@@ -22,6 +22,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.detectors.building import building
 from kdpipe.pipelines.detectors.checkpoints import refused_type
 from kdpipe.pipelines.detectors.credentials import masked
 from kdpipe.pipelines.training.process_group import join_process_group
@@ -115,6 +116,15 @@ class QuietRunner(Runner):  # type: ignore[misc]
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As mmengine's.
+
+        Raises:
+            ConfigError: A config is of no scheduler.
+        """
+        with building("The schedule (param_scheduler)"):
+            return super().build_param_scheduler(scheduler)
 
     def _init_model_weights(self) -> None:
         """As mmengine's, with random numbers of the CPU: a seed gives the same weights whatever the device."""

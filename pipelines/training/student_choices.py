@@ -1,4 +1,4 @@
-"""What a training of a student chooses where its options leave it open: the methods, and whose RoIs are used."""
+"""What a training of a student chooses where its options leave it open: methods, RoIs, network input."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,13 @@ from kdpipe.distill.methods import CLASS_AGNOSTIC_METHODS, DEFAULT_METHODS, DENS
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.detectors.mmdet2 import dictionaries
+from kdpipe.pipelines.training.config import own_config
+from kdpipe.pipelines.training.options import MULTI_SCALE, TrainingOptions
 from kdpipe.pipelines.training.student_check import model_options
 from kdpipe.pipelines.training.teachers import TrainingTeacher
+from kdpipe.pipelines.training.transforms import resizes_to_one_size
 
-__all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source"]
+__all__ = ["ROI_SAMPLING", "choose_methods", "choose_roi_source", "choose_scale"]
 
 ROI_SAMPLING = {"num": RoiSampling.num, "positive_fraction": RoiSampling.positive_fraction}
 
@@ -55,6 +58,32 @@ def _of_dense(teacher: TrainingTeacher, console: Console) -> Sequence[str]:
     unfit = f" Without cross: {reason}" if reason else ""
     console.print(f"Methods: {','.join(methods)}, which suit a dense student.{unfit}", markup=False)
     return methods
+
+
+def choose_scale(
+    options: TrainingOptions, config: Config, teacher: TrainingTeacher, console: Console
+) -> tuple[int, int] | None:
+    """The network input of a training: that asked for, or the teacher's; None where the config's pipelines stay.
+
+    That is where they resize otherwise than to one size with the ratio kept, such as to several sizes or to squares,
+    which is said.
+
+    Args:
+        options: Of the command.
+        config: mmdet config of the student.
+        teacher: The teacher.
+        console: Where it is said.
+    """
+    if options.scale is not None:
+        return options.scale
+    width, height = teacher.spec.scale
+    if options.schedule == MULTI_SCALE or resizes_to_one_size(own_config(config, options)):
+        return width, height
+    console.print(
+        f"Network input: as the config's pipelines resize images, which is not to one size with the ratio kept. The "
+        f"teacher saw {width}x{height}; --scale {width}x{height} takes that."
+    )
+    return None
 
 
 def choose_roi_source(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from mmdet.datasets.transforms import PackDetInputs
+from mmdet.datasets.transforms import FixScaleResize, FixShapeResize, PackDetInputs, Resize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import get_box_tensor
 
@@ -19,9 +19,17 @@ from kdpipe.distill.teacher.any_box import TeacherView, read_teacher_view
 from kdpipe.distill.teacher.cached_boxes import read_roi_targets
 from kdpipe.distill.teacher.targets import MISSING_VIEWS, ROI_SOURCES, RoiTargets
 from kdpipe.pipelines.data.images import ImageError
+from kdpipe.pipelines.detectors.mmdet2 import dictionaries
 from kdpipe.pipelines.training.transform_types import RESIZES, moving_transforms, step_name, transform_class
 
-__all__ = ["AddTeacherTargets", "record_places", "set_scale", "with_teacher_targets"]
+__all__ = [
+    "AddTeacherTargets",
+    "record_places",
+    "resizes_to_one_size",
+    "resizing_steps",
+    "set_scale",
+    "with_teacher_targets",
+]
 
 # What a resizing step says beside its size; kept where another size is set.
 _RESIZE_OPTIONS = ("interpolation", "backend", "clip_object_border")
@@ -55,6 +63,35 @@ def set_scale(
         resize = {**resize, "type": "RandomResize", "ratio_range": ratio_range}
     result[positions[0]] = resize
     return result
+
+
+def resizing_steps(pipelines: Any) -> list[Mapping[str, Any]]:
+    """The steps that resize images, wherever in a data set of a config, or in a pipeline, they are.
+
+    Args:
+        pipelines: A data set, a pipeline, or several.
+    """
+    return [step for step in dictionaries(pipelines) if transform_class(step) in (*RESIZES, FixShapeResize)]
+
+
+def resizes_to_one_size(config: Mapping[str, Any]) -> bool:
+    """Whether all pipelines of a config resize images once, to one size with the ratio kept: a scale can replace that.
+
+    Args:
+        config: Of a detector.
+    """
+    loaders = [config.get(f"{name}_dataloader") for name in ("train", "val", "test")]
+    pipelines = [part["pipeline"] for loader in loaders for part in dictionaries(loader) if part.get("pipeline")]
+    steps = [resizing_steps(pipeline) for pipeline in pipelines]
+    return all(
+        len(found) == 1 and found[0] in pipeline and _has_one_size(found[0])
+        for found, pipeline in zip(steps, pipelines, strict=True)
+    )
+
+
+def _has_one_size(step: Mapping[str, Any]) -> bool:
+    kind = transform_class(step)
+    return kind in (Resize, FixScaleResize) and bool(step.get("keep_ratio")) and "scale" in step
 
 
 @TRANSFORMS.register_module()

@@ -267,6 +267,13 @@ def test_levels_that_a_loss_cannot_do_without(pair: "type[Pair]") -> None:
     check_contract(without_p6, ("sgfi",))
 
 
+def test_roi_features_that_are_too_small_for_a_loss(pair: "type[Pair]") -> None:
+    small = replace(pair.spec, roi_size=5)
+    with pytest.raises(ContractError, match=r"'sgfi' needs RoI features of at least 7 x 7 .* have 5 x 5.* roifi"):
+        check_contract(small, ("ckd", "sgfi"))
+    check_contract(small, ("ckd", "roifi", "cls"))
+
+
 def test_class_agnostic_sides_cannot_be_class_aware(pair: "type[Pair]") -> None:
     with pytest.raises(ContractError, match="class-agnostic"):
         check_contract(replace(pair.spec, class_agnostic=True), ("careg",))

@@ -1,5 +1,6 @@
 """What a loss is given of the student's pyramid, against mmdet's own extractor."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from kdpipe.distill.pairs import RoiPairs
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Pair
+
+
+FPN = (4, 8, 16, 32, 64)
 
 
 def rois(count: int = 40) -> BatchRois:
@@ -32,28 +36,34 @@ def pairs(pair: "type[Pair]", strides: tuple[int, ...]) -> tuple[RoiPairs, list[
 
 
 @pytest.mark.parametrize(
-    ("strides", "count", "finest_scale"),
+    ("teacher_strides", "strides", "read", "finest_scale"),
     [
-        ((4, 8, 16, 32, 64), 4, 28),  # as the teacher's
-        ((8, 16, 32, 64, 128), 3, 56),  # RetinaNet: what would be on P2 is on P3, and nothing above P5
-        ((64, 128), 1, 448),  # nothing in common: the nearest
+        (FPN, FPN, slice(0, 4), 28),  # as the teacher's
+        (FPN, (8, 16, 32, 64, 128), slice(0, 3), 56),  # RetinaNet: what would be on P2 is on P3, and nothing above P5
+        (FPN, (64, 128), slice(0, 1), 448),  # nothing in common: the nearest
+        ((16,), FPN, slice(2, 3), 28),  # C4: nothing below
+        ((8, 16, 32), FPN, slice(1, 4), 28),
+        ((16, 32), (4, 8), slice(1, 2), 14),
     ],
 )
 def test_each_box_is_on_the_level_of_the_stride_that_the_teacher_would_read(
-    pair: "type[Pair]", strides: tuple[int, ...], count: int, finest_scale: int
+    pair: "type[Pair]", teacher_strides: tuple[int, ...], strides: tuple[int, ...], read: slice, finest_scale: int
 ) -> None:
     given, pyramid = pairs(pair, strides)
+    levels = min(4, len(teacher_strides))
+    spec = replace(pair.spec, strides=teacher_strides, roi_levels=levels, levels=tuple(range(len(teacher_strides))))
+    given, count = replace(given, spec=spec), read.stop - read.start
     extractor = MODELS.build(
         {
             "type": "SingleRoIExtractor",
             "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
             "out_channels": 8,
-            "featmap_strides": list(strides[:count]),
+            "featmap_strides": list(strides[read]),
             "finest_scale": finest_scale,
         }
     )
     chosen = given.rois.rois[given.rois.positive]
-    levels = extractor.map_roi_levels(chosen, count)
-    assert set(levels.tolist()) == set(range(count))
-    expected = extractor(pyramid[:count], chosen)
+    assigned = extractor.map_roi_levels(chosen, count)
+    assert set(assigned.tolist()) == set(range(count))
+    expected = extractor(pyramid[read], chosen)
     torch.testing.assert_close(given.student_assigned_roi_features, expected, rtol=1e-4, atol=1e-5)

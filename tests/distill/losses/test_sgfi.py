@@ -287,3 +287,15 @@ def test_level_weights_are_those_of_the_loss(normalize: bool) -> None:
     weights = sgfi.level_weights(student, teacher)
     assert weights.shape == (4, 3)
     assert torch.allclose(weights.mean(dim=0), sgfi(student, teacher).level)
+
+
+@pytest.mark.parametrize("size", [10, 14])
+def test_larger_roi_features_are_the_plain_loss_too(size: int) -> None:
+    """Of teachers whose RoIAlign has more cells; beyond 10 x 10, a key has several numbers per channel."""
+    torch.manual_seed(3)
+    module = SGFI(6, 8).double()
+    student, teacher = torch.randn(R, L, 6, size, size).double(), torch.randn(R, 8, size, size).double()
+    adapted = torch.stack([module.adapt(student[:, level]) for level in range(L)], dim=1)
+    expected, weights = sgfi_loss(adapted, teacher, module.embed, module.temperature)
+    torch.testing.assert_close(module(student, teacher).loss, expected)
+    torch.testing.assert_close(module.level_weights(student, teacher), weights)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.model import BaseModel
 
 from kdpipe.distill.losses.shares import gradient_shares
 
@@ -25,6 +26,17 @@ def test_shares_are_norms_of_gradients_over_their_sum() -> None:
     assert weight.grad is None
     first.backward()  # the graph is still there
     assert weight.grad is not None
+
+
+def test_no_share_has_a_name_that_mmengine_adds_to_the_loss() -> None:
+    """Of a cascade (`s0.loss_cls`), of DETR (`d0.loss_bbox`), and of heads of a user's own."""
+    level = torch.randn(3, requires_grad=True)
+    losses = dict.fromkeys(("s0.loss_cls", "s1.loss_cls", "d0.loss_bbox", "mask_loss"), level.sum())
+    shares = gradient_shares(losses, [level])
+    assert shares.keys() == {"share_s0.cls", "share_s1.cls", "share_d0.bbox", "share_mask"}
+    total, logged = BaseModel.parse_losses(None, {**losses, **dict.fromkeys(shares, torch.tensor(float("nan")))})
+    assert total.item() == pytest.approx(4 * level.sum().item(), rel=1e-6)
+    assert logged["loss"].item() == total.item()
 
 
 def test_losses_that_do_not_reach_the_pyramid_have_no_share() -> None:

@@ -180,6 +180,24 @@ def test_at_the_teachers_rois_every_stage_sees_the_same_boxes(pair: "type[Pair]"
     torch.testing.assert_close(actual, sum(losses))
 
 
+def test_losses_of_the_same_rois_are_computed_once_for_all_stages(pair: "type[Pair]") -> None:
+    """`sgfi` and `roifi` read the pyramid at the teacher's RoIs, and that is the same for each stage."""
+    model = detector(pair, "sgfi", "roifi", "cls", weights={"sgfi": 2.0})
+    g = torch.Generator().manual_seed(0)
+    corner = torch.rand(8, 2, generator=g) * 30
+    boxes, logits = torch.cat([corner, corner + 20], dim=1), torch.randn(8, pair.classes + 1, generator=g)
+    features = torch.randn(2, pair.channels, 7, 7, generator=g)
+    labels = torch.tensor([0, 0, *[pair.classes] * 6])
+    roi_targets = RoiTargets(boxes, labels, 2, "exact", logits=logits, roi_features=features)
+    results: dict[str, list[Any]] = {"sgfi": [], "roifi": []}
+    for name, of_loss in results.items():
+        getattr(model, name).register_forward_hook(lambda module, inputs, result, to=of_loss: to.append(result))
+    losses = step(pair, model, [roi_targets])
+    (sgfi,), (roifi,) = results["sgfi"], results["roifi"]
+    torch.testing.assert_close(losses["loss_sgfi"], 2.0 * sum(WEIGHTS) * sgfi.loss)
+    torch.testing.assert_close(losses["loss_roifi"], sum(WEIGHTS) * roifi)
+
+
 def test_stages_without_rois_add_nothing(pair: "type[Pair]", monkeypatch: pytest.MonkeyPatch) -> None:
     """mmdet leaves a cascade where a batch has no box."""
     model = detector(pair, *METHODS)

@@ -24,12 +24,15 @@ def features(seed: int = 0) -> Tensor:
     return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(level: Tensor, matrix: npt.NDArray[np.float64], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def naive(
+    level: Tensor, matrix: npt.NDArray[np.float64], size: tuple[int, int], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     values, inside = torch.zeros(len(level), *shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     for i in range(shape[0]):
         for j in range(shape[1]):
             x, y, _ = matrix @ [(j + 0.5) * STRIDE, (i + 0.5) * STRIDE, 1.0]
-            inside[i, j] = bool(0 < x < SIZE[1] and 0 < y < SIZE[0])
+            is_padding = (j + 0.5) * STRIDE >= size[1] or (i + 0.5) * STRIDE >= size[0]
+            inside[i, j] = bool(0 < x < SIZE[1] and 0 < y < SIZE[0]) and not is_padding
             column = min(max(x / STRIDE - 0.5, 0.0), level.shape[2] - 1.0)
             row = min(max(y / STRIDE - 0.5, 0.0), level.shape[1] - 1.0)
             left, top = min(math.floor(column), level.shape[2] - 2), min(math.floor(row), level.shape[1] - 2)
@@ -50,20 +53,25 @@ def naive(level: Tensor, matrix: npt.NDArray[np.float64], shape: tuple[int, int]
     ],
 )
 @pytest.mark.parametrize("shape", [SHAPE, (4, 12)])
-def test_a_map_is_where_the_view_has_it(matrix: npt.NDArray[np.float64], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(48, 96), (20, 28)])  # of the student's image; the rest of the shape is padding
+def test_a_map_is_where_the_view_has_it(
+    matrix: npt.NDArray[np.float64], size: tuple[int, int], shape: tuple[int, int]
+) -> None:
     level = features()
-    values, inside = warp_map(level, STRIDE, matrix, SIZE, shape)
-    expected, expected_inside = naive(level, matrix, shape)
+    values, inside = warp_map(level, STRIDE, matrix, SIZE, size, shape)
+    expected, expected_inside = naive(level, matrix, size, shape)
     assert torch.equal(inside, expected_inside)
     assert inside.any()
     torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_in_the_same_view_it_is_the_level_itself() -> None:
-    values, inside = warp_map(features(), STRIDE, np.eye(3), (48, 72), SHAPE)
+    values, inside = warp_map(features(), STRIDE, np.eye(3), (48, 72), (48, 72), SHAPE)
     torch.testing.assert_close(values, features(), rtol=1e-5, atol=1e-5)
     assert inside.all()
-    mirrored, _ = warp_map(features(), STRIDE, np.array([[-1.0, 0, 72], [0, 1, 0], [0, 0, 1]]), (48, 72), SHAPE)
+    mirrored, _ = warp_map(
+        features(), STRIDE, np.array([[-1.0, 0, 72], [0, 1, 0], [0, 0, 1]]), (48, 72), (48, 72), SHAPE
+    )
     torch.testing.assert_close(mirrored, features().flip(-1), rtol=1e-5, atol=1e-5)
 
 
@@ -80,7 +88,7 @@ def test_a_batch_of_stored_maps(pair: "type[Pair]") -> None:
         StoredMaps(np.eye(3), (None, whole, None), scales, (48, 64)),
     ]
     student = {stride: torch.zeros(3, 5, 64 // stride, 64 // stride) for stride in (8, 16, 32, 64)}
-    warped = WarpedMaps(images, replace(pair.spec, levels=(1, 2)), student)
+    warped = WarpedMaps(images, replace(pair.spec, levels=(1, 2)), student, [(64, 64)] * 3)
     made = warped[8]
     assert warped[8] is made  # once
     assert made.values.shape == (3, pair.channels, 8, 8)

@@ -200,7 +200,7 @@ def scaled(scale: float, flip: bool) -> Any:
 
 def warped(target: Any, strides: Any, spec: Any) -> list[TeacherMap]:
     student_maps = {stride: torch.zeros(1, 8, -(-120 // stride), -(-160 // stride)) for stride in strides}
-    return [WarpedMaps([target.maps], spec, student_maps)[stride] for stride in strides]
+    return [WarpedMaps([target.maps], spec, student_maps, [(120, 160)])[stride] for stride in strides]
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -448,3 +448,20 @@ def test_two_points_per_cell_hardly_move_sgfi(cells: BloodCells, large: bool) ->
         exact, bounded = (float(sgfi(features, expected)[0]) for features in (adaptive, two))
     assert abs(bounded - exact) < 0.02 * exact
     assert 0 < difference(two, adaptive) < 0.08
+
+
+def test_maps_of_a_live_teacher_are_where_it_runs(cells: BloodCells, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images are still on the CPU then; losses of maps alone have no RoIs."""
+    batch, spec = cells.batch(cells.cache("float32"), False), open_cache(cells.cache("float32")).spec
+    live = LiveTeacher(cells.teacher, spec, ("pkd",), vars(RoiSampling()))
+    see = live._see
+
+    def see_elsewhere(image: torch.Tensor) -> Any:
+        pyramid, sample = see(image)
+        return tuple(level.to("meta") for level in pyramid), sample
+
+    monkeypatch.setattr(live, "_see", see_elsewhere)
+    for target in live.targets(batch, torch.device("cpu")):
+        assert isinstance(target, RoiTargets)
+        assert target.maps is not None
+        assert {level.device.type for level in target.maps.levels if level is not None} == {"meta"}

@@ -5,16 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from torchvision.ops import box_iou
 
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.spec import MAX_OBJECTS, CacheSpec
-from kdpipe.cache.views import map_boxes, view_matrix
+from kdpipe.cache.views import map_boxes, view_matrix, visible_boxes
 from kdpipe.cache.write.selection import choose_objects
 from kdpipe.cache.write.writer import CacheWriter
 from kdpipe.distill.rois.sampling import RoiSampling
@@ -225,3 +227,42 @@ def test_a_mirrored_target_is_the_mirror_image_of_the_unflipped_one(
     assert mirrored.logits is not None
     assert plain.logits is not None
     assert torch.equal(mirrored.logits, plain.logits)
+
+
+@pytest.mark.usefixtures("near")
+def test_boxes_that_a_crop_cuts_are_matched_by_what_is_left_of_them(
+    tmp_path: Path, teacher: Teacher, data: DetectionData
+) -> None:
+    """As annotations are cut; the RoI stays whole, since the teacher speaks of the whole box."""
+    cache, size = cached(tmp_path / "x.zarr", teacher, data, spec_of(teacher, data)), (60, 80)
+    cut = 0
+    for info in data.images:
+        crop = np.array([[1.0, 0, -17], [0, 1, -23], [0, 0, 1]]) @ view_matrix(
+            (info.height, info.width), (96, 128), False
+        )
+        limits = torch.tensor([80.0, 60.0, 80.0, 60.0])
+        truth = map_boxes(torch.from_numpy(data.gt_boxes(info.image_id)), crop).clamp(min=0).minimum(limits)
+        is_left = (truth[:, 2] > truth[:, 0]) & (truth[:, 3] > truth[:, 1])
+        whole = map_boxes(cache.targets(info.image_id, "identity", fields=["boxes"]).boxes, crop)
+        whole = whole[visible_boxes(whole, size)]
+        shown = whole.clamp(min=0).minimum(limits)
+        overlap, nearest = box_iou(shown, truth[is_left]).max(dim=1)
+        targets = read_roi_targets(
+            cache,
+            info.image_id,
+            crop,
+            size,
+            truth[is_left],
+            torch.from_numpy(data.gt_labels(info.image_id))[is_left],
+            needs=("logits",),
+            sampling=RoiSampling(num=1000, positive_fraction=1.0),
+            missing_view="mirror",
+            generator=torch.Generator().manual_seed(0),
+        )
+        is_positive = overlap >= 0.5
+        assert torch.equal(targets.boxes[: targets.num_positive], whole[is_positive])
+        labels = torch.from_numpy(data.gt_labels(info.image_id))[is_left][nearest[is_positive]]
+        assert torch.equal(targets.labels[: targets.num_positive], labels)
+        assert (targets.labels[targets.num_positive :] == len(data.class_names)).all()
+        cut += int((box_iou(whole, truth[is_left]).max(dim=1)[0][is_positive] < 0.5).sum())
+    assert cut > 0

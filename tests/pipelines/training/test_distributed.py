@@ -126,6 +126,44 @@ def test_processes_agree_on_statistics_before_they_are_measured(work: Path, fork
     assert not torch.equal(ranks[0]["model"]["1.weight"], ranks[1]["model"]["1.weight"])
 
 
+SILENT = """
+import io, os, sys
+from types import SimpleNamespace
+import torch
+from rich.console import Console
+from kdpipe.pipelines.training.guard import UsefulLossesHook
+from kdpipe.pipelines.training.runner import RunnerError
+
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+hook = UsefulLossesHook(Console(file=io.StringIO()))
+runner = SimpleNamespace(model=SimpleNamespace(weights={"sgfi": 1.0, "cls": 1.0}, dense=False))
+try:
+    for step in range(100):
+        heard = float(rank == 1 and sys.argv[1] == "one" and step == 7)
+        outputs = {"loss_sgfi": heard, "loss_kd_cls": 1.0, "kd_positive": heard, "kd_negative": 3.0}
+        hook.after_train_iter(runner, step, None, {name: torch.tensor(value) for name, value in outputs.items()})
+    print("goes on")
+except RunnerError as error:
+    print(error)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("heard_by", ["one", "none"])
+def test_a_loss_contributes_where_it_does_so_in_any_process(
+    work: Path, forks: "Forks", closed_port: int, heard_by: str
+) -> None:
+    processes = two_processes(forks, work, closed_port, SILENT, heard_by)
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+    for process in processes:
+        if heard_by == "one":
+            assert process.out == "goes on\n"
+        else:
+            assert process.out.startswith("loss_sgfi was 0 in every step so far")
+            assert "0 positive, 600 negative" in process.out
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes(kit: "Kit", work: Path, forks: "Forks", closed_port: int) -> None:
     recipe = ("--epochs", 2, "--batch-size", 1, "--workers", 0, "--student", kit.student, "--work-dir", "w", *PAPER)

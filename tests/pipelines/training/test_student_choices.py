@@ -2,16 +2,20 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from mmengine.config import Config
 from rich.console import Console
 
 from kdpipe.cache.read.reader import open_cache
 from kdpipe.pipelines.detectors.configs import find_config
-from kdpipe.pipelines.training.student_choices import choose_methods
+from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.student_choices import choose_methods, choose_scale
 from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
+from kdpipe.pipelines.training.transforms import resizing_steps
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -87,3 +91,46 @@ def test_methods_of_dense_students(
     assert out.getvalue().startswith(f"Methods: {','.join(methods)}, which suit a dense student.")
     assert reason in out.getvalue()
     assert ("Without cross" in out.getvalue()) == bool(reason)
+
+
+SQUARES = ("test_dataloader.dataset.pipeline.1.keep_ratio=False",)
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "stays"),
+    [
+        (R50, {}, False),
+        ("cascade-rcnn_r50_fpn_1x_coco", {"overrides": ("test_dataloader.dataset.pipeline.1.scale=(640,480)",)}, False),
+        ("faster-rcnn_r50_fpn_ms-3x_coco", {}, True),  # RandomChoiceResize, and others
+        ("rtmdet_s_8xb32-300e_coco", {}, True),
+        ("detr_r50_8xb2-150e_coco", {}, True),  # resized in branches
+        ("ssd300_coco", {}, True),  # to squares
+        (R50, {"overrides": SQUARES}, True),
+        ("rtmdet_s_8xb32-300e_coco", {"scale": (320, 240)}, False),
+        ("faster-rcnn_r50_fpn_ms-3x_coco", {"schedule": "2x-ms"}, False),
+    ],
+)
+def test_network_input_of_a_training(kit: "Kit", student: str, options: dict[str, Any], stays: bool) -> None:
+    """The teacher's, unless the config's pipelines resize to other than one size with the ratio kept."""
+    out = io.StringIO()
+    teacher, console = cached_teacher(kit), Console(file=out, width=500)
+    scale = choose_scale(TrainingOptions(**options), find_config(student), teacher, console)
+    assert scale == (None if stays else options.get("scale", (128, 96)))
+    assert ("as the config's pipelines resize images" in out.getvalue()) == stays
+    assert ("--scale 128x96 takes that" in out.getvalue()) == stays
+
+
+def test_several_sizes_of_a_config_stay(kit: "Kit", work: Path) -> None:
+    config = kit.config(channels=8, fc=24)
+    sizes = {"type": "RandomChoiceResize", "scales": [(96, 72), (128, 96)], "keep_ratio": True}
+    config.train_dataloader.dataset.pipeline[2] = sizes
+    (work / "student.py").write_text(config.pretty_text)
+    start = ("--student", work / "student.py", "--methods", "sgfi,cls", *kit.val)
+    for options, resizing in (((), "RandomChoiceResize"), (("--scale", "96x72"), "Resize")):
+        printed = kit.train_student(work / resizing, *start, *options).out.replace("\n", " ")
+        (used,) = (work / resizing).glob("*/vis_data/config.py")
+        (step,) = resizing_steps(Config.fromfile(used).train_dataloader.dataset)
+        assert step["type"] == resizing
+        replaced = "resizing RandomChoiceResize 96x72 128x96 -> Resize 96x72"
+        assert (replaced in printed) == bool(options)
+        assert ("Network input: as the config's pipelines" in printed) == (not options)
