@@ -102,6 +102,12 @@ def compare_command(
     secret = {_SECRET: given.pop(_SECRET)} if _SECRET in given else {}
     builder = RowBuilder(given, secret, work_dir.absolute(), options["seed"] or 0, seeds or named.seeds or 1)
     rows = [each for row in named.rows for each in builder.rows(row)]
+    for row in rows:
+        if row.baseline is not None and row.find_baseline(rows) is None:
+            raise click.UsageError(
+                f"Row {row.student} has baseline {row.baseline}, which is not trained without distillation: add none "
+                "to its methods."
+            )
     check_place(work_dir, rows)
     if print_commands:
         for row in rows:
@@ -110,6 +116,7 @@ def compare_command(
         if secret:
             click.echo("--store-option is not printed: add it, or set the variables of the object store.", err=True)
         return
+    builder.check_validation()
     teacher = builder.teacher_ckpt if teacher_ap is None else TeacherAP(teacher_ap, "--teacher-ap")
     console = command_console(shared=False)
     with ExitStack() as stack:

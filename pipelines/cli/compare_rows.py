@@ -1,6 +1,7 @@
 """From the options of `compare` to its cells, each of which is a command line of `train-student`."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 from mmengine.config import Config
 from rich.console import Console
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.distill.methods import expand_methods
@@ -16,12 +18,20 @@ from kdpipe.pipelines.cli.training import method_names, train_student_command
 from kdpipe.pipelines.compare.cells import PLAIN, Cell, Row, methods_folder
 from kdpipe.pipelines.compare.grid import Arguments, GridRow, argument_words, merged
 from kdpipe.pipelines.compare.teacher_ap import checkpoint_of
+from kdpipe.pipelines.data.find import cached_source, val_source
+from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.detectors.configs import find_config
-from kdpipe.pipelines.training.student_choices import choose_methods
+from kdpipe.pipelines.training.options import TrainingOptions
+from kdpipe.pipelines.training.student_choices import choose_methods, choose_scale
 from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
 from kdpipe.pipelines.training.training_record import config_digest
 
 __all__ = ["RowBuilder"]
+
+
+def _fields_of(kind: type[Any], context: click.Context) -> dict[str, Any]:
+    """The options of a command line that are fields of a dataclass."""
+    return {each.name: context.params[each.name] for each in fields(kind) if each.name in context.params}
 
 
 class RowBuilder:
@@ -43,6 +53,7 @@ class RowBuilder:
         self._seeds = range(seed, seed + seeds)
         self._caches: dict[tuple[str, bool], TeacherCache] = {}
         self._teachers: set[Path | None] = set()
+        self._measured: list[tuple[str, TeacherCache, click.Context]] = []
 
     @property
     def teacher_ckpt(self) -> Path | None:
@@ -58,6 +69,11 @@ class RowBuilder:
         methods = list(dict.fromkeys(self._methods(row, config, context, teacher)))
         arguments, digest = self._absolute(arguments), config_digest(config)
         record = None if teacher is None else teacher.record
+        scale = context.params["scale"]
+        if teacher is not None:
+            self._measured.append((row.name, teacher.cache, context))
+            training = TrainingOptions(**_fields_of(TrainingOptions, context))
+            scale = choose_scale(training, config, teacher, Console(quiet=True))
         found = []
         for each in methods:
             folder = self._work_dir / row.name / methods_folder(each)
@@ -66,7 +82,7 @@ class RowBuilder:
                 self._cell(row.name, with_methods, folder / f"seed-{seed}", seed, digest, record)
                 for seed in self._seeds
             ]
-            found.append(Row(row.name, each, str(context.params["student"]), cells, row.baseline))
+            found.append(Row(row.name, each, str(context.params["student"]), cells, scale, row.baseline))
         if row.baseline is not None and any(each.methods == PLAIN for each in found):
             raise click.UsageError(f"Row {row.name} has no distillation (methods none), and names a baseline.")
         return found
@@ -85,6 +101,20 @@ class RowBuilder:
         options = given_options(self._parsed(name, [*words, *secret]))
         command = {"config": digest, "options": options}
         return Cell(seed, folder, ("train-student", *words), command, teacher, tuple(secret))
+
+    def check_validation(self) -> None:
+        """Refuse trainings from a cache that would not be measured: there is nothing to compare then.
+
+        Raises:
+            KdpipeError: There are no validation images; or the training images are not where they are said to be.
+        """
+        for name, cache, context in self._measured:
+            source = cached_source(cache, DataOptions(**_fields_of(DataOptions, context)))
+            if val_source(source, ValOptions(**_fields_of(ValOptions, context))) is None:
+                raise KdpipeError(
+                    f"{name}: there are no validation images, so that AP would not be measured. Name them with "
+                    "--val-ann-file and --val-img-dir (or --val-split, --val-bdd)."
+                )
 
     def _parsed(self, name: str, words: list[str]) -> click.Context:
         """The options of a training, as train-student understands them.

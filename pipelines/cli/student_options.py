@@ -28,7 +28,7 @@ _PLACES = (
     *("work_dir", "resume", "auto_resume", "workers", "store_options", "local_copy", "local_bytes"),
     *("trust", "strict_data", "no_report"),
 )
-_PATH_OR_NAME = ("cache", "student", "teacher_config")
+_PATH_OR_NAME = ("cache", "student", "teacher_config", "config")
 
 teacher_options = combined(
     click.option("--cache", type=PLACE, help="The cache that cache-teacher wrote; may be s3://bucket/path, ..."),
@@ -75,7 +75,7 @@ def given_options(context: click.Context) -> dict[str, Any]:
     """The options that a training was given and that decide what it learns, as JSON values with absolute paths.
 
     Args:
-        context: Of a command line of `train-student`.
+        context: Of a command line of `train-student` or `train-teacher`.
     """
     options = {option.name: option for option in context.command.params}
     return {

@@ -160,6 +160,7 @@ def train_teacher_command(
     from kdpipe.pipelines.data.find import DataSource, training_data
     from kdpipe.pipelines.detectors.configs import find_config
     from kdpipe.pipelines.training.run import train_detector
+    from kdpipe.pipelines.training.training_record import config_digest
 
     console = command_console()
     if data == DataOptions():
@@ -169,7 +170,9 @@ def train_teacher_command(
     load_data = partial(training_data, source, val)
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
     training = _with_recipe(training, config, detector)
-    _report(console, train_detector(detector, load_data, training, work_dir, resume=resume, console=console))
+    command = {"options": given_options(click.get_current_context()), "config": config_digest(detector)}
+    result = train_detector(detector, load_data, training, work_dir, resume=resume, console=console, command=command)
+    _report(console, result)
 
 
 @click.command("evaluate")

@@ -77,8 +77,8 @@ class StudentOptions:
     """How a student is shown its teacher.
 
     Attributes:
-        roi_source: `teacher` or `student`: who chooses the RoIs of each step; None takes the student's where the cache
-            can say what the teacher says of any box.
+        roi_source: `teacher` or `student`: who chooses the RoIs of each step; None takes the teacher's with a cache,
+            and the student's beside a live teacher.
         ckd_branch: The branch of a dense student's head that CKD compares (`CKD_BRANCHES`); None: the config says.
         missing_view: `mirror` or `skip`: what becomes of a flipped image whose flipped view is not cached; None is
             `mirror`.

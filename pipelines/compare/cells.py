@@ -63,6 +63,7 @@ class Row:
         methods: As `--methods` has them, such as `sgfi,ckd` or `none`.
         config: mmdet config of the student: a name of the zoo, or a file.
         cells: One for each seed.
+        scale: Network input of the student; None is that of its config.
         baseline: Student of the row without distillation that it is compared with; None finds it.
     """
 
@@ -70,6 +71,7 @@ class Row:
     methods: str
     config: str
     cells: Sequence[Cell]
+    scale: tuple[int, int] | None = None
     baseline: str | None = None
 
     @property
@@ -91,7 +93,7 @@ class Row:
         command = self.cells[0].command
         options = {name: value for name, value in command["options"].items() if name not in (*_OF_DISTILLATION, "seed")}
         overrides = [each for each in options.pop("overrides", []) if not each.strip().startswith("distill")]
-        return {**options, "overrides": overrides, "config": command["config"]}
+        return {**options, "overrides": overrides, "config": command["config"], "scale": self.scale}
 
 
 def methods_folder(methods: str) -> str:

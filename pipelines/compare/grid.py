@@ -113,10 +113,15 @@ def _values(path: Path, row: str, key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}={_text(each)}" for name, each in value.items()]
     if isinstance(value, list):
+        if f"--{key}" not in _REPEATED:
+            raise KdpipeError(
+                f"{path}, row {row}: {key} = {value!r}; expected one value. Several are several rows; only methods, "
+                "cfg-options and store-option take a list."
+            )
         return [str(each) for each in value]
     if isinstance(value, str | int | float):
         return [str(value)]
-    raise KdpipeError(f"{path}, row {row}: {key} = {value!r}; expected text, a number, true, or a list of these.")
+    raise KdpipeError(f"{path}, row {row}: {key} = {value!r}; expected text, a number, or true.")
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ from kdpipe.pipelines.data.datasets import DetectionData, load_bdd, load_coco, l
 from kdpipe.pipelines.data.options import DataOptions, ValOptions
 from kdpipe.pipelines.detectors.mmdet2 import dataset_paths
 
-__all__ = ["DataSource", "cached_source", "find_data", "training_data"]
+__all__ = ["DataSource", "cached_source", "find_data", "training_data", "val_source"]
 
 
 DEFAULT_SPLIT = "train"
@@ -174,11 +174,20 @@ def training_data(source: DataSource, val_options: ValOptions) -> tuple[Detectio
     Raises:
         KdpipeError: Options that exclude each other; or bad data.
     """
-    val = _val_source(source, val_options)
+    val = val_source(source, val_options)
     return source.load(), None if val is None else val.load()
 
 
-def _val_source(source: DataSource, val_options: ValOptions) -> DataSource | None:
+def val_source(source: DataSource, val_options: ValOptions) -> DataSource | None:
+    """Where the validation images are: those named, or those of the source where they are on disk; None without any.
+
+    Args:
+        source: Where the training images are.
+        val_options: The validation images.
+
+    Raises:
+        KdpipeError: Options that exclude each other.
+    """
     if val_options == ValOptions():
         if source.val is None or not all(path.exists() for path in source.val):
             return None

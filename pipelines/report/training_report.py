@@ -62,8 +62,9 @@ def _plain(groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
 
 
 def _same_without_distillation(group: TrainingGroup, groups: Sequence[TrainingGroup]) -> TrainingGroup | None:
-    """The same student without distillation, which may be this one."""
-    return next((each for each in groups if each.is_plain and each.first.student == group.first.student), None)
+    """The same student, trained in the same way without distillation, which may be this one."""
+    same = (each for each in groups if each.is_plain and each.first.own_training == group.first.own_training)
+    return next(same, None)
 
 
 def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Section]:
@@ -79,8 +80,9 @@ def training_sections(groups: Sequence[TrainingGroup], found: Found) -> list[Sec
     results.figures += ap_figures(groups, found.teacher_ap)
     if _plain(groups) is None and any(group.is_distilled for group in groups):
         results.notes.append(
-            "There is no student without distillation here to compare with: train one with --methods none, in a folder "
-            "beside this one, and report the folder that holds both."
+            "There is no student without distillation here to compare with, trained in the same way (config, epochs, "
+            "batch size, rate, data) but for that: train one with --methods none and the same other options, in a "
+            "folder beside this one, and report the folder that holds both."
         )
     course = Section("training", "How training went", figures=[*loss_figures(groups), *share_figures(groups)])
     if times := time_figure(groups):
@@ -95,9 +97,9 @@ def _results_table(groups: Sequence[TrainingGroup], found: Found) -> Table:
         for group in groups
     ]
     caption = (
-        "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same student without distillation, of "
-        "seeds that both have; from three on with Student's t interval of 95 %, within noise where that holds 0. Gap "
-        "closed: of the distance from that student to the teacher. Click on a column to sort."
+        "AP: mean over seeds; ±: standard deviation. Gain: points of AP over the same training without distillation, "
+        "of seeds that both have; from three on with Student's t interval of 95 %, within noise where that holds 0. "
+        "Gap closed: of the distance from that student to the teacher. Click on a column to sort."
     )
     if TEACHER in found.accuracies and not any(group.first.is_teacher for group in groups):
         ious = found.accuracies[TEACHER].by_iou()
@@ -117,7 +119,7 @@ def _row(group: TrainingGroup, plain: TrainingGroup | None, teacher_ap: float | 
     memory = median_of(results, "peak_memory")
     states = {training.state for training in group.trainings}
     return [
-        group.first.methods_text if group.label.endswith(group.first.methods_text) else group.label,
+        group.first.methods_text if group.is_named_by_methods else group.label,
         _number(group.ap, strong=True),
         _number(statistics.stdev(group.aps) if len(group.aps) > 1 else None),
         _gain(gain),

@@ -77,6 +77,12 @@ class Training:
         return f"{model.get('type', 'detector')} {backbone.get('type', '')}-{backbone.get('depth', '')}".rstrip(" -")
 
     @property
+    def own_training(self) -> str:
+        """Digest of all that stays when the distillation is taken away, but for the seed."""
+        names = ("training", "epochs", "batch_size", "lr", "data", "validation")
+        return digest_json([_seedless(self.record["config"]), *(self.record.get(name) for name in names)])
+
+    @property
     def ap(self) -> float | None:
         """COCO AP on the validation images, where it was measured."""
         ap = (self.result.get("metrics") or {}).get("bbox_mAP")
@@ -139,6 +145,12 @@ class TrainingGroup:
     def first(self) -> Training:
         """That of the first seed."""
         return self.trainings[0]
+
+    @property
+    def is_named_by_methods(self) -> bool:
+        """Whether its label says the methods, and at most the student beside these."""
+        methods = self.first.methods_text
+        return self.label in (methods, f"{self.first.student}, {methods}")
 
     @property
     def is_plain(self) -> bool:
@@ -221,10 +233,13 @@ def group_trainings(trainings: Iterable[Training]) -> list[TrainingGroup]:
 
 
 def _without_seed(record: Mapping[str, Any]) -> str:
-    config = {key: value for key, value in record["config"].items() if key != "randomness"}
     left_out = ("config", "saved", "kdpipe", "images", "command", "processes")
     rest = {key: value for key, value in record.items() if key not in left_out}
-    return digest_json([config, rest])
+    return digest_json([_seedless(record["config"]), rest])
+
+
+def _seedless(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "randomness"}
 
 
 def _labels(trainings: Sequence[Training]) -> list[str]:

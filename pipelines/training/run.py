@@ -71,6 +71,7 @@ def train_detector(
     *,
     resume: bool,
     console: Console,
+    command: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a plain detector; its newest checkpoint is `teacher.pth`.
 
@@ -81,6 +82,7 @@ def train_detector(
         work_dir: Where logs and checkpoints go.
         resume: Go on from the newest checkpoint in `work_dir`.
         console: Where progress is shown.
+        command: What is recorded of the command that asks for it, as JSON values.
 
     Raises:
         KdpipeError: Anything that does not fit, before the first step.
@@ -93,7 +95,7 @@ def train_detector(
     config = own_config(config, options)
     train, val = training_copies(train, val, config, options, work, console)
     cfg = training_config(config, train, val, options, console)
-    record = training_record("teacher", cfg, world_size(), train, val)
+    record = training_record("teacher", cfg, world_size(), train, val, command=command)
     data = [train] if val is None else [train, val]
     return run_training(with_seeds(cfg), cfg, data, work, record, resume=resume, console=console)
 

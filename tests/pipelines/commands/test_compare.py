@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from kdpipe.pipelines.cli.compare_rows import RowBuilder
 from kdpipe.pipelines.commands import compare as commands
 from kdpipe.pipelines.compare import run
+from kdpipe.pipelines.compare.grid import read_grid
 from kdpipe.pipelines.compare.process import Outcome
 from kdpipe.pipelines.compare.results import (
     find_trainings,
@@ -269,7 +271,26 @@ def test_what_cannot_be_compared(kit: "Kit", work: Path, started: list[list[str]
         patch.setenv("WORLD_SIZE", "2")
         message = kit.refused(*cached)
         assert "A comparison runs in one process, and this is one of 2." in message
+    assert "student: there are no validation images, so that AP would not" in kit.refused(*cached)
+    (work / "grid.toml").write_text('[rows.a]\nmethods = "ckd"\n[rows.b]\nmethods = "sgfi"\nbaseline = "a"')
+    named = ("compare", "--cache", kit.cache, "--grid", "grid.toml", *kit.val)
+    assert "Row b has baseline a, which is not trained without" in kit.run(*named, code=2).err
     (work / "w").mkdir()
     (work / "w" / "compare.json").write_text("{}")
     assert "no comparison wrote it" in kit.refused(*cached, "--work-dir", "w")
     assert started == []
+
+
+def test_students_that_see_other_sizes_are_no_baseline(kit: "Kit", work: Path) -> None:
+    """Without --scale, that of the cache is the student's."""
+    kit.run("cache-teacher", *kit.source, "--scale", "64x48", "--proposals", 40, "--out", "small.zarr")
+    lines = ('[rows.a]\nmethods = "none"', '[rows.b]\nmethods = "ckd"\ncache = "small.zarr"')
+    same = '[rows.c]\nmethods = "ckd"\ncache = "small.zarr"\nscale = "128x96"'
+    (work / "grid.toml").write_text(
+        "\n".join([f'[options]\nstudent = "{kit.student}"\ncache = "{kit.cache}"', *lines, same])
+    )
+    grid = read_grid(work / "grid.toml")
+    builder = RowBuilder({}, {}, work / "w", 0, 1)
+    rows = [each for row in grid.rows for each in builder.rows(row)]
+    assert [row.scale for row in rows] == [(128, 96), (64, 48), (128, 96)]
+    assert [each and each.student for each in (row.find_baseline(rows) for row in rows)] == [None, None, "a"]

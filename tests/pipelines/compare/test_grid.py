@@ -1,5 +1,6 @@
 """Grids in TOML."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,14 @@ def test_words() -> None:
         ('[rows.a]\nbaseline = "b"', "has baseline 'b'; rows are a"),
         ("[rows.a]\nmethods = 3", "methods = 3"),
         ("[rows.a]\nepochs = 1979-05-27", "epochs = datetime.date"),
+        ("[rows.a]\nepochs = [1, 2]", "epochs = [1, 2]; expected one value. Several are several rows"),
+        ('[rows.a]\nstudent = ["a.py", "b.py"]', "student = ['a.py', 'b.py']; expected one value"),
     ],
 )
 def test_what_is_no_grid(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "grid.toml"
     path.write_text(text)
-    with pytest.raises(KdpipeError, match=message.replace("(", r"\(")):
+    with pytest.raises(KdpipeError, match=re.escape(message)):
         read_grid(path)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from kdpipe.cache.identity import digest_tensors
 from kdpipe.pipelines.commands.compare import write_summary
 from kdpipe.pipelines.compare.cells import Cell, Row
 from kdpipe.pipelines.compare.process import Outcome
@@ -108,14 +110,22 @@ def test_csv(tmp_path: Path, row: Callable[..., Row]) -> None:
 
 
 def test_the_teachers_ap_is_that_of_its_own_training(tmp_path: Path, row: Callable[..., Row]) -> None:
-    cells = row("a", "none", PLAIN).cells[:3]
+    weights = {"conv.weight": torch.ones(2, 3)}
+    of_teacher = {"teacher": {"teacher": {"weights": digest_tensors(weights)}}}
+    cells = row("a", "none", PLAIN, **of_teacher).cells[:3]
     teacher = tmp_path / "teacher" / "teacher.pth"
     assert known_ap(teacher, cells) is None
     training(teacher.parent, 0.5)
+    assert known_ap(teacher, cells) is None
+    torch.save({"state_dict": weights}, teacher)
     known = known_ap(teacher, cells)
     assert known is not None
     assert (known.ap, known.source) == (0.5, str(teacher.parent / "result.json"))
-    assert known_ap(teacher, [*cells, *row("b", "none", {0: 0.3}, validation="other").cells[:1]]) is None
+    assert known_ap(teacher.with_name("epoch_1.pth"), cells) == known  # the last one by another name, it may be
+    other_images = row("b", "none", {0: 0.3}, validation="other", **of_teacher).cells[:1]
+    assert known_ap(teacher, [*cells, *other_images]) is None
+    torch.save({"state_dict": {"conv.weight": torch.zeros(2, 3)}}, teacher)  # it has been trained on since
+    assert known_ap(teacher, cells) is None
     training(tmp_path / "unmeasured", None)
     assert known_ap(tmp_path / "unmeasured" / "teacher.pth", cells) is None
 

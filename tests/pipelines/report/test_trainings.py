@@ -8,8 +8,11 @@ import pytest
 
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.distill.methods import LOSSES
+from kdpipe.pipelines.report.found import Found
+from kdpipe.pipelines.report.page import NOTHING, Cell
 from kdpipe.pipelines.report.provenance import command_line
 from kdpipe.pipelines.report.training_figures import ap_figures, group_colors, loss_figures
+from kdpipe.pipelines.report.training_report import training_sections
 from kdpipe.pipelines.report.trainings import find_trainings, group_trainings, names_beside
 
 
@@ -66,6 +69,21 @@ def test_what_methods_do_not_tell_apart_is_told_by_student_or_folder(tmp_path: P
     assert sorted(group.label for group in groups) == ["a", "b", "c", "teacher"]
     assert group_colors(groups).keys() == {"a", "b", "c"}
     assert names_beside(groups[:1]) == {groups[0].label: groups[0].first.methods_text}
+
+
+def test_a_gain_is_over_the_same_training(tmp_path: Path) -> None:
+    """Two schedules and a rate of one student: each distilled one beside its own, and named by its folder."""
+    for name, epochs, plain, distilled in (("short", 4, 0.30, 0.35), ("long", 8, 0.40, 0.45)):
+        training(tmp_path / name / "none", ap=plain, epochs=epochs)
+        training(tmp_path / name / "sgfi", methods=("sgfi",), ap=distilled, epochs=epochs)
+    training(tmp_path / "slow" / "sgfi", methods=("sgfi",), ap=0.5, epochs=8, lr=0.001)
+    results, *_ = training_sections(group_trainings(find_trainings(tmp_path)), Found())
+    (table,) = results.tables
+    rows = {str(row[0]): row[table.columns.index("gain")] for row in table.rows}
+    assert rows.keys() == {"short/none", "long/none", "short/sgfi", "long/sgfi", "slow/sgfi"}
+    gains = {name: gain.text for name, gain in rows.items() if isinstance(gain, Cell)}
+    assert (gains["short/sgfi"], gains["long/sgfi"], gains["slow/sgfi"]) == ("+5.0", "+5.0", NOTHING)
+    assert "trained in the same way" in " ".join(results.notes)  # the best has none beside it
 
 
 def test_a_training_that_has_not_ended(tmp_path: Path) -> None:
