@@ -11,7 +11,7 @@ from kdpipe.cache.views import ViewError, input_size
 
 # Beyond these, a number is none that a teacher gives, and reading it would only take the memory.
 _MOST_NAME_BYTES, _MOST_BOXES, _MOST_ELEMENTS = 1 << 16, 1 << 17, 1 << 32
-# A network input is padded by at most so many pixels before the levels are made.
+# A network input is padded by at most so many pixels beyond the scale before the levels are made.
 _MAX_PADDING = 256
 
 
@@ -55,14 +55,19 @@ def index_fault(index: Block, names: Block, rows: Mapping[str, int], spec: Cache
     elements = []
     for row in index.tolist():
         entry = dict(zip(columns, row, strict=True))
-        if fault := _row_fault(entry, spec):
+        if fault := row_fault(entry, spec):
             return f"is wrong about image {entry['image_id']}: {fault}"
         elements.append(_elements(entry, spec))
     return _runs_fault(columns, np.array(elements, dtype=np.int64), rows, spec) or _names_fault(columns, names)
 
 
-def _row_fault(entry: Mapping[str, int], spec: CacheSpec) -> str | None:
-    """What is wrong with the sizes in a row, all of which are positive."""
+def row_fault(entry: Mapping[str, int], spec: CacheSpec) -> str | None:
+    """What is wrong with the sizes in a row, all of which are positive; None where nothing is.
+
+    Args:
+        entry: of the index, by column; those of sizes are looked at.
+        spec: of the cache.
+    """
     size = (entry["input_height"], entry["input_width"])
     try:
         expected = input_size((entry["height"], entry["width"]), spec.scale)
@@ -70,9 +75,10 @@ def _row_fault(entry: Mapping[str, int], spec: CacheSpec) -> str | None:
         return str(error)
     if size != expected:
         return f"a network input of {size}, expected {expected}"
+    most = max(spec.scale) + _MAX_PADDING  # a Pad of the teacher's pipeline may make a square
     for level in range(len(spec.strides) if "features" in spec.fields else 0):
         shape = (entry[f"level{level}_height"], entry[f"level{level}_width"])
-        if shape[0] > size[0] + _MAX_PADDING or shape[1] > size[1] + _MAX_PADDING:
+        if max(shape) > most:
             return f"a level of {shape} cells, and a network input of {size}"
     if _elements(entry, spec) > _MOST_ELEMENTS:
         return f"{_elements(entry, spec)} numbers of features"

@@ -47,7 +47,21 @@ class Folder(Location):
             mode = 0  # a link that leads nowhere
         if not stat.S_ISDIR(mode):
             raise CacheError(f"{self} is there and is no folder: choose another --out.")
-        return not any(self.path.iterdir())
+        if any(self.path.iterdir()):
+            return False
+        if kind := self._unreplaceable():
+            raise CacheError(
+                f"{self} is {kind}, and a cache cannot take its place. Name one in it: --out {self}/x.zarr."
+            )
+        return True
+
+    def _unreplaceable(self) -> str:
+        """What an empty folder is that a finished one cannot be renamed to; empty for any other."""
+        if self.path.is_symlink():
+            return "a link to a folder"
+        if os.path.ismount(self.path):
+            return "a mounted disk"
+        return "the current folder" if self.path.samefile(Path.cwd()) else ""
 
     def read(self, key: str) -> bytes | None:
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.cache.errors import CacheError, present
+from kdpipe.cache.format.index import row_fault
 from kdpipe.cache.format.layout import Block
 from kdpipe.cache.quantize import quantize, quantize4, quantize_rows
 from kdpipe.cache.records import TeacherRecord
@@ -126,6 +127,8 @@ def start_encoding(record: TeacherRecord, spec: CacheSpec) -> Encoding:
     if "features" in spec.fields:
         for number, level in enumerate(record.features or ()):
             index |= {f"level{number}_height": int(level.shape[1]), f"level{number}_width": int(level.shape[2])}
+    if fault := row_fault(index, spec):
+        raise CacheError(f"The record of {image} is wrong: {fault}.")
     return Encoding(index, record.file_name.encode(), host.arrays, host.finite, host.copied())
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -21,13 +22,15 @@ from kdpipe.pipelines.data.picture_checks import usable_images
 from kdpipe.pipelines.data.report import report_data
 from kdpipe.pipelines.detectors.checkpoints import Checkpoint, class_names
 from kdpipe.pipelines.detectors.credentials import masked
+from kdpipe.pipelines.detectors.mmdet2 import for_record
 from kdpipe.pipelines.runtime.console import ProgressBar, bytes_text
 from kdpipe.pipelines.runtime.launch import Rank
+from kdpipe.pipelines.teacher.class_order import with_right_classes
 from kdpipe.pipelines.teacher.commit_thread import CommitThread
 from kdpipe.pipelines.teacher.missing import MissingParts
 from kdpipe.pipelines.teacher.options import CacheOptions
 from kdpipe.pipelines.teacher.parts import PartMaker
-from kdpipe.pipelines.teacher.setup import digest_model, prepare_teacher, with_classes
+from kdpipe.pipelines.teacher.setup import digest_model, prepare_teacher
 
 __all__ = ["CachingResult", "cache_teacher", "prepare_parts"]
 
@@ -136,13 +139,16 @@ def prepare_parts(
         }
     }
     check_resumable(out, spec, identity, options.part_size)
-    spec, data = with_classes(spec, source.load(), class_names(checkpoint), f"the teacher {checkpoint.path.name}")
+    names, whose = class_names(checkpoint), f"the teacher {checkpoint.path.name}"
+    spec, data = with_right_classes(
+        teacher, spec, source.load(), names, whose, partial(console.print, markup=False, highlight=False)
+    )
     report_data(data, console, trained=True, strict=options.strict_data)
     if not is_prepared and (options.strict_data or not options.skip_bad_images):  # else they are found when read
         usable_images(data, console, scale=spec.scale, decoding=teacher.pixels.decoding)
     identity["data"] = data.digest()
     metadata = {
-        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(cfg.pretty_text)},
+        "teacher": {"checkpoint": str(checkpoint.path.resolve()), "config": masked(for_record(cfg).pretty_text)},
         "data": source.record(),
         "options": {"config": config, "skip_bad_images": options.skip_bad_images},
     }
@@ -191,8 +197,9 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
     with bar as progress, CommitThread() as commits, maker.reader() as reader:
 
         def show(new: int, size: int) -> None:
-            nonlocal done, written
+            nonlocal done, written, new_images
             done, written = done + new, written + size
+            new_images += new if size else 0  # what was skipped, or made by somebody else, has none
             seconds = time.perf_counter() - start
             whole = "" if shard.count == 1 else f", all shards {images - missing.images}/{images}"
             progress.update(done, f"{done / seconds:.1f} images/s {bytes_text(written / seconds)}/s{whole}")
@@ -200,7 +207,6 @@ def _fill(maker: PartMaker, missing: MissingParts, shard: Rank, console: Console
         for index, following in zip_longest(shard_parts, shard_parts[1:]):
             if writer.pending([index]):  # nobody else has made it meanwhile
                 commits.begin(maker.fill(index, reader, console.print, show, following))
-                new_images += len(writer.parts[index])
             else:
                 show(len(writer.parts[index]), 0)
     return new_images

@@ -1,7 +1,9 @@
 """`kdpipe evaluate`: the AP of a checkpoint, as COCO and Pascal VOC measure it."""
 
+import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from rich.table import Table
 from kdpipe.cache.errors import KdpipeError
 from kdpipe.pipelines.commands.options import EvaluateOptions
 from kdpipe.pipelines.data.checked_dataset import CheckedDataset
-from kdpipe.pipelines.data.class_matching import match_classes
+from kdpipe.pipelines.data.class_matching import in_file_order, in_file_order_text, match_classes, telling_images
+from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.data.picture_checks import usable_images
@@ -35,6 +38,8 @@ from kdpipe.pipelines.training.voc_metric import with_voc_metric
 
 __all__ = ["evaluate", "load_detector", "metrics_tables"]
 
+# Classes are numbered as in the file if AP of so many images is so much above that by name.
+_IMAGES, _LEAST_LEAD = 8, 0.05
 _TITLES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")  # of AP_NAMES
 
 
@@ -70,14 +75,69 @@ def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path
     classes = class_names(checkpoint)
     model = None if classes is None else load_detector(cfg, checkpoint, len(classes))  # refused before data is read
     data = DataSource(data_of).load()
+    order, whose = None if classes is None else in_file_order(data, classes), f"the checkpoint {options.ckpt.name}"
     if classes is not None:
-        data = match_classes(data, classes, f"the checkpoint {options.ckpt.name}")
+        data = match_classes(data, classes, whose)
     report_data(data, console, trained=False, strict=options.strict_data)
     skip = options.skip_bad_images and not options.strict_data
     decoding = pipeline_decoding(test_steps(cfg))
     data = usable_images(data, console, scale=kept_ratio_scale(cfg, options.scale), decoding=decoding, skip=skip)
     if model is None:
         model = load_detector(cfg, checkpoint, len(data.class_names))
+    if order is not None:
+        data = _as_meant(
+            data, order, partial(_test, model, cfg, options), f"the checkpoint {options.ckpt.name}", console
+        )
+    return ap_metrics(_test(model, cfg, options, data, ProgressHook(console, "evaluate"), outfile_prefix))
+
+
+def _as_meant(
+    data: DetectionData,
+    order: Sequence[str],
+    test: Callable[[DetectionData], Mapping[str, float]],
+    whose: str,
+    console: Console,
+) -> DetectionData:
+    """A data set whose classes are matched with a checkpoint's by name; or as the file numbers them, if it means that.
+
+    Args:
+        data: The data set, matched by name.
+        order: The checkpoint's classes in the order of the file.
+        test: Gives the metrics of mmdet on images.
+        whose: The checkpoint's, for messages.
+        console: Where it is said.
+    """
+    by_file = match_classes(data, order, whose)
+    few = telling_images((data, by_file), _IMAGES)
+    if not few:
+        return data
+    named, filed = (ap_metrics(test(each.only(few)))["bbox_mAP"] for each in (data, by_file))
+    if filed < named + _LEAST_LEAD:
+        return data
+    text = f"{in_file_order_text(order, data, whose)}: AP of {len(few)} images is {filed:.3f} so, {named:.3f} by names."
+    console.print(text, markup=False, highlight=False)
+    return by_file
+
+
+def _test(
+    model: Any,
+    cfg: Config,
+    options: EvaluateOptions,
+    data: DetectionData,
+    progress: ProgressHook | None = None,
+    outfile_prefix: Path | None = None,
+) -> dict[str, float]:
+    """Metrics of a detector, as mmdet names them.
+
+    Args:
+        model: The detector.
+        cfg: Its config.
+        options: What is measured, and how.
+        data: Images and annotations.
+        progress: Shows how far it is, and is closed; None shows nothing.
+        outfile_prefix: As of `evaluate`.
+    """
+    cfg = copy.deepcopy(cfg)
     loader = {"num_workers": 0, "pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder, silent_stdout():
         data = data.copied_to(Path(folder) / "annotations.json")
@@ -98,13 +158,14 @@ def evaluate(options: EvaluateOptions, console: Console, *, outfile_prefix: Path
             default_scope="mmdet",
             experiment_name="evaluate",
         )
-        progress = ProgressHook(console, "evaluate")
-        runner.register_hook(progress)
+        if progress is not None:
+            runner.register_hook(progress)
         try:
-            metrics = runner.test()
+            metrics: dict[str, float] = runner.test()
         finally:
-            progress.close()
-    return ap_metrics(metrics)
+            if progress is not None:
+                progress.close()
+    return metrics
 
 
 def load_detector(cfg: Config, checkpoint: Checkpoint, num_classes: int) -> Any:

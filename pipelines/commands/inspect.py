@@ -4,9 +4,11 @@ import json
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,8 @@ from kdpipe.cache.records import TeacherTargets
 from kdpipe.cache.spec import FIELD_OF_ARRAY, FORMAT_VERSION, MAX_OBJECTS, CacheSpec
 from kdpipe.cache.store.location import Location, part_key
 from kdpipe.distill.methods import HEAD_METHODS, METHODS, ContractError, check_contract, expand_methods, needed_fields
+from kdpipe.distill.teacher.heads.build import FrozenTeacher
+from kdpipe.distill.teacher.heads.fc import TeacherHeadError
 from kdpipe.pipelines.commands.cache_command import cache_command
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 
@@ -91,8 +95,8 @@ def describe_cache(location: Location) -> dict[str, Any]:
     return {
         "path": location.name,
         "format_version": FORMAT_VERSION,
-        "teacher": cache.metadata.get("teacher", {}),
-        "data": cache.metadata.get("data", {}),
+        "teacher": _mapping(cache.metadata.get("teacher")),
+        "data": _mapping(cache.metadata.get("data")),
         "identity": cache.identity,
         "spec": cache.spec.to_json(),
         "images": {"planned": len(root.image_ids), "cached": len(cache), "skipped": cache.skipped},
@@ -105,9 +109,26 @@ def describe_cache(location: Location) -> dict[str, Any]:
         },
         "fields": fields,
         "objects": _objects(cache),
-        "losses": _losses(cache.spec, state),
+        "losses": _losses(cache.spec, state, _uncrossable(cache.spec, state, head)),
         "command": cache_command(cache, root.plan["part_size"]),
     }
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """An entry of what a cache records, which may be anything; empty where it is no mapping."""
+    return value if isinstance(value, dict) else {}
+
+
+def _uncrossable(spec: CacheSpec, state: str, head: Mapping[str, Any] | None) -> str | None:
+    """Why the stored box head cannot serve `cross`; None where it can. Its record says that, without its numbers."""
+    if head is None or state != "stored":
+        return f"The loss cross needs the teacher's box head, which is {state}."
+    parameters = {name: torch.empty(entry["shape"], device="meta") for name, entry in head["parameters"].items()}
+    try:
+        FrozenTeacher(spec, frozenset(), lambda: parameters).check_crossed()
+    except TeacherHeadError as error:
+        return f"The loss cross needs the teacher's box head. {error}"
+    return None
 
 
 def _objects(cache: TeacherCache) -> dict[str, Any] | None:
@@ -139,12 +160,13 @@ def _add_sizes(files: Files, record: dict[str, Any], spec: CacheSpec, disk: Coun
         raw[field(name)] += record["rows"][layout.per] * row
 
 
-def _losses(spec: CacheSpec, head: str) -> dict[str, dict[str, Any]]:
+def _losses(spec: CacheSpec, head: str, uncrossable: str | None) -> dict[str, dict[str, Any]]:
     """What each method needs, and why the cache cannot serve it where it cannot.
 
     Args:
         spec: Of the cache.
         head: Whether the teacher's heads are `stored`, `missing` or `damaged`.
+        uncrossable: Why the box head cannot serve `cross`; None where it can.
     """
     losses: dict[str, dict[str, Any]] = {}
     for method in METHODS:
@@ -159,6 +181,8 @@ def _losses(spec: CacheSpec, head: str) -> dict[str, dict[str, Any]]:
             reason = (
                 None if head == "stored" else f"Head transfer ({method}) needs the teacher's heads, which are {head}."
             )
+        if method == "cross":
+            needs, reason = [*needs, "head"], reason or uncrossable
         losses[method] = {"needs": needs, "served": reason is None, "reason": reason}
     return losses
 
@@ -223,7 +247,7 @@ def _show_cache(values: dict[str, Any], console: Console) -> None:
     skipped, names, head = images["skipped"], spec["class_names"], values["head"]
     data = values["data"]
     source = (
-        f"{data['voc']}, split {data['split']}"
+        f"{data['voc']}, split {data.get('split')}"
         if "voc" in data
         else data.get("ann_file") or data.get("bdd", "not recorded")
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -9,11 +10,44 @@ from kdpipe.pipelines.data.annotations import LeftOut
 from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
 
-__all__ = ["match_classes"]
+__all__ = ["in_file_order", "in_file_order_text", "match_classes", "telling_images"]
+
+
+def in_file_order(data: DetectionData, names: Sequence[str]) -> tuple[str, ...] | None:
+    """Classes of a model in the order of the annotation file; None where that is theirs, or it lacks some.
+
+    Args:
+        data: the data set.
+        names: the classes of the model.
+    """
+    data_names = [_plain(name) for name in data.class_names]
+    if not {_plain(name) for name in names} <= set(data_names):
+        return None
+    order = tuple(sorted(names, key=lambda name: data_names.index(_plain(name))))
+    return None if order == tuple(names) else order
+
+
+def telling_images(meanings: Sequence[DetectionData], count: int) -> list[int]:
+    """Ids of the first so many images with boxes whose labels are not the same in two meanings of a data set."""
+    one, other = meanings
+    found = (
+        image.image_id
+        for image in one.images
+        if not np.array_equal(one.gt_labels(image.image_id), other.gt_labels(image.image_id))
+    )
+    return list(islice(found, count))
+
+
+def in_file_order_text(order: Sequence[str], data: DetectionData, whose: str) -> str:
+    """What is said where a model means the order of the file, to be followed by why that is known."""
+    return (
+        f"Classes of {whose} are taken to be {_list(order)}, in the order of {data.ann_file}, by which mmdet numbers "
+        "labels whatever the order of the names, and not in that of the names in the checkpoint"
+    )
 
 
 def match_classes(data: DetectionData, names: Sequence[str], whose: str) -> DetectionData:
-    """The same data with the labels of a model, its classes matched by name as mmdet does.
+    """The same data with the labels of a model, its classes matched by name.
 
     The annotation file may have its categories in another order, or lack some: these get category ids that are free. It
     may have more: their annotations are left out, and counted. Upper case and underscores do not count: mmdet 1.x wrote

@@ -1,5 +1,6 @@
 """Images from disk, exactly as mmdet reads them, and never half of one."""
 
+import errno
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ __all__ = [
 # What is wrong is said once, in our words.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
+# Errors of reading after which an image may be read well another time.
+_OF_THE_DISK = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ENODEV", "ENXIO", "ENOMEM", "EMFILE", "ENFILE", "EINTR", "EAGAIN", "EBUSY", "EREMOTEIO"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "ETIMEDOUT", "ENOLINK"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+    )
+    if hasattr(errno, name)
+)
 _MOST_LOST = 0.05  # of the pixels of a JPEG that was cut off
 
 
@@ -245,5 +256,12 @@ def _check_file(path: Path) -> None:
         raise ImageError(f"image {path} is empty. Replace it.")
 
 
-def _unreadable(path: Path, error: OSError) -> ImageError:
-    return ImageError(f"image {path} cannot be read: {error.strerror or error}.")
+def _unreadable(path: Path, error: OSError) -> KdpipeError:
+    """An `ImageError`, or what is said of a disk that failed, which no image is left out for."""
+    reason = error.strerror or error
+    if error.errno in _OF_THE_DISK:
+        return KdpipeError(
+            f"image {path} cannot be read ({reason}): that says nothing of the image, but of the disk, network or "
+            "machine. Run the same command again when these are sound; what is written is kept."
+        )
+    return ImageError(f"image {path} cannot be read: {reason}.")

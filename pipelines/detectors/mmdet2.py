@@ -9,13 +9,22 @@ from mmengine.config import Config
 
 from kdpipe.pipelines.detectors.literal_config import ConfigError
 
-__all__ = ["dataset_paths", "dictionaries", "for_inference", "kept_ratio_scale", "modernise", "test_steps"]
+__all__ = [
+    "dataset_paths",
+    "dictionaries",
+    "for_inference",
+    "for_record",
+    "kept_ratio_scale",
+    "modernise",
+    "test_steps",
+]
 
 _TRAINING_ONLY = (
     *("train_pipeline", "train_pipeline_stage1", "train_pipeline_stage2", "albu_train_transforms", "load_pipeline"),
     *("custom_hooks", "optim_wrapper", "param_scheduler", "auto_scale_lr", "train_cfg", "load_from", "resume"),
     *("optimizer", "optimizer_config", "lr_config", "resume_from", "workflow"),
 )
+_RECORDED = ("default_scope", "custom_imports", "model", "test_dataloader", "val_dataloader", "data")
 _OLD_FORMATTING = ("ImageToTensor", "Collect", "DefaultFormatBundle")  # of mmdet 2.x
 _SECTIONS = (  # dictionaries, where a config has them
     *("data", "train_dataloader", "val_dataloader", "test_dataloader", "img_norm_cfg", "data_preprocessor"),
@@ -153,6 +162,18 @@ def for_inference(config: Config) -> Config:
         if isinstance(part.get("pretrained"), str):
             part["pretrained"] = None
     return config
+
+
+def for_record(config: Config) -> Config:
+    """What a cache records of a config: the model, how it sees images, and of which; nothing of where that lay.
+
+    Args:
+        config: As `modernise` gives it.
+    """
+    record = Config({name: copy.deepcopy(config[name]) for name in _RECORDED if name in config})
+    if "data" in record:
+        record.data = {name: part for name, part in record.data.items() if name in ("test", "val")}
+    return record
 
 
 def test_steps(config: Config) -> list[Any]:

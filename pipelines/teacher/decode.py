@@ -26,6 +26,8 @@ from kdpipe.pipelines.training.progress import AP_NAMES, VOC_PREFIX
 
 __all__ = ["cached_ap", "cached_detections"]
 
+_MOST_DETECTIONS = (100, 300, 1000)  # per image, as mmdet has them: AP is at 100, the others at 1,000
+
 
 def cached_ap(
     cache: TeacherCache,
@@ -111,6 +113,7 @@ def _coco_ap(
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.params.imgIds = list(image_ids)
         evaluation.params.catIds = list(cache.spec.category_ids)
+        evaluation.params.maxDets = list(_MOST_DETECTIONS)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -1,6 +1,6 @@
 """Online distillation: a teacher that looks at every batch while a student trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from kdpipe.pipelines.data.datasets import DetectionData
 from kdpipe.pipelines.data.find import DataSource, find_data
 from kdpipe.pipelines.data.options import DataOptions
 from kdpipe.pipelines.detectors.checkpoints import class_names, load_checkpoint
+from kdpipe.pipelines.teacher.class_order import with_right_classes
 from kdpipe.pipelines.teacher.options import CacheOptions
-from kdpipe.pipelines.teacher.setup import prepare_teacher, with_classes
+from kdpipe.pipelines.teacher.setup import prepare_teacher
 from kdpipe.pipelines.teacher.teacher import Teacher, load_teacher, teacher_config
 
 __all__ = ["LiveTeacher", "LiveTeacherInfo", "build_live_teacher", "prepare_live_teacher"]
@@ -156,6 +157,7 @@ class LiveTeacherInfo:
         options: Of its `LiveTeacher`, beside `spec`.
         refusal: Why it cannot be asked about boxes that the student chose; empty where it can.
         classes: That its checkpoint names, or None.
+        teacher: It; None after `with_data`.
     """
 
     name: str
@@ -164,15 +166,21 @@ class LiveTeacherInfo:
     options: dict[str, Any]
     refusal: str
     classes: tuple[str, ...] | None
+    teacher: Teacher | None
 
-    def with_data(self, data: DetectionData) -> tuple["LiveTeacherInfo", DetectionData]:
+    def with_data(self, data: DetectionData, say: Callable[[str], None]) -> tuple["LiveTeacherInfo", DetectionData]:
         """The same with the classes and the digest of the images to train on, and these with the teacher's labels.
+
+        Args:
+            data: The images.
+            say: As `with_right_classes` takes it.
 
         Raises:
             KdpipeError: It knows other classes.
         """
-        spec, data = with_classes(self.spec, data, self.classes, self.name)
-        return replace(self, spec=spec, identity={**self.identity, "data": data.digest()}), data
+        teacher = present(self.teacher, "the teacher")
+        spec, data = with_right_classes(teacher, self.spec, data, self.classes, self.name, say)
+        return replace(self, spec=spec, identity={**self.identity, "data": data.digest()}, teacher=None), data
 
     def source(self) -> dict[str, Any]:
         """Config of its `LiveTeacher`."""
@@ -213,6 +221,7 @@ def prepare_live_teacher(
         options={"ckpt": str(ckpt.resolve()), "config": config, "trust": trust},
         refusal=_refusal(teacher, spec),
         classes=class_names(checkpoint),
+        teacher=teacher,
     )
     return info, source
 

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.spec import CacheSpec
 from kdpipe.cache.write.part_writer import PartWriter
@@ -88,12 +89,26 @@ class PartMaker:
                     self._add(part, info, image)
                     show(1, sum(raw_bytes([info], self.writer.spec).values()))
                 elif self.skip_bad_images:
+                    self._check_folder()
                     say(f"skipped: {image}")
                     part.skip(info.image_id, info.file_name, str(image))
                     show(1, 0)
                 else:
                     raise image
             return stack.pop_all()
+
+    def _check_folder(self) -> None:
+        """Make sure that images are left out one by one, and not because their folder is wrong, or gone.
+
+        Raises:
+            KdpipeError: None of the images is there.
+        """
+        folder, images = self.data.img_dir, self.data.images
+        if not any((folder / image.file_name).is_file() for image in images):  # mostly the first is
+            raise KdpipeError(
+                f"None of the {len(images)} images of {self.data.ann_file} is in {folder}: is it the right folder "
+                "(--img-dir), and is its disk there? What is written already is kept."
+            )
 
     def _images(self, index: int) -> list[ImageInfo]:
         """Those of a part."""

@@ -1,6 +1,7 @@
 """The teacher of a training: one that lies in a cache, or one that runs beside the student."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -274,7 +275,7 @@ class LiveTrainingTeacher:
     def with_data(
         self, data: DetectionData, begun: Mapping[str, Any], work_dir: Path, console: Console
     ) -> tuple[DetectionData, list[int] | None]:
-        self._info, data = self._info.with_data(data)
+        self._info, data = self._info.with_data(data, partial(console.print, markup=False, highlight=False))
         _check_same(begun, self.record, work_dir)
         return data, None
 

@@ -193,6 +193,28 @@ def test_what_is_no_cache_is_left_alone(tmp_path: Path, kit: "type[Kit]", kind: 
     assert kit.tree(tmp_path) == before
 
 
+def test_folders_that_nothing_can_be_renamed_to(
+    tmp_path: Path, kit: "type[Kit]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before anything is written, with what to do."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "disk")
+    with pytest.raises(CacheError, match=r"is a link to a folder, .*Name one in it: --out .*link\.zarr/x\.zarr"):
+        kit.writer(tmp_path / "link.zarr", kit.spec(), kit.images())
+    monkeypatch.chdir(tmp_path / "disk")
+    with pytest.raises(CacheError, match="is the current folder"):
+        kit.writer(Path(), kit.spec(), kit.images())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(CacheError, match="is a mounted disk"):
+        kit.writer(tmp_path / "disk", kit.spec(), kit.images())
+    assert not any((tmp_path / "disk").iterdir())
+    kit.make(tmp_path / "link.zarr" / "x.zarr", count=2)
+    assert len(open_cache(tmp_path / "disk" / "x.zarr")) == 2
+    (tmp_path / "other.zarr").symlink_to(tmp_path / "disk" / "x.zarr")
+    kit.writer(tmp_path / "other.zarr", kit.spec(), kit.images(2))  # a link to a cache is as good as the cache
+
+
 @pytest.mark.parametrize("place", ["new", "parts/new", "parts", "parts/00000"])
 def test_no_cache_in_a_cache(cache_path: Path, kit: "type[Kit]", place: str) -> None:
     before = sorted(cache_path.rglob("*"))
@@ -270,6 +292,9 @@ def test_records_that_do_not_belong(tmp_path: Path, kit: "type[Kit]") -> None:
     attempt(r"feature levels, found 3", kit.record(images[0], "identity", kit.spec(strides=(8, 16, 32))))
     attempt("takes at most 12", kit.record(images[0], "identity", kit.spec(proposals=13)))
     attempt("lacks logits", type(record)(**{**record.__dict__, "logits": None}))
+    level = torch.zeros(spec.channels, 900, 2)  # no teacher pads by that much, and no reader takes it
+    attempt("a level of .900, 2. cells", type(record)(**{**record.__dict__, "features": [level, *(record.features or ())[1:]]}))
+    attempt("a network input of", type(record)(**{**record.__dict__, "input_size": (10, 10)}))
     attempt("not finite", type(record)(**{**record.__dict__, "boxes": record.boxes * float("nan")}))
     attempt("should be a float tensor", type(record)(**{**record.__dict__, "boxes": record.boxes.long()}))
     assert writer.pending() == list(range(len(writer.parts)))

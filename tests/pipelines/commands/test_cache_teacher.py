@@ -1,5 +1,6 @@
 """`kdpipe cache-teacher`, as users type it: what the cache holds is what the teacher says."""
 
+import errno
 import json
 import shutil
 import signal
@@ -266,6 +267,7 @@ def test_bad_images_stop_the_run_or_are_skipped(kit: "Kit", work: Path, how: str
     assert str(path) in message
     ended = kit.run("cache-teacher", "--ckpt", kit.teacher, *data, "--skip-bad-images")
     assert "7 images, 1 skipped" in ended.out
+    assert "7 new images" in ended.out
     assert f"skipped: image {path}" in ended.out.replace("\n", "")
     cache = open_cache("x.zarr")
     assert [entry["file_name"] for entry in cache.skipped] == [path.name]
@@ -273,6 +275,32 @@ def test_bad_images_stop_the_run_or_are_skipped(kit: "Kit", work: Path, how: str
     if how == "truncated":  # training leaves the image out
         kit.train_student(work / "w", "--methods", "pred", cache=work / "x.zarr")
         kit.train_student(work / "plain", "--methods", "none", cache=work / "x.zarr")
+
+
+def test_images_are_not_skipped_for_their_folder_or_disk(
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ("cache-teacher", "--ckpt", kit.teacher, "--ann-file", kit.ann, *kit.VIEW, "--targets", "predictions")
+    (work / "empty").mkdir()
+    options = ("--out", "x.zarr", "--skip-bad-images", "--part-size", "1KiB")
+    message = kit.refused(*start, "--img-dir", work / "empty", *options)
+    assert "None of the 8 images of" in message
+    assert "--img-dir" in message
+    read = Path.read_bytes
+    stale = sorted(kit.img.iterdir())[5]
+
+    def read_bytes(path: Path) -> bytes:
+        if path == stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        message = kit.refused(*start, "--img-dir", kit.img, *options)
+    assert f"image {stale} cannot be read (Stale file handle)" in message
+    assert open_cache("x.zarr", allow_partial=True).skipped == []
+    ended = kit.run(*start, "--img-dir", kit.img, *options)
+    assert "8 images, 0 skipped" in ended.out
 
 
 def test_image_of_another_size_than_annotated(kit: "Kit", work: Path) -> None:

@@ -1,15 +1,17 @@
 """`kdpipe inspect`, also of caches that are incomplete, and whose names would paint the terminal."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from kdpipe.cache import CacheWriter, ImageInfo, TeacherRecord, open_cache
 from kdpipe.cache.spec import VIEWS
+from kdpipe.pipelines.commands.inspect import _uncrossable
 from kdpipe.pipelines.runtime.console import plain
 
 if TYPE_CHECKING:
@@ -138,3 +140,33 @@ def test_text_of_a_cache_is_only_shown(kit: "Kit", partial: Path) -> None:
 def test_plain() -> None:
     assert plain("größe 漢字 [b]") == "größe 漢字 [b]"
     assert plain("a\x1b[0m\n\x7f\x9b\u202e\ud800") == r"a\x1b[0m\n\x7f\x9b\u202e\ud800"
+
+
+def cross(kit: "Kit", path: Path) -> tuple[bool, str]:
+    """Whether a cache serves `cross`, and why not."""
+    loss = json.loads(kit.run("inspect", path, "--json").out)["losses"]["cross"]
+    assert loss["needs"] == ["deltas", "logits", "head"]
+    return loss["served"], str(loss["reason"])
+
+
+def test_what_serves_cross(kit: "Kit", work: Path) -> None:
+    """The box head does, where it is there, and can be rebuilt for features of a student."""
+    assert cross(kit, kit.cache) == (True, "None")
+    shutil.copytree(kit.cache, work / "a.zarr")
+    shutil.rmtree(work / "a.zarr" / "head")
+    assert cross(kit, work / "a.zarr") == (False, "The loss cross needs the teacher's box head, which is missing.")
+    spec = open_cache(kit.cache).spec
+    record = {"parameters": {"roi_head.bbox_head.fc_cls.weight": {"shape": [4, 3], "dtype": "float32"}}}
+    assert "cannot be rebuilt" in str(_uncrossable(spec, "stored", record))
+
+
+def test_a_record_of_any_kind(kit: "Kit", work: Path) -> None:
+    """What a cache records beside its data may be any JSON."""
+    spec = replace(open_cache(kit.cache).spec, tier="predictions")
+    records: list[dict[str, Any]] = [{"teacher": "x101", "data": "coco"}, {"data": {"voc": "/v"}}, {"teacher": [1]}]
+    for number, metadata in enumerate(records):
+        place = work / f"{number}.zarr"
+        CacheWriter(place, spec, IMAGES, 1, {}, metadata)
+        assert "teacher  not recorded" in kit.run("inspect", place).out
+        assert json.loads(kit.run("inspect", place, "--json").out)["teacher"] == {}
+        kit.run("report", place, "--out", f"{number}.html")
