@@ -293,7 +293,10 @@ def test_records_that_do_not_belong(tmp_path: Path, kit: "type[Kit]") -> None:
     attempt("takes at most 12", kit.record(images[0], "identity", kit.spec(proposals=13)))
     attempt("lacks logits", type(record)(**{**record.__dict__, "logits": None}))
     level = torch.zeros(spec.channels, 900, 2)  # no teacher pads by that much, and no reader takes it
-    attempt("a level of .900, 2. cells", type(record)(**{**record.__dict__, "features": [level, *(record.features or ())[1:]]}))
+    attempt(
+        "a level of .900, 2. cells",
+        type(record)(**{**record.__dict__, "features": [level, *(record.features or ())[1:]]}),
+    )
     attempt("a network input of", type(record)(**{**record.__dict__, "input_size": (10, 10)}))
     attempt("not finite", type(record)(**{**record.__dict__, "boxes": record.boxes * float("nan")}))
     attempt("should be a float tensor", type(record)(**{**record.__dict__, "boxes": record.boxes.long()}))

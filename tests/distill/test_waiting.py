@@ -315,7 +315,8 @@ STEPS: dict[tuple[str, str], dict[str, int]] = {
     ("faster_rcnn", "cached"): AT_ALL_ROIS | OF_MMDET,
     ("faster_rcnn", "pyramid"): AT_ALL_ROIS | OF_MMDET | OF_PYRAMIDS,
     ("faster_rcnn", "student"): AT_ALL_ROIS | OF_MMDET | OF_HEAD,
-    ("cascade_rcnn", "cached"): dict.fromkeys(AT_ALL_ROIS | OF_MMDET, 3),
+    ("cascade_rcnn", "cached"): dict.fromkeys(AT_ALL_ROIS | OF_MMDET, 3)
+    | {"align.roi_align_levels": 1},  # the same RoIs
     ("cascade_rcnn", "student"): dict.fromkeys(AT_ALL_ROIS | OF_MMDET | OF_HEAD, 3),
     ("retinanet", "cached"): AT_ALL_ROIS | PAIRED | ANCHORS,
     ("retinanet", "student"): AT_ALL_ROIS | SAMPLED | OF_HEAD | ANCHORS | {"outputs.positive_rows": 1},
