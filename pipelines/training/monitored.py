@@ -10,15 +10,8 @@ from kdpipe.cache.errors import KdpipeError
 __all__ = ["check_monitored"]
 
 _OF_BBOX = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-_LEAVES_NAMES = {
-    "type",
-    "_scope_",
-    "ann_file",
-    "outfile_prefix",
-    "metric",
-    "proposal_nums",
-    "iou_thrs",
-}  # of CocoMetric
+# Options of CocoMetric that leave the names of its figures as they are.
+_LEAVES_NAMES = {"type", "_scope_", "ann_file", "outfile_prefix", "metric", "proposal_nums", "iou_thrs"}
 
 
 def check_monitored(evaluator: Any, hooks: Iterable[Any], schedule: Any) -> None:
