@@ -7,7 +7,8 @@ INT8_MAX, INT4_MAX = 127, 7
 
 # Shares of the largest magnitude of a channel at which int4 may clip, and cells of a channel that the choice looks at.
 _CLIPS = tuple(0.85**step for step in range(10))
-_CELLS = 4096
+_CELLS = 8192
+_GOLDEN = 5**0.5 / 2 - 1  # from one half to the golden ratio
 
 
 def quantize(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def quantize4(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple
     """Symmetric int4 per channel, two channels to a byte: `values` is about `q * scale`, q within -7 .. 7.
 
     The scale is the one of a few that makes the square error smallest: large values are clipped where that makes the
-    many small ones finer. In channels of more than 8,191 cells the choice looks at evenly spaced ones.
+    many small ones finer. In channels of more than 16,383 cells the choice looks at evenly spaced ones.
 
     A byte holds a value of channel c in its lower half and one of channel c + ceil(C / 2) in its upper half, each coded
     as 0, -1, 1, -2, ... = 0, 1, 2, 3, ...: the bits of neighbours in a channel lie side by side once shuffled, and the
@@ -46,7 +47,7 @@ def quantize4(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple
     """
     values = values.detach().float()
     cells = values.flatten(-2)
-    cells = cells[..., :: max(1, cells.shape[-1] // _CELLS)]  # [..., C, some]
+    cells = cells[..., :: _step(cells.shape[-1], values.shape[-1])]  # [..., C, some]
     largest = (_largest(values) / INT4_MAX).to(scale_dtype).float()
     scale, least = largest, torch.full_like(largest, torch.inf)
     for clip in _CLIPS:
@@ -61,6 +62,18 @@ def quantize4(values: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple
     packed = codes[..., :half, :, :].clone()
     packed[..., : codes.shape[-3] - half, :, :] |= codes[..., half:, :, :] << 4
     return packed, scale.to(scale_dtype)
+
+
+def _step(count: int, width: int) -> int:
+    """Every which of so many cells in rows of a width is looked at.
+
+    The columns looked at move from row to row by about the golden ratio of a step, so that they leave no gap in which
+    an object could lie: with a step that divides the width, they would be the same in every row.
+    """
+    least = count // _CELLS
+    if least < 2:
+        return 1
+    return min(range(least, least + least // 2 + 1), key=lambda step: abs(abs(width / step % 1 - 0.5) - _GOLDEN))
 
 
 def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:

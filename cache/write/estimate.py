@@ -11,9 +11,10 @@ from zarr.storage import MemoryStore
 
 from kdpipe.cache.format.layout import ArrayLayout, Block, part_layout
 from kdpipe.cache.format.zarr_arrays import WrittenFiles
-from kdpipe.cache.plan import ImageInfo, raw_bytes
+from kdpipe.cache.plan import ImageInfo, level_shapes, raw_bytes
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import FIELD_OF_ARRAY, CacheSpec
+from kdpipe.cache.views import input_size
 from kdpipe.cache.write.arrays import write_array
 from kdpipe.cache.write.encode import encode_record
 
@@ -21,8 +22,9 @@ from kdpipe.cache.write.encode import encode_record
 def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], spec: CacheSpec) -> dict[str, int]:
     """Bytes on disk of each field, index and metadata left out.
 
-    How many elements the pyramids have is known of all images; of boxes and what belongs to them, the images are taken
-    to have as many as the sampled ones have on average.
+    How many elements the pyramids have is known of all images, but for what a teacher pads beyond a multiple of 32,
+    which is taken from the sampled ones (`padding`); of boxes and what belongs to them, the images are taken to have as
+    many as the sampled ones have on average.
 
     Args:
         records: what the teacher said of some of the images, in one view.
@@ -49,8 +51,26 @@ def disk_bytes(records: Sequence[TeacherRecord], images: Sequence[ImageInfo], sp
     of_images = len(images) * len(spec.views) / len(records)
     sizes = {field: round(stored[field] * of_images) for field in spec.fields}
     if "features" in sizes:
-        sizes["features"] = round(raw_bytes(images, spec)["features"] * stored["features"] / raw["features"])
+        planned = raw_bytes(images, spec)["features"] * padding(records, spec)
+        sizes["features"] = round(planned * stored["features"] / raw["features"])
     return sizes
+
+
+def padding(records: Sequence[TeacherRecord], spec: CacheSpec) -> float:
+    """How many times as large pyramids are as those of network inputs that are padded to a multiple of 32.
+
+    Args:
+        records: what the teacher said of some images.
+        spec: of the cache.
+    """
+    sizes = [input_size(record.original_size, spec.scale) for record in records]
+    planned = [_elements(level_shapes(size, spec.strides), spec) for size in sizes]
+    found = [_elements([level.shape[-2:] for level in record.features or ()], spec) for record in records]
+    return sum(found) / sum(planned) if sum(planned) else 1.0
+
+
+def _elements(shapes: Sequence[Sequence[int]], spec: CacheSpec) -> int:
+    return sum(spec.stored_elements(level, height * width) for level, (height, width) in enumerate(shapes))
 
 
 def as_stored(record: TeacherRecord, spec: CacheSpec) -> TeacherRecord:

@@ -14,6 +14,8 @@ StudentMaps = Mapping[int, Tensor]  # by stride, Tensor[B, C, h, w]
 TeacherMaps = Mapping[int, TeacherMap]  # by stride, of the same shapes but for the channels
 Mask = Callable[[int, tuple[int, int]], Tensor]  # stride and shape of a level to Tensor[B, h, w]
 
+_LEAST_COUNT = 1e-6
+
 
 def masked_imitation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
     """Square error of feature maps where masks are (G-DetKD, section 3, L_feat).
@@ -41,7 +43,8 @@ def masked_imitation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], 
             errors.append(((s - t).square().sum(dim=1) * weight).sum())
             counts.append(weight.sum())
     count = torch.stack(counts).sum()
-    return torch.stack(errors).sum() / (2 * count.clamp(min=torch.finfo(count.dtype).tiny))
+    # a count of 0 divides 0, whose gradient has to stay finite under any loss scale; one of a Gaussian may be small
+    return torch.stack(errors).sum() / (2 * torch.where(count > 0, count.clamp(min=_LEAST_COUNT), 1.0))
 
 
 class MaskedImitation(nn.Module):

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from rich.console import Console
 from rich.table import Table
 
+from kdpipe.cache.errors import CacheError
 from kdpipe.cache.plan import ImageInfo, raw_bytes
 from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.spec import DTYPES, TIERS, CacheSpec
 from kdpipe.cache.store.location import Location
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.estimate import as_stored, disk_bytes
+from kdpipe.cache.write.estimate import as_stored, disk_bytes, padding
 from kdpipe.cache.write.head import head_bytes
 from kdpipe.pipelines.data.coco_entries import DataError
 from kdpipe.pipelines.data.datasets import DetectionData
@@ -26,6 +28,7 @@ __all__ = ["Estimate", "check_space", "estimate", "print_estimate"]
 
 _SAMPLES = 8
 _SMALL = ("objects", tier_defaults("objects").dtype)  # what those whose disk is full are told of
+_NONE = "—"
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,15 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     teacher.keep_proposals(before)
     if not records:
         raise DataError(f"None of {_SAMPLES} sampled images of {data.img_dir} can be read.")
-    disk = {(choice.tier, choice.dtype): disk_bytes(records, images, choice) for choice in choices}
+    disk = {(spec.tier, spec.dtype): disk_bytes(records, images, spec)}
+    for choice in choices:
+        with suppress(CacheError):  # it cannot hold what the teacher says, such as numbers beyond float16
+            disk[choice.tier, choice.dtype] = disk_bytes(records, images, choice)
+    raw = raw_bytes(images, spec)
+    if "features" in raw:
+        raw["features"] = round(raw["features"] * padding(records, spec))
     return Estimate(
-        raw=raw_bytes(images, spec),
+        raw=raw,
         disk=disk[spec.tier, spec.dtype],
         head=head_bytes(teacher.head_state(), spec.codec),
         choices={choice: sum(sizes.values()) for choice, sizes in disk.items()},
@@ -142,7 +151,7 @@ def check_space(
     if not images or free is None:
         return
     head = sum(value.numel() * 4 for value in teacher.head_state().values())
-    if sum(raw_bytes(images, spec).values()) + head <= free:
+    if sum(raw_bytes(images, spec).values()) + head <= free and not teacher.pixels.pads_to_a_size:
         return
     costs = estimate(teacher, data, images, spec)
     if costs.needed > free:
@@ -162,12 +171,15 @@ def _cheaper(costs: Estimate, free: int) -> str:
     }
     fitting = sorted((choice for choice, size in sizes.items() if size <= free), key=lambda choice: -sizes[choice])
     lines = [f"\n  --targets {tier} --dtype {dtype}: {bytes_text(sizes[tier, dtype])}" for tier, dtype in fitting]
-    smallest = sizes[_SMALL]
-    if _SMALL not in fitting:
-        lines += [f"\n  (--targets objects needs {bytes_text(smallest)})"]
+    if _SMALL in sizes and _SMALL not in fitting:
+        lines += [f"\n  (--targets objects needs {bytes_text(sizes[_SMALL])})"]
     if not fitting:
         lines = [" --limit N, or a smaller --scale (no tier and type of storage fits).", *lines]
     return "".join(lines)
+
+
+def _choice_text(costs: Estimate, choice: tuple[str, str]) -> str:
+    return bytes_text(costs.choices[choice]) if choice in costs.choices else _NONE
 
 
 def print_estimate(console: Console, costs: Estimate, spec: CacheSpec, images: int, out: Location) -> None:
@@ -191,14 +203,16 @@ def print_estimate(console: Console, costs: Estimate, spec: CacheSpec, images: i
     console.print(table)
     others = Table("--targets", *(f"--dtype {dtype}" for dtype in DTYPES), title=f"on disk, by choice ({spec.codec})")
     for tier in TIERS:
-        others.add_row(tier, *(bytes_text(costs.choices[tier, dtype]) for dtype in DTYPES))
+        others.add_row(tier, *(_choice_text(costs, (tier, dtype)) for dtype in DTYPES))
     console.print(others)
+    if len(costs.choices) < len(TIERS) * len(DTYPES):
+        console.print(f"{_NONE}: the teacher gives numbers there that float16 cannot hold.")
     free = out.free_bytes()
     seconds = timedelta(seconds=round(images / costs.images_per_second))
     console.print(
-        f"On disk is an estimate from {costs.samples} images. Raw bytes of features are exact; boxes and what belongs "
-        f"to them are counted with all {spec.proposals} proposals.\n"
-        f"--targets objects: {bytes_text(costs.choices[_SMALL])}, for --rois teacher alone; "
+        f"On disk is an estimate from {costs.samples} images. Raw bytes of features are those of all images, padded "
+        f"as these; boxes and what belongs to them are counted with all {spec.proposals} proposals.\n"
+        f"--targets objects: {_choice_text(costs, _SMALL)}, for --rois teacher alone; "
         f"views {', '.join(_as_choice(spec, *_SMALL).views)}.\n"
         f"Time: about {seconds} at {costs.images_per_second:.2f} images/s."
     )

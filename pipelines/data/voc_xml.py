@@ -55,7 +55,7 @@ def _as_utf8(path: Path) -> tuple[bytes, str | None]:
         return data, "utf-8"
     try:
         return data.decode("gb18030" if name == "gb2312" else name).encode(), "utf-8"
-    except (LookupError, UnicodeDecodeError) as error:
+    except (LookupError, UnicodeError) as error:
         raise VocError(
             f"annotation {path} cannot be read as {name}, which it declares: {error}. Correct it."
         ) from error

@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
 from kdpipe.cache.errors import KdpipeError
@@ -88,9 +90,11 @@ def _safe_types() -> list[SafeType]:
 def register_safe_types() -> None:
     """Lets plain ``torch.load`` read mmengine's checkpoints in this process, so that its Runner can resume.
 
-    The types are those that `load_checkpoint` allows; loading stays weights-only.
+    The types are those that `load_checkpoint` allows. Loading stays weights-only, and that of what mmengine downloads
+    becomes so: torch.hub would unpickle anything.
     """
     torch.serialization.add_safe_globals(_safe_types())
+    mmengine_checkpoint.load_url = partial(torch.hub.load_state_dict_from_url, weights_only=True)
 
 
 def _allowing_safe_types() -> AbstractContextManager[Any]:

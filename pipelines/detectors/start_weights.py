@@ -1,5 +1,6 @@
 """The weights that a detector starts from: a config's `load_from` and `init_cfg`, loaded, counted and said."""
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from kdpipe.pipelines.detectors.building import building
-from kdpipe.pipelines.detectors.checkpoints import CheckpointError, load_checkpoint, register_safe_types, unwrapped
+from kdpipe.pipelines.detectors.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    refused_type,
+    register_safe_types,
+    unwrapped,
+)
 from kdpipe.pipelines.detectors.config_types import resolve_type
 
 __all__ = ["Fit", "StartWeightsHook", "check_start_weights", "load_fitting", "pretrained_options"]
@@ -193,12 +200,19 @@ def _read(address: str) -> Mapping[str, Tensor]:
     """
     if "://" not in address:
         return load_checkpoint(address).state_dict
+    register_safe_types()  # and what is downloaded is loaded by them only
     try:
         content = CheckpointLoader.load_checkpoint(address, map_location="cpu", logger="silent")
     except URLError as error:
         raise CheckpointError(
             f"Pretrained weights could not be downloaded: {address} ({error.reason}). They may also be put into "
             f"{torch.hub.get_dir()}/checkpoints."
+        ) from error
+    except pickle.UnpicklingError as error:
+        kind = refused_type(error) or "something else than weights"
+        raise CheckpointError(
+            f"start weights {address} were refused: the file holds {kind}, which is not a type known as harmless. "
+            "Loading it could run code of whoever made the file; nothing of it has run."
         ) from error
     except Exception as error:  # an address that mmengine does not know, or a file that is no checkpoint
         raise CheckpointError(f"start weights {address} cannot be read: {type(error).__name__}: {error}.") from error

@@ -160,6 +160,11 @@ class PixelPipeline:
         tensor = torch.from_numpy(np.ascontiguousarray(pixels))
         return NetworkInput(tensor.pin_memory() if pin else tensor, size, (image.shape[0], image.shape[1]), flip)
 
+    @property
+    def pads_to_a_size(self) -> bool:
+        """Whether images are padded by more than to a multiple of a small number."""
+        return any(step.get("size") or step.get("pad_to_square") for step in self._after)
+
     def check_scale(self, scale: tuple[int, int]) -> None:
         """Make sure that images of a scale fit into what they are padded to.
 

@@ -1,7 +1,7 @@
 """The learning rate of every step: kdpipe's own schedule, and a schedule brought to where a resumed training stands."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = ["cosine_schedule", "doubt_of_warmup", "schedule_shape", "wind_forward"]
@@ -79,7 +79,8 @@ def _step(schedulers: Any, *, by_epoch: bool) -> None:
             scheduler.step()
 
 
-def _flat(schedulers: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Iterable[Any]:
-    if not isinstance(schedulers, Mapping):
-        return schedulers
-    return [scheduler for each in schedulers.values() for scheduler in each]
+def _flat(schedulers: Any) -> Iterable[Any]:
+    """Schedulers, or configs of some: of one, of a list, or of these by the name of an optimiser."""
+    if isinstance(schedulers, Mapping) and "type" not in schedulers:
+        return [scheduler for each in schedulers.values() for scheduler in _flat(each)]
+    return schedulers if isinstance(schedulers, list | tuple) else [schedulers]

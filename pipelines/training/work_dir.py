@@ -98,10 +98,9 @@ class WorkDir:
             if not self.has_checkpoint:
                 raise KdpipeError(f"Nothing to resume: {self.path} has no checkpoint. Leave --resume away to start.")
             self.newest()
-        if self.has_checkpoint and not resume:
-            raise KdpipeError(
-                f"{self.path} already holds a training. Add --resume to go on with it, or choose another --work-dir."
-            )
+        if not resume and (self.has_checkpoint or self.is_finished):
+            going_on = "Add --resume to go on with it, or choose" if self.has_checkpoint else "Choose"
+            raise KdpipeError(f"{self.path} already holds a training. {going_on} another --work-dir.")
 
     def _foreign(self) -> list[str]:
         """Files with names of kdpipe's own that no training can have left there."""

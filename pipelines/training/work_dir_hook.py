@@ -37,13 +37,17 @@ class WorkDirHook(Hook):  # type: ignore[misc]
             return
         record = [self.work.read(_VALIDATION) if is_main_process() else None]
         broadcast_object_list(record)
-        if record[0] is not None and _place(record[0]) == (runner.epoch, self.record["validation"]):
-            self.progress.metrics = record[0]["metrics"]
-            for hook, state in zip(_early_stopping(runner), record[0]["early_stopping"], strict=False):
+        measured = record[0] or {}
+        is_same = measured.get("validation") == self.record["validation"]
+        if is_same and measured["epoch"] <= runner.epoch:  # of an earlier one where this one has not been measured
+            is_current = measured["epoch"] == runner.epoch
+            for hook, state in zip(_early_stopping(runner), measured["early_stopping"], strict=False):
                 hook.best_score, hook.wait_count, settings = state
-                if settings == _settings(hook):  # with others, such as more patience, it goes on
-                    loop.stop_training = record[0]["stopped"]
-            return
+                if settings == _settings(hook) and is_current:  # with others, such as more patience, it goes on
+                    loop.stop_training = measured["stopped"]
+            if is_current:
+                self.progress.metrics = measured["metrics"]
+                return
         loop._decide_current_val_interval()
         due = runner.epoch % loop.val_interval == 0 or runner.epoch == runner.max_epochs
         if runner.epoch >= loop.val_begin and due:
@@ -82,7 +86,3 @@ def _early_stopping(runner: Any) -> list[EarlyStoppingHook]:
 
 def _settings(hook: EarlyStoppingHook) -> list[Any]:
     return [hook.monitor, hook.rule, hook.patience, hook.min_delta, hook.stopping_threshold]
-
-
-def _place(content: Mapping[str, Any]) -> tuple[Any, Any]:
-    return content["epoch"], content["validation"]

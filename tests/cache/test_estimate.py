@@ -8,7 +8,7 @@ import torch
 from kdpipe.cache.plan import raw_bytes
 from kdpipe.cache.spec import FIELD_OF_ARRAY
 from kdpipe.cache.write.encode import encode_record
-from kdpipe.cache.write.estimate import as_stored, disk_bytes
+from kdpipe.cache.write.estimate import as_stored, disk_bytes, padding
 from kdpipe.cache.write.head import head_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +49,25 @@ def test_a_sample_speaks_for_all(tmp_path: Path, kit: "type[Kit]") -> None:
     assert sum(estimate.values()) == pytest.approx(
         sum(stored_bytes(tmp_path / "x.zarr", "parts/00000/*").values()), rel=0.1
     )
+
+
+def test_what_a_teacher_pads_to_a_size_counts(tmp_path: Path, kit: "type[Kit]") -> None:
+    spec, images = kit.spec(tier="pyramid", dtype="int8", codec="none"), kit.images(6)
+    records = [kit.record(image, "identity", spec) for image in images]
+    assert padding(records, spec) == 1
+    padded = [  # with as much noise in the padding as in the picture
+        dataclasses.replace(
+            x, features=[torch.randn(*level.shape[:2], 2 * level.shape[2]) for level in x.features or ()]
+        )
+        for x in records
+    ]
+    assert padding(padded, spec) == 2
+    with kit.writer(tmp_path / "x.zarr", spec, images, part_size=1 << 30).part(0) as part:
+        for record in padded:
+            part.add(record)
+    stored = stored_bytes(tmp_path / "x.zarr", "parts/00000/*")
+    estimate = disk_bytes(padded, images, spec)["features"]
+    assert estimate == pytest.approx(stored["features"] + stored["scale"], rel=0.1)
 
 
 def test_images_without_boxes(kit: "type[Kit]") -> None:

@@ -115,6 +115,22 @@ def test_int4_clips_what_is_rare() -> None:
     assert (restored - x)[1].norm() < 0.13 * x[1].norm()
 
 
+@pytest.mark.parametrize(("height", "width"), [(200, 336), (256, 512), (256, 256), (128, 256), (150, 300)])
+@pytest.mark.parametrize("object_width", [5, 8, 12])
+def test_int4_looks_at_every_column(
+    height: int, width: int, object_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small object in a quiet channel is not clipped away, wherever it is: as where all cells are looked at."""
+    g = torch.Generator().manual_seed(0)
+    x = 0.05 * torch.randn(12, height, width, generator=g)
+    for channel in range(len(x)):
+        top, left = 20 + 7 * channel, 1 + 9 * channel
+        x[channel, top : top + 8, left : left + object_width] = 5 + torch.rand(8, object_width, generator=g)
+    actual = (dequantize(*quantize4(x)) - x).square().sum((1, 2))
+    monkeypatch.setattr("kdpipe.cache.quantize._CELLS", height * width)
+    assert (actual < 1.3 * (dequantize(*quantize4(x)) - x).square().sum((1, 2))).all()
+
+
 def test_int4_of_equal_values_is_equal_bytes() -> None:
     x = torch.randn(5, 9, 70, generator=torch.Generator().manual_seed(0))
     first, second = quantize4(x), quantize4(x.transpose(1, 2).contiguous().transpose(1, 2))

@@ -143,3 +143,14 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         masked_imitation_loss(student, [teacher[0][..., :4], teacher[1]], masks)
     with pytest.raises(LossInputError, match=r"a mask has shape \[1, 4, 5\]; expected \[2, 4, 5\]"):
         masked_imitation_loss(student, teacher, [masks[0][:1], masks[1]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 655.36, 1e9])
+def test_an_empty_mask_has_finite_gradients_under_any_loss_scale(scale: float) -> None:
+    """Of a batch without objects, or whose images are all left out; float16 scales losses by 65,536."""
+    student = torch.randn(1, 2, 3, 4, requires_grad=True)
+    for mask in (torch.zeros(1, 3, 4), torch.full((1, 3, 4), 1e-12)):
+        loss = masked_imitation_loss([student], [torch.randn(1, 2, 3, 4)], [mask])
+        (gradient,) = torch.autograd.grad(loss * scale, student)
+        assert torch.isfinite(gradient).all()
+        assert (loss.item() == 0) == (not mask.any())

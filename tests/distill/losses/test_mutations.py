@@ -100,7 +100,7 @@ MUTATIONS: list[tuple[ModuleType, str, Mapping[str, Any], Mapping[str, tuple[str
         {},
         {
             "a mean over channels": (".square().sum(dim=1)", ".square().mean(dim=1)"),
-            "not halved": ("/ (2 * count", "/ (count"),
+            "not halved": ("/ (2 * torch.where", "/ (1 * torch.where"),
             "all cells are counted": ("counts.append(weight.sum())", "counts.append(torch.ones_like(weight).sum())"),
             "no mask": (".sum(dim=1) * weight).sum()", ".sum(dim=1)).sum()"),
             "each level by its own count": (

@@ -2,12 +2,15 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from kdpipe.cache.records import TeacherRecord
 from kdpipe.cache.store.folder import Folder
+from kdpipe.pipelines.teacher.teacher import Teacher
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -120,3 +123,22 @@ def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     assert Folder(tmp_path / "a" / "b" / "x.zarr").free_bytes() == 1
     assert asked_paths == [tmp_path]
+
+
+def test_numbers_beyond_float16_leave_the_other_types_out(
+    kit: "Kit", work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that a float32 cache alone can hold has its estimate of that."""
+    record = Teacher.record
+
+    def large(*args: Any, **options: Any) -> TeacherRecord:
+        made = record(*args, **options)
+        return replace(made, features=tuple(1e7 * (1 + level.abs()) for level in made.features or ()))
+
+    monkeypatch.setattr(Teacher, "record", large)
+    start = ("cache-teacher", "--ckpt", kit.teacher, *kit.data, *kit.VIEW, "--out", "x.zarr")
+    shown = kit.run(*start, "--targets", "pyramid", "--dtype", "float32", "--dry-run").out
+    assert "—: the teacher gives numbers there that float16 cannot hold." in shown.replace("\n", " ")
+    assert "not finite as float16" in kit.refused(*start, "--targets", "pyramid", "--dtype", "float16", "--dry-run")
+    leave_free(monkeypatch, 5000)
+    assert "The cache will not fit" in kit.refused(*start, "--targets", "pyramid", "--dtype", "float32")

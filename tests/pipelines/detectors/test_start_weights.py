@@ -1,8 +1,12 @@
 """Start weights that a config names reach the bare detector, distilled or not; how much fits is said."""
 
+import pickle
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +15,12 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from rich.console import Console
 from torch import Tensor, nn
 
 from kdpipe.pipelines.detectors.checkpoints import CheckpointError
-from kdpipe.pipelines.detectors.start_weights import Fit, check_start_weights, load_fitting, pretrained_options
+from kdpipe.pipelines.detectors.start_weights import Fit, _read, check_start_weights, load_fitting, pretrained_options
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Kit
@@ -184,3 +189,43 @@ def test_the_rest_is_initialised_as_ever(kit: "Kit", work: Path, weights: Mappin
     source = torch.load(weights["plain"], weights_only=True)["state_dict"]
     assert torch.allclose(one["backbone.conv1.weight"], source["backbone.conv1.weight"], atol=1e-6)
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one if "running" not in name)
+
+
+class Evil:
+    """What is unpickled as a file that appears."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_is_downloaded_is_loaded_as_weights_only(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a config's `load_from`, and by mmengine itself where a part of a model names its start weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder, address = served
+    layer = nn.Linear(2, 3)
+    torch.save({"state_dict": layer.state_dict()}, folder / "good.pth")
+    torch.save({"state_dict": layer.state_dict(), "meta": Evil(tmp_path / "run")}, folder / "evil.pth")
+    assert torch.equal(_read(f"{address}/good.pth")["weight"], layer.weight)
+    with pytest.raises(CheckpointError, match=r"evil.pth were refused: the file holds pathlib.*nothing of it has run"):
+        _read(f"{address}/evil.pth")
+    module = BaseModule(init_cfg={"type": "Pretrained", "checkpoint": f"{address}/evil.pth"})
+    with pytest.raises(pickle.UnpicklingError):
+        module.init_weights()
+    assert not (tmp_path / "run").exists()

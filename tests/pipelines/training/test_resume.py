@@ -217,6 +217,18 @@ def test_a_training_that_stops_early(kit: "Kit", work: Path) -> None:
     assert load(work / "w" / "student.pth")["meta"]["epoch"] == 4
 
 
+def test_patience_is_kept_where_the_last_epoch_was_not_measured(kit: "Kit", work: Path) -> None:
+    """As where a training is killed while it validates, or resumed between two validations."""
+    hook = {"type": "EarlyStoppingHook", "monitor": "coco/bbox_mAP", "patience": 3, "min_delta": 1.0}
+    student, measured = with_hooks(kit, work, hook), work / "w" / "kdpipe" / "validation.json"
+    kit.run(*command(kit, work / "w", "--epochs", 2, *student, *kit.val))
+    of_second = measured.read_bytes()
+    kit.run(*command(kit, work / "w", "--epochs", 3, *student, *kit.val, "--resume"))
+    measured.write_bytes(of_second)
+    ended = kit.run(*command(kit, work / "w", "--epochs", 6, *student, *kit.val, "--resume"))
+    assert "student: stopped early, after epoch 4 of 6" in ended.out
+
+
 def test_the_users_files_are_kept(kit: "Kit", work: Path) -> None:
     """Also a config of the user's own, in the directory that is trained in."""
     shutil.copy(kit.student, work / "student.py")

@@ -92,6 +92,9 @@ def test_a_warmup_that_outlasts_the_training_is_told() -> None:
     assert said is not None
     assert "takes 500 steps, and the whole training has 499" in said
     assert doubt_of_warmup({"generator": [decay, ramp]}, 6) is not None
+    assert doubt_of_warmup(ramp, 6) is not None  # mmengine takes one, too
+    assert doubt_of_warmup({"generator": ramp, "other": decay}, 6) is not None
+    assert doubt_of_warmup(decay, 6) is None
     for schedule, total in (([ramp, decay], 500), ([decay], 6), ([{**ramp, "by_epoch": True}], 6), ([], 6)):
         assert doubt_of_warmup(schedule, total) is None
     assert doubt_of_warmup(cosine_schedule(6), 6) is None

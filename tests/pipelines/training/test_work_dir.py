@@ -75,6 +75,15 @@ def test_a_file_that_came_before_the_first_checkpoint_is_not_ours(tmp_path: Path
         begin(tmp_path)
 
 
+def test_a_finished_training_without_checkpoints_stays(tmp_path: Path) -> None:
+    """Of a config whose CheckpointHook keeps none; there is nothing to resume, and nothing is replaced."""
+    begin(tmp_path, saved=True)
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "student.pth").write_text("trained")
+    with pytest.raises(KdpipeError, match=r"already holds a training\. Choose another --work-dir"):
+        begin(tmp_path)
+
+
 @pytest.mark.parametrize("left", ["epoch_1.pth", "epoch_1.pth.partial", "student.pth", "student.partial"])
 def test_what_a_training_left_that_was_killed_is_ours(tmp_path: Path, left: str) -> None:
     begin(tmp_path, saved=True)
