@@ -60,9 +60,20 @@ class Slurm:
     def wait(self, job: str, cwd: Path) -> None:
         """Return when a job, and all tasks of its array, have left the queue."""
         until = time.monotonic() + 300
-        while self.run("squeue", "-h", "-j", job, "-o", "%T", cwd=cwd).strip():
-            assert time.monotonic() < until, self.run("squeue", cwd=cwd)
+        while queue := self.run("squeue", "-h", "-r", "-j", job, "-o", "%i %r", cwd=cwd).splitlines():
+            assert time.monotonic() < until, self.run("squeue", cwd=cwd) + self.run("sinfo", "-N", cwd=cwd)
+            # what Slurm sent to the node in the moment that this died, it leaves to people
+            if held := [line.split()[0] for line in queue if "held" in line]:
+                self._let_go_on(held)
             time.sleep(0.2)
+
+    def _let_go_on(self, jobs: list[str]) -> None:
+        """What an administrator does: nodes on which a launch failed are taken back, and the jobs are released."""
+        for line in self.run("sinfo", "-h", "-N", "-o", "%N %T", cwd=self._folder).splitlines():
+            node, state = line.split()
+            if state.startswith(("drain", "down")):
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", cwd=self._folder)
+        self.run("scontrol", "release", ",".join(jobs), cwd=self._folder)
 
     def close(self) -> None:
         self._tool("stop")
