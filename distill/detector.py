@@ -30,7 +30,7 @@ from kdpipe.distill.pairs import RoiPairs
 from kdpipe.distill.preprocessor import DistilledPreprocessor
 from kdpipe.distill.rois.sampling import RoiSampling
 from kdpipe.distill.students.build import is_dense, student_of
-from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
+from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.distill.students.head_transfer import HeadTransfer
 from kdpipe.distill.students.protocol import Student
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
@@ -55,8 +55,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         teacher: Where targets come from: config of a `TargetSource`, or one.
         weights: Weight per loss; that of `LOSSES` where absent.
         sgfi: Options of `SGFI`.
-        ckd: Options of `CKD`; and of a dense student `branch`, that of its head which embeddings are taken from, and
-            `pair_iou`, the least IoU of a cached box with the predicted one that it is paired with (for `cls`, too).
+        ckd: Options of `CKD`; and of a dense student `branch`, that of its head which embeddings are taken from.
         roi_sampling: Options of `RoiSampling`, for the RoIs that a dense student chooses.
         share_interval: Every so many steps, the share of each loss in the gradient at the pyramid; 0 never.
         stagewise: Whether each stage of a cascade is told what that stage of a cascade teacher says, where the student
@@ -91,7 +90,6 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
         check_contract(self.spec, self.losses)
         options = {"sgfi": dict(sgfi or {}), "ckd": dict(ckd or {})}
         self._branch: str = options["ckd"].pop("branch", CKD_BRANCHES[0])
-        self._pair_iou: float = options["ckd"].pop("pair_iou", PAIR_IOU)
         self._roi_sampling = RoiSampling(**dict(roi_sampling or {}))
         self._build_losses(options)
         self.weights = {name: LOSSES[name].weight for name in self.losses} | dict(weights or {})
@@ -116,7 +114,7 @@ class DistilledDetector(BaseModel):  # type: ignore[misc]
             self._transfer.copy()
 
     def _watched_student(self) -> Student:
-        return student_of(self.student, self._branch, self._roi_sampling, self._pair_iou)
+        return student_of(self.student, self._branch, self._roi_sampling)
 
     def _build_losses(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Put the losses that have parameters among the modules, under their names."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from kdpipe.distill.methods import ContractError
 from kdpipe.distill.rois.sampling import DEFAULT_SAMPLING, RoiSampling
-from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU, DenseStudent
+from kdpipe.distill.students.dense import CKD_BRANCHES, DenseStudent
 from kdpipe.distill.students.protocol import Student
 from kdpipe.distill.students.two_stage import TwoStageStudent
 
@@ -18,7 +18,6 @@ def student_of(
     detector: Any,
     branch: str = CKD_BRANCHES[0],
     sampling: RoiSampling = DEFAULT_SAMPLING,
-    pair_iou: float = PAIR_IOU,
 ) -> Student:
     """What the losses see of a detector.
 
@@ -26,14 +25,13 @@ def student_of(
         detector: Of mmdet.
         branch: Of a dense student's head, which embeddings are taken from: one of `CKD_BRANCHES`.
         sampling: Of the RoIs that a dense student chooses.
-        pair_iou: Least IoU of a RoI that a dense student did not choose with its own box there.
 
     Raises:
         StudentError: The detector is of a family that the losses cannot address.
         ContractError: A branch is chosen for a student that has none.
     """
     if is_dense(detector):
-        return DenseStudent(detector, branch, sampling, pair_iou)
+        return DenseStudent(detector, branch, sampling)
     if branch != CKD_BRANCHES[0]:
         raise ContractError(
             f"--ckd-branch {branch} is for students that predict boxes densely; the embeddings of a two-stage student "

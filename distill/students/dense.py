@@ -19,7 +19,6 @@ from kdpipe.distill.students.structure import dense_problem
 from kdpipe.distill.students.two_stage import StudentError, check_batch_augments
 
 CKD_BRANCHES = ("classification", "localization", "combined")
-PAIR_IOU = 0.5
 
 # Heads whose forward gives class scores and box regression per level, decoded as `DenseStudent.boxes` does.
 _FORWARD = (RetinaHead, FCOSHead, ATSSHead, GFLHead)
@@ -33,7 +32,6 @@ class DenseStudent:
         branch: Which branch of the head the embeddings are of: one of `CKD_BRANCHES`; `combined` is the sum of both
             (G-DetKD, table 12).
         sampling: Of the RoIs that it chooses among its boxes.
-        pair_iou: Least IoU of a RoI that it did not choose with its own box there, in [0.5, 1].
 
     Raises:
         StudentError: The detector has another structure.
@@ -46,7 +44,6 @@ class DenseStudent:
         detector: Any,
         branch: str = CKD_BRANCHES[0],
         sampling: RoiSampling = DEFAULT_SAMPLING,
-        pair_iou: float = PAIR_IOU,
     ) -> None:
         head: Any = getattr(detector, "bbox_head", None)
         _check_head(detector, head)
@@ -54,7 +51,7 @@ class DenseStudent:
         if branch not in CKD_BRANCHES:
             raise StudentError(f"The branch is {branch!r}; expected one of {', '.join(CKD_BRANCHES)}.")
         self.detector, self.head = detector, head
-        self.branch, self.sampling, self.pair_iou = branch, sampling, pair_iou
+        self.branch, self.sampling = branch, sampling
         self.strides: tuple[int, ...] = tuple(int(stride[0]) for stride in head.prior_generator.strides)
         self.channels = int(head.in_channels)
         self.embedding_dims: tuple[int, ...] = (int(head.feat_channels),)

@@ -21,6 +21,8 @@ from kdpipe.distill.students.structure import base_anchors
 if TYPE_CHECKING:
     from kdpipe.distill.students.dense import DenseStudent
 
+_PAIR_IOU = 0.5  # least of a RoI that the student did not choose with its own box there
+
 
 class DenseForward:
     """What a dense student made while it computed its own loss: `StudentForward`, and its only `StudentStage`.
@@ -80,7 +82,7 @@ class DenseForward:
         for image, (gt_boxes, gt_labels) in enumerate(self.ground_truth):
             objectness = [student.objectness(level[image].detach()) for level in self.scores]
             boxes, of = propose(objectness, partial(self._boxes, image))
-            is_predicted, partner = pair_boxes(gt_boxes, self._boxes(image), student.pair_iou)
+            is_predicted, partner = pair_boxes(gt_boxes, self._boxes(image), _PAIR_IOU)
             sample = sample_rois(
                 torch.cat([boxes, gt_boxes]),
                 len(boxes),
@@ -102,7 +104,7 @@ class DenseForward:
     def outputs_at(self, rois: Tensor) -> tuple[Tensor, StudentOutputs]:
         """What the student says at RoIs that it did not choose: each is paired with the box it overlaps most.
 
-        The overlap of a pair is an IoU of at least `pair_iou` of the student.
+        The overlap of a pair is an IoU of at least 0.5.
 
         Args:
             rois: Tensor[R, 5] (image in the batch, x1, y1, x2, y2), pixels of the network input.
@@ -113,9 +115,7 @@ class DenseForward:
         images = rois[:, 0].long()
         has_partner, predictions = torch.zeros_like(images, dtype=torch.bool), torch.zeros_like(images)
         for image, rows in enumerate(rows_of_each(images, len(self.metas))):
-            has_partner[rows], predictions[rows] = pair_boxes(
-                rois[rows, 1:], self._boxes(image), self._student.pair_iou
-            )
+            has_partner[rows], predictions[rows] = pair_boxes(rois[rows, 1:], self._boxes(image), _PAIR_IOU)
         rows = has_partner.nonzero().squeeze(1)
         return has_partner, self._at(images[rows], predictions[rows])
 

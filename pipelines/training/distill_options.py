@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from kdpipe.distill.losses.ckd import PROJECTIONS
 from kdpipe.distill.losses.shares import SHARE_INTERVAL
 from kdpipe.distill.methods import LOSSES, ContractError
-from kdpipe.distill.students.dense import CKD_BRANCHES, PAIR_IOU
+from kdpipe.distill.students.dense import CKD_BRANCHES
 from kdpipe.pipelines.detectors.configs import apply_options
 from kdpipe.pipelines.training.config import world_size
 from kdpipe.pipelines.training.student_choices import ROI_SAMPLING
@@ -27,7 +27,6 @@ DISTILL_DEFAULTS: dict[str, Any] = {
         **LOSSES["ckd"].options,
         "queue_size": None,  # `ckd_queue_size`
         "branch": CKD_BRANCHES[0],
-        "pair_iou": PAIR_IOU,
     },
     "share_interval": SHARE_INTERVAL,
     "transforms": [],  # of the student's pipeline: the user answers for them, see `with_teacher_targets`
@@ -65,7 +64,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ckd.temperature": ("a number above 0, at most 1000", lambda value: _is_number(value) and 0 < value <= 1000),
     "ckd.exclude_iou": _SHARE,
     "ckd.branch": _one_of(CKD_BRANCHES),
-    "ckd.pair_iou": ("a number from 0.5 to 1", lambda value: _is_number(value) and 0.5 <= value <= 1),
     "ckd.projection": _one_of(PROJECTIONS),
     "share_interval": _whole(0, 2**31),
 }

@@ -94,7 +94,6 @@ CKD: dict[str, dict[str, Any]] = {
     "nonlinear": {"ckd.projection": "nonlinear"},
     "queue-of-one-step": {"ckd.queue_size": 512},
 }
-CKD_DENSE = {**CKD, "close-pairs": {"ckd.pair_iou": 0.7}}
 # Weights at which the distillation losses have equal shares of the gradient at the pyramid (the teacher's RoIs, bccd).
 EQUAL_SHARES = {
     "two-stage": {"weights.sgfi": 3.1, "weights.ckd": 0.41, "weights.careg": 1.3, "weights.cls": 2.2},
@@ -237,7 +236,7 @@ def studies(data_set: DataSet, folder: Path) -> dict[str, Study]:
             12,
             [
                 Row("plain", ["none"], anchors),
-                *(Row(name, ["ckd", ALL], anchors, distill=each, baseline="plain") for name, each in CKD_DENSE.items()),
+                *(Row(name, ["ckd", ALL], anchors, distill=each, baseline="plain") for name, each in CKD.items()),
             ],
         ),
         "balance": Study(

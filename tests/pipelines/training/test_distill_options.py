@@ -28,7 +28,6 @@ VALUES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "ckd.temperature": ((0.07, 1), (0, -0.07)),
     "ckd.exclude_iou": ((0, 0.5, 1), (-0.5, 1.5)),
     "ckd.branch": (("localization", "combined"), ("both", 1)),
-    "ckd.pair_iou": ((0.5, 0.7, 1), (0.49, 1.1)),
     "ckd.projection": (("linear", "nonlinear"), ("cubic", 2)),
     "share_interval": ((0, 50), (-1, 0.5)),
     "transforms": (("[MyJitter]", "['MyJitter']"), (1, "{'a': 1}")),
