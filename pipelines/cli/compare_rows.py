@@ -1,7 +1,6 @@
 """From the options of `compare` to its cells, each of which is a command line of `train-student`."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from kdpipe.cache.errors import KdpipeError
 from kdpipe.cache.read.reader import TeacherCache, open_cache
 from kdpipe.cache.store.location import open_location
 from kdpipe.distill.methods import expand_methods
+from kdpipe.pipelines.cli.options import fields_among
 from kdpipe.pipelines.cli.student_options import DEFAULT_STUDENT, absolute_path, given_options
 from kdpipe.pipelines.cli.training import method_names, train_student_command
 from kdpipe.pipelines.compare.cells import PLAIN, Cell, Row, methods_folder
@@ -27,11 +27,6 @@ from kdpipe.pipelines.training.teachers import CachedTrainingTeacher
 from kdpipe.pipelines.training.training_record import config_digest
 
 __all__ = ["RowBuilder"]
-
-
-def _fields_of(kind: type[Any], context: click.Context) -> dict[str, Any]:
-    """The options of a command line that are fields of a dataclass."""
-    return {each.name: context.params[each.name] for each in fields(kind) if each.name in context.params}
 
 
 class RowBuilder:
@@ -72,7 +67,7 @@ class RowBuilder:
         scale = context.params["scale"]
         if teacher is not None:
             self._measured.append((row.name, teacher.cache, context))
-            training = TrainingOptions(**_fields_of(TrainingOptions, context))
+            training = TrainingOptions(**fields_among(TrainingOptions, context.params))
             scale = choose_scale(training, config, teacher, Console(quiet=True))
         found = []
         for each in methods:
@@ -109,8 +104,8 @@ class RowBuilder:
             KdpipeError: There are no validation images; or the training images are not where they are said to be.
         """
         for name, cache, context in self._measured:
-            source = cached_source(cache, DataOptions(**_fields_of(DataOptions, context)))
-            if val_source(source, ValOptions(**_fields_of(ValOptions, context))) is None:
+            source = cached_source(cache, DataOptions(**fields_among(DataOptions, context.params)))
+            if val_source(source, ValOptions(**fields_among(ValOptions, context.params))) is None:
                 raise KdpipeError(
                     f"{name}: there are no validation images, so that AP would not be measured. Name them with "
                     "--val-ann-file and --val-img-dir (or --val-split, --val-bdd)."

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "chosen_device",
     "combined",
     "data_options",
+    "fields_among",
     "grouped",
     "recipe_options",
     "skip_option",
@@ -198,6 +199,11 @@ def combined(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def fields_among(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some values that have the names of a dataclass's fields."""
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
+
+
 def grouped(name: str, kind: type[Any]) -> Callable[[Any], Any]:
     """Options of a command that it gets as one dataclass: those with the names of its fields.
 
@@ -210,9 +216,9 @@ def grouped(name: str, kind: type[Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
         @functools.wraps(command)
         def call(*args: Any, **values: Any) -> Any:
-            names = [field.name for field in dataclasses.fields(kind) if field.name in values]
-            group = kind(**{field: values.pop(field) for field in names})
-            return command(*args, **values, **{name: group})
+            given = fields_among(kind, values)
+            others = {option: value for option, value in values.items() if option not in given}
+            return command(*args, **others, **{name: kind(**given)})
 
         return call
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from kdpipe.cache.read.reader import TeacherCache
 
-__all__ = ["cache_command"]
+__all__ = ["cache_command", "recorded_section"]
 
 
 def cache_command(cache: TeacherCache, part_size: int) -> list[str] | None:
@@ -20,7 +20,7 @@ def cache_command(cache: TeacherCache, part_size: int) -> list[str] | None:
         None where `kdpipe cache-teacher` did not make the cache.
     """
     spec, metadata = cache.spec, cache.metadata
-    teacher, data, options = (_section(metadata, name) for name in ("teacher", "data", "options"))
+    teacher, data, options = (recorded_section(metadata, name) for name in ("teacher", "data", "options"))
     if "checkpoint" not in teacher:
         return None
     named = {
@@ -48,6 +48,7 @@ def cache_command(cache: TeacherCache, part_size: int) -> list[str] | None:
     return words + ["--skip-bad-images"] * bool(options.get("skip_bad_images") or cache.skipped)
 
 
-def _section(metadata: Any, name: str) -> dict[str, Any]:
+def recorded_section(metadata: Any, name: str) -> dict[str, Any]:
+    """An entry of what a cache records beside its data, which may be anything; empty where it is no mapping."""
     value = metadata.get(name)
     return value if isinstance(value, dict) else {}

@@ -92,8 +92,8 @@ def estimate(teacher: Teacher, data: DetectionData, images: Sequence[ImageInfo],
     teacher.keep_proposals(before)
     if not records:
         raise DataError(f"None of {_SAMPLES} sampled images of {data.img_dir} can be read.")
-    disk = {(spec.tier, spec.dtype): disk_bytes(records, images, spec)}
-    for choice in choices:
+    disk: dict[tuple[str, str], dict[str, int]] = {}
+    for choice in choices:  # the cache's own, which has encoded all records above, among them
         with suppress(CacheError):  # it cannot hold what the teacher says, such as numbers beyond float16
             disk[choice.tier, choice.dtype] = disk_bytes(records, images, choice)
     raw = raw_bytes(images, spec)

@@ -27,7 +27,7 @@ from kdpipe.cache.store.location import Location, part_key
 from kdpipe.distill.methods import HEAD_METHODS, METHODS, ContractError, check_contract, expand_methods, needed_fields
 from kdpipe.distill.teacher.heads.build import FrozenTeacher
 from kdpipe.distill.teacher.heads.fc import TeacherHeadError
-from kdpipe.pipelines.commands.cache_command import cache_command
+from kdpipe.pipelines.commands.cache_command import cache_command, recorded_section
 from kdpipe.pipelines.runtime.console import bytes_text, plain
 
 __all__ = ["describe_cache", "describe_image", "inspect_cache"]
@@ -95,8 +95,8 @@ def describe_cache(location: Location) -> dict[str, Any]:
     return {
         "path": location.name,
         "format_version": FORMAT_VERSION,
-        "teacher": _mapping(cache.metadata.get("teacher")),
-        "data": _mapping(cache.metadata.get("data")),
+        "teacher": recorded_section(cache.metadata, "teacher"),
+        "data": recorded_section(cache.metadata, "data"),
         "identity": cache.identity,
         "spec": cache.spec.to_json(),
         "images": {"planned": len(root.image_ids), "cached": len(cache), "skipped": cache.skipped},
@@ -112,11 +112,6 @@ def describe_cache(location: Location) -> dict[str, Any]:
         "losses": _losses(cache.spec, state, _uncrossable(cache.spec, state, head)),
         "command": cache_command(cache, root.plan["part_size"]),
     }
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """An entry of what a cache records, which may be anything; empty where it is no mapping."""
-    return value if isinstance(value, dict) else {}
 
 
 def _uncrossable(spec: CacheSpec, state: str, head: Mapping[str, Any] | None) -> str | None:

@@ -101,7 +101,6 @@ def check_start_weights(recorded: Config, console: Console) -> None:
         CheckpointError: Start weights cannot be had or read, or little of them fits.
     """
     register_all_modules(init_default_scope=True)
-    register_safe_types()
     with building("The detector"):
         detector = MODELS.build(recorded.model)
     try:

@@ -6,6 +6,7 @@ from typing import Any
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 
 from kdpipe.cache.errors import KdpipeError
+from kdpipe.pipelines.training.schedule import each_scheduler
 
 __all__ = ["check_monitored"]
 
@@ -45,6 +46,6 @@ def _followed(hooks: Iterable[Any], schedule: Any) -> Iterator[tuple[str, str]]:
             yield from (("default_hooks.checkpoint.save_best", name) for name in names if name != "auto")
         elif isinstance(hook, EarlyStoppingHook):
             yield "monitor of EarlyStoppingHook", hook.monitor
-    for each in schedule if isinstance(schedule, list | tuple) else [schedule]:
+    for each in each_scheduler(schedule):
         if isinstance(each, Mapping) and "monitor" in each:
             yield f"monitor of {each.get('type')}", each["monitor"]

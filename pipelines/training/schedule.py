@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["cosine_schedule", "doubt_of_warmup", "schedule_shape", "wind_forward"]
+__all__ = ["cosine_schedule", "doubt_of_warmup", "each_scheduler", "schedule_shape", "wind_forward"]
 
 WARMUP_STEPS = 500
 # What a scheduler counts; all else of it is the shape of its schedule.
@@ -33,7 +33,7 @@ def doubt_of_warmup(schedule: Any, total: int) -> str | None:
         schedule: mmengine's `param_scheduler` of a config.
         total: Steps of the whole training.
     """
-    for each in _flat(schedule):
+    for each in each_scheduler(schedule):
         by_steps, is_rising = not each.get("by_epoch", True), each.get("start_factor", 1) < each.get("end_factor", 1)
         if by_steps and is_rising and each.get("end", 0) > total:
             return (
@@ -53,7 +53,7 @@ def schedule_shape(schedulers: Any) -> list[dict[str, Any]]:
     return [
         {"class": type(each).__name__}
         | {name: value for name, value in each.state_dict().items() if name not in _COUNTED}
-        for each in _flat(schedulers)
+        for each in each_scheduler(schedulers)
     ]
 
 
@@ -74,13 +74,13 @@ def wind_forward(schedulers: Any, epochs: int, steps_per_epoch: int) -> None:
 
 
 def _step(schedulers: Any, *, by_epoch: bool) -> None:
-    for scheduler in _flat(schedulers):
+    for scheduler in each_scheduler(schedulers):
         if scheduler.by_epoch == by_epoch:
             scheduler.step()
 
 
-def _flat(schedulers: Any) -> Iterable[Any]:
+def each_scheduler(schedulers: Any) -> Iterable[Any]:
     """Schedulers, or configs of some: of one, of a list, or of these by the name of an optimiser."""
     if isinstance(schedulers, Mapping) and "type" not in schedulers:
-        return [scheduler for each in schedulers.values() for scheduler in _flat(each)]
+        return [scheduler for each in schedulers.values() for scheduler in each_scheduler(each)]
     return schedulers if isinstance(schedulers, list | tuple) else [schedulers]

@@ -24,6 +24,7 @@ BBOX = {"type": "CocoMetric", "ann_file": "val.json", "metric": "bbox"}
         (EarlyStoppingHook(monitor="bbox_mAP"), None, "monitor of EarlyStoppingHook"),
         (None, {"type": "ReduceOnPlateauLR", "monitor": "mAP"}, "monitor of ReduceOnPlateauLR"),
         (None, [{"type": "LinearLR"}, {"type": "ReduceOnPlateauLR", "monitor": "mAP"}], "monitor of ReduceOnPlateauLR"),
+        (None, {"heads": [{"type": "ReduceOnPlateauLR", "monitor": "mAP"}]}, "monitor of ReduceOnPlateauLR"),
     ],
 )
 def test_a_figure_that_there_is_not(hook: Any, schedule: Any, place: str) -> None:
